@@ -1,0 +1,156 @@
+"""Multi-scale deformable attention: one public function and its backends (Deformable DETR, arXiv 2010.04159, eq. 3)."""
+
+import math
+
+import torch
+from torch import nn
+
+from .configuration_unihema import UniHemaConfig
+
+
+def multi_scale_deformable_attention(
+    value: torch.Tensor,
+    level_shapes: list[tuple[int, int]],
+    sampling_points: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """Weighted sum of bilinear samples from several feature levels.
+
+    On the CPU the samples are read as a weighted gather of rows, elsewhere and under tracing with `grid_sample`; both
+    give the same values and gradients up to float rounding.
+
+    Args:
+        value (`torch.Tensor`): `[B, S, heads, width]`, S the sum of `h * w` over the levels, row-major in each level.
+        level_shapes (`list[tuple[int, int]]`): `(h, w)` of each level.
+        sampling_points (`torch.Tensor`): `[B, Q, heads, levels, points, 2]`, (x, y) relative to the (padded) level,
+            0 and 1 being its outer edges. Points outside read zeros.
+        weights (`torch.Tensor`): `[B, Q, heads, levels, points]`.
+
+    Returns:
+        `torch.Tensor`: `[B, Q, heads * width]`.
+    """
+    tracing = torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    sample = _gather_rows if value.device.type == "cpu" and not tracing else _sample_grid
+    return sample(value, level_shapes, sampling_points, weights)
+
+
+def _sample_grid(value, level_shapes, sampling_points, weights):
+    batch, _, heads, width = value.shape
+    queries = sampling_points.shape[1]
+    precise = torch.promote_types(value.dtype, sampling_points.dtype)
+    grid = (2 * sampling_points - 1).to(precise)
+    samples = []
+    for level, tokens in enumerate(value.to(precise).split([h * w for h, w in level_shapes], dim=1)):
+        h, w = level_shapes[level]
+        maps = tokens.permute(0, 2, 3, 1).reshape(batch * heads, width, h, w)
+        level_grid = grid[:, :, :, level].transpose(1, 2).flatten(0, 1)
+        samples.append(
+            nn.functional.grid_sample(maps, level_grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        )
+    samples = torch.cat(samples, dim=-1)
+    weights = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)
+    output = (samples * weights).sum(-1).view(batch, heads * width, queries).transpose(1, 2)
+    return output.to(value.dtype)
+
+
+def _gather_rows(value, level_shapes, sampling_points, weights):
+    batch, tokens, heads, width = value.shape
+    queries = sampling_points.shape[1]
+    # Per level, shaped to broadcast over [batch, query, head, level, point].
+    columns = torch.tensor([[w] for _, w in level_shapes], dtype=sampling_points.dtype)
+    rows = torch.tensor([[h] for h, _ in level_shapes], dtype=sampling_points.dtype)
+    starts = torch.tensor([[0]] + [[h * w] for h, w in level_shapes[:-1]]).cumsum(0)
+
+    position = sampling_points * torch.cat((columns, rows), -1)[:, None] - 0.5
+    x, y = position.unbind(-1)
+    with torch.no_grad():
+        # Far-away points are moved to one pixel outside, where they read zero as well and fit the integer type.
+        left = torch.minimum(x.floor().clamp_(min=-2), columns)
+        top = torch.minimum(y.floor().clamp_(min=-2), rows)
+        column = [torch.minimum((left + step).clamp_(min=0), columns - 1).int() for step in (0, 1)]
+        row = [torch.minimum((top + step).clamp_(min=0), rows - 1).int() for step in (0, 1)]
+        image_and_head = torch.arange(batch, dtype=torch.int32)[:, None] * (tokens * heads) + torch.arange(
+            heads, dtype=torch.int32
+        )
+        base = starts.int() * heads + image_and_head[:, None, :, None, None]
+        stride = columns.int() * heads
+        table_rows = torch.stack([r * stride + c * heads + base for r in row for c in column], -1)
+        column_inside = [((left >= -step) & (left < columns - step)).to(x.dtype) for step in (0, 1)]
+        row_inside = [((top >= -step) & (top < rows - step)).to(x.dtype) for step in (0, 1)]
+
+    x_fraction, y_fraction = x - left, y - top
+    x_weights = [(1 - x_fraction) * column_inside[0], x_fraction * column_inside[1]]
+    y_weights = [(1 - y_fraction) * row_inside[0] * weights, y_fraction * row_inside[1] * weights]
+    row_weights = torch.stack([v * u for v in y_weights for u in x_weights], -1)
+    bags = batch * queries * heads
+    output = nn.functional.embedding_bag(
+        table_rows.reshape(bags, -1),
+        value.reshape(batch * tokens * heads, width),
+        per_sample_weights=row_weights.reshape(bags, -1).to(value.dtype),
+        mode="sum",
+    )
+    return output.view(batch, queries, heads * width)
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """Deformable attention of queries to the flattened feature levels, with learned offsets around reference points."""
+
+    def __init__(self, config: UniHemaConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_levels = config.num_feature_levels
+        self.num_points = config.num_sampling_points
+        samples = self.num_heads * self.num_levels * self.num_points
+        self.sampling_offsets = nn.Linear(config.d_model, samples * 2)
+        self.attention_weights = nn.Linear(config.d_model, samples)
+        self.value_proj = nn.Linear(config.d_model, config.d_model)
+        self.output_proj = nn.Linear(config.d_model, config.d_model)
+
+    def initial_offsets(self) -> torch.Tensor:
+        """Offsets that start each head in its own compass direction, further out point by point: the bias
+        `[heads * levels * points * 2]` of `sampling_offsets`."""
+        angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        directions = torch.stack((angles.cos(), angles.sin()), -1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        distance = torch.arange(1, self.num_points + 1, dtype=directions.dtype)
+        offsets = directions[:, None, None, :] * distance[:, None]
+        return offsets.expand(-1, self.num_levels, -1, -1).reshape(-1)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        reference: torch.Tensor,
+        tokens: torch.Tensor,
+        level_shapes: list[tuple[int, int]],
+        padding: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            query (`torch.Tensor`): `[B, Q, d]`, position included.
+            reference (`torch.Tensor`): `[B, Q, levels, 2]` points (x, y), or `[B, Q, levels, 4]` boxes cxcywh, relative
+                to the padded levels.
+            tokens (`torch.Tensor`): `[B, S, d]`.
+            level_shapes (`list[tuple[int, int]]`): `(h, w)` of each level.
+            padding (`torch.Tensor`, *optional*): `[B, S]`, `True` on padded tokens, which read as zeros.
+
+        Returns:
+            `torch.Tensor`: `[B, Q, d]`.
+        """
+        batch, queries, _ = query.shape
+        value = self.value_proj(tokens)
+        if padding is not None:
+            value = value.masked_fill(padding[..., None], 0.0)
+        value = value.unflatten(-1, (self.num_heads, -1))
+        per_level = (self.num_heads, self.num_levels, self.num_points)
+        offsets = self.sampling_offsets(query).view(batch, queries, *per_level, 2)
+        weights = self.attention_weights(query).view(batch, queries, self.num_heads, -1).softmax(-1)
+        weights = weights.view(batch, queries, *per_level)
+        centre = reference[:, :, None, :, None, :2]
+        if reference.shape[-1] == 2:
+            size = torch.tensor(
+                [(w, h) for h, w in level_shapes], dtype=reference.dtype, device=reference.device
+            )
+            points = centre + offsets / size[:, None]
+        else:
+            points = centre + offsets / self.num_points * reference[:, :, None, :, None, 2:] * 0.5
+        return self.output_proj(multi_scale_deformable_attention(value, level_shapes, points, weights))

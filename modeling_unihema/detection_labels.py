@@ -1,0 +1,144 @@
+"""What detection labels must look like, checked before they reach the loss."""
+
+from collections.abc import Sequence
+
+import torch
+
+MISSING = -100
+# Boxes come from divisions in float32, so an edge may pass the image's by rounding.
+BOX_TOLERANCE = 1e-4
+
+
+def check_detection_labels(
+    labels: Sequence[dict[str, torch.Tensor]],
+    batch_size: int | None,
+    num_labels: int,
+    num_attributes: int,
+    value_counts: Sequence[int] | None = None,
+) -> None:
+    """Raises a clear error where labels are malformed, for a few microseconds an image.
+
+    Args:
+        labels (`Sequence[dict[str, torch.Tensor]]`): One dict an image with `class_labels` int64 `[n]`, `boxes`
+            cxcywh `[n, 4]` in 0..1 of the image itself, optionally `morphology` int64 `[n, num_attributes]` (-100
+            missing) and `annotated_classes` bool `[num_labels]`.
+        batch_size (`int`, *optional*): Number of images; not checked when `None`.
+        num_labels (`int`): Detection classes of the model.
+        num_attributes (`int`): Morphology attributes of the model.
+        value_counts (`Sequence[int]`, *optional*): Values of each attribute; when given, morphology must name one of
+            them.
+
+    Raises:
+        TypeError: Labels are not a list of dicts of tensors, or a tensor has the wrong dtype.
+        ValueError: The number of dicts is not the number of images, a key is missing, a shape does not fit, a class
+            or a value is out of range, or a box is not a normalised cxcywh box with an area.
+    """
+    if isinstance(labels, (dict, torch.Tensor)) or not isinstance(labels, Sequence):
+        raise TypeError(f"Detection labels must be a list with one dict per image, got {type(labels).__name__}.")
+    if batch_size is not None and len(labels) != batch_size:
+        raise ValueError(f"Got {len(labels)} label dicts for {batch_size} images; give one dict per image.")
+    for index, image in enumerate(labels):
+        _check_image(image, index, num_labels, num_attributes)
+    _check_values(labels, num_labels, value_counts)
+
+
+def is_target(image: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Which cells of an image are targets: those of a class that its dataset annotates.
+
+    Args:
+        image (`dict[str, torch.Tensor]`): Labels of one image.
+
+    Returns:
+        `torch.Tensor`: Boolean `[n]`.
+    """
+    classes = image["class_labels"]
+    annotated = image.get("annotated_classes")
+    if annotated is None:
+        return torch.ones_like(classes, dtype=torch.bool)
+    return annotated.to(classes.device)[classes]
+
+
+def _check_image(image: dict[str, torch.Tensor], index: int, num_labels: int, num_attributes: int) -> None:
+    if not hasattr(image, "keys"):
+        raise TypeError(f"Labels of image {index} must be a dict, got {type(image).__name__}.")
+    missing = [key for key in ("class_labels", "boxes") if key not in image]
+    if missing:
+        raise ValueError(f"Labels of image {index} lack {' and '.join(missing)}; got {sorted(image.keys())}.")
+    for key in ("class_labels", "boxes", "morphology", "annotated_classes"):
+        value = image.get(key)
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise TypeError(f"{key} of image {index} must be a tensor, got {type(value).__name__}.")
+    classes, boxes = image["class_labels"], image["boxes"]
+    if classes.is_floating_point() or classes.dtype == torch.bool:
+        raise TypeError(f"class_labels of image {index} must be integers, got {classes.dtype}.")
+    if not boxes.is_floating_point():
+        raise TypeError(f"boxes of image {index} must be floating point (normalised cxcywh), got {boxes.dtype}.")
+    if classes.ndim != 1:
+        raise ValueError(f"class_labels of image {index} must be [n], got shape {tuple(classes.shape)}.")
+    if boxes.shape != (len(classes), 4):
+        raise ValueError(
+            f"boxes of image {index} must be [{len(classes)}, 4] to fit its {len(classes)} class_labels, "
+            f"got shape {tuple(boxes.shape)}."
+        )
+    morphology = image.get("morphology")
+    if morphology is not None:
+        if morphology.shape != (len(classes), num_attributes):
+            raise ValueError(
+                f"morphology of image {index} must be [{len(classes)}, {num_attributes}] (cells, attributes of the "
+                f"configuration), got shape {tuple(morphology.shape)}."
+            )
+        if morphology.is_floating_point():
+            raise TypeError(f"morphology of image {index} must be integers, got {morphology.dtype}.")
+    annotated = image.get("annotated_classes")
+    if annotated is not None and (annotated.dtype != torch.bool or annotated.shape != (num_labels,)):
+        raise ValueError(
+            f"annotated_classes of image {index} must be bool [{num_labels}], got {annotated.dtype} "
+            f"{list(annotated.shape)}."
+        )
+
+
+def _check_values(
+    labels: Sequence[dict[str, torch.Tensor]], num_labels: int, value_counts: Sequence[int] | None
+) -> None:
+    """All values of the batch at once: on an accelerator this waits for the device once, not once an image."""
+    if not labels:
+        return
+    classes = torch.cat([image["class_labels"] for image in labels])
+    boxes = torch.cat([image["boxes"] for image in labels])
+    owner = torch.arange(len(labels)).repeat_interleave(torch.tensor([len(image["class_labels"]) for image in labels]))
+    wrong_class = (classes < 0) | (classes >= num_labels)
+    # Written so that NaN fails.
+    inside = ((boxes >= -BOX_TOLERANCE) & (boxes <= 1 + BOX_TOLERANCE)).all(-1)
+    wrong_box = ~(inside & (boxes[:, 2:] > 0).all(-1))
+    wrong = [wrong_class.any(), wrong_box.any()]
+
+    described = [image.get("morphology") for image in labels] if value_counts is not None else []
+    described = [(index, values) for index, values in enumerate(described) if values is not None]
+    if described:
+        values = torch.cat([values for _, values in described])
+        counts = torch.tensor(list(value_counts), device=values.device)
+        wrong_value = ((values < 0) | (values >= counts)) & (values != MISSING)
+        wrong.append(wrong_value.any())
+    wrong = torch.stack(wrong).tolist()
+
+    if wrong[0]:
+        row = int(wrong_class.nonzero()[0])
+        raise ValueError(
+            f"Class id {int(classes[row])} in class_labels of image {int(owner[row])} is out of range: the model has "
+            f"{num_labels} classes, ids 0 to {num_labels - 1}."
+        )
+    if wrong[1]:
+        row = int(wrong_box.nonzero()[0])
+        image = int(owner[row])
+        number = row - int((owner < image).sum())
+        raise ValueError(
+            f"Box {number} of image {image} is {[round(v, 4) for v in boxes[row].tolist()]}: boxes must be centre x, "
+            "centre y, width, height as fractions (0..1) of the image, with width and height above 0."
+        )
+    if wrong[2:] == [True]:
+        row, attribute = wrong_value.nonzero()[0].tolist()
+        owner = [index for index, values in described for _ in range(len(values))]
+        raise ValueError(
+            f"Value {int(values[row, attribute])} of attribute {attribute} in morphology of image {owner[row]} is out "
+            f"of range: the attribute has {int(counts[attribute])} values; use {MISSING} where it is missing."
+        )

@@ -1,0 +1,198 @@
+"""Query selection and the image decoder (DINO, arXiv 2203.03605: two-stage, look forward twice)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import MultiHeadAttention
+from .box_geometry import inverse_sigmoid
+from .configuration_unihema import UniHemaConfig
+from .deformable_attention import MultiScaleDeformableAttention
+from .denoising import DenoisingQueries
+from .image_encoder import FeedForward, token_centres
+from .visual_backbone import FeatureLevels
+
+
+class MLP(nn.Module):
+    """Linears with ReLU between."""
+
+    def __init__(self, *widths: int):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)])
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """`[..., widths[0]]` to `[..., widths[-1]]`."""
+        for layer in self.layers[:-1]:
+            states = nn.functional.relu(layer(states))
+        return self.layers[-1](states)
+
+
+@dataclass
+class Proposals:
+    """The encoder tokens chosen to become queries, best first.
+
+    Attributes:
+        content (`torch.Tensor`): Learned content queries `[B, Q, d]`.
+        reference_logits (`torch.Tensor`): Boxes cxcywh before the sigmoid, `[B, Q, 4]`, without gradient.
+        logits (`torch.Tensor`): Class scores of the chosen tokens `[B, Q, num_labels]`.
+        boxes (`torch.Tensor`): Boxes cxcywh `[B, Q, 4]`, with gradient.
+        token_indices (`torch.Tensor`): Which token each query came from, `[B, Q]`.
+    """
+
+    content: torch.Tensor
+    reference_logits: torch.Tensor
+    logits: torch.Tensor
+    boxes: torch.Tensor
+    token_indices: torch.Tensor
+
+
+class QuerySelection(nn.Module):
+    """Scores every encoder token and turns the best into queries with a reference box."""
+
+    def __init__(self, config: UniHemaConfig):
+        super().__init__()
+        self.num_queries = config.num_queries
+        self.token_projection = nn.Linear(config.d_model, config.d_model)
+        self.token_norm = nn.LayerNorm(config.d_model)
+        self.class_head = nn.Linear(config.d_model, config.num_labels)
+        self.box_head = MLP(config.d_model, config.d_model, config.d_model, 4)
+        self.content_queries = nn.Embedding(config.num_queries, config.d_model)
+
+    def forward(self, tokens: torch.Tensor, levels: FeatureLevels) -> Proposals:
+        """
+        Args:
+            tokens (`torch.Tensor`): Encoded tokens `[B, S, d]`.
+            levels ([`FeatureLevels`]): Their shapes and padding.
+
+        Returns:
+            [`Proposals`]: `min(num_queries, S)` of them; usable tokens come before padding and the very edge.
+        """
+        anchors, usable = self._anchors(levels)
+        states = self.token_norm(self.token_projection(tokens.masked_fill(~usable[..., None], 0.0)))
+        logits = self.class_head(states)
+        scores = logits.amax(-1).float().masked_fill(~usable, -torch.inf)
+        chosen = scores.topk(min(self.num_queries, tokens.shape[1]), dim=1).indices
+
+        def gather(values: torch.Tensor) -> torch.Tensor:
+            return values.gather(1, chosen[..., None].expand(-1, -1, values.shape[-1]))
+
+        box_logits = self.box_head(gather(states)) + gather(anchors)
+        content = self.content_queries.weight[: chosen.shape[1]].expand(tokens.shape[0], -1, -1)
+        return Proposals(content, box_logits.detach(), gather(logits), box_logits.sigmoid(), chosen)
+
+    @staticmethod
+    def _anchors(levels: FeatureLevels) -> tuple[torch.Tensor, torch.Tensor]:
+        """One square box a token, its side doubling from level to level, as logits `[B, S, 4]`, and whether it is usable
+        (on the image and not at its very edge, where the logit explodes)."""
+        centres = token_centres(levels.shapes, levels.valid_ratios)
+        sides = torch.cat(
+            [centres.new_full((h * w, 2), 0.05 * 2.0**level) for level, (h, w) in enumerate(levels.shapes)]
+        )
+        boxes = torch.cat((centres, sides.expand_as(centres)), -1)
+        usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~levels.padding
+        # Unusable tokens get a box at the far corner; clamped so that no infinity can reach a gradient.
+        return torch.where(usable[..., None], boxes.clamp(0.01, 0.99).logit(), 100.0), usable
+
+
+def sine_embed_boxes(boxes: torch.Tensor, d_model: int, temperature: float = 10000.0) -> torch.Tensor:
+    """Sine code of boxes: y, x, width and height, `d_model / 2` channels each.
+
+    Args:
+        boxes (`torch.Tensor`): cxcywh `[B, Q, 4]` in 0..1.
+        d_model (`int`): Width of the transformer.
+        temperature (`float`): Base of the wavelengths.
+
+    Returns:
+        `torch.Tensor`: `[B, Q, 2 * d_model]`.
+    """
+    channels = d_model // 2
+    wavelength = torch.arange(channels, dtype=boxes.dtype, device=boxes.device)
+    wavelength = temperature ** (2 * torch.div(wavelength, 2, rounding_mode="floor") / channels)
+    angle = boxes[..., [1, 0, 2, 3], None] * (2 * math.pi) / wavelength
+    return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-3)
+
+
+class ImageDecoderLayer(GradientCheckpointingLayer):
+    """Self-attention among queries, deformable attention to the image, feed-forward."""
+
+    def __init__(self, config: UniHemaConfig):
+        super().__init__()
+        self.self_attention = MultiHeadAttention(config)
+        self.self_attention_norm = nn.LayerNorm(config.d_model)
+        self.cross_attention = MultiScaleDeformableAttention(config)
+        self.cross_attention_norm = nn.LayerNorm(config.d_model)
+        self.feed_forward = FeedForward(config.d_model, config.decoder_ffn_dim, config.dropout)
+        self.feed_forward_norm = nn.LayerNorm(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        queries: torch.Tensor,
+        positions: torch.Tensor,
+        reference: torch.Tensor,
+        tokens: torch.Tensor,
+        level_shapes: list[tuple[int, int]],
+        padding: torch.Tensor,
+        blocked: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Queries `[B, Q, d]` to queries `[B, Q, d]`; `reference` boxes `[B, Q, levels, 4]`, `blocked` `[1, 1, Q, Q]`."""
+        positioned = queries + positions
+        attended, _ = self.self_attention(positioned, positioned, queries, blocked)
+        queries = self.self_attention_norm(queries + self.dropout(attended))
+        attended = self.cross_attention(queries + positions, reference, tokens, level_shapes, padding)
+        queries = self.cross_attention_norm(queries + self.dropout(attended))
+        return self.feed_forward_norm(queries + self.dropout(self.feed_forward(queries)))
+
+
+class ImageDecoder(nn.Module):
+    """Refines queries and their boxes layer by layer."""
+
+    def __init__(self, config: UniHemaConfig):
+        super().__init__()
+        self.config = config
+        self.position_head = MLP(2 * config.d_model, config.d_model, config.d_model)
+        self.layers = nn.ModuleList([ImageDecoderLayer(config) for _ in range(config.decoder_layers)])
+        self.norm = nn.LayerNorm(config.d_model)
+        self.box_head = MLP(config.d_model, config.d_model, config.d_model, 4)
+
+    def forward(
+        self,
+        content: torch.Tensor,
+        reference_logits: torch.Tensor,
+        tokens: torch.Tensor,
+        levels: FeatureLevels,
+        denoising: DenoisingQueries | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            content (`torch.Tensor`): Content queries `[B, Q, d]`, denoising queries first.
+            reference_logits (`torch.Tensor`): Their boxes before the sigmoid `[B, Q, 4]`.
+            tokens (`torch.Tensor`): Encoded tokens `[B, S, d]`.
+            levels ([`FeatureLevels`]): Their shapes and padding.
+            denoising ([`DenoisingQueries`], *optional*): Which queries may see which.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Normalised states of each layer `[layers, B, Q, d]`, and boxes cxcywh
+            of each layer `[layers, B, Q, 4]`, relative to the image itself.
+        """
+        blocked = None if denoising is None else denoising.attention_mask[None, None]
+        padding, ratios = levels.padding, levels.valid_ratios.repeat(1, 1, 2)[:, None]
+        queries, reference = content, reference_logits.sigmoid()
+        states, boxes = [], []
+        start = reference
+        for layer in self.layers:
+            level_reference = reference[:, :, None].to(ratios.dtype) * ratios
+            sine = sine_embed_boxes(level_reference[:, :, 0], self.config.d_model).to(queries.dtype)
+            queries = layer(
+                queries, self.position_head(sine), level_reference, tokens, levels.shapes, padding, blocked
+            )
+            normed = self.norm(queries)
+            states.append(normed)
+            boxes.append((self.box_head(normed) + inverse_sigmoid(start)).sigmoid())
+            # Look forward twice: the next layer's box loss reaches this layer's refinement, its attention does not.
+            start = (self.box_head(queries) + inverse_sigmoid(reference)).sigmoid()
+            reference = start.detach()
+        return torch.stack(states), torch.stack(boxes)

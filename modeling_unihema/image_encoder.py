@@ -1,0 +1,98 @@
+"""The image encoder: deformable self-attention over all feature levels (DINO, arXiv 2203.03605)."""
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_unihema import UniHemaConfig
+from .deformable_attention import MultiScaleDeformableAttention
+from .visual_backbone import FeatureLevels
+
+
+class FeedForward(nn.Module):
+    """Two linears with ReLU between, and dropout."""
+
+    def __init__(self, width: int, hidden: int, dropout: float):
+        super().__init__()
+        self.linear1 = nn.Linear(width, hidden)
+        self.linear2 = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """`[..., width]` to `[..., width]`."""
+        return self.linear2(self.dropout(nn.functional.relu(self.linear1(states))))
+
+
+class ImageEncoderLayer(GradientCheckpointingLayer):
+    """Deformable self-attention and a feed-forward, each with residual and LayerNorm."""
+
+    def __init__(self, config: UniHemaConfig):
+        super().__init__()
+        self.self_attention = MultiScaleDeformableAttention(config)
+        self.self_attention_norm = nn.LayerNorm(config.d_model)
+        self.feed_forward = FeedForward(config.d_model, config.encoder_ffn_dim, config.dropout)
+        self.feed_forward_norm = nn.LayerNorm(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        reference: torch.Tensor,
+        level_shapes: list[tuple[int, int]],
+        padding: torch.Tensor,
+    ) -> torch.Tensor:
+        """Tokens `[B, S, d]` to tokens `[B, S, d]`; `reference` `[B, S, levels, 2]`, `padding` `[B, S]`."""
+        attended = self.self_attention(tokens + positions, reference, tokens, level_shapes, padding)
+        tokens = self.self_attention_norm(tokens + self.dropout(attended))
+        return self.feed_forward_norm(tokens + self.dropout(self.feed_forward(tokens)))
+
+
+class ImageEncoder(nn.Module):
+    """Refines the projected feature levels."""
+
+    def __init__(self, config: UniHemaConfig):
+        super().__init__()
+        self.level_embedding = nn.Parameter(torch.empty(config.num_feature_levels, config.d_model))
+        self.layers = nn.ModuleList([ImageEncoderLayer(config) for _ in range(config.encoder_layers)])
+
+    def forward(self, levels: FeatureLevels) -> torch.Tensor:
+        """
+        Args:
+            levels ([`FeatureLevels`]): Projected feature levels.
+
+        Returns:
+            `torch.Tensor`: Encoded tokens `[B, S, d]`, levels concatenated.
+        """
+        tokens, padding = levels.tokens, levels.padding
+        positions = torch.cat(
+            [
+                position.flatten(2).transpose(1, 2) + embedding
+                for position, embedding in zip(levels.positions, self.level_embedding, strict=True)
+            ],
+            dim=1,
+        )
+        reference = token_centres(levels.shapes, levels.valid_ratios)
+        reference = reference[:, :, None] * levels.valid_ratios[:, None]
+        for layer in self.layers:
+            tokens = layer(tokens, positions, reference, levels.shapes, padding)
+        return tokens
+
+
+def token_centres(level_shapes: list[tuple[int, int]], valid_ratios: torch.Tensor) -> torch.Tensor:
+    """Centre of each token relative to the image itself, not to its padding.
+
+    Args:
+        level_shapes (`list[tuple[int, int]]`): `(h, w)` of each level.
+        valid_ratios (`torch.Tensor`): `[B, levels, 2]`, share of (width, height) that is image.
+
+    Returns:
+        `torch.Tensor`: (x, y) `[B, S, 2]`; beyond 1 on padding.
+    """
+    centres = []
+    for level, (h, w) in enumerate(level_shapes):
+        y = (torch.arange(h, device=valid_ratios.device, dtype=valid_ratios.dtype) + 0.5) / h
+        x = (torch.arange(w, device=valid_ratios.device, dtype=valid_ratios.dtype) + 0.5) / w
+        grid = torch.stack((x[None, :].expand(h, w), y[:, None].expand(h, w)), -1).reshape(1, h * w, 2)
+        centres.append(grid / valid_ratios[:, level, None])
+    return torch.cat(centres, dim=1)

@@ -1,0 +1,370 @@
+"""One loss for each task: detection with morphology (DINO, arXiv 2203.03605), masks, single cells, text."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from .box_geometry import box_cxcywh_to_xyxy, generalized_box_iou_pairs
+from .configuration_unihema import UniHemaConfig
+from .denoising import DenoisingQueries
+from .detection_labels import MISSING, check_detection_labels, is_target
+from .matching import match_queries
+
+
+def sigmoid_focal_loss(
+    logits: torch.Tensor, targets: torch.Tensor, alpha: float | None = 0.25, gamma: float = 2.0
+) -> torch.Tensor:
+    """Focal loss (arXiv 1708.02002) of independent binary decisions, element by element.
+
+    Args:
+        logits (`torch.Tensor`): Any shape.
+        targets (`torch.Tensor`): 0 or 1, of the same shape and a floating dtype.
+        alpha (`float`, *optional*): Weight of ones; zeros weigh `1 - alpha`. `None` weighs both 1.
+        gamma (`float`): How fast the loss of easy elements fades.
+
+    Returns:
+        `torch.Tensor`: Not reduced, of the same shape.
+    """
+    probability = logits.sigmoid()
+    mistake = probability + targets - 2 * probability * targets
+    loss = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none") * mistake**gamma
+    if alpha is None:
+        return loss
+    return loss * (alpha * targets + (1 - alpha) * (1 - targets))
+
+
+def morphology_loss(logits: torch.Tensor, targets: torch.Tensor, value_counts: Sequence[int]) -> torch.Tensor:
+    """Softmax cross-entropy of each attribute over its own values, averaged over the labelled entries.
+
+    Args:
+        logits (`torch.Tensor`): `[N, sum(value_counts)]`, attributes one after another.
+        targets (`torch.Tensor`): Index of the value, int64 `[N, attributes]`; -100 (missing) costs nothing.
+        value_counts (`Sequence[int]`): Values of each attribute.
+
+    Returns:
+        `torch.Tensor`: Scalar; 0, but with a graph, when every entry is missing.
+
+    Raises:
+        ValueError: The width of `logits` is not `sum(value_counts)`, or that of `targets` not the attributes.
+    """
+    if logits.shape[-1] != sum(value_counts):
+        raise ValueError(
+            f"Morphology logits are {logits.shape[-1]} wide, but the attributes have {sum(value_counts)} values "
+            f"({list(value_counts)})."
+        )
+    if targets.shape[-1] != len(value_counts):
+        raise ValueError(f"Morphology labels have {targets.shape[-1]} attributes, but the model {len(value_counts)}.")
+    logits = logits.float()
+    total = logits.sum() * 0
+    for attribute, values in enumerate(logits.split(list(value_counts), -1)):
+        total = total + functional.cross_entropy(values, targets[:, attribute], ignore_index=MISSING, reduction="sum")
+    return total / (targets != MISSING).sum().clamp(min=1)
+
+
+def detection_loss(
+    layer_logits: torch.Tensor,
+    layer_boxes: torch.Tensor,
+    layer_morphology: torch.Tensor | None,
+    selection_logits: torch.Tensor,
+    selection_boxes: torch.Tensor,
+    labels: Sequence[dict[str, torch.Tensor]],
+    config: UniHemaConfig,
+    denoising: DenoisingQueries | None = None,
+    denoising_logits: torch.Tensor | None = None,
+    denoising_boxes: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Losses of classes, boxes and morphology on every decoder layer, the selected proposals and the denoising queries.
+
+    Class and box losses are sums over the batch divided by its number of cells (for denoising: of positive queries),
+    averaged over the processes of a distributed run, so every process has to call this in the same step. A class that
+    is `False` in an image's `annotated_classes` costs nothing there, and its cells are not targets.
+
+    Args:
+        layer_logits (`torch.Tensor`): Class logits of each decoder layer, `[L, B, Q, num_labels]`.
+        layer_boxes (`torch.Tensor`): cxcywh in 0..1, `[L, B, Q, 4]`.
+        layer_morphology (`torch.Tensor`, *optional*): Logits `[L, B, Q, values]`, attributes in the configuration's order.
+        selection_logits (`torch.Tensor`): Class logits of the selected encoder tokens, `[B, Q, num_labels]`.
+        selection_boxes (`torch.Tensor`): Their boxes, with gradient, `[B, Q, 4]`.
+        labels (`Sequence[dict[str, torch.Tensor]]`): See `check_detection_labels`; without `morphology` all is missing.
+        config ([`UniHemaConfig`]): Costs, coefficients, `focal_alpha`, `auxiliary_loss`, `num_labels`, `morphology`.
+        denoising ([`DenoisingQueries`], *optional*): How the denoising queries were made.
+        denoising_logits (`torch.Tensor`, *optional*): Class logits of the denoising queries, `[L, B, P, num_labels]`.
+        denoising_boxes (`torch.Tensor`, *optional*): Their boxes, `[L, B, P, 4]`.
+
+    Returns:
+        `tuple[torch.Tensor, dict[str, torch.Tensor]]`: The weighted sum, with a graph, and the unweighted, detached
+        terms: `loss_ce`, `loss_bbox`, `loss_giou`, `loss_morphology` of the last layer; the same with `_{i}` for
+        earlier layers, `_enc` for the proposals (no morphology), `_dn` and `_dn_{i}` for denoising (no morphology).
+
+    Raises:
+        TypeError: See `check_detection_labels`.
+        ValueError: See `check_detection_labels` and `morphology_loss`.
+        RuntimeError: Predictions hold NaN or infinity.
+    """
+    device, batch_size = layer_logits.device, layer_logits.shape[1]
+    value_counts = [len(values) for values in (config.morphology or {}).values()]
+    check_detection_labels(labels, batch_size, config.num_labels, len(value_counts), value_counts)
+    targets = [_to_targets(image, len(value_counts), device) for image in labels]
+    class_weight = _annotated_class_weight(labels, config.num_labels, device)
+    num_cells = sum(len(image["class_labels"]) for image in targets)
+    has_target = is_positive = None
+    if denoising is not None:
+        has_target = _has_target(denoising.target_indices, labels)
+        is_positive = denoising.positive & has_target
+    num_positives = 0 if is_positive is None else is_positive.sum()
+    num_cells, num_positives = _average_over_processes(num_cells, num_positives, device)
+
+    last = layer_logits.shape[0] - 1
+    layers = range(last + 1) if config.auxiliary_loss else [last]
+    losses = {}
+    for layer in layers:
+        suffix = "" if layer == last else f"_{layer}"
+        logits, boxes = layer_logits[layer].float(), layer_boxes[layer].float()
+        pairs = _match(logits, boxes, targets, config)
+        terms = _class_and_box_losses(logits, boxes, targets, pairs, class_weight, num_cells, config)
+        if layer_morphology is not None and value_counts:
+            image, query, cell = pairs
+            values = _gather(targets, "morphology", image, cell)
+            terms["loss_morphology"] = morphology_loss(layer_morphology[layer][image, query], values, value_counts)
+        losses.update({name + suffix: value for name, value in terms.items()})
+
+    logits, boxes = selection_logits.float(), selection_boxes.float()
+    pairs = _match(logits, boxes, targets, config)
+    terms = _class_and_box_losses(logits, boxes, targets, pairs, class_weight, num_cells, config)
+    losses.update({f"{name}_enc": value for name, value in terms.items()})
+
+    if denoising is not None:
+        image, query = is_positive.nonzero(as_tuple=True)
+        pairs = (image, query, denoising.target_indices[image, query])
+        # A slot without a target is neither positive nor background.
+        weight = class_weight * has_target[..., None]
+        everything = [_to_device(image, device) for image in labels]
+        for layer in layers:
+            suffix = "_dn" if layer == last else f"_dn_{layer}"
+            logits, boxes = denoising_logits[layer].float(), denoising_boxes[layer].float()
+            terms = _class_and_box_losses(logits, boxes, everything, pairs, weight, num_positives, config)
+            losses.update({name + suffix: value for name, value in terms.items()})
+
+    coefficients = {
+        "ce": config.class_loss_coefficient,
+        "bbox": config.bbox_loss_coefficient,
+        "giou": config.giou_loss_coefficient,
+        "morphology": config.morphology_loss_coefficient,
+    }
+    loss = sum(coefficients[name.split("_")[1]] * value for name, value in losses.items())
+    return loss, {name: value.detach() for name, value in losses.items()}
+
+
+def segmentation_loss(
+    mask_logits: torch.Tensor,
+    labels: torch.Tensor,
+    dice_loss_coefficient: float = 2.0,
+    focal_loss_coefficient: float = 1.0,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Dice and focal loss of each image over its own valid pixels, averaged over the images.
+
+    Args:
+        mask_logits (`torch.Tensor`): `[B, H, W]`.
+        labels (`torch.Tensor`): Integers `[B, H, W]`: 1 cell, 0 background, -100 ignored. An image that is ignored
+            throughout counts for nothing.
+        dice_loss_coefficient (`float`): Weight of the Dice loss.
+        focal_loss_coefficient (`float`): Weight of the focal loss.
+        alpha (`float`): Constant factor of the focal loss, the same for cell and background.
+        gamma (`float`): Focal exponent.
+
+    Returns:
+        `tuple[torch.Tensor, dict[str, torch.Tensor]]`: The weighted sum, with a graph, and the unweighted, detached
+        `loss_dice` and `loss_focal`.
+
+    Raises:
+        ValueError: Shapes differ, or a label is none of 1, 0, -100.
+    """
+    if mask_logits.shape != labels.shape or labels.ndim != 3:
+        raise ValueError(
+            f"Segmentation labels must be [B, H, W] like the mask logits {tuple(mask_logits.shape)}, got "
+            f"{tuple(labels.shape)}."
+        )
+    labels = labels.to(mask_logits.device).flatten(1)
+    logits = mask_logits.float().flatten(1)
+    valid = labels != MISSING
+    strange = labels[valid & (labels != 0) & (labels != 1)]
+    if len(strange):
+        raise ValueError(
+            f"Segmentation labels must be 1 (cell), 0 (background) or {MISSING} (ignored), got {strange[0].item()}."
+        )
+    weight = valid.to(logits.dtype)
+    mask = labels.to(logits.dtype) * weight
+    probability = logits.sigmoid() * weight
+    overlap = (probability * mask).sum(1)
+    dice = 1 - (2 * overlap + 1) / (probability.sum(1) + mask.sum(1) + 1)
+    focal = alpha * sigmoid_focal_loss(logits, mask, alpha=None, gamma=gamma) * weight
+    pixels = weight.sum(1)
+    focal = focal.sum(1) / pixels.clamp(min=1)
+    counts = (pixels > 0).to(logits.dtype)
+    images = counts.sum().clamp(min=1)
+    dice, focal = (dice * counts).sum() / images, (focal * counts).sum() / images
+    loss = dice_loss_coefficient * dice + focal_loss_coefficient * focal
+    return loss, {"loss_dice": dice.detach(), "loss_focal": focal.detach()}
+
+
+def single_cell_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Cross-entropy of the class of a single cell, averaged over the labelled images.
+
+    Args:
+        logits (`torch.Tensor`): `[B, n]`.
+        labels (`torch.Tensor`): Class ids, int64 `[B]`; -100 has no label and costs nothing.
+        label_smoothing (`float`): Share of the target spread over all classes.
+
+    Returns:
+        `torch.Tensor`: Scalar; 0, but with a graph, without any label.
+
+    Raises:
+        ValueError: Shapes do not fit, or a class id is out of range.
+    """
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"Single-cell labels must be one class id per image, [{len(logits)}], got shape {tuple(labels.shape)}."
+        )
+    return _cross_entropy(logits, labels, label_smoothing, "Single-cell class id")
+
+
+def text_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Cross-entropy of each token, averaged over the labelled tokens of the batch.
+
+    Args:
+        logits (`torch.Tensor`): `[B, T, vocabulary]`.
+        labels (`torch.Tensor`): Token ids, int64 `[B, T]`; -100 (padding) costs nothing.
+        label_smoothing (`float`): Share of the target spread over the vocabulary.
+
+    Returns:
+        `torch.Tensor`: Scalar; 0, but with a graph, without any label.
+
+    Raises:
+        ValueError: Shapes do not fit, or a token id is out of range.
+    """
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(f"Text labels must be {list(logits.shape[:2])} token ids, got shape {tuple(labels.shape)}.")
+    return _cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing, "Token id")
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float, what: str) -> torch.Tensor:
+    labels = labels.to(logits.device, torch.int64)
+    classes = logits.shape[-1]
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != MISSING)]
+    if len(wrong):
+        raise ValueError(
+            f"{what} {wrong[0].item()} is out of range: the model has ids 0 to {classes - 1} ({MISSING} for none)."
+        )
+    total = functional.cross_entropy(
+        logits.float(), labels, ignore_index=MISSING, reduction="sum", label_smoothing=label_smoothing
+    )
+    return total / (labels != MISSING).sum().clamp(min=1)
+
+
+def _to_device(image: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {
+        "class_labels": image["class_labels"].to(device, torch.int64),
+        "boxes": image["boxes"].to(device, torch.float32),
+    }
+
+
+def _to_targets(image: dict[str, torch.Tensor], num_attributes: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Labels of one image without the cells of classes that are not annotated, morphology filled in."""
+    target = _to_device(image, device)
+    morphology = image.get("morphology")
+    if morphology is None:
+        target["morphology"] = torch.full((len(target["boxes"]), num_attributes), MISSING, device=device)
+    else:
+        target["morphology"] = morphology.to(device, torch.int64)
+    if image.get("annotated_classes") is None:
+        return target
+    kept = is_target(image).to(device)
+    return {key: value[kept] for key, value in target.items()}
+
+
+def _has_target(target_indices: torch.Tensor, labels: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Which denoising slots `[B, P]` hold a cell whose class is annotated; indices are into all labels of an image."""
+    kept = target_indices >= 0
+    for row, image in enumerate(labels):
+        if image.get("annotated_classes") is not None and len(image["class_labels"]):
+            kept[row] &= is_target(image).to(kept.device)[target_indices[row].clamp(min=0)]
+    return kept
+
+
+def _annotated_class_weight(
+    labels: Sequence[dict[str, torch.Tensor]], num_labels: int, device: torch.device
+) -> torch.Tensor:
+    """1 where a class is annotated in an image, else 0: `[B, 1, num_labels]`."""
+    weight = torch.ones(len(labels), 1, num_labels, device=device)
+    for row, image in enumerate(labels):
+        if image.get("annotated_classes") is not None:
+            weight[row, 0] = image["annotated_classes"].to(device, weight.dtype)
+    return weight
+
+
+def _average_over_processes(
+    num_cells: int, num_positives: int | torch.Tensor, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both counts averaged over the processes, at least 1; in one exchange, which every process takes part in."""
+    counts = torch.zeros(2, device=device)
+    counts[0] = num_cells
+    counts[1] = num_positives
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
+        counts = counts / torch.distributed.get_world_size()
+    return tuple(counts.clamp(min=1))
+
+
+def _match(
+    logits: torch.Tensor, boxes: torch.Tensor, targets: list[dict[str, torch.Tensor]], config: UniHemaConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Matched pairs of the whole batch as three index vectors: image, query, cell."""
+    matches = match_queries(
+        logits, boxes, targets, config.class_cost, config.bbox_cost, config.giou_cost, config.focal_alpha
+    )
+    image = torch.cat([torch.full_like(query, row) for row, (query, _) in enumerate(matches)])
+    query, cell = (torch.cat(indices) for indices in zip(*matches, strict=True))
+    return image, query, cell
+
+
+def _gather(targets: list[dict[str, torch.Tensor]], key: str, image: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
+    """Rows of one label of the batch."""
+    sizes = torch.tensor([len(target[key]) for target in targets], device=cell.device)
+    return torch.cat([target[key] for target in targets])[(sizes.cumsum(0) - sizes)[image] + cell]
+
+
+def _class_and_box_losses(
+    logits: torch.Tensor,
+    boxes: torch.Tensor,
+    targets: list[dict[str, torch.Tensor]],
+    pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    class_weight: torch.Tensor,
+    normaliser: torch.Tensor,
+    config: UniHemaConfig,
+) -> dict[str, torch.Tensor]:
+    """`class_weight` broadcasts to `logits`; a query without a pair is background."""
+    image, query, cell = pairs
+    one_hot = torch.zeros_like(logits)
+    one_hot[image, query, _gather(targets, "class_labels", image, cell)] = 1
+    focal = sigmoid_focal_loss(logits, one_hot, config.focal_alpha) * class_weight
+    predicted, wanted = boxes[image, query], _gather(targets, "boxes", image, cell)
+    overlap = generalized_box_iou_pairs(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(wanted))
+    return {
+        "loss_ce": focal.sum() / normaliser,
+        "loss_bbox": (predicted - wanted).abs().sum() / normaliser,
+        "loss_giou": (1 - overlap).sum() / normaliser,
+    }
+
+
+__all__ = [
+    "check_detection_labels",
+    "detection_loss",
+    "morphology_loss",
+    "segmentation_loss",
+    "sigmoid_focal_loss",
+    "single_cell_loss",
+    "text_loss",
+]

@@ -1,0 +1,117 @@
+"""What the models return."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class UniHemaModelOutput(ModelOutput):
+    """States of the trunk for one task; what the task does not run is `None`.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor`): What the task's head reads: decoder queries `[B, Q, d]` for detection
+            and segmentation, the single-cell feature `[B, 1, d]`, or the fused text and image `[B, L, text width]`.
+        encoder_last_hidden_state (`torch.FloatTensor`): Encoded image tokens `[B, S, d]`.
+        text_hidden_state (`torch.FloatTensor`): Text encoder states `[B, L, text width]`.
+        decoder_states (`torch.FloatTensor`): Normalised queries of each decoder layer `[layers, B, Q, d]`.
+        decoder_boxes (`torch.FloatTensor`): Boxes cxcywh of each decoder layer `[layers, B, Q, 4]`, relative to the
+            image itself.
+        denoising_states (`torch.FloatTensor`): As `decoder_states`, of the denoising queries (training only).
+        denoising_boxes (`torch.FloatTensor`): As `decoder_boxes`, of the denoising queries.
+        denoising_queries (`DenoisingQueries`): How the denoising queries were made.
+        proposal_logits (`torch.FloatTensor`): Class logits of the selected tokens `[B, Q, num_labels]`.
+        proposal_boxes (`torch.FloatTensor`): Boxes cxcywh of the selected tokens `[B, Q, 4]`.
+        proposal_indices (`torch.LongTensor`): Which token each query came from `[B, Q]`.
+        refined_queries (`torch.FloatTensor`): Content queries after TextGuidedVisualRefinement `[B, Q, d]`.
+        mask_logits (`torch.FloatTensor`): Mask of query 0 at the finest level `[B, 1, h, w]`.
+        mask_features (`torch.FloatTensor`): The maps it was made from `[B, 2d, h, w]`.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    encoder_last_hidden_state: torch.FloatTensor | None = None
+    text_hidden_state: torch.FloatTensor | None = None
+    decoder_states: torch.FloatTensor | None = None
+    decoder_boxes: torch.FloatTensor | None = None
+    denoising_states: torch.FloatTensor | None = None
+    denoising_boxes: torch.FloatTensor | None = None
+    denoising_queries: object | None = None
+    proposal_logits: torch.FloatTensor | None = None
+    proposal_boxes: torch.FloatTensor | None = None
+    proposal_indices: torch.LongTensor | None = None
+    refined_queries: torch.FloatTensor | None = None
+    mask_logits: torch.FloatTensor | None = None
+    mask_features: torch.FloatTensor | None = None
+
+
+@dataclass
+class UniHemaDetectionOutput(ModelOutput):
+    """Cells of a field of view.
+
+    Args:
+        loss (`torch.FloatTensor`): Weighted sum of `loss_dict`, when labels are given.
+        loss_dict (`dict[str, torch.Tensor]`): Unweighted losses by name.
+        logits (`torch.FloatTensor`): Class logits `[B, Q, num_labels]`; their sigmoid is the score.
+        pred_boxes (`torch.FloatTensor`): Boxes cxcywh `[B, Q, 4]` in 0..1, relative to the image itself.
+        pred_morphology (`torch.FloatTensor`): Logits `[B, Q, all values]`, attributes concatenated in the order of
+            `config.morphology`; a softmax over each attribute's own values gives its probabilities.
+        last_hidden_state (`torch.FloatTensor`): Decoder queries `[B, Q, d]`.
+        encoder_last_hidden_state (`torch.FloatTensor`): Encoded image tokens `[B, S, d]`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_dict: dict[str, torch.Tensor] | None = None
+    logits: torch.FloatTensor | None = None
+    pred_boxes: torch.FloatTensor | None = None
+    pred_morphology: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    encoder_last_hidden_state: torch.FloatTensor | None = None
+
+
+@dataclass
+class UniHemaSegmentationOutput(ModelOutput):
+    """Semantic mask of what the prompt names.
+
+    Args:
+        loss (`torch.FloatTensor`): Weighted sum of `loss_dict`, when labels are given.
+        loss_dict (`dict[str, torch.Tensor]`): Unweighted losses by name.
+        mask_logits (`torch.FloatTensor`): `[B, H, W]` at the size of `pixel_values`, padding included.
+        encoder_last_hidden_state (`torch.FloatTensor`): Encoded image tokens `[B, S, d]`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_dict: dict[str, torch.Tensor] | None = None
+    mask_logits: torch.FloatTensor | None = None
+    encoder_last_hidden_state: torch.FloatTensor | None = None
+
+
+@dataclass
+class UniHemaClassificationOutput(ModelOutput):
+    """Class of a single-cell image.
+
+    Args:
+        loss (`torch.FloatTensor`): Cross-entropy, when labels are given.
+        loss_dict (`dict[str, torch.Tensor]`): The same by name.
+        logits (`torch.FloatTensor`): `[B, classes]` in the order of `config.single_cell_labels`.
+        features (`torch.FloatTensor`): Single-cell feature `[B, d]`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_dict: dict[str, torch.Tensor] | None = None
+    logits: torch.FloatTensor | None = None
+    features: torch.FloatTensor | None = None
+
+
+@dataclass
+class UniHemaLanguageOutput(Seq2SeqLMOutput):
+    """Token logits `[B, T, vocabulary]` of an answer or a completed sentence.
+
+    `encoder_last_hidden_state` is the fused text and image. The other fields are those of T5.
+
+    Args:
+        loss_dict (`dict[str, torch.Tensor]`): The loss by name, when labels are given.
+    """
+
+    loss_dict: dict[str, torch.Tensor] | None = None

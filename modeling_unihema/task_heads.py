@@ -1,0 +1,87 @@
+"""What turns the trunk's features into a task's answer: detection, mask and single-cell heads."""
+
+import math
+
+import torch
+from torch import nn
+
+from .configuration_unihema import UniHemaConfig
+
+
+class DetectionHead(nn.Module):
+    """Class scores and morphology of each query; the boxes come from the decoder, which refines them layer by layer."""
+
+    def __init__(self, config: UniHemaConfig):
+        super().__init__()
+        self.class_head = nn.Linear(config.d_model, config.num_labels)
+        self.morphology_head = nn.Linear(config.d_model, sum(config.morphology_sizes))
+
+    def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decoder states `[..., d]` to class logits `[..., num_labels]` and morphology logits `[..., all values]`."""
+        return self.class_head(states), self.morphology_head(states)
+
+
+class SingleCellHead(nn.Module):
+    """Class of a single-cell crop: an MLP d, d, d/2, n with LeakyReLU and dropout."""
+
+    def __init__(self, config: UniHemaConfig):
+        super().__init__()
+        width = config.d_model
+        self.layers = nn.Sequential(
+            nn.Linear(width, width),
+            nn.LeakyReLU(0.01),
+            nn.Dropout(0.1),
+            nn.Linear(width, width // 2),
+            nn.LeakyReLU(0.01),
+            nn.Dropout(0.1),
+            nn.Linear(width // 2, len(config.single_cell_labels)),
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Single-cell features `[B, d]` to logits `[B, classes]`."""
+        return self.layers(features)
+
+
+def _convolution_block(channels_in: int, channels_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(),
+    )
+
+
+class MaskHead(nn.Module):
+    """Brings a mask from the finest feature level to the image's own size, by bilinear or learned upsampling."""
+
+    def __init__(self, config: UniHemaConfig):
+        super().__init__()
+        self.learnable = config.upsampler == "learnable"
+        if self.learnable:
+            width = config.d_model
+            self.features = nn.Sequential(_convolution_block(2 * width, width), _convolution_block(width, width))
+            self.upsample = nn.ModuleList(
+                [_convolution_block(width + 1, width // 2), _convolution_block(width // 2, width // 4)]
+            )
+            self.output = nn.Conv2d(width // 4, 1, kernel_size=1)
+
+    def forward(self, logits: torch.Tensor, features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """
+        Args:
+            logits (`torch.Tensor`): Mask logits `[B, 1, h, w]`.
+            features (`torch.Tensor`): QueryGuidedMaskFinder's maps `[B, 2d, h, w]`.
+            size (`tuple[int, int]`): `(H, W)` wanted.
+
+        Returns:
+            `torch.Tensor`: Mask logits `[B, H, W]`.
+        """
+        if self.learnable:
+            logits = torch.cat((logits, self.features(features)), 1)
+            for block in self.upsample:
+                logits = block(nn.functional.interpolate(logits, scale_factor=2, mode="bilinear"))
+            logits = self.output(logits)
+        return nn.functional.interpolate(logits, size=size, mode="bilinear")[:, 0]
+
+
+def prior_bias(probability: float = 0.01) -> float:
+    """Bias that makes a sigmoid classifier start at `probability` (focal loss, arXiv 1708.02002, section 4.1)."""
+    return -math.log((1 - probability) / probability)

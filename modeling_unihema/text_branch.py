@@ -1,0 +1,100 @@
+"""The text branch: T5 encoder and decoder from Transformers, with the states of fixed prompts cached."""
+
+import copy
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.models.t5.modeling_t5 import T5Stack
+
+from .configuration_unihema import UniHemaConfig
+
+CACHED_PROMPTS = 32
+
+
+class TextBranch(nn.Module):
+    """T5's shared embedding and encoder, and its decoder where a task generates text.
+
+    Args:
+        config ([`UniHemaConfig`]): Gives `text_config`.
+        with_decoder (`bool`): Whether to build the decoder.
+    """
+
+    def __init__(self, config: UniHemaConfig, with_decoder: bool = True):
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.text_config.vocab_size, config.text_config.d_model)
+        self.encoder = self._stack(config, is_decoder=False)
+        self.decoder = self._stack(config, is_decoder=True) if with_decoder else None
+        self._prompt_states = OrderedDict()
+
+    @staticmethod
+    def _stack(config: UniHemaConfig, is_decoder: bool) -> T5Stack:
+        stack_config = copy.deepcopy(config.text_config)
+        stack_config.is_decoder = is_decoder
+        stack_config.use_cache = is_decoder
+        if is_decoder:
+            stack_config.num_layers = config.text_config.num_decoder_layers
+        stack = T5Stack(stack_config)
+        # Both stacks are given embedded tokens, so that the shared embedding exists (and is saved) once.
+        stack.embed_tokens = None
+        return stack
+
+    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """States of a text.
+
+        Args:
+            input_ids (`torch.Tensor`): `[B, L]`.
+            attention_mask (`torch.Tensor`): `[B, L]`, 0 on padding.
+
+        Returns:
+            `torch.Tensor`: `[B, L, text width]`.
+        """
+        return self.encoder(inputs_embeds=self.shared(input_ids), attention_mask=attention_mask).last_hidden_state
+
+    def encode_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """As [`~TextBranch.encode`], but the states of a prompt seen before are not computed again.
+
+        Only in evaluation mode without gradients; a changed weight, dtype or device forgets the cache.
+        """
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self.encode(input_ids, attention_mask)
+        weights = tuple((p.data_ptr(), p._version, p.dtype) for p in (self.shared.weight, *self.encoder.parameters()))
+        if self._prompt_states.get("weights") != weights:
+            self._prompt_states = OrderedDict(weights=weights)
+        key = (tuple(map(tuple, input_ids.tolist())), tuple(map(tuple, attention_mask.tolist())))
+        if key not in self._prompt_states:
+            self._prompt_states[key] = self.encode(input_ids, attention_mask)
+            if len(self._prompt_states) > CACHED_PROMPTS + 1:
+                self._prompt_states.pop(next(k for k in self._prompt_states if k != "weights"))
+        return self._prompt_states[key]
+
+    def decode(
+        self,
+        decoder_input_ids: torch.Tensor | None,
+        fused_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Decoder states that attend to the fused text and image.
+
+        Args:
+            decoder_input_ids (`torch.Tensor`): `[B, T]`; or `decoder_inputs_embeds` `[B, T, text width]`.
+            fused_states (`torch.Tensor`): CrossModalFusion output `[B, L, text width]`.
+            attention_mask (`torch.Tensor`): `[B, L]`.
+            decoder_inputs_embeds (`torch.Tensor`, *optional*): Embedded decoder tokens.
+            decoder_attention_mask (`torch.Tensor`, *optional*): `[B, T]`.
+            **kwargs: `past_key_values` and `use_cache` of the T5 decoder.
+        """
+        if decoder_inputs_embeds is None:
+            decoder_inputs_embeds = self.shared(decoder_input_ids)
+        return self.decoder(
+            inputs_embeds=decoder_inputs_embeds,
+            attention_mask=decoder_attention_mask,
+            encoder_hidden_states=fused_states,
+            encoder_attention_mask=attention_mask,
+            **kwargs,
+        )

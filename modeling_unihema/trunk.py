@@ -1,0 +1,242 @@
+"""The trunk: image and text in, the states that a task's head reads out (Uni-Hema, arXiv 2511.13889, figure 2)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_unihema import UniHemaConfig
+from .deformable_attention import MultiScaleDeformableAttention
+from .hema_former import CrossModalFusion, HemaFormer, SingleCellFeatureExtraction
+from .image_decoder import ImageDecoder, QuerySelection
+from .image_encoder import ImageEncoder
+from .outputs import UniHemaModelOutput
+from .task_heads import DetectionHead, prior_bias
+from .text_branch import TextBranch
+from .visual_backbone import FeatureLevels, VisualBackbone
+
+
+_QUERIES = {"image_encoder", "query_selection", "text_guided_visual_refinement", "image_decoder", "text_encoder"}
+_LANGUAGE = {"text_encoder", "text_decoder", "cross_modal_fusion"}
+
+# What each task runs, beside the visual backbone. Nothing else is built or computed.
+TASK_PARTS = {
+    "detection": _QUERIES,
+    "segmentation": _QUERIES | {"query_guided_mask_finder"},
+    "single_cell": {"image_encoder", "single_cell_feature_extraction"},
+    "question_answering": _LANGUAGE,
+    "cloze": _LANGUAGE,
+}
+TASKS = tuple(TASK_PARTS)
+LANGUAGE_TASKS = ("question_answering", "cloze")
+
+# Where each part, and each task's head, lives in a state dict: what a class does not build it may skip in a checkpoint.
+_PART_KEYS = {
+    "image_encoder": r"^model\.image_encoder\.",
+    "query_selection": r"^model\.query_selection\.",
+    "image_decoder": r"^model\.image_decoder\.",
+    "text_encoder": r"^model\.text_branch\.(shared|encoder)\.",
+    "text_decoder": r"^model\.text_branch\.decoder\.",
+    "cross_modal_fusion": r"^model\.hema_former\.cross_modal_fusion\.",
+    "text_guided_visual_refinement": r"^model\.hema_former\.text_guided_visual_refinement\.",
+    "single_cell_feature_extraction": r"^model\.hema_former\.single_cell_feature_extraction\.",
+    "query_guided_mask_finder": r"^model\.hema_former\.query_guided_mask_finder\.",
+}
+_HEAD_KEYS = {
+    "detection": r"^(detection_head|denoising)\.",
+    "segmentation": r"^mask_head\.",
+    "single_cell": r"^single_cell_head\.",
+    "question_answering": r"^lm_head\.",
+}
+
+
+def parts_of(tasks: tuple[str, ...]) -> set[str]:
+    """Names of the parts that any of `tasks` runs."""
+    return set().union(*(TASK_PARTS[task] for task in tasks))
+
+
+def skippable_keys(tasks: tuple[str, ...]) -> list[str]:
+    """Patterns of the checkpoint keys that a class for `tasks` does not build."""
+    parts = parts_of(tasks)
+    missing_parts = [pattern for part, pattern in _PART_KEYS.items() if part not in parts]
+    return missing_parts + [pattern for task, pattern in _HEAD_KEYS.items() if task not in tasks]
+
+
+class UniHemaPreTrainedModel(PreTrainedModel):
+    """Initialisation and loading, common to all UniHema models."""
+
+    config: UniHemaConfig
+    config_class = UniHemaConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VisualBackbone", "ImageEncoderLayer", "ImageDecoderLayer", "CrossModalFusionBlock"]
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Xavier-uniform linears and convolutions, zero biases; normal queries and embeddings; deformable offsets in
+        compass directions; class scores at their prior; boxes that start at their anchor."""
+        super()._init_weights(module)
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, MultiScaleDeformableAttention):
+            init.zeros_(module.sampling_offsets.weight)
+            init.copy_(module.sampling_offsets.bias, module.initial_offsets())
+            init.zeros_(module.attention_weights.weight)
+        elif isinstance(module, ImageEncoder):
+            init.normal_(module.level_embedding)
+        elif isinstance(module, CrossModalFusion):
+            init.normal_(module.queries)
+        elif isinstance(module, SingleCellFeatureExtraction):
+            init.normal_(module.query)
+        elif isinstance(module, QuerySelection):
+            init.normal_(module.content_queries.weight)
+            init.constant_(module.class_head.bias, prior_bias())
+            self._init_box_head(module.box_head)
+        elif isinstance(module, ImageDecoder):
+            self._init_box_head(module.box_head)
+        elif isinstance(module, DetectionHead):
+            init.constant_(module.class_head.bias, prior_bias())
+        elif isinstance(module, TextBranch):
+            init.normal_(module.shared.weight, std=self.config.text_config.initializer_factor)
+
+    @staticmethod
+    def _init_box_head(head: nn.Module) -> None:
+        init.zeros_(head.layers[-1].weight)
+        init.zeros_(head.layers[-1].bias)
+
+
+class UniHemaModel(UniHemaPreTrainedModel):
+    """The trunk: everything but the heads.
+
+    Args:
+        config ([`UniHemaConfig`]): The configuration.
+        tasks (`tuple[str, ...]`): Tasks whose parts to build; all of them by default.
+    """
+
+    def __init__(self, config: UniHemaConfig, tasks: tuple[str, ...] = TASKS):
+        super().__init__(config)
+        parts = parts_of(tasks)
+        self.visual_backbone = VisualBackbone(config)
+        if "text_encoder" in parts:
+            self.text_branch = TextBranch(config, with_decoder="text_decoder" in parts)
+        if "image_encoder" in parts:
+            self.image_encoder = ImageEncoder(config)
+        if "query_selection" in parts:
+            self.query_selection = QuerySelection(config)
+            self.image_decoder = ImageDecoder(config)
+        self.hema_former = HemaFormer(config, parts)
+        self._keys_to_ignore_on_load_unexpected = [
+            pattern for head in _HEAD_KEYS.values() for pattern in (head, head.replace("^", "^model."))
+        ]
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The text branch's token embedding."""
+        return self.text_branch.shared
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the text branch's token embedding."""
+        self.text_branch.shared = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        pixel_mask: torch.LongTensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        task: str = "detection",
+        make_denoising: Callable | None = None,
+        **kwargs,
+    ) -> UniHemaModelOutput:
+        """
+        Args:
+            pixel_values (`torch.FloatTensor`): Normalised images `[B, 3, H, W]`.
+            pixel_mask (`torch.LongTensor`, *optional*): `[B, H, W]`, 1 on the image, 0 on padding.
+            input_ids (`torch.LongTensor`, *optional*): Prompt or question `[B, L]`. For language tasks `[K * B, L]` asks
+                K questions of each image, image by image. The configuration's default prompt when missing.
+            attention_mask (`torch.LongTensor`, *optional*): `[B, L]`, 0 on padding.
+            task (`str`): One of `TASKS`; decides which parts run.
+            make_denoising (`Callable`, *optional*): From the number of queries to `DenoisingQueries`; training only.
+
+        Returns:
+            [`UniHemaModelOutput`]
+
+        Raises:
+            ValueError: Unknown task, no text where a question is needed, or a text batch that is no multiple of the
+                images.
+        """
+        if task not in TASK_PARTS:
+            raise ValueError(f"Unknown task '{task}'; choose one of {', '.join(TASKS)}.")
+        if pixel_values is None:
+            raise ValueError("pixel_values is missing: every task of UniHema looks at an image.")
+        levels = self.visual_backbone(pixel_values, pixel_mask)
+
+        if task in LANGUAGE_TASKS:
+            return self._fuse_with_text(levels, input_ids, attention_mask)
+
+        tokens = self.image_encoder(levels)
+        if task == "single_cell":
+            feature = self.hema_former.single_cell_feature_extraction(tokens, levels)
+            return UniHemaModelOutput(last_hidden_state=feature[:, None], encoder_last_hidden_state=tokens)
+
+        input_ids, attention_mask = self._prompt(task, input_ids, attention_mask, len(pixel_values))
+        text = self.text_branch.encode_prompt(input_ids, attention_mask)
+        proposals = self.query_selection(tokens, levels)
+        content, reference = proposals.content, proposals.reference_logits
+        denoising = make_denoising(content.shape[1]) if make_denoising is not None else None
+        if denoising is not None:
+            content = torch.cat((denoising.content.to(content.dtype), content), 1)
+            reference = torch.cat((denoising.reference_logits.to(reference.dtype), reference), 1)
+        content = self.hema_former.text_guided_visual_refinement(content, text, attention_mask)
+        states, boxes = self.image_decoder(content, reference, tokens, levels, denoising)
+        noisy = 0 if denoising is None else denoising.content.shape[1]
+        output = UniHemaModelOutput(
+            last_hidden_state=states[-1, :, noisy:],
+            encoder_last_hidden_state=tokens,
+            text_hidden_state=text,
+            decoder_states=states[:, :, noisy:],
+            decoder_boxes=boxes[:, :, noisy:],
+            denoising_states=states[:, :, :noisy] if noisy else None,
+            denoising_boxes=boxes[:, :, :noisy] if noisy else None,
+            denoising_queries=denoising,
+            proposal_logits=proposals.logits,
+            proposal_boxes=proposals.boxes,
+            proposal_indices=proposals.token_indices,
+            refined_queries=content[:, noisy:],
+        )
+        if task == "segmentation":
+            output["mask_logits"], output["mask_features"] = self.hema_former.query_guided_mask_finder(
+                states[-1, :, :1], tokens, levels
+            )
+        return output
+
+    def _fuse_with_text(self, levels: FeatureLevels, input_ids, attention_mask) -> UniHemaModelOutput:
+        if input_ids is None:
+            raise ValueError("input_ids is missing: a question or a masked sentence is needed to generate text.")
+        if attention_mask is None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        images = len(levels.maps[0])
+        if len(input_ids) % images:
+            raise ValueError(f"{len(input_ids)} texts for {images} images: give every image the same number of texts.")
+        if len(input_ids) > images:
+            levels = levels.repeat_images(len(input_ids) // images)
+        text = self.text_branch.encode(input_ids, attention_mask)
+        fused = self.hema_former.cross_modal_fusion(text, attention_mask, levels)
+        return UniHemaModelOutput(last_hidden_state=fused, text_hidden_state=text)
+
+    def _prompt(self, task: str, input_ids, attention_mask, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if input_ids is None:
+            ids = self.config.default_prompt_ids.get(task, [self.config.text_config.eos_token_id])
+            input_ids = torch.tensor([ids], device=self.device).expand(images, -1)
+        if attention_mask is None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        return input_ids, attention_mask

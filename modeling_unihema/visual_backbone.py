@@ -1,0 +1,146 @@
+"""Image to feature levels: AutoBackbone, input projection, padding masks and sine positions."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoBackbone
+
+from .configuration_unihema import UniHemaConfig
+
+
+@dataclass
+class FeatureLevels:
+    """The projected feature maps of a batch, finest first.
+
+    Attributes:
+        maps (`list[torch.Tensor]`): `[B, d, h, w]` of each level.
+        valid (`list[torch.Tensor]`): Boolean `[B, h, w]`, `True` on the image, `False` on padding.
+        positions (`list[torch.Tensor]`): Sine positions `[B, d, h, w]`.
+    """
+
+    maps: list[torch.Tensor]
+    valid: list[torch.Tensor]
+    positions: list[torch.Tensor]
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """`(h, w)` of each level."""
+        return [tuple(level.shape[-2:]) for level in self.maps]
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """All levels as tokens, `[B, S, d]`."""
+        return flatten_levels(self.maps)
+
+    @property
+    def padding(self) -> torch.Tensor:
+        """`[B, S]`, `True` on padded tokens."""
+        return ~torch.cat([mask.flatten(1) for mask in self.valid], dim=1)
+
+    @property
+    def valid_ratios(self) -> torch.Tensor:
+        """Share of each level's (width, height) that is image, `[B, levels, 2]`."""
+        ratios = []
+        for mask in self.valid:
+            height = mask[:, :, 0].sum(1) / mask.shape[1]
+            width = mask[:, 0, :].sum(1) / mask.shape[2]
+            ratios.append(torch.stack((width, height), -1))
+        # Half precision would move sampling points by whole pixels.
+        return torch.stack(ratios, 1).to(torch.promote_types(torch.float32, self.maps[0].dtype))
+
+    def repeat_images(self, times: int) -> "FeatureLevels":
+        """Each image `times` in a row: several questions about one image."""
+        return FeatureLevels(
+            *[[level.repeat_interleave(times, 0) for level in part] for part in (self.maps, self.valid, self.positions)]
+        )
+
+
+def flatten_levels(maps: list[torch.Tensor]) -> torch.Tensor:
+    """`[B, d, h, w]` maps to tokens `[B, S, d]`, levels one after the other, row-major."""
+    return torch.cat([level.flatten(2) for level in maps], dim=2).transpose(1, 2)
+
+
+def sine_positions(valid: torch.Tensor, d_model: int, temperature: float) -> torch.Tensor:
+    """Sine position map that counts from the image's edges, not the padding's (DETR, arXiv 2005.12872, appendix A.4).
+
+    Args:
+        valid (`torch.Tensor`): Boolean `[B, h, w]`.
+        d_model (`int`): Channels: the first half for y, the second for x.
+        temperature (`float`): Base of the wavelengths.
+
+    Returns:
+        `torch.Tensor`: `[B, d_model, h, w]` float32.
+    """
+    channels = d_model // 2
+    wavelength = torch.arange(channels, dtype=torch.float32, device=valid.device)
+    wavelength = temperature ** (2 * torch.div(wavelength, 2, rounding_mode="floor") / channels)
+    halves = []
+    for axis in (1, 2):
+        count = valid.cumsum(axis, dtype=torch.float32)
+        count = count / (count.narrow(axis, count.shape[axis] - 1, 1) + 1e-6) * (2 * math.pi)
+        angle = count[..., None] / wavelength
+        halves.append(torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2))
+    return torch.cat(halves, dim=-1).permute(0, 3, 1, 2)
+
+
+class VisualBackbone(nn.Module):
+    """Backbone maps (C3, C4, C5), projected to `d_model`, plus coarser levels by stride-2 convolution."""
+
+    def __init__(self, config: UniHemaConfig):
+        super().__init__()
+        self.config = config
+        self.backbone = AutoBackbone.from_config(config.backbone_config)
+        groups = math.gcd(32, config.d_model)
+        channels = self.backbone.channels
+        self.input_projection = nn.ModuleList()
+        for level in range(config.num_feature_levels):
+            if level < len(channels):
+                convolution = nn.Conv2d(channels[level], config.d_model, kernel_size=1)
+            else:
+                width = channels[-1] if level == len(channels) else config.d_model
+                convolution = nn.Conv2d(width, config.d_model, kernel_size=3, stride=2, padding=1)
+            self.input_projection.append(nn.Sequential(convolution, nn.GroupNorm(groups, config.d_model)))
+        if config.freeze_backbone_norm:
+            for module in self._norms():
+                module.requires_grad_(False)
+
+    def _norms(self):
+        return (m for m in self.backbone.modules() if isinstance(m, nn.BatchNorm2d))
+
+    def train(self, mode: bool = True) -> "VisualBackbone":
+        """Sets the training mode; frozen BatchNorms stay in evaluation mode."""
+        super().train(mode)
+        if self.config.freeze_backbone_norm:
+            for module in self._norms():
+                module.eval()
+        return self
+
+    def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None) -> FeatureLevels:
+        """
+        Args:
+            pixel_values (`torch.Tensor`): `[B, 3, H, W]`, normalised.
+            pixel_mask (`torch.Tensor`, *optional*): `[B, H, W]`, 1 on the image, 0 on padding. All image when missing.
+
+        Returns:
+            [`FeatureLevels`]: `config.num_feature_levels` levels, finest first.
+        """
+        if pixel_mask is None:
+            pixel_mask = pixel_values.new_ones((pixel_values.shape[0], *pixel_values.shape[-2:]))
+        maps = list(self.backbone(pixel_values).feature_maps)
+        projected = []
+        for level, projection in enumerate(self.input_projection):
+            if level < len(maps):
+                source = maps[level]
+            else:
+                source = maps[-1] if level == len(maps) else projected[-1]
+            projected.append(projection(source))
+        valid, positions = [], []
+        for level in projected:
+            mask = nn.functional.interpolate(pixel_mask[:, None].float(), size=level.shape[-2:])[:, 0] > 0.5
+            valid.append(mask)
+            positions.append(
+                sine_positions(mask, self.config.d_model, self.config.position_temperature).to(level.dtype)
+            )
+        return FeatureLevels(projected, valid, positions)

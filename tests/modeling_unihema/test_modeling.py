@@ -1,0 +1,271 @@
+"""Every model class: losses, what runs for which task, padding, saving and loading."""
+
+import pytest
+import torch
+from tiny_models import batch, very_tiny_config
+
+from unihema.modeling_unihema.modeling_unihema import (
+    TASKS,
+    UniHemaForDetection,
+    UniHemaForImageClassification,
+    UniHemaForMultiTask,
+    UniHemaForQA,
+    UniHemaForSegmentation,
+    UniHemaModel,
+)
+
+
+HEADS = {
+    "detection": UniHemaForDetection,
+    "segmentation": UniHemaForSegmentation,
+    "single_cell": UniHemaForImageClassification,
+    "question_answering": UniHemaForQA,
+}
+
+OPTIONS = {
+    "paper": {"fusion_order": "text_image", "refinement": "concat"},
+    "official": {"fusion_order": "image_text", "refinement": "gated", "attend_to_padding": True},
+    "bilinear upsampler": {"upsampler": "bilinear"},
+    "backbone features in SCFE": {"scfe_backbone_features": True},
+    "tied output layer": {"tie_word_embeddings": True},
+    "frozen backbone norm": {"freeze_backbone_norm": True},
+    "five feature levels": {"num_feature_levels": 5},
+    "no denoising, no auxiliary loss": {"denoising_queries": 0, "auxiliary_loss": False},
+    "no morphology": {"morphology": {}},
+}
+
+PARTS = {
+    "image encoder": "model.image_encoder",
+    "text encoder": "model.text_branch.encoder",
+    "text decoder": "model.text_branch.decoder",
+    "CMF": "model.hema_former.cross_modal_fusion",
+    "selection": "model.query_selection",
+    "TGVR": "model.hema_former.text_guided_visual_refinement",
+    "image decoder": "model.image_decoder",
+    "QGMF": "model.hema_former.query_guided_mask_finder",
+    "SCFE": "model.hema_former.single_cell_feature_extraction",
+    "detection head": "detection_head",
+    "mask head": "mask_head",
+    "single-cell head": "single_cell_head",
+    "output layer": "lm_head",
+}
+QUERY_PARTS = {"image encoder", "text encoder", "selection", "TGVR", "image decoder"}
+RUNS = {
+    "detection": QUERY_PARTS | {"detection head"},
+    "segmentation": QUERY_PARTS | {"QGMF", "mask head"},
+    "single_cell": {"image encoder", "SCFE", "single-cell head"},
+    "question_answering": {"text encoder", "text decoder", "CMF", "output layer"},
+    "cloze": {"text encoder", "text decoder", "CMF", "output layer"},
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return UniHemaForMultiTask(very_tiny_config()).eval()
+
+
+def primary(output) -> torch.Tensor:
+    return output.mask_logits if "mask_logits" in output else output.logits
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_runs_only_its_own_parts(model, task):
+    calls = dict.fromkeys(PARTS, 0)
+    hooks = []
+    for name, path in PARTS.items():
+
+        def count(*_, name=name):
+            calls[name] += 1
+
+        hooks.append(model.get_submodule(path).register_forward_hook(count))
+    with torch.no_grad():
+        model.model.text_branch._prompt_states.clear()
+        model(task=task, **batch(task))
+        ran = {name for name, number in calls.items() if number}
+        for name in calls:
+            calls[name] = 0
+        model(task=task, **batch(task))
+    for hook in hooks:
+        hook.remove()
+    assert ran == RUNS[task]
+    cached = task in ("detection", "segmentation")
+    assert calls["text encoder"] == (0 if cached or task == "single_cell" else 1)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_every_option_trains(task, options):
+    torch.manual_seed(0)
+    model = UniHemaForMultiTask(very_tiny_config(**options)).train()
+    inputs = batch(task)
+    if not model.config.morphology and task == "detection":
+        for label in inputs["labels"]:
+            del label["morphology"]
+    output = model(task=task, **inputs)
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
+    assert all(value.dim() == 0 for value in output.loss_dict.values())
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_gradients_reach_every_trainable_parameter():
+    torch.manual_seed(0)
+    model = UniHemaForMultiTask(very_tiny_config()).train()
+    # Box heads and sampling offsets start at zero weight, which stops the gradient of what lies behind them.
+    for name, parameter in model.named_parameters():
+        if "box_head" in name or "sampling_offsets.weight" in name or "attention_weights" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    for task in TASKS:
+        model(task=task, **batch(task, size=(96, 128))).loss.backward()
+    untouched = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert untouched == []
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_full_checkpoint_loads_into_each_head_and_predicts_the_same(model, task, tmp_path):
+    model.save_pretrained(tmp_path)
+    head, info = HEADS[task].from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert sum(p.numel() for p in head.parameters()) < sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        expected, found = model(task=task, **batch(task)), head.eval()(**batch(task))
+    torch.testing.assert_close(primary(found), primary(expected), rtol=0, atol=0)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=0)
+
+
+def test_trunk_loads_from_a_full_checkpoint(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    trunk, info = UniHemaModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    inputs = batch("detection")
+    inputs.pop("labels")
+    with torch.no_grad():
+        found = trunk(**inputs)
+        expected = model.model(**inputs)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=0, atol=0)
+
+
+def test_head_asked_of_a_checkpoint_that_lacks_it_is_reported(tmp_path):
+    UniHemaForImageClassification(very_tiny_config()).save_pretrained(tmp_path)
+    _, info = UniHemaForDetection.from_pretrained(tmp_path, output_loading_info=True)
+    missing = {key.split(".")[0] for key in info["missing_keys"]}
+    assert "detection_head" in missing
+
+
+@pytest.mark.parametrize("task", ["question_answering", "cloze"])
+def test_padded_text_tokens_change_nothing(model, task):
+    inputs = batch(task)
+    changed = dict(inputs)
+    changed["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(task=task, **inputs).logits, model(task=task, **changed).logits, rtol=0, atol=1e-6
+        )
+
+
+def test_several_questions_about_one_image_equal_one_at_a_time(model):
+    one = batch("question_answering", images=1)
+    three = dict(one)
+    three["input_ids"] = torch.stack([one["input_ids"][0].roll(i) for i in range(3)])
+    three["attention_mask"] = one["attention_mask"].repeat(3, 1) * 0 + 1
+    three["labels"] = one["labels"].repeat(3, 1)
+    with torch.no_grad():
+        together = model(task="question_answering", **three).logits
+        for i in range(3):
+            single = dict(one, input_ids=three["input_ids"][i : i + 1], attention_mask=three["attention_mask"][:1])
+            torch.testing.assert_close(model(task="question_answering", **single).logits[0], together[i], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"use_cache": False}, {"do_sample": True}])
+def test_generate(model, settings):
+    inputs = batch("question_answering")
+    inputs.pop("labels")
+    torch.manual_seed(0)
+    answer = model.generate(**inputs, max_new_tokens=5, **settings)
+    assert answer.shape[0] == 2 and answer.shape[1] <= 6
+    assert (answer[:, 0] == model.config.decoder_start_token_id).all()
+
+
+def test_generation_with_cache_equals_without_and_sees_the_image(model):
+    inputs = batch("question_answering", images=1)
+    inputs.pop("labels")
+    with torch.no_grad():
+        cached = model.generate(**inputs, max_new_tokens=6, return_dict_in_generate=True, output_logits=True)
+        uncached = model.generate(
+            **inputs, max_new_tokens=6, use_cache=False, return_dict_in_generate=True, output_logits=True
+        )
+        inputs["pixel_values"] = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(9))
+        other = model.generate(**inputs, max_new_tokens=6, return_dict_in_generate=True, output_logits=True)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), rtol=0, atol=1e-4)
+    assert (cached.logits[0] - other.logits[0]).abs().max() > 1e-4
+
+
+def test_prompt_cache_forgets_when_the_weights_change():
+    torch.manual_seed(0)
+    model = UniHemaForDetection(very_tiny_config()).eval()
+    inputs = batch("detection")
+    inputs.pop("labels")
+    with torch.no_grad():
+        before = model(**inputs).logits
+        assert torch.equal(before, model(**inputs).logits)
+        model.model.text_branch.encoder.final_layer_norm.weight.mul_(3)
+        after = model(**inputs).logits
+    assert (before - after).abs().max() > 1e-5
+
+
+def test_prompt_changes_the_detections(model):
+    inputs = batch("detection")
+    inputs.pop("labels")
+    with torch.no_grad():
+        a = model(task="detection", **inputs).logits
+        inputs["input_ids"] = (inputs["input_ids"] + 1) * inputs["attention_mask"]
+        b = model(task="detection", **inputs).logits
+    assert (a - b).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "counting"}, "Unknown task 'counting'"),
+        ({"task": "cloze", "input_ids": None, "labels": torch.ones(2, 3, dtype=torch.long)}, "input_ids is missing"),
+        ({"task": "cloze", "input_ids": torch.ones(2, 17, dtype=torch.long), "attention_mask": None}, "at most 16"),
+        ({"task": "cloze", "input_ids": torch.ones(3, 5, dtype=torch.long), "attention_mask": None}, "3 texts for 2"),
+        ({"pixel_values": None}, "pixel_values is missing"),
+    ],
+)
+def test_bad_input_is_named(model, change, message):
+    inputs = {"labels": torch.ones(2, 3, dtype=torch.long), **batch("single_cell"), **change}
+    with pytest.raises(ValueError, match=message):
+        model(**{"task": "cloze", **inputs, "labels": torch.ones(2, 3, dtype=torch.long)})
+
+
+def test_more_queries_than_tokens(model):
+    output = UniHemaForDetection(very_tiny_config(num_queries=500)).train()(**batch("detection", size=(32, 32)))
+    assert torch.isfinite(output.loss)
+    assert output.logits.shape[1] == 4 * 4 + 2 * 2 + 1 + 1
+
+
+def test_boxes_are_relative_to_the_image_not_its_padding(model):
+    inputs = batch("detection")
+    inputs.pop("labels")
+    with torch.no_grad():
+        boxes = model(task="detection", **inputs).pred_boxes
+    assert ((boxes >= 0) & (boxes <= 1)).all()
+    centre_spread = boxes[-1, :, 0].max() - boxes[-1, :, 0].min()
+    assert centre_spread > 0.5
+
+
+def test_timm_backbone():
+    pytest.importorskip("timm")
+    config = very_tiny_config(
+        backbone_config={
+            "model_type": "timm_backbone",
+            "backbone": "resnet10t",
+            "use_pretrained_backbone": False,
+            "out_indices": [2, 3, 4],
+        }
+    )
+    output = UniHemaForDetection(config).train()(**batch("detection"))
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
