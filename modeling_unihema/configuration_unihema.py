@@ -73,6 +73,7 @@ class UniHemaConfig(PreTrainedConfig):
         default_prompt_ids (`dict[str, list[int]]`): Token ids of the prompt a task uses when called without text.
         detection_thresholds (`dict[str, float]`): Calibrated operating threshold of each detection class.
         segmentation_threshold (`float`): Probability above which a pixel belongs to the mask.
+        segmentation_label (`str`): What the default segmentation prompt names.
         auxiliary_loss (`bool`): Losses on every decoder layer, not only the last.
         denoising_queries (`int`): Denoising queries aimed at in training; 0 switches denoising off.
         label_noise_ratio (`float`): Twice the probability that a denoising query's class is replaced.
@@ -91,7 +92,11 @@ class UniHemaConfig(PreTrainedConfig):
 
     model_type = "unihema"
     keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "encoder_layers", "max_text_length": "fusion_queries"}
+    attribute_map = {
+        "hidden_size": "d_model",
+        "num_hidden_layers": "encoder_layers",
+        "max_text_length": "fusion_queries",
+    }
     sub_configs_defaults = {
         "backbone_config": SubConfigSpec(
             config_class=AutoConfig,
@@ -145,6 +150,7 @@ class UniHemaConfig(PreTrainedConfig):
     default_prompt_ids: dict[str, list[int]] | None = None
     detection_thresholds: dict[str, float] | None = None
     segmentation_threshold: float = 0.5
+    segmentation_label: str = "white blood cell"
 
     auxiliary_loss: bool = True
     class_cost: float | int = 2

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .configuration_unihema import UniHemaConfig
+from .initialisation import initialised
 
 
 def multi_scale_deformable_attention(
@@ -101,8 +102,8 @@ class MultiScaleDeformableAttention(nn.Module):
         self.num_levels = config.num_feature_levels
         self.num_points = config.num_sampling_points
         samples = self.num_heads * self.num_levels * self.num_points
-        self.sampling_offsets = nn.Linear(config.d_model, samples * 2)
-        self.attention_weights = nn.Linear(config.d_model, samples)
+        self.sampling_offsets = initialised(nn.Linear(config.d_model, samples * 2), 0.0, self.initial_offsets)
+        self.attention_weights = initialised(nn.Linear(config.d_model, samples), gain=0.0)
         self.value_proj = nn.Linear(config.d_model, config.d_model)
         self.output_proj = nn.Linear(config.d_model, config.d_model)
 
@@ -147,9 +148,7 @@ class MultiScaleDeformableAttention(nn.Module):
         weights = weights.view(batch, queries, *per_level)
         centre = reference[:, :, None, :, None, :2]
         if reference.shape[-1] == 2:
-            size = torch.tensor(
-                [(w, h) for h, w in level_shapes], dtype=reference.dtype, device=reference.device
-            )
+            size = torch.tensor([(w, h) for h, w in level_shapes], dtype=reference.dtype, device=reference.device)
             points = centre + offsets / size[:, None]
         else:
             points = centre + offsets / self.num_points * reference[:, :, None, :, None, 2:] * 0.5

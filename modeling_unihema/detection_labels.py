@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+
 MISSING = -100
 # Boxes come from divisions in float32, so an edge may pass the image's by rounding.
 BOX_TOLERANCE = 1e-4

@@ -20,7 +20,9 @@ class CrossModalFusionBlock(nn.Module):
         self.image_attention = MultiHeadAttention(config)
         self.image_norm = nn.LayerNorm(config.d_model)
         self.feed_forward = nn.Sequential(
-            nn.Linear(config.d_model, config.fusion_ffn_dim), nn.GELU(), nn.Linear(config.fusion_ffn_dim, config.d_model)
+            nn.Linear(config.d_model, config.fusion_ffn_dim),
+            nn.GELU(),
+            nn.Linear(config.fusion_ffn_dim, config.d_model),
         )
         self.feed_forward_norm = nn.LayerNorm(config.d_model)
 
@@ -107,9 +109,7 @@ class TextGuidedVisualRefinement(nn.Module):
         else:
             self.merge = nn.Linear(2 * config.d_model, config.d_model)
 
-    def forward(
-        self, queries: torch.Tensor, text_states: torch.Tensor, attention_mask: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, queries: torch.Tensor, text_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """
         Args:
             queries (`torch.Tensor`): Content queries `[B, Q, d]`.

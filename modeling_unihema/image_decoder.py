@@ -13,6 +13,7 @@ from .configuration_unihema import UniHemaConfig
 from .deformable_attention import MultiScaleDeformableAttention
 from .denoising import DenoisingQueries
 from .image_encoder import FeedForward, token_centres
+from .initialisation import class_scores, initialised
 from .visual_backbone import FeatureLevels
 
 
@@ -28,6 +29,13 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             states = nn.functional.relu(layer(states))
         return self.layers[-1](states)
+
+
+def box_head(config: UniHemaConfig) -> MLP:
+    """Change of a box, in logits: nothing at the start."""
+    head = MLP(config.d_model, config.d_model, config.d_model, 4)
+    initialised(head.layers[-1], gain=0.0)
+    return head
 
 
 @dataclass
@@ -57,8 +65,8 @@ class QuerySelection(nn.Module):
         self.num_queries = config.num_queries
         self.token_projection = nn.Linear(config.d_model, config.d_model)
         self.token_norm = nn.LayerNorm(config.d_model)
-        self.class_head = nn.Linear(config.d_model, config.num_labels)
-        self.box_head = MLP(config.d_model, config.d_model, config.d_model, 4)
+        self.class_head = class_scores(config.d_model, config.num_labels)
+        self.box_head = box_head(config)
         self.content_queries = nn.Embedding(config.num_queries, config.d_model)
 
     def forward(self, tokens: torch.Tensor, levels: FeatureLevels) -> Proposals:
@@ -156,7 +164,7 @@ class ImageDecoder(nn.Module):
         self.position_head = MLP(2 * config.d_model, config.d_model, config.d_model)
         self.layers = nn.ModuleList([ImageDecoderLayer(config) for _ in range(config.decoder_layers)])
         self.norm = nn.LayerNorm(config.d_model)
-        self.box_head = MLP(config.d_model, config.d_model, config.d_model, 4)
+        self.box_head = box_head(config)
 
     def forward(
         self,
@@ -186,9 +194,7 @@ class ImageDecoder(nn.Module):
         for layer in self.layers:
             level_reference = reference[:, :, None].to(ratios.dtype) * ratios
             sine = sine_embed_boxes(level_reference[:, :, 0], self.config.d_model).to(queries.dtype)
-            queries = layer(
-                queries, self.position_head(sine), level_reference, tokens, levels.shapes, padding, blocked
-            )
+            queries = layer(queries, self.position_head(sine), level_reference, tokens, levels.shapes, padding, blocked)
             normed = self.norm(queries)
             states.append(normed)
             boxes.append((self.box_head(normed) + inverse_sigmoid(start)).sigmoid())

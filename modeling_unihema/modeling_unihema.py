@@ -331,9 +331,7 @@ class UniHemaForQA(UniHemaPreTrainedModel, GenerationMixin):
         )
 
 
-class UniHemaForMultiTask(
-    UniHemaForDetection, UniHemaForSegmentation, UniHemaForImageClassification, UniHemaForQA
-):
+class UniHemaForMultiTask(UniHemaForDetection, UniHemaForSegmentation, UniHemaForImageClassification, UniHemaForQA):
     """All heads on one trunk: what training trains and a full checkpoint holds.
 
     A batch holds one task. `generate` answers questions, as with [`UniHemaForQA`].

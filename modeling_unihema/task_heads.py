@@ -1,11 +1,10 @@
 """What turns the trunk's features into a task's answer: detection, mask and single-cell heads."""
 
-import math
-
 import torch
 from torch import nn
 
 from .configuration_unihema import UniHemaConfig
+from .initialisation import class_scores
 
 
 class DetectionHead(nn.Module):
@@ -13,11 +12,14 @@ class DetectionHead(nn.Module):
 
     def __init__(self, config: UniHemaConfig):
         super().__init__()
-        self.class_head = nn.Linear(config.d_model, config.num_labels)
-        self.morphology_head = nn.Linear(config.d_model, sum(config.morphology_sizes))
+        self.class_head = class_scores(config.d_model, config.num_labels)
+        values = sum(config.morphology_sizes)
+        self.morphology_head = nn.Linear(config.d_model, values) if values else None
 
     def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Decoder states `[..., d]` to class logits `[..., num_labels]` and morphology logits `[..., all values]`."""
+        if self.morphology_head is None:
+            return self.class_head(states), states[..., :0]
         return self.class_head(states), self.morphology_head(states)
 
 
@@ -80,8 +82,3 @@ class MaskHead(nn.Module):
                 logits = block(nn.functional.interpolate(logits, scale_factor=2, mode="bilinear"))
             logits = self.output(logits)
         return nn.functional.interpolate(logits, size=size, mode="bilinear")[:, 0]
-
-
-def prior_bias(probability: float = 0.01) -> float:
-    """Bias that makes a sigmoid classifier start at `probability` (focal loss, arXiv 1708.02002, section 4.1)."""
-    return -math.log((1 - probability) / probability)

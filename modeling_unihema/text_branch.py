@@ -10,6 +10,7 @@ from transformers.models.t5.modeling_t5 import T5Stack
 
 from .configuration_unihema import UniHemaConfig
 
+
 CACHED_PROMPTS = 32
 
 

@@ -9,12 +9,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_unihema import UniHemaConfig
-from .deformable_attention import MultiScaleDeformableAttention
 from .hema_former import CrossModalFusion, HemaFormer, SingleCellFeatureExtraction
 from .image_decoder import ImageDecoder, QuerySelection
 from .image_encoder import ImageEncoder
 from .outputs import UniHemaModelOutput
-from .task_heads import DetectionHead, prior_bias
 from .text_branch import TextBranch
 from .visual_backbone import FeatureLevels, VisualBackbone
 
@@ -79,38 +77,25 @@ class UniHemaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Xavier-uniform linears and convolutions, zero biases; normal queries and embeddings; deformable offsets in
-        compass directions; class scores at their prior; boxes that start at their anchor."""
+        """Xavier-uniform linears and convolutions, zero biases, standard normal queries and embeddings; and whatever a
+        layer was marked with: see `initialised`."""
         super()._init_weights(module)
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            init.xavier_uniform_(module.weight)
+            init.xavier_uniform_(module.weight, gain=getattr(module, "initial_gain", 1.0))
             if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, MultiScaleDeformableAttention):
-            init.zeros_(module.sampling_offsets.weight)
-            init.copy_(module.sampling_offsets.bias, module.initial_offsets())
-            init.zeros_(module.attention_weights.weight)
+                initial_bias = getattr(module, "initial_bias", None)
+                if initial_bias is None:
+                    init.zeros_(module.bias)
+                else:
+                    init.copy_(module.bias, initial_bias())
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
         elif isinstance(module, ImageEncoder):
             init.normal_(module.level_embedding)
         elif isinstance(module, CrossModalFusion):
             init.normal_(module.queries)
         elif isinstance(module, SingleCellFeatureExtraction):
             init.normal_(module.query)
-        elif isinstance(module, QuerySelection):
-            init.normal_(module.content_queries.weight)
-            init.constant_(module.class_head.bias, prior_bias())
-            self._init_box_head(module.box_head)
-        elif isinstance(module, ImageDecoder):
-            self._init_box_head(module.box_head)
-        elif isinstance(module, DetectionHead):
-            init.constant_(module.class_head.bias, prior_bias())
-        elif isinstance(module, TextBranch):
-            init.normal_(module.shared.weight, std=self.config.text_config.initializer_factor)
-
-    @staticmethod
-    def _init_box_head(head: nn.Module) -> None:
-        init.zeros_(head.layers[-1].weight)
-        init.zeros_(head.layers[-1].bias)
 
 
 class UniHemaModel(UniHemaPreTrainedModel):

@@ -92,7 +92,7 @@ class VisualBackbone(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = AutoBackbone.from_config(config.backbone_config)
-        groups = math.gcd(32, config.d_model)
+        groups = math.gcd(32, config.d_model // 4)
         channels = self.backbone.channels
         self.input_projection = nn.ModuleList()
         for level in range(config.num_feature_levels):

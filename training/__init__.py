@@ -1,0 +1,1 @@
+"""Training: data, run configuration, loop, metrics and evaluation."""

@@ -7,6 +7,7 @@ import torch
 
 from unihema.modeling_unihema.losses import check_detection_labels
 
+
 CLASSES = 4
 VALUE_COUNTS = [2, 3]
 

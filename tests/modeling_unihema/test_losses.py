@@ -16,6 +16,7 @@ from unihema.modeling_unihema.losses import (
     text_loss,
 )
 
+
 LN2 = math.log(2)
 CLASSES = 4
 ATTRIBUTES = {"vacuoles": ["absent", "prominent"], "shape": ["round", "oval", "irregular"]}

@@ -118,7 +118,9 @@ def test_gradients_reach_every_trainable_parameter():
             torch.nn.init.normal_(parameter, std=0.1)
     for task in TASKS:
         model(task=task, **batch(task, size=(96, 128))).loss.backward()
-    untouched = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    untouched = [
+        name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
     assert untouched == []
 
 
@@ -174,7 +176,9 @@ def test_several_questions_about_one_image_equal_one_at_a_time(model):
         together = model(task="question_answering", **three).logits
         for i in range(3):
             single = dict(one, input_ids=three["input_ids"][i : i + 1], attention_mask=three["attention_mask"][:1])
-            torch.testing.assert_close(model(task="question_answering", **single).logits[0], together[i], rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                model(task="question_answering", **single).logits[0], together[i], rtol=0, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"use_cache": False}, {"do_sample": True}])

@@ -1,0 +1,44 @@
+# Each target sets up what it needs, in .venv.  Another index or a CPU-only torch: make test PIP_ARGS="--index-url ..."
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find api modeling_unihema processing_unihema training hub_cards \( -name '*.py' -o -name '*.json' \) -not -path '*/__pycache__/*')
+
+.PHONY: install test test-slow lint format demo clean
+
+install: $(VENV)/installed
+
+# Dependencies: only when the lists of them change.
+$(VENV)/dependencies: setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) ".[dev,timm]"
+	touch $@
+
+# The package itself: after every change, so that what is tested is what is checked out.
+$(VENV)/installed: $(VENV)/dependencies $(SOURCES)
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
+	rm -rf build
+	touch $@
+
+test: install
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/dependencies
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/dependencies
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: install
+	$(BIN)/unihema demo demo
+
+clean:
+	rm -rf build demo *.egg-info .pytest_cache .ruff_cache

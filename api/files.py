@@ -1,0 +1,97 @@
+"""Files: finding images, hashing, and writing so that nothing is ever half there."""
+
+import glob
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import IO
+
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".jp2"}
+
+
+def find_images(inputs: Sequence[str | Path], exclude: Path | None = None) -> tuple[list[Path], list[tuple[str, str]]]:
+    """Images named by files, folders (with their subfolders) and glob patterns.
+
+    Args:
+        inputs (`Sequence[str | Path]`): What the user named. A file is taken whatever its name ends with.
+        exclude (`Path`, *optional*): A folder whose images are not taken, such as the one results are written to.
+
+    Returns:
+        `tuple`: The images, each once and in order, and (input, message) for each input that gave none.
+    """
+    images: dict[Path, Path] = {}
+    problems: list[tuple[str, str]] = []
+    for item in map(str, inputs):
+        path = Path(item)
+        if path.is_dir():
+            found, message = _images_in(path, exclude), "no image in this folder or its subfolders"
+        elif path.exists() or not glob.has_magic(item):
+            found, message = [path] if path.exists() else [], "no such file or folder"
+        else:
+            matches = [Path(match) for match in sorted(glob.glob(item, recursive=True))]
+            found = [
+                image for match in matches for image in (_images_in(match, exclude) if match.is_dir() else [match])
+            ]
+            message = "no file matches this pattern"
+        if not found:
+            problems.append((item, message))
+        for image in found:
+            images.setdefault(image.resolve(), image)
+    return list(images.values()), problems
+
+
+def _images_in(folder: Path, exclude: Path | None) -> list[Path]:
+    excluded = exclude.resolve() if exclude else None
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and path.is_file()
+        and not path.name.startswith(".")
+        and not (excluded and excluded != folder.resolve() and path.resolve().is_relative_to(excluded))
+    )
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Writes a file beside its place and moves it there when it is complete.
+
+    Args:
+        path (`Path`): The file; its folder is made when missing.
+        write (`Callable`): Gets the open binary file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, lines: Iterable[str]) -> None:
+    """Writes text atomically, piece by piece, as UTF-8."""
+    write_atomically(path, lambda file: file.writelines(line.encode("utf-8") for line in lines))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+__all__ = ["IMAGE_SUFFIXES", "find_images", "sha256", "write_atomically", "write_text"]

@@ -1,0 +1,216 @@
+"""One image analysed: detection, attributes, mask, single-cell class and answers in one result."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import available_tasks, require_tasks
+from .processing_unihema.results import Cell, SmearResult
+from .version import __version__
+
+
+if TYPE_CHECKING:
+    import numpy
+    from PIL import Image
+
+    from .modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
+    from .processing_unihema.processing_unihema import UniHemaProcessor
+
+
+DEFAULT_THRESHOLD = 0.3
+NMS_IOU = 0.7
+IMAGE_TASKS = ("detection", "segmentation", "single_cell")
+# From this share of the queries on, cells were probably left without one.
+_CROWDED = 0.95
+# Nucleus and cytoplasm are not described on cells that have no nucleus.
+_ANUCLEATE = {"red blood cell", "red cell", "rbc", "erythrocyte", "platelet", "thrombocyte"}
+
+
+class QueryCapWarning(UserWarning):
+    """The field holds about as many cells as the model has queries, so some are probably not counted."""
+
+
+def default_tasks(model: "UniHemaPreTrainedModel") -> tuple[str, ...]:
+    """What is done with an image when nothing is asked: detection and segmentation, else the single-cell class."""
+    available = available_tasks(model)
+    fields = tuple(task for task in ("detection", "segmentation") if task in available)
+    return fields or tuple(task for task in ("single_cell",) if task in available)
+
+
+def analyze(
+    model: "UniHemaPreTrainedModel",
+    processor: "UniHemaProcessor",
+    image: "str | Path | Image.Image | numpy.ndarray",
+    tasks: Sequence[str] | None = None,
+    prompt: str | Sequence[str] | None = None,
+    questions: Sequence[str] = (),
+    threshold: float | None = None,
+) -> SmearResult:
+    """Analyses one image.
+
+    Args:
+        model ([`UniHemaForMultiTask`]): The model, or a model with the heads asked for; see [`load_checkpoint`].
+        processor ([`UniHemaProcessor`]): Its processor.
+        image (`str`, `Path`, `PIL.Image.Image` or `np.ndarray`): A smear, or a crop of one cell.
+        tasks (`Sequence[str]`, *optional*): Among `detection`, `segmentation` and `single_cell`; those of a field that
+            the checkpoint was trained on when missing. An empty list asks the questions only.
+        prompt (`str` or `Sequence[str]`, *optional*): Class names, or a disease, to look for; all classes when missing.
+        questions (`Sequence[str]`): Questions about the image, or sentences with blanks (`___`) to fill in.
+        threshold (`float`, *optional*): Smallest detection score for all classes, instead of the checkpoint's
+            calibrated one for each class.
+
+    Returns:
+        [`SmearResult`]: Coordinates in pixels of the image as it stands in its file.
+
+    Raises:
+        UnreadableImageError: The image cannot be read.
+        CheckpointError: The checkpoint lacks a head.
+        ValueError: Unknown task, a threshold outside 0..1, or a question longer than the limit.
+    """
+    import torch
+
+    from .processing_unihema.image_io import load_image
+
+    tasks = default_tasks(model) if tasks is None else tuple(dict.fromkeys(tasks))
+    unknown = [task for task in tasks if task not in IMAGE_TASKS]
+    if unknown:
+        raise ValueError(
+            f"Unknown task '{unknown[0]}'; choose among {', '.join(IMAGE_TASKS)}. Questions are asked apart."
+        )
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"The threshold must lie in 0..1, got {threshold}.")
+    language = [(question, "cloze" if _has_blank(question) else "question_answering") for question in questions]
+    require_tasks(model, [*tasks, *dict.fromkeys(task for _, task in language)])
+
+    opened = load_image(image)
+    width, height = _size_in_file(image, opened)
+    result = SmearResult(width, height, image=str(image) if isinstance(image, (str, Path)) else None)
+    result.provenance = _provenance(model, tasks, prompt, threshold)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            if "detection" in tasks:
+                _detect(model, processor, opened, prompt, threshold, result)
+            if "segmentation" in tasks:
+                _segment(model, processor, opened, prompt, result)
+            if "single_cell" in tasks:
+                _classify(model, processor, opened, result)
+            for question, task in language:
+                result.answers.append(
+                    {"question": question, "answer": _answer(model, processor, opened, question, task)}
+                )
+    finally:
+        model.train(was_training)
+    return result
+
+
+def _size_in_file(image, opened) -> tuple[int, int]:
+    """(width, height) upright, which for a huge image is not the size it was opened at."""
+    if not isinstance(image, (str, Path)):
+        return opened.size
+    from PIL import Image
+
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(image) as file:
+            sideways = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return file.size[::-1] if sideways else file.size
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _has_blank(text: str) -> bool:
+    return "___" in text or "<extra_id_" in text
+
+
+def _inputs(model, processor, image, **options):
+    batch = processor(images=image, return_tensors="pt", **options).to(model.device)
+    return batch.to(model.dtype) if model.dtype.is_floating_point else batch
+
+
+def _thresholds(model, threshold: float | None) -> dict[str, float]:
+    labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    calibrated = getattr(model.config, "detection_thresholds", None) or {}
+    return {label: calibrated.get(label, DEFAULT_THRESHOLD) if threshold is None else threshold for label in labels}
+
+
+def _detect(model, processor, image, prompt, threshold, result: SmearResult) -> None:
+    import torch
+
+    thresholds = _thresholds(model, threshold)
+    outputs = model(**_inputs(model, processor, image, task="detection", text=prompt), task="detection")
+    found = processor.image_processor.post_process_object_detection(
+        outputs,
+        threshold=torch.tensor(list(thresholds.values()), device=outputs.logits.device),
+        target_sizes=[(result.height, result.width)],
+        nms_iou=NMS_IOU,
+    )
+    morphology = processor.image_processor.post_process_morphology(outputs, found, model.config.morphology)[0]
+    detections = found[0]
+    result.classes = list(thresholds)
+    rows = zip(*(detections[name].tolist() for name in ("boxes", "labels", "scores")), morphology, strict=True)
+    for number, (box, label, score, attributes) in enumerate(rows, 1):
+        name = model.config.id2label[label]
+        described = name.strip().lower().removesuffix("s") not in _ANUCLEATE
+        result.cells.append(Cell(number, box, name, score, attributes if described else {}))
+    queries = outputs.logits.shape[1]
+    if len(result.cells) >= _CROWDED * queries:
+        message = (
+            f"{len(result.cells)} cells found with {queries} queries: more cells than queries are probably there, and "
+            "the counts too low. Cut the image into smaller fields."
+        )
+        result.warnings.append(message)
+        warnings.warn(f"{result.image or 'image'}: {message}", QueryCapWarning, stacklevel=3)
+
+
+def _segment(model, processor, image, prompt, result: SmearResult) -> None:
+    inputs = _inputs(model, processor, image, task="segmentation", text=prompt)
+    outputs = model(**inputs, task="segmentation")
+    masks = processor.image_processor.post_process_semantic_segmentation(
+        outputs,
+        target_sizes=[image.size[::-1]],
+        pixel_mask=inputs["pixel_mask"],
+        threshold=model.config.segmentation_threshold,
+    )
+    result.mask = masks[0].to("cpu").numpy().astype("uint8")
+    asked = prompt or processor.default_prompts.get("segmentation")
+    result.mask_label = ", ".join([asked] if isinstance(asked, str) else asked or ["cell"])
+
+
+def _classify(model, processor, image, result: SmearResult) -> None:
+    outputs = model(**_inputs(model, processor, image, task="single_cell"), task="single_cell")
+    best = outputs.logits[0].float().softmax(-1).max(-1)
+    result.single_cell = {
+        "label": model.config.single_cell_labels[int(best.indices)],
+        "score": float(best.values),
+    }
+
+
+def _answer(model, processor, image, question: str, task: str) -> str:
+    inputs = _inputs(model, processor, image, task=task, text=question)
+    tokens = model.generate(**inputs, max_new_tokens=model.config.max_text_length)
+    return processor.decode_answers(tokens)[0]
+
+
+def _provenance(model, tasks, prompt, threshold) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    return {
+        "unihema": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "model": model.config.name_or_path or None,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tasks": list(tasks),
+        "prompt": prompt if isinstance(prompt, str) or prompt is None else list(prompt),
+        "detection_thresholds": _thresholds(model, threshold) if "detection" in tasks else None,
+        "segmentation_threshold": model.config.segmentation_threshold if "segmentation" in tasks else None,
+        "nms_iou": NMS_IOU,
+    }
+
+
+__all__ = ["QueryCapWarning", "analyze", "default_tasks"]

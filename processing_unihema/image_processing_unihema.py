@@ -1,0 +1,232 @@
+"""Image processor of UniHema: resize, pad and normalise for each task; annotations in, results in pixels out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as tvf
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.processing_utils import ImagesKwargs
+
+from .annotations import detection_labels
+from .image_io import load_image
+from .post_processing import (
+    post_process_morphology,
+    post_process_object_detection,
+    post_process_semantic_segmentation,
+)
+from .prompts import TASKS
+
+
+FIELD_SIZE = {"shortest_edge": 480, "longest_edge": 640}
+CROP_SIZE = {"longest_edge": 192}
+
+
+class UniHemaImageProcessorKwargs(ImagesKwargs, total=False):
+    """Call arguments of [`UniHemaImageProcessor`] beyond those of every image processor."""
+
+    task: str
+    task_sizes: dict[str, dict[str, int]]
+    pad_multiple: int
+    invalid_boxes: str
+
+
+class UniHemaImageProcessor(TorchvisionBackend):
+    r"""Prepares images, with or without annotations, for a UniHema model.
+
+    Images keep their aspect ratio: a task's size gives the shortest and longest edge they are resized to, up or down.
+    A batch is padded at the right and bottom to its largest image, rounded up to a multiple of `pad_multiple`.
+
+    Args:
+        task_sizes (`dict[str, dict[str, int]]`, *optional*): For each task `shortest_edge` and/or `longest_edge` in pixels.
+        pad_multiple (`int`, *optional*, defaults to 32): Padded sides are multiples of this.
+        invalid_boxes (`str`, *optional*, defaults to `"error"`): Boxes outside the image or of zero area raise an error,
+            or are dropped with a warning (`"drop"`).
+    """
+
+    valid_kwargs = UniHemaImageProcessorKwargs
+    model_input_names = ["pixel_values", "pixel_mask"]
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_pad = True
+    do_convert_rgb = True
+    size = FIELD_SIZE
+    default_to_square = False
+    rescale_factor = 1 / 255
+    task = "detection"
+    pad_multiple = 32
+    invalid_boxes = "error"
+    task_sizes = None
+
+    def __init__(self, **kwargs: Any):
+        sizes = {"detection": FIELD_SIZE, "segmentation": FIELD_SIZE} | dict.fromkeys(
+            ("single_cell", "question_answering", "cloze"), CROP_SIZE
+        )
+        sizes |= kwargs.pop("task_sizes", None) or {}
+        unknown = set(sizes) - set(TASKS)
+        if unknown:
+            raise ValueError(f"task_sizes names unknown tasks {sorted(unknown)}; tasks are {', '.join(TASKS)}.")
+        kwargs["task_sizes"] = {task: dict(size) for task, size in sizes.items()}
+        kwargs["size"] = kwargs["task_sizes"]["detection"]
+        super().__init__(**kwargs)
+
+    def __call__(self, images, annotations=None, masks=None, **kwargs: Any) -> BatchFeature:
+        """
+        Args:
+            images: One image or a list: paths, PIL images, or arrays and tensors, channels first or last.
+            annotations (`dict` or `list[dict]`, *optional*): COCO annotations of each image: `image_id` and
+                `annotations`, each with `bbox` (x, y, width, height in pixels), `category_id` and optionally
+                `iscrowd`, `area` and `morphology` (value indices, -100 missing).
+            masks (*optional*): For each image a two-dimensional array or PIL image of its size, nonzero on cells.
+            **kwargs: `task`, `size` (instead of the task's own), `return_tensors` ("pt"), `device`, and any other
+                attribute of the processor.
+
+        Returns:
+            `BatchFeature`: `pixel_values` `[B, 3, H, W]`, `pixel_mask` `[B, H, W]` (1 on the image), and `labels`: a
+            list of dictionaries for annotations, `[B, H, W]` int64 for masks (-100 on padding).
+
+        Raises:
+            UnreadableImageError: An image file cannot be read.
+            ValueError: Annotations or masks that do not fit the images.
+        """
+        return self.preprocess(images, annotations=annotations, masks=masks, **kwargs)
+
+    def preprocess(self, images, annotations=None, masks=None, **kwargs: Any) -> BatchFeature:
+        """See [`~UniHemaImageProcessor.__call__`]."""
+        images = images if isinstance(images, (list, tuple)) else [images]
+        if annotations is not None:
+            annotations = [annotations] if isinstance(annotations, dict) else list(annotations)
+            _check_count("annotations", annotations, images)
+        if masks is not None:
+            masks = list(masks) if isinstance(masks, (list, tuple)) else [masks]
+            _check_count("masks", masks, images)
+        options = {name: kwargs.get(name, getattr(self, name, None)) for name in self._valid_kwargs_names}
+        if kwargs.get("size") is None:
+            task = options["task"]
+            if task not in TASKS:
+                raise ValueError(f"Unknown task '{task}'; choose one of {', '.join(TASKS)}.")
+            options["size"] = options["task_sizes"][task]
+
+        device = options.get("device")
+        prepared, mask_maps, labels, original_sizes = [], [], [], []
+        for index, image in enumerate(images):
+            pixels = _as_pixels(image).to(device) if device else _as_pixels(image)
+            original = tuple(pixels.shape[-2:])
+            target = _fitted_size(original, options["size"]) if options["do_resize"] else original
+            if target != original:
+                pixels = _resize(pixels, target, options["resample"])
+            pixels = self.rescale_and_normalize(
+                pixels,
+                options["do_rescale"],
+                options["rescale_factor"],
+                options["do_normalize"],
+                options["image_mean"],
+                options["image_std"],
+            )
+            prepared.append(pixels)
+            original_sizes.append(original)
+            if annotations is not None:
+                labels.append(detection_labels(annotations[index], index, original, target, options["invalid_boxes"]))
+            if masks is not None:
+                mask_maps.append(_mask_map(masks[index], index, original, target))
+        data = self._pad_batch(prepared, options["pad_multiple"] if options["do_pad"] else 1)
+        if annotations is not None:
+            data["labels"] = labels
+        if masks is not None:
+            height, width = data["pixel_values"].shape[-2:]
+            data["labels"] = torch.stack(
+                [
+                    torch.nn.functional.pad(mask, (0, width - mask.shape[1], 0, height - mask.shape[0]), value=-100)
+                    for mask in mask_maps
+                ]
+            )
+        return BatchFeature(data)
+
+    @staticmethod
+    def _pad_batch(images: list[torch.Tensor], multiple: int) -> dict[str, torch.Tensor]:
+        height = max(-(-image.shape[-2] // multiple) * multiple for image in images)
+        width = max(-(-image.shape[-1] // multiple) * multiple for image in images)
+        pixel_values = images[0].new_zeros(len(images), 3, height, width)
+        pixel_mask = torch.zeros(len(images), height, width, dtype=torch.long, device=pixel_values.device)
+        for row, image in enumerate(images):
+            pixel_values[row, :, : image.shape[-2], : image.shape[-1]] = image
+            pixel_mask[row, : image.shape[-2], : image.shape[-1]] = 1
+        return {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
+
+    def post_process_object_detection(self, outputs, threshold=0.3, target_sizes=None, **kwargs) -> list[dict]:
+        """See [`post_process_object_detection`]."""
+        return post_process_object_detection(outputs, threshold, target_sizes, **kwargs)
+
+    def post_process_morphology(self, outputs, detections, attributes) -> list[list[dict]]:
+        """See [`post_process_morphology`]."""
+        return post_process_morphology(outputs, detections, attributes)
+
+    def post_process_semantic_segmentation(self, outputs, target_sizes=None, **kwargs) -> list[torch.Tensor]:
+        """See [`post_process_semantic_segmentation`]."""
+        return post_process_semantic_segmentation(outputs, target_sizes, **kwargs)
+
+
+def _check_count(name: str, values: Sequence, images: Sequence) -> None:
+    if len(values) != len(images):
+        raise ValueError(f"{len(values)} {name} for {len(images)} images: give one for each image.")
+
+
+def _as_pixels(image) -> torch.Tensor:
+    """Any image as a tensor `[3, H, W]`, uint8 (or float as it came)."""
+    if isinstance(image, torch.Tensor):
+        if image.ndim == 2:
+            image = image[None]
+        if image.ndim != 3:
+            raise ValueError(f"An image tensor must have two or three dimensions, got shape {tuple(image.shape)}.")
+        if image.shape[0] not in (1, 3, 4) and image.shape[-1] in (1, 3, 4):
+            image = image.permute(2, 0, 1)
+        return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
+    if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[0] in (1, 3, 4) and image.shape[-1] > 4:
+        image = image.transpose(1, 2, 0)
+    if isinstance(image, (str, Path, Image.Image, np.ndarray)):
+        return torch.from_numpy(np.array(load_image(image))).permute(2, 0, 1)
+    raise TypeError(f"Expected images as paths, PIL images, arrays or tensors, got {type(image).__name__}.")
+
+
+def _fitted_size(original: tuple[int, int], size: dict[str, int]) -> tuple[int, int]:
+    """`(h, w)` after resizing, aspect ratio kept: the shortest edge as asked unless the longest would exceed its own."""
+    size = dict(size)
+    if size.get("height") and size.get("width"):
+        return size["height"], size["width"]
+    short, long = min(original), max(original)
+    scales = []
+    if size.get("shortest_edge"):
+        scales.append(size["shortest_edge"] / short)
+    if size.get("longest_edge"):
+        scales.append(size["longest_edge"] / long)
+    if not scales:
+        raise ValueError(f"size needs shortest_edge, longest_edge, or height and width; got {size}.")
+    return tuple(max(1, round(side * min(scales))) for side in original)
+
+
+def _resize(pixels: torch.Tensor, target: tuple[int, int], resample: PILImageResampling) -> torch.Tensor:
+    modes = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+    return tvf.resize(pixels, list(target), tvf.InterpolationMode(modes[int(resample)]), antialias=True)
+
+
+def _mask_map(mask, index: int, original: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:
+    """A mask as int64 `[h, w]` of 0 and 1, resized without mixing."""
+    if isinstance(mask, (str, Path)):
+        mask = Image.open(mask)
+    values = torch.as_tensor(np.array(mask))
+    if tuple(values.shape) != original:
+        raise ValueError(
+            f"Mask {index} has shape {tuple(values.shape)}, its image {original}: a mask is two-dimensional and of its "
+            "image's size."
+        )
+    mask = (values != 0)[None].to(torch.uint8)
+    return tvf.resize(mask, list(target), tvf.InterpolationMode.NEAREST_EXACT)[0].long()

@@ -1,0 +1,146 @@
+"""Model outputs to results in pixels of the original image."""
+
+from collections.abc import Sequence
+
+import torch
+from torchvision.ops import batched_nms, nms
+
+
+DEFAULT_THRESHOLD = 0.3
+
+
+def thresholds_of(config, default: float = DEFAULT_THRESHOLD) -> torch.Tensor:
+    """The calibrated threshold of each detection class of a checkpoint, `[num_labels]`.
+
+    Args:
+        config (`UniHemaConfig`): With `id2label` and `detection_thresholds`.
+        default (`float`): For classes that were never calibrated.
+    """
+    return torch.tensor([config.detection_thresholds.get(name, default) for _, name in sorted(config.id2label.items())])
+
+
+def post_process_object_detection(
+    outputs,
+    threshold: float | torch.Tensor = 0.3,
+    target_sizes: torch.Tensor | Sequence[tuple[int, int]] | None = None,
+    top_k: int | None = None,
+    nms_iou: float | None = None,
+    one_class_per_query: bool = True,
+) -> list[dict[str, torch.Tensor]]:
+    """Cells above the threshold, best first.
+
+    Args:
+        outputs (`UniHemaDetectionOutput`): With `logits` `[B, Q, C]` and `pred_boxes` `[B, Q, 4]`.
+        threshold (`float` or `torch.Tensor`): Smallest score, one for all classes or `[C]`.
+        target_sizes (`torch.Tensor` or `Sequence[tuple[int, int]]`, *optional*): `(h, w)` of each original image in
+            pixels. Without it boxes stay in 0..1.
+        top_k (`int`, *optional*): At most this many cells an image.
+        nms_iou (`float`, *optional*): Of cells that overlap by more than this only the best is kept.
+        one_class_per_query (`bool`): A cell has one name. `False` lets every query stand once for each class above the
+            threshold, as mAP is computed, and overlap is then judged within a class.
+
+    Returns:
+        `list[dict[str, torch.Tensor]]`: `scores` `[n]`, `labels` `[n]`, `boxes` `[n, 4]` xyxy and `queries` `[n]`, the
+        query each cell came from.
+
+    Raises:
+        ValueError: Not as many target sizes as images.
+    """
+    probabilities = outputs.logits.float().sigmoid()
+    if target_sizes is not None and len(target_sizes) != len(probabilities):
+        raise ValueError(f"{len(target_sizes)} target_sizes for {len(probabilities)} images: give one for each image.")
+    threshold = torch.as_tensor(threshold, dtype=probabilities.dtype, device=probabilities.device)
+    results = []
+    for image, scores in enumerate(probabilities):
+        centre, size = outputs.pred_boxes[image].float().split(2, dim=-1)
+        boxes = torch.cat((centre - size / 2, centre + size / 2), -1).clamp(0, 1)
+        if target_sizes is not None:
+            height, width = (float(side) for side in target_sizes[image])
+            boxes = boxes * boxes.new_tensor([width, height, width, height])
+        if one_class_per_query:
+            score, label = scores.max(-1)
+            query = torch.arange(len(score), device=score.device)
+        else:
+            score = scores.flatten()
+            query = torch.arange(len(score), device=score.device) // scores.shape[-1]
+            label = torch.arange(len(score), device=score.device) % scores.shape[-1]
+        keep = score > (threshold if threshold.ndim == 0 else threshold[label])
+        order = score.masked_fill(~keep, -1).argsort(descending=True, stable=True)[: int(keep.sum())]
+        if nms_iou is not None:
+            if one_class_per_query:
+                order = order[nms(boxes[query[order]], score[order], nms_iou)]
+            else:
+                order = order[batched_nms(boxes[query[order]], score[order], label[order], nms_iou)]
+        order = order[:top_k]
+        results.append(
+            {"scores": score[order], "labels": label[order], "boxes": boxes[query[order]], "queries": query[order]}
+        )
+    return results
+
+
+def post_process_morphology(
+    outputs, detections: Sequence[dict[str, torch.Tensor]], attributes: dict[str, list[str]]
+) -> list[list[dict[str, dict]]]:
+    """The most likely value of each attribute of each cell.
+
+    Args:
+        outputs (`UniHemaDetectionOutput`): With `pred_morphology` `[B, Q, values]`.
+        detections (`Sequence[dict[str, torch.Tensor]]`): Results of `post_process_object_detection`.
+        attributes (`dict[str, list[str]]`): `config.morphology`.
+
+    Returns:
+        `list[list[dict[str, dict]]]`: For each image and cell, attribute name to `{"value": str, "score": float}`.
+
+    Raises:
+        ValueError: The attributes are not those of the model.
+    """
+    widths = [len(values) for values in attributes.values()]
+    if outputs.pred_morphology.shape[-1] != sum(widths):
+        raise ValueError(
+            f"The attributes given have {sum(widths)} values, the model's output "
+            f"{outputs.pred_morphology.shape[-1]}: pass config.morphology of the same checkpoint."
+        )
+    results = []
+    for logits, found in zip(outputs.pred_morphology.float(), detections, strict=True):
+        per_attribute = [part.softmax(-1).max(-1) for part in logits[found["queries"]].split(widths, dim=-1)]
+        results.append(
+            [
+                {
+                    name: {"value": values[int(best.indices[cell])], "score": float(best.values[cell])}
+                    for (name, values), best in zip(attributes.items(), per_attribute, strict=True)
+                }
+                for cell in range(len(found["queries"]))
+            ]
+        )
+    return results
+
+
+def post_process_semantic_segmentation(
+    outputs,
+    target_sizes: torch.Tensor | Sequence[tuple[int, int]] | None = None,
+    pixel_mask: torch.Tensor | None = None,
+    threshold: float | None = 0.5,
+) -> list[torch.Tensor]:
+    """Semantic masks at the size of the original images.
+
+    Args:
+        outputs (`UniHemaSegmentationOutput`): With `mask_logits` `[B, H, W]`.
+        target_sizes (`torch.Tensor` or `Sequence[tuple[int, int]]`, *optional*): `(h, w)` of each original image; the
+            model's own size when missing.
+        pixel_mask (`torch.Tensor`, *optional*): `[B, H, W]`, to cut padding off.
+        threshold (`float`, *optional*): Probability above which a pixel is cell; `None` gives the probabilities.
+
+    Returns:
+        `list[torch.Tensor]`: int64 `[h, w]` of 0 and 1, or float probabilities.
+    """
+    masks = []
+    for image, logits in enumerate(outputs.mask_logits.float()):
+        if pixel_mask is not None:
+            valid = pixel_mask[image].bool()
+            logits = logits[: int(valid[:, 0].sum()), : int(valid[0].sum())]
+        if target_sizes is not None:
+            size = [int(side) for side in target_sizes[image]]
+            logits = torch.nn.functional.interpolate(logits[None, None], size=size, mode="bilinear")[0, 0]
+        probability = logits.sigmoid()
+        masks.append(probability if threshold is None else (probability > threshold).long())
+    return masks

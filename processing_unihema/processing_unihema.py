@@ -1,0 +1,219 @@
+"""UniHemaProcessor: images, text and a task in; model inputs out; and generated tokens back to answers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.image_processing_utils import BatchFeature
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+
+from .image_processing_unihema import UniHemaImageProcessor, UniHemaImageProcessorKwargs
+from .prompts import IMAGE_TASKS, LANGUAGE_TASKS, TASKS, task_prompt
+from .tokenizer_files import load_default_tokenizer
+
+
+DEFAULT_PROMPTS = {"detection": "blood", "segmentation": "white blood cell"}
+
+
+class UniHemaProcessorKwargs(ProcessingKwargs, total=False):
+    """Call arguments of [`UniHemaProcessor`]."""
+
+    images_kwargs: UniHemaImageProcessorKwargs
+    _defaults = {"text_kwargs": {"padding": True}, "common_kwargs": {"return_tensors": "pt"}}
+
+
+class UniHemaProcessor(ProcessorMixin):
+    r"""Everything between a picture with a question and the model.
+
+    Args:
+        image_processor ([`UniHemaImageProcessor`]): The image half.
+        tokenizer (`PreTrainedTokenizerBase`): A T5 tokenizer: our own small one, or any flan-T5's.
+        default_prompts (`dict[str, str]`, *optional*): What detection and segmentation ask for when no text is given.
+        max_text_length (`int`, *optional*, defaults to 64): Longest text in tokens (`config.fusion_queries`).
+
+    Example:
+
+    ```python
+    >>> from unihema import UniHemaProcessor
+
+    >>> processor = UniHemaProcessor.from_default()
+    >>> inputs = processor(images="smear.png", text="What type of white blood cell is this?")
+    ```
+    """
+
+    valid_processor_kwargs = UniHemaProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        default_prompts: dict[str, str] | None = None,
+        max_text_length: int = 64,
+        **kwargs: Any,
+    ):
+        self.default_prompts = {**DEFAULT_PROMPTS, **(default_prompts or {})}
+        self.max_text_length = max_text_length
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    @classmethod
+    def from_default(cls, tokenizer: str | None = None, max_text_length: int = 64, **task_sizes) -> "UniHemaProcessor":
+        """A processor that is not loaded from a checkpoint.
+
+        Args:
+            tokenizer (`str`, *optional*): Name or folder of a T5 tokenizer; our own small one when missing.
+            max_text_length (`int`): Longest text in tokens.
+            **task_sizes (`dict[str, int]`): Image size of a task, see [`UniHemaImageProcessor`].
+        """
+        if tokenizer is None:
+            loaded = load_default_tokenizer()
+        else:
+            from transformers import AutoTokenizer
+
+            loaded = AutoTokenizer.from_pretrained(tokenizer)
+        return cls(UniHemaImageProcessor(task_sizes=task_sizes), loaded, max_text_length=max_text_length)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What the models read."""
+        return ["pixel_values", "pixel_mask", "input_ids", "attention_mask"]
+
+    def __call__(
+        self,
+        images=None,
+        text=None,
+        task: str | None = None,
+        annotations=None,
+        masks=None,
+        answers=None,
+        class_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """
+        Args:
+            images (*optional*): One image or a list: paths, PIL images, arrays or tensors.
+            text (`str` or `list`, *optional*): Detection and segmentation: class names or a disease, one for all images
+                or a list with one entry (a string or a list of names) for each. Language tasks: a question or masked
+                sentence for each image, or a list of K of them for each image.
+            task (`str`, *optional*): One of `TASKS`; question_answering when text is given, otherwise detection.
+            annotations (*optional*): COCO annotations, see [`UniHemaImageProcessor`].
+            masks (*optional*): Masks, see [`UniHemaImageProcessor`].
+            answers (*optional*): Answers to learn, shaped like `text`; they become `labels`.
+            class_names (`Sequence[str]`, *optional*): Class names for the prompt of every image, instead of `text`.
+            **kwargs: `return_tensors`, `size`, `device` and other arguments of the image processor.
+
+        Returns:
+            `BatchFeature`: `pixel_values`, `pixel_mask`, `input_ids`, `attention_mask` and `labels`, as far as the task
+            has them.
+
+        Raises:
+            ValueError: Nothing to process, an unknown task, text that is too long or does not fit the images.
+        """
+        if task is None:
+            task = "detection" if text is None else "question_answering"
+        if task not in TASKS:
+            raise ValueError(f"Unknown task '{task}'; choose one of {', '.join(TASKS)}.")
+        if images is None and text is None:
+            raise ValueError("Nothing to process: give images, text or both.")
+        kwargs.pop("return_tensors", None)
+        data = {}
+        count = None
+        if images is not None:
+            images = images if isinstance(images, (list, tuple)) else [images]
+            images = [image[0] if isinstance(image, (list, tuple)) and len(image) == 1 else image for image in images]
+            count = len(images)
+            image_options = {k: v for k, v in kwargs.items() if k in self.image_processor._valid_kwargs_names}
+            data.update(self.image_processor(images, annotations, masks, task=task, **image_options))
+        if task == "single_cell":
+            return BatchFeature(data)
+        if task in IMAGE_TASKS:
+            prompts = self._names_prompts(task, class_names if class_names is not None else text, count)
+        else:
+            prompts = self._language_prompts(task, text, count)
+        data.update(self._tokenize(prompts, "text"))
+        if answers is not None:
+            if task not in LANGUAGE_TASKS:
+                raise ValueError(f"answers go with {' and '.join(LANGUAGE_TASKS)}, not with {task}.")
+            answers = _flatten(answers)
+            if len(answers) != len(prompts):
+                raise ValueError(f"{len(answers)} answers for {len(prompts)} texts.")
+            tokens = self._tokenize(answers, "answer")
+            data["labels"] = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
+        if kwargs.get("device") is not None:
+            data = {k: v.to(kwargs["device"]) if isinstance(v, torch.Tensor) else v for k, v in data.items()}
+        return BatchFeature(data)
+
+    def _names_prompts(self, task: str, text, count: int | None) -> list[str]:
+        if text is None:
+            text = self.default_prompts[task]
+        if isinstance(text, str) or count is None or (len(text) != count and all(isinstance(t, str) for t in text)):
+            return [task_prompt(task, text)] * (count or 1)
+        if len(text) != count:
+            raise ValueError(f"{len(text)} prompts for {count} images: give one for all, or one for each image.")
+        if all(isinstance(t, str) for t in text) and count > 1:
+            return [task_prompt(task, names) for names in text]
+        if all(isinstance(t, str) for t in text):
+            return [task_prompt(task, text)]
+        return [task_prompt(task, names) for names in text]
+
+    def _language_prompts(self, task: str, text, count: int | None) -> list[str]:
+        if text is None:
+            raise ValueError(f"text is missing: {task} needs a question or a masked sentence.")
+        if isinstance(text, str):
+            text = [text] * (count or 1)
+        elif any(not isinstance(entry, str) for entry in text):
+            lengths = {1 if isinstance(entry, str) else len(entry) for entry in text}
+            if len(lengths) > 1:
+                raise ValueError(
+                    f"Images have {' and '.join(map(str, sorted(lengths)))} texts: give every image the same number."
+                )
+        texts = _flatten(text)
+        if count and len(texts) % count:
+            raise ValueError(f"{len(texts)} texts for {count} images: give every image the same number of texts.")
+        return [task_prompt(task, entry) for entry in texts]
+
+    def _tokenize(self, texts: list[str], what: str) -> dict[str, torch.Tensor]:
+        tokens = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=True)
+        lengths = tokens["attention_mask"].sum(1)
+        if int(lengths.max()) > self.max_text_length:
+            longest = int(lengths.argmax())
+            raise ValueError(
+                f"The {what} {texts[longest][:80]!r}... has {int(lengths[longest])} tokens; the limit is "
+                f"{self.max_text_length} (max_text_length). Shorten it."
+            )
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    def decode_answers(self, token_ids: torch.Tensor | np.ndarray | Sequence[Sequence[int]]) -> list[str]:
+        """Generated tokens `[B, T]` as text, without special tokens."""
+        return [text.strip() for text in self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """The tokenizer's `batch_decode`."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        """The tokenizer's `decode`."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens: bool = True, **kwargs: Any):
+        """Generated tokens as text, for the image-text-to-text pipeline."""
+        kwargs.pop("clean_up_tokenization_spaces", None)
+        return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens)
+
+    def post_process_object_detection(self, *args: Any, **kwargs: Any):
+        """See `UniHemaImageProcessor.post_process_object_detection`."""
+        return self.image_processor.post_process_object_detection(*args, **kwargs)
+
+    def post_process_morphology(self, *args: Any, **kwargs: Any):
+        """See `UniHemaImageProcessor.post_process_morphology`."""
+        return self.image_processor.post_process_morphology(*args, **kwargs)
+
+    def post_process_semantic_segmentation(self, *args: Any, **kwargs: Any):
+        """See `UniHemaImageProcessor.post_process_semantic_segmentation`."""
+        return self.image_processor.post_process_semantic_segmentation(*args, **kwargs)
+
+
+def _flatten(texts) -> list[str]:
+    if isinstance(texts, str):
+        return [texts]
+    return [text for entry in texts for text in ([entry] if isinstance(entry, str) else entry)]

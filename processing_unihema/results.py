@@ -1,0 +1,244 @@
+"""What an analysis of one image found: cells, counts, mask, answers, and how it was made."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from .results_export import cell_columns, cell_row, coco, geojson
+from .results_masks import rle_decode, rle_encode
+from .results_overlay import draw_overlay
+
+
+if TYPE_CHECKING:
+    import pandas
+
+
+FORMAT = 1
+
+# Classes of a differential count: the white cells of peripheral blood and their immature forms. Red-cell precursors are
+# counted apart from it.
+_DIFFERENTIAL = {
+    "neutrophil",
+    "segmented neutrophil",
+    "band neutrophil",
+    "lymphocyte",
+    "atypical lymphocyte",
+    "monocyte",
+    "eosinophil",
+    "basophil",
+    "immature granulocyte",
+    "metamyelocyte",
+    "myelocyte",
+    "promyelocyte",
+    "myeloblast",
+    "lymphoblast",
+    "monoblast",
+    "blast",
+    "plasma cell",
+}
+_UNTYPED_WHITE_CELL = {"white blood cell", "white cell", "wbc", "leukocyte", "leucocyte"}
+
+
+@dataclass
+class Cell:
+    """One cell of a field.
+
+    Args:
+        id (`int`): Number of the cell in its image, from 1, best score first.
+        box (`tuple[float, float, float, float]`): x_min, y_min, x_max, y_max in pixels of the image.
+        label (`str`): Class.
+        score (`float`): Detection score in 0..1; it is a ranking, not a calibrated probability.
+        attributes (`dict[str, dict]`): Attribute -> {"value": str, "score": float}.
+        mask (`np.ndarray`, *optional*): bool, the box's pixels from floor(x_min), floor(y_min) to ceil(x_max),
+            ceil(y_max).
+
+    Raises:
+        ValueError: The box is upside down, or the mask has not the box's size.
+    """
+
+    id: int
+    box: tuple[float, float, float, float]
+    label: str
+    score: float
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    mask: np.ndarray | None = None
+
+    def __post_init__(self):
+        self.box = tuple(float(value) for value in self.box)
+        x_min, y_min, x_max, y_max = self.box
+        if x_max < x_min or y_max < y_min:
+            raise ValueError(f"Cell {self.id}: box {self.box} must be x_min, y_min, x_max, y_max.")
+        if self.mask is not None:
+            left, top = self.origin
+            size = (int(np.ceil(y_max)) - top, int(np.ceil(x_max)) - left)
+            self.mask = np.asarray(self.mask, dtype=bool)
+            if self.mask.shape != size:
+                raise ValueError(f"Cell {self.id}: mask of {self.mask.shape} for a box of {size} pixels.")
+
+    @property
+    def origin(self) -> tuple[int, int]:
+        """Pixel (x, y) of the image where the mask's first pixel lies."""
+        return int(np.floor(self.box[0])), int(np.floor(self.box[1]))
+
+    @property
+    def center(self) -> tuple[float, float]:
+        """x, y of the box's centre in pixels."""
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """The cell as JSON types; the mask as a run-length code."""
+        out = {"id": self.id, "box": list(self.box), "label": self.label, "score": self.score}
+        if self.attributes:
+            out["attributes"] = self.attributes
+        if self.mask is not None:
+            out["mask"] = rle_encode(self.mask)
+        return out
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Cell":
+        """The cell that `to_dict` wrote."""
+        values = dict(values)
+        if values.get("mask") is not None:
+            values["mask"] = rle_decode(values["mask"]).astype(bool)
+        return cls(**values)
+
+
+@dataclass
+class SmearResult:
+    """What was found in one image. All coordinates are pixels of the image as it stands in its file, upright.
+
+    Args:
+        width (`int`): Width of the image in pixels.
+        height (`int`): Height of the image in pixels.
+        cells (`list[Cell]`): The cells, best score first.
+        classes (`list[str]`): Classes that were looked for, found or not.
+        image (`str`, *optional*): Path of the image.
+        mask (`np.ndarray`, *optional*): uint8 [h, w] over the whole image, 1 on what `mask_label` names. Smaller than
+            the image where that was reduced on opening.
+        mask_label (`str`, *optional*): What the mask shows.
+        single_cell (`dict`, *optional*): {"label", "score"} of an image that shows one cell.
+        answers (`list[dict]`): {"question", "answer"} for each question asked.
+        warnings (`list[str]`): What a reader of the counts must know, such as a reached query cap.
+        provenance (`dict`): Versions, checkpoint, SHA-256 of the weights, thresholds and settings.
+    """
+
+    width: int
+    height: int
+    cells: list[Cell] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    image: str | None = None
+    mask: np.ndarray | None = None
+    mask_label: str | None = None
+    single_cell: dict[str, Any] | None = None
+    answers: list[dict[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Cells of each class that was looked for, zero included."""
+        counts = dict.fromkeys(self.classes, 0)
+        for cell in self.cells:
+            counts[cell.label] = counts.get(cell.label, 0) + 1
+        return counts
+
+    @property
+    def differential(self) -> dict[str, float]:
+        """Percent of each white-cell class among all white cells; empty when it cannot be known."""
+        return differential(self.counts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types, with the counts beside it."""
+        return {
+            "format": FORMAT,
+            "image": self.image,
+            "width": self.width,
+            "height": self.height,
+            "counts": self.counts,
+            "differential": self.differential,
+            "classes": self.classes,
+            "cells": [cell.to_dict() for cell in self.cells],
+            "mask": None if self.mask is None else rle_encode(self.mask),
+            "mask_label": self.mask_label,
+            "single_cell": self.single_cell,
+            "answers": self.answers,
+            "warnings": self.warnings,
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SmearResult":
+        """The result that `to_dict` wrote.
+
+        Raises:
+            ValueError: Written in another format.
+        """
+        if values.get("format") != FORMAT:
+            raise ValueError(
+                f"Not a UniHema result of format {FORMAT} (found {values.get('format')!r}); analyse the image again."
+            )
+        derived = {"format", "counts", "differential", "cells", "mask"}
+        return cls(
+            cells=[Cell.from_dict(cell) for cell in values["cells"]],
+            mask=None if values["mask"] is None else rle_decode(values["mask"]),
+            **{name: value for name, value in values.items() if name not in derived},
+        )
+
+    def to_coco(self, image_id: int = 1, first_annotation_id: int = 1) -> dict[str, Any]:
+        """A COCO detection dataset of this one image, with scores and attributes.
+
+        Args:
+            image_id (`int`): Id of the image.
+            first_annotation_id (`int`): Id of the first cell; the others follow.
+        """
+        return coco(self, image_id, first_annotation_id)
+
+    def to_geojson(self) -> dict[str, Any]:
+        """A GeoJSON FeatureCollection that QuPath opens: cells as detections, the mask as an annotation."""
+        return geojson(self)
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """A row a cell: box, centre and size in pixels, class, score, attributes (the columns of `cells.csv`)."""
+        import pandas
+
+        attributes = list(dict.fromkeys(name for cell in self.cells for name in cell.attributes))
+        rows = [cell_row(self, cell, attributes) for cell in self.cells]
+        return pandas.DataFrame(rows, columns=cell_columns(attributes))
+
+    def overlay(self, image: Image.Image) -> Image.Image:
+        """The image with boxes, classes, scores and mask drawn on it, and a legend with the counts beside it.
+
+        Args:
+            image (`PIL.Image.Image`): The analysed image, at any size; it is not changed.
+
+        Returns:
+            `PIL.Image.Image`: RGB, the image at most 2048 pixels on its longer side.
+        """
+        return draw_overlay(self, image)
+
+
+def differential(counts: dict[str, int]) -> dict[str, float]:
+    """Percent of each white-cell class among all white cells.
+
+    Args:
+        counts (`dict[str, int]`): Class name -> cells; names in singular or plural, any case.
+
+    Returns:
+        `dict[str, float]`: The white-cell classes only; empty when there is no white cell, or one without a type.
+    """
+    names = {label: _normalised(label) for label in counts}
+    if any(counts[label] for label, name in names.items() if name in _UNTYPED_WHITE_CELL):
+        return {}
+    typed = {label: counts[label] for label, name in names.items() if name in _DIFFERENTIAL}
+    total = sum(typed.values())
+    return {label: 100 * count / total for label, count in typed.items()} if total else {}
+
+
+def _normalised(label: str) -> str:
+    name = label.strip().lower().replace("_", " ").replace("-", " ")
+    return name.removesuffix("s")
+
+
+__all__ = ["Cell", "SmearResult", "differential"]

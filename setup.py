@@ -1,0 +1,75 @@
+"""Distribution `unihema`: the folders of the repository's top level become the import package `unihema`.
+
+The top level holds `modeling_unihema`, `processing_unihema`, `training` and `hub_cards` side by side; the mapping below
+puts them under `unihema`, so that no generic name such as `training` lands in site-packages.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "api" / "version.py").read_text(encoding="utf-8"), re.M).group(1)
+
+PACKAGE_DIR = {
+    "unihema": "api",
+    "unihema.cli": "api/cli",
+    "unihema.modeling_unihema": "modeling_unihema",
+    "unihema.processing_unihema": "processing_unihema",
+    "unihema.training": "training",
+    "unihema.training.data": "training/data",
+    "unihema.training.metrics": "training/metrics",
+    "unihema.hub_cards": "hub_cards",
+}
+
+setup(
+    name="unihema",
+    version=VERSION,
+    description="Blood smears in; cells, attributes, masks and answers out: one Transformers model for hematology",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "THIRD_PARTY.md"],
+    python_requires=">=3.10",
+    packages=list(PACKAGE_DIR),
+    package_dir=PACKAGE_DIR,
+    package_data={"unihema": ["py.typed"], "unihema.processing_unihema": ["tokenizer/*.json"]},
+    # The lower bounds are the releases the tests ran with (Transformers' removed-pipeline table and configuration
+    # classes changed up to 5.23); the upper bounds are the next major release and nothing tighter.
+    install_requires=[
+        "torch>=2.13,<3",
+        "torchvision>=0.28,<1",
+        "transformers>=5.23,<6",
+        "accelerate>=1.15,<2",
+        "peft>=0.21,<1",
+        "datasets>=5.2,<6",
+        "evaluate>=0.4.6,<1",
+        "faster-coco-eval>=1.8,<2",
+        "sacrebleu>=2.6,<3",
+        "safetensors>=0.8,<1",
+        "numpy>=2.4,<3",
+        "scipy>=1.17,<2",
+        "pandas>=3.1,<4",
+        "pillow>=13,<14",
+        "tqdm>=4.70,<5",
+        "typer>=0.29,<1",
+    ],
+    extras_require={
+        "dev": ["pytest>=9,<10", "pytest-socket>=0.8,<1", "ruff>=0.17,<1"],
+        "timm": ["timm>=1.0.31,<2"],
+        "tokenizer-training": ["sentencepiece>=0.2.3,<1"],
+    },
+    entry_points={"console_scripts": ["unihema=unihema.cli:main"]},
+    # A plain editable install answers imports through a finder that comes after the working directory, so a checkpoint
+    # folder named `unihema` there would hide the package. The link tree of strict mode has no such problem.
+    options={"editable_wheel": {"mode": "strict"}},
+    zip_safe=False,
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+    ],
+)

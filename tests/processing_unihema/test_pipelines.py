@@ -1,0 +1,120 @@
+"""Auto classes and pipelines on one checkpoint folder named `unihema` in the working directory."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tiny_models import very_tiny_config
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, pipeline
+
+import unihema
+from unihema.processing_unihema.pipelines import register_pipelines
+from unihema.processing_unihema.prompts import task_prompt
+
+
+SIZES = {
+    task: {"longest_edge": 64} for task in ("detection", "segmentation", "single_cell", "question_answering", "cloze")
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("lab")
+    processor = unihema.UniHemaProcessor.from_default(**SIZES, max_text_length=16)
+    config = very_tiny_config(detection_thresholds={"red blood cell": 0.0, "platelet": 0.0, "neutrophil": 0.0})
+    config.text_config.vocab_size = len(processor.tokenizer)
+    config.default_prompt_ids = {
+        task: processor.tokenizer(task_prompt(task, names))["input_ids"]
+        for task, names in processor.default_prompts.items()
+    }
+    unihema.UniHemaForMultiTask(config).save_pretrained(root / "unihema")
+    processor.save_pretrained(root / "unihema")
+    noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+    Image.fromarray(noise).save(root / "smear.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def in_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def test_auto_classes():
+    assert isinstance(AutoModel.from_pretrained("unihema"), unihema.UniHemaModel)
+    assert isinstance(AutoProcessor.from_pretrained("unihema"), unihema.UniHemaProcessor)
+    assert isinstance(AutoImageProcessor.from_pretrained("unihema"), unihema.UniHemaImageProcessor)
+    for auto, head in {
+        "AutoModelForObjectDetection": unihema.UniHemaForDetection,
+        "AutoModelForImageSegmentation": unihema.UniHemaForSegmentation,
+        "AutoModelForImageClassification": unihema.UniHemaForImageClassification,
+        "AutoModelForVisualQuestionAnswering": unihema.UniHemaForQA,
+        "AutoModelForImageTextToText": unihema.UniHemaForQA,
+    }.items():
+        assert type(getattr(transformers, auto).from_pretrained("unihema")) is head
+
+
+def test_visual_question_answering():
+    ask = pipeline("visual-question-answering", model="unihema")
+    one = ask(image="smear.png", question="What is it?")
+    assert list(one[0]) == ["answer", "score"] and isinstance(one[0]["answer"], str) and 0 <= one[0]["score"] <= 1
+    two = ask(image="smear.png", question=["What is it?", "How many?"], batch_size=2)
+    assert two[0] == one and len(two) == 2
+    assert ask({"image": Image.open("smear.png"), "question": "What is it?"}) == one
+    assert ask(image=["smear.png"] * 2, question="What is it?", max_new_tokens=3, generate_kwargs={"num_beams": 2})
+    with pytest.raises(ValueError, match="needs an image and a question"):
+        ask(image="smear.png")
+    with pytest.raises(ValueError, match="1 questions for 2 images"):
+        ask(image=["smear.png"] * 2, question=["What?"])
+    with pytest.raises(ValueError, match="no question"):
+        ask({"image": "smear.png"})
+
+
+def test_object_detection():
+    detect = pipeline("object-detection", model="unihema")
+    cells = detect("smear.png")
+    assert len(cells) == 20
+    assert set(cells[0]) == {"score", "label", "box", "morphology"}
+    assert cells[0]["label"] in ("red blood cell", "platelet", "neutrophil")
+    assert cells[0]["morphology"]["shape"] in ("round", "oval", "irregular")
+    assert all(0 <= cell["box"]["xmin"] <= cell["box"]["xmax"] <= 80 for cell in cells)
+    assert detect("smear.png", threshold=0.999) == []
+    assert len(detect(["smear.png", "smear.png"], prompt="neutrophil")) == 2
+
+
+def test_image_segmentation():
+    segment = pipeline("image-segmentation", model="unihema")
+    found = segment("smear.png", mask_threshold=0.0)
+    assert found[0]["mask"].size == (80, 60) and found[0]["label"] == "white blood cell"
+    assert segment("smear.png", mask_threshold=0.0, prompt="nucleus")[0]["label"] == "nucleus"
+    assert segment("smear.png", mask_threshold=1.0) == []
+    with pytest.raises(ValueError, match="panoptic"):
+        segment("smear.png", subtask="panoptic")
+
+
+def test_image_classification():
+    classes = pipeline("image-classification", model="unihema")("smear.png")
+    assert {entry["label"] for entry in classes} == {"neutrophil", "lymphocyte"}
+    assert sum(entry["score"] for entry in classes) == pytest.approx(1, abs=1e-5)
+
+
+def test_image_text_to_text():
+    answer = pipeline("image-text-to-text", model="unihema")(images="smear.png", text="What is it?", max_new_tokens=4)
+    assert isinstance(answer[0]["generated_text"], str)
+
+
+def test_other_models_keep_their_own_pipelines(tmp_path):
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    classes = pipeline("image-classification", model=str(tmp_path))("smear.png")
+    assert {entry["label"] for entry in classes} == {"LABEL_0", "LABEL_1", "LABEL_2"}
+
+
+def test_registering_twice_changes_nothing():
+    before = dict(transformers.pipelines.PIPELINE_REGISTRY.supported_tasks)
+    register_pipelines()
+    assert before == transformers.pipelines.PIPELINE_REGISTRY.supported_tasks

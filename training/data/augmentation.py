@@ -1,0 +1,192 @@
+"""Random views of a smear: orientation, zoom and stain, for image, boxes and mask together."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+
+@dataclass
+class AugmentationConfig:
+    """How far training images may be changed. All zero (`AugmentationConfig.none()`) leaves them as they are.
+
+    Args:
+        flip (`float`): Probability of a mirror image, for each axis.
+        transpose (`float`): Probability of exchanging the axes; with the flips, all 8 orientations (a smear has none).
+            The view keeps the proportions of the image, or batches would be mostly padding: an oblong image is turned
+            only where its window fits.
+        brightness (`float`): Largest relative change of brightness.
+        contrast (`float`): Largest relative change of contrast.
+        saturation (`float`): Largest relative change of saturation.
+        hue (`float`): Largest rotation of hue, as part of a full turn.
+        stain (`float`): Largest relative change of the optical density of each colour channel.
+        blur (`float`): Probability of a slight defocus.
+        zoom (`float`): Probability of cutting a window out of the image.
+        zoom_min (`float`): Smallest side of the window, as part of the image's.
+        min_visible (`float`): A cell stays a target if at least this part of its box is inside the window.
+    """
+
+    flip: float = 0.5
+    transpose: float = 0.5
+    brightness: float = 0.15
+    contrast: float = 0.15
+    saturation: float = 0.2
+    hue: float = 0.02
+    stain: float = 0.15
+    blur: float = 0.1
+    zoom: float = 0.5
+    zoom_min: float = 0.6
+    min_visible: float = 0.5
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"AugmentationConfig.{name}={value} must lie in [0, 1].")
+        if self.zoom and self.zoom_min < 0.1:
+            raise ValueError(
+                f"AugmentationConfig.zoom_min={self.zoom_min} leaves nothing of the image: use 0.1 or more."
+            )
+
+    @classmethod
+    def none(cls) -> "AugmentationConfig":
+        """Images stay as they are."""
+        return cls(**dict.fromkeys(cls.__dataclass_fields__, 0.0))
+
+    @classmethod
+    def for_task(cls, task: str) -> "AugmentationConfig":
+        """The defaults of a task.
+
+        A window would make answers about counts and sizes untrue, and strong colour changes those about colours, so
+        language tasks have neither; single cells fill their crop, so their window is nearly all of it.
+        """
+        if task in ("question_answering", "cloze"):
+            return cls(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.0, stain=0.08, zoom=0.0)
+        if task == "single_cell":
+            return cls(zoom_min=0.8)
+        return cls()
+
+
+def augmentation_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The random numbers of one sample in one epoch, independent of the order in which samples are read."""
+    return np.random.default_rng(np.random.SeedSequence([seed, epoch, index]))
+
+
+def augment(
+    image: torch.Tensor,
+    config: AugmentationConfig,
+    rng: np.random.Generator,
+    boxes: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """One random view.
+
+    Args:
+        image (`torch.Tensor`): uint8 `[3, H, W]`.
+        config (`AugmentationConfig`): How far to go.
+        rng (`np.random.Generator`): See `augmentation_rng`.
+        boxes (`torch.Tensor`, *optional*): float `[n, 4]`, xywh pixels.
+        mask (`torch.Tensor`, *optional*): uint8 `[H, W]`.
+
+    Returns:
+        image uint8 `[3, h, w]`; boxes `[m, 4]` or None; int64 `[m]`, the indices of the cells that are still targets;
+        mask `[h, w]` or None.
+    """
+    # Always the same draws, so that changing one setting does not change what the others do.
+    draws = rng.random(16)
+    count = 0 if boxes is None else len(boxes)
+    kept = torch.arange(count)
+    parts: list[torch.Tensor] = [tv_tensors.Image(image)]
+    if boxes is not None:
+        parts.append(tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=image.shape[-2:]))
+    if mask is not None:
+        parts.append(tv_tensors.Mask(mask))
+
+    if draws[0] < config.flip:
+        parts = [F.horizontal_flip(part) for part in parts]
+    if draws[1] < config.flip:
+        parts = [F.vertical_flip(part) for part in parts]
+    height, width = image.shape[-2:]
+    side = config.zoom_min + (1 - config.zoom_min) * draws[4] if draws[3] < config.zoom else 1.0
+    window = max(1, round(height * side)), max(1, round(width * side))
+    if draws[2] < config.transpose:
+        nearly_square = max(height, width) <= 1.1 * min(height, width)
+        if nearly_square:
+            window = window[::-1]
+        if nearly_square or (window[0] <= width and window[1] <= height):
+            parts = [_transpose(part) for part in parts]
+            height, width = width, height
+    if window != (height, width):
+        corner = int(draws[5] * (height - window[0] + 1)), int(draws[6] * (width - window[1] + 1))
+        parts, kept = _crop(parts, corner, window, config.min_visible, boxes is not None)
+
+    pixels = parts[0].as_subclass(torch.Tensor)
+    if draws[7] < config.blur:
+        pixels = F.gaussian_blur(pixels, kernel_size=[5, 5], sigma=[0.5 + 0.7 * draws[8]] * 2)
+    pixels = _stain(pixels, config, draws[9:16] * 2 - 1)
+    rest = [part.as_subclass(torch.Tensor) for part in parts[1:]]
+    return pixels, rest.pop(0) if boxes is not None else None, kept, rest.pop(0) if mask is not None else None
+
+
+def _transpose(part: torch.Tensor) -> torch.Tensor:
+    if isinstance(part, tv_tensors.BoundingBoxes):
+        height, width = part.canvas_size
+        return tv_tensors.BoundingBoxes(
+            part.as_subclass(torch.Tensor)[:, [1, 0, 3, 2]], format="XYWH", canvas_size=(width, height)
+        )
+    return tv_tensors.wrap(part.as_subclass(torch.Tensor).transpose(-1, -2).contiguous(), like=part)
+
+
+def _crop(
+    parts: list[torch.Tensor], corner: tuple[int, int], window: tuple[int, int], min_visible: float, has_boxes: bool
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    (top, left), (h, w) = corner, window
+    whole = parts[1].as_subclass(torch.Tensor) if has_boxes else torch.zeros(0, 4)
+    parts = [part if isinstance(part, tv_tensors.BoundingBoxes) else F.crop(part, top, left, h, w) for part in parts]
+    origin = torch.tensor([left, top], dtype=whole.dtype)
+    start = (whole[:, :2] - origin).clamp(min=0)
+    end = torch.minimum(whole[:, :2] + whole[:, 2:] - origin, torch.tensor([w, h], dtype=whole.dtype))
+    size = (end - start).clamp(min=0)
+    visible = size.prod(-1) / whole[:, 2:].prod(-1).clamp(min=1e-6)
+    # A sliver below 1 pixel is no target, whatever part of its cell it is.
+    kept = torch.nonzero((visible >= min_visible) & (size.amin(-1) >= 1)).flatten()
+    if has_boxes:
+        inside = torch.cat([start, size], dim=-1)[kept]
+        parts[1] = tv_tensors.BoundingBoxes(inside, format="XYWH", canvas_size=(h, w))
+    return parts, kept
+
+
+def _stain(image: torch.Tensor, config: AugmentationConfig, draws: np.ndarray) -> torch.Tensor:
+    """Colour changes of a uint8 image in one table look-up and one 3x3 matrix.
+
+    Multiplying the optical density of a channel is a power of its intensity, a table of 256 entries; brightness,
+    contrast, saturation and hue are linear, so they are one matrix and an offset.
+    """
+    amounts = (config.brightness, config.contrast, config.saturation, config.hue)
+    if not any(amounts) and not config.stain:
+        return image
+    if config.stain:
+        powers = torch.from_numpy(1 + config.stain * draws[:3]).float()
+        tables = (255 * torch.linspace(0, 1, 256)[None] ** powers[:, None]).numpy()
+        # NumPy looks up bytes directly, torch would first widen them.
+        pixels = torch.from_numpy(np.stack([table[channel] for table, channel in zip(tables, image.numpy())]))
+    else:
+        pixels = image.float()
+    brightness, contrast, saturation = (1 + amount * draw for amount, draw in zip(amounts, draws[3:6]))
+    angle = 2 * math.pi * config.hue * draws[6]
+    luma = torch.tensor([0.299, 0.587, 0.114])
+    grey = luma.expand(3, 3)
+    matrix = _hue_rotation(angle) @ (saturation * torch.eye(3) + (1 - saturation) * grey)
+    mean = pixels.mean(dim=(1, 2))
+    offset = brightness * (1 - contrast) * (luma @ mean)
+    pixels = torch.addmm(offset.expand(3, 1), brightness * contrast * matrix, pixels.flatten(1))
+    return pixels.clamp_(0, 255).round_().to(torch.uint8).view_as(image)
+
+
+def _hue_rotation(angle: float) -> torch.Tensor:
+    """Rotation of RGB about the grey axis (Rodrigues' formula)."""
+    cosine, sine = math.cos(angle), math.sin(angle) / math.sqrt(3)
+    cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]])
+    return cosine * torch.eye(3) + sine * cross + (1 - cosine) / 3 * torch.ones(3, 3)

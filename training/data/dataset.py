@@ -1,0 +1,285 @@
+"""Schema rows of one task as a torch data set, and their collation into batches a model takes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from unihema.processing_unihema.image_io import load_image
+from unihema.processing_unihema.prompts import LANGUAGE_TASKS
+from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng
+from unihema.training.data.rows import DatasetError, Row, check_rows
+
+
+CACHE_BYTES = 2_000_000_000
+_TEXT_KEYS = {"question_answering": ("question", "answer"), "cloze": ("masked", "completed")}
+
+
+class SmearDataset(Dataset):
+    """Rows of one task.
+
+    A sample of a language task is an image with `questions_per_image` of its questions, so that the image is encoded
+    once for all of them. In training they are drawn anew each epoch; in evaluation every question is asked once, and
+    an image with fewer questions than others of its batch repeats its first under row index -1.
+
+    Args:
+        rows (`Sequence[Row]`): Rows of `task` (see rows.py).
+        processor (`UniHemaProcessor`): Makes model inputs; its `default_prompts` tell which prompts need no text.
+        task (`str`): One of the five tasks.
+        augmentation (`AugmentationConfig`, *optional*): Random views; images stay as they are when not given.
+        class_names (`Sequence[str]`, *optional*): Detection classes in the order of the model's ids; needed for
+            detection.
+        single_cell_labels (`Sequence[str]`, *optional*): Single-cell classes in the model's order; needed for
+            single_cell.
+        morphology (`Mapping[str, Sequence[str]]`, *optional*): Attribute -> values, in the model's order.
+        seed (`int`): Of views and drawn questions.
+        questions_per_image (`int`): Questions of a language sample.
+        evaluation (`bool`): No random views; batches have `target_sizes`, `file_names`, `row_indices` and raw texts.
+        cache_images (`bool`): Keep decoded images in memory, up to `CACHE_BYTES` (each loader process has its own).
+
+    Raises:
+        DatasetError: No rows, rows of another task, or names that are not listed.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        processor: Any,
+        task: str,
+        augmentation: AugmentationConfig | None = None,
+        class_names: Sequence[str] | None = None,
+        single_cell_labels: Sequence[str] | None = None,
+        morphology: Mapping[str, Sequence[str]] | None = None,
+        seed: int = 0,
+        questions_per_image: int = 1,
+        evaluation: bool = False,
+        cache_images: bool = False,
+    ):
+        if not rows:
+            raise DatasetError(f"No rows for {task}: check the folder and the split.")
+        others = {row.get("task") for row in rows} - {task}
+        if others:
+            raise DatasetError(f"Rows of {', '.join(map(str, others))} in a data set for {task}: one task a data set.")
+        if task == "detection" and not class_names:
+            raise DatasetError("Detection needs class_names, in the order of the model's ids.")
+        if task == "single_cell" and not single_cell_labels:
+            raise DatasetError("Single cells need single_cell_labels, in the model's order.")
+        check_rows(rows, class_names, single_cell_labels, morphology)
+        self.rows = list(rows)
+        self.processor = processor
+        self.task = task
+        self.augmentation = None if evaluation else augmentation
+        self.class_names = list(class_names or ())
+        self.single_cell_labels = list(single_cell_labels or ())
+        self.morphology = {name: list(values) for name, values in (morphology or {}).items()}
+        self.seed = seed
+        self.evaluation = evaluation
+        self.epoch = 0
+        self._cache: dict[str, torch.Tensor] | None = {} if cache_images else None
+        self._cached_bytes = 0
+        self._groups = self._group_rows(questions_per_image)
+
+    def _group_rows(self, questions_per_image: int) -> list[list[int]]:
+        """Row indices of each sample: one, but for language tasks all of an image (in evaluation, a few at a time)."""
+        if self.task not in LANGUAGE_TASKS:
+            self.questions_per_image = 1
+            return [[index] for index in range(len(self.rows))]
+        images: dict[Any, list[int]] = {}
+        for index, row in enumerate(self.rows):
+            images.setdefault(row["image"] if isinstance(row["image"], str) else id(row["image"]), []).append(index)
+        if questions_per_image < 1:
+            raise ValueError(f"questions_per_image={questions_per_image} must be at least 1.")
+        self.questions_per_image = count = min(questions_per_image, max(map(len, images.values())))
+        if not self.evaluation:
+            return list(images.values())
+        return [group[start : start + count] for group in images.values() for start in range(0, len(group), count)]
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws other views and questions. Loaders with persistent workers pass the epoch in the index instead."""
+        self.epoch = epoch
+
+    def __getitem__(self, index: "int | tuple[int, int]") -> dict[str, Any]:
+        """One sample.
+
+        Args:
+            index (`int` or `tuple[int, int]`): The sample, or the sample and the epoch.
+
+        Raises:
+            DatasetError: The image and its boxes or mask do not belong together.
+            UnreadableImageError: The image cannot be read.
+        """
+        index, epoch = index if isinstance(index, tuple) else (index, self.epoch)
+        rng = augmentation_rng(self.seed, epoch, index)
+        indices = self._groups[index]
+        if self.task in LANGUAGE_TASKS and not self.evaluation:
+            # Every question once before any a second time.
+            rounds = -(-self.questions_per_image // len(indices))
+            drawn = np.concatenate([rng.permutation(indices) for _ in range(rounds)])
+            indices = [int(drawn_index) for drawn_index in drawn[: self.questions_per_image]]
+        row = self.rows[indices[0]]
+        image = self._image(row["image"])
+        height, width = image.shape[-2:]
+        sample: dict[str, Any] = {
+            "index": index,
+            "row_indices": indices,
+            "file_name": row["file_name"],
+            "original_size": (height, width),
+        }
+        boxes = self._boxes(row, width, height) if self.task == "detection" else None
+        mask = self._mask(row, width, height) if self.task == "segmentation" else None
+        kept = range(len(boxes)) if boxes is not None else ()
+        if self.augmentation is not None:
+            image, boxes, kept, mask = augment(image, self.augmentation, rng, boxes, mask)
+            kept = kept.tolist()
+        sample["image"] = image
+        if self.task == "detection":
+            sample["annotations"] = self._annotations(row, boxes, kept, index)
+            sample["annotated_classes"] = row.get("annotated_classes")
+        elif self.task == "segmentation":
+            sample["mask"] = mask
+            sample["prompt"] = row.get("prompt")
+        elif self.task == "single_cell":
+            sample["label"] = self.single_cell_labels.index(row["label"])
+        else:
+            asked, answered = _TEXT_KEYS[self.task]
+            sample["texts"] = [self.rows[other][asked] for other in indices]
+            sample["answers"] = [self.rows[other][answered] for other in indices]
+        return sample
+
+    def _image(self, source: Any) -> torch.Tensor:
+        if self._cache is not None and isinstance(source, str) and source in self._cache:
+            return self._cache[source]
+        pixels = np.asarray(load_image(source))
+        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        if self._cache is not None and isinstance(source, str) and self._cached_bytes + image.numel() <= CACHE_BYTES:
+            self._cache[source] = image
+            self._cached_bytes += image.numel()
+        return image
+
+    def _boxes(self, row: Row, width: int, height: int) -> torch.Tensor:
+        boxes = torch.tensor(row["objects"]["bbox"], dtype=torch.float32).reshape(-1, 4)
+        recorded = row.get("size") or (width, height)
+        if tuple(recorded) != (width, height):
+            # Very large images are reduced on opening; any other difference means that the boxes are of another image.
+            if not _same_shape(recorded, (width, height)):
+                raise DatasetError(
+                    f"{row['dataset']}: {row['file_name']} has {width}x{height} pixels, but its boxes are for "
+                    f"{recorded[0]}x{recorded[1]}. Export image and boxes together."
+                )
+            boxes = boxes * (width / recorded[0])
+        return boxes
+
+    def _mask(self, row: Row, width: int, height: int) -> torch.Tensor:
+        mask = read_mask(row["mask"])
+        if mask.shape != (height, width):
+            if not _same_shape(mask.shape[::-1], (width, height)):
+                raise DatasetError(
+                    f"{row['dataset']}: {row['file_name']} has {width}x{height} pixels, but its mask "
+                    f"{mask.shape[1]}x{mask.shape[0]}. They must show the same field."
+                )
+            mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+        return torch.from_numpy(np.array(mask))
+
+    def _annotations(self, row: Row, boxes: torch.Tensor, kept: Sequence[int], index: int) -> dict[str, Any]:
+        objects = row["objects"]
+        annotations = []
+        for box, original in zip(boxes.tolist(), kept, strict=True):
+            crowd = objects["iscrowd"][original] if "iscrowd" in objects else 0
+            if crowd and not self.evaluation:
+                # One box over a clump of cells is no cell to learn from; the metric ignores what lies in it.
+                continue
+            annotation = {
+                "bbox": box,
+                "category_id": self.class_names.index(objects["category"][original]),
+                "area": box[2] * box[3],
+                "iscrowd": crowd,
+            }
+            if self.morphology:
+                attributes = objects["morphology"][original] if "morphology" in objects else {}
+                annotation["morphology"] = [
+                    values.index(attributes[name]) if name in attributes else -100
+                    for name, values in self.morphology.items()
+                ]
+            annotations.append(annotation)
+        return {"image_id": index, "annotations": annotations}
+
+    def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Samples to a batch: the processor's tensors, `labels` and `task`; in evaluation the raw truth as well."""
+        images = [sample["image"] for sample in samples]
+        inputs: dict[str, Any] = {"images": images, "task": self.task, "return_tensors": "pt"}
+        if self.task == "detection":
+            inputs["annotations"] = [sample["annotations"] for sample in samples]
+            inputs["text"] = self._texts([sample["annotated_classes"] or self.class_names for sample in samples])
+        elif self.task == "segmentation":
+            inputs["masks"] = [sample["mask"].numpy() for sample in samples]
+            inputs["text"] = self._texts([sample["prompt"] for sample in samples])
+        elif self.task in LANGUAGE_TASKS:
+            most = max(len(sample["texts"]) for sample in samples)
+            inputs["text"] = _filled(samples, "texts", most)
+            inputs["answers"] = _filled(samples, "answers", most)
+        batch = dict(self.processor(**inputs))
+        if self.task == "single_cell":
+            batch["labels"] = torch.tensor([sample["label"] for sample in samples])
+        if self.task == "detection":
+            for labels, sample in zip(batch["labels"], samples, strict=True):
+                if sample["annotated_classes"] is not None:
+                    annotated = set(sample["annotated_classes"])
+                    labels["annotated_classes"] = torch.tensor([name in annotated for name in self.class_names])
+        batch["task"] = self.task
+        if self.evaluation:
+            batch["target_sizes"] = torch.tensor([sample["original_size"] for sample in samples])
+            batch["file_names"] = [sample["file_name"] for sample in samples]
+            most = max(len(sample["row_indices"]) for sample in samples)
+            batch["row_indices"] = _filled(samples, "row_indices", most, filler=-1)
+            if self.task in LANGUAGE_TASKS:
+                batch["texts"], batch["answers"] = inputs["text"], inputs["answers"]
+        return batch
+
+    def _texts(self, asked: list[Any]) -> list[str] | None:
+        """What each image of the batch is asked for; None if it is the processor's default for every one."""
+        default = self.processor.default_prompts[self.task]
+        texts = [default if names is None else names if isinstance(names, str) else ", ".join(names) for names in asked]
+        return None if all(text == default for text in texts) else texts
+
+
+def read_mask(source: Any) -> np.ndarray:
+    """A mask as uint8 `[H, W]`, 1 where there is a cell.
+
+    Args:
+        source (path, `PIL.Image.Image` or `np.ndarray`): Nonzero is cell.
+
+    Raises:
+        DatasetError: Not readable, or not of one channel.
+    """
+    if isinstance(source, np.ndarray):
+        values = source
+    elif isinstance(source, Image.Image):
+        values = np.asarray(source)
+    else:
+        try:
+            with Image.open(source) as opened:
+                values = np.asarray(opened)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DatasetError(f"{source}: not a readable mask ({error}). Export it again as PNG.") from error
+    if values.ndim == 3:
+        # Colour masks: a pixel is cell if any colour is; the last of two or four channels is opacity.
+        values = (values[..., : 3 if values.shape[-1] >= 3 else 1] > 0).any(axis=-1)
+    if values.ndim != 2:
+        raise DatasetError(f"{source if isinstance(source, str) else 'mask'}: shape {values.shape} is not [H, W].")
+    return (values > 0).astype(np.uint8)
+
+
+def _filled(samples: Sequence[dict[str, Any]], key: str, count: int, filler: Any = None) -> list[Any]:
+    """The lists of all samples in one, each brought to `count` entries by its first or by `filler`."""
+    lists = [sample[key] for sample in samples]
+    return [entry for one in lists for entry in one + [one[0] if filler is None else filler] * (count - len(one))]
+
+
+def _same_shape(first: Sequence[int], second: Sequence[int]) -> bool:
+    return abs(first[0] * second[1] - first[1] * second[0]) <= 0.01 * first[0] * second[1]

@@ -1,0 +1,159 @@
+"""Mixing of tasks: the sampler decides what each batch is about, so that a batch holds one task."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from unihema.training.data.dataset import SmearDataset
+
+
+Key = tuple[str, int, int]
+
+
+class TaskMixer(Sampler[list[Key]]):
+    """Batches of `(task, index, epoch)` keys, each of one task.
+
+    The schedule is a function of seed and epoch alone, so a run resumes in the middle of an epoch by skipping batches,
+    without reading what it skips.
+
+    Args:
+        lengths (`Mapping[str, int]`): Task -> number of samples.
+        batch_size (`int` or `Mapping[str, int]`): Samples of a batch, for all tasks or each.
+        weights (`Mapping[str, float]`, *optional*): Share of batches of a task, relative to the others; tasks left out
+            share what the temperature gives them.
+        temperature (`float`): Exponent of the sizes: 1 samples tasks by their size, 0 all alike. Below 1, small sets
+            are seen more often than once a round.
+        steps_per_epoch (`int`, *optional*): Batches of an epoch; by default as many as one pass over everything has.
+        seed (`int`): Of the schedule.
+        shuffle (`bool`): False: the tasks one after another, their samples in order, each once (evaluation).
+
+    Raises:
+        ValueError: No task, an empty one, a weight that is negative or of a task that is not there, or fewer steps than
+            tasks.
+    """
+
+    def __init__(
+        self,
+        lengths: Mapping[str, int],
+        batch_size: int | Mapping[str, int],
+        weights: Mapping[str, float] | None = None,
+        temperature: float = 1.0,
+        steps_per_epoch: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+    ):
+        if not lengths:
+            raise ValueError("No task to mix.")
+        empty = [task for task, length in lengths.items() if length < 1]
+        if empty:
+            raise ValueError(f"No samples for {', '.join(empty)}: leave the task out or give it data.")
+        weights = dict(weights or {})
+        unknown = set(weights) - set(lengths)
+        if unknown:
+            raise ValueError(f"Weight for {', '.join(sorted(unknown))}, but the tasks are {', '.join(lengths)}.")
+        if any(weight < 0 or not math.isfinite(weight) for weight in weights.values()):
+            raise ValueError(f"Weights must be 0 or more: {weights}.")
+        self.lengths = dict(lengths)
+        sizes = {task: batch_size if isinstance(batch_size, int) else batch_size[task] for task in lengths}
+        if min(sizes.values()) < 1:
+            raise ValueError(f"Batch sizes must be 1 or more: {sizes}.")
+        self.batch_sizes = sizes
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+        self.first_step = 0
+        one_pass = {task: math.ceil(length / sizes[task]) for task, length in lengths.items()}
+        self.steps_per_epoch = steps_per_epoch if steps_per_epoch and shuffle else sum(one_pass.values())
+        powers = {task: float(length) ** temperature for task, length in lengths.items()}
+        total = sum(powers.values())
+        shares = {task: weights.get(task, powers[task] / total) for task in lengths}
+        plain = temperature == 1.0 and not weights and self.steps_per_epoch == sum(one_pass.values())
+        self.steps = one_pass if plain or not shuffle else _allocate(shares, self.steps_per_epoch)
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Chooses the epoch, and the batch to start from when a run is resumed."""
+        self.epoch = epoch
+        self.first_step = first_step
+
+    def schedule(self, epoch: int) -> list[str]:
+        """Task of each batch of an epoch."""
+        tasks = [task for task, count in self.steps.items() for _ in range(count)]
+        if self.shuffle:
+            order = np.random.default_rng(np.random.SeedSequence([self.seed, epoch])).permutation(len(tasks))
+            tasks = [tasks[position] for position in order]
+        return tasks
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch - self.first_step
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch = self.epoch
+        streams = {task: self._samples(task, number, epoch) for number, task in enumerate(self.lengths)}
+        for step, task in enumerate(self.schedule(epoch)):
+            batch = next(streams[task])
+            if step >= self.first_step:
+                yield [(task, index, epoch) for index in batch]
+
+    def _samples(self, task: str, number: int, epoch: int) -> Iterator[list[int]]:
+        """Index lists of one task's batches: round after round of all samples, each round in its own order.
+
+        The last batch of a round is short, as it is in an ordinary loader.
+        """
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, number + 1]))
+        size = self.batch_sizes[task]
+        while True:
+            order = rng.permutation(self.lengths[task]) if self.shuffle else np.arange(self.lengths[task])
+            for start in range(0, len(order), size):
+                yield order[start : start + size].tolist()
+
+
+class MixedSmears(Dataset):
+    """Data sets of several tasks behind the keys of a `TaskMixer`.
+
+    Example:
+
+    ```python
+    >>> mixer = TaskMixer({task: len(data) for task, data in datasets.items()}, batch_size=4)
+    >>> mixed = MixedSmears(datasets)
+    >>> loader = DataLoader(mixed, batch_sampler=mixer, collate_fn=mixed.collate)
+    ```
+
+    Args:
+        datasets (`Mapping[str, SmearDataset]`): Task -> its data.
+    """
+
+    def __init__(self, datasets: Mapping[str, SmearDataset]):
+        self.datasets = dict(datasets)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.datasets.values()))
+
+    def __getitem__(self, key: Key) -> tuple[str, dict[str, Any]]:
+        task, index, epoch = key
+        return task, self.datasets[task][index, epoch]
+
+    def collate(self, samples: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+        """Samples of one task to its batch."""
+        tasks = {task for task, _ in samples}
+        if len(tasks) != 1:
+            raise ValueError(f"A batch holds one task, got {', '.join(sorted(tasks))}.")
+        return self.datasets[tasks.pop()].collate([sample for _, sample in samples])
+
+
+def _allocate(shares: Mapping[str, float], steps: int) -> dict[str, int]:
+    """Whole batches of each task in proportion to its share (largest remainder), at least one each."""
+    wanted = [task for task, share in shares.items() if share > 0]
+    if steps < len(wanted) or not wanted:
+        raise ValueError(f"{steps} steps an epoch for {len(wanted)} tasks with a weight: each needs at least one.")
+    total = sum(shares.values())
+    exact = {task: share / total * steps for task, share in shares.items()}
+    counts = {task: max(int(value), 1 if task in wanted else 0) for task, value in exact.items()}
+    while sum(counts.values()) != steps:
+        if sum(counts.values()) < steps:
+            counts[max(wanted, key=lambda task: exact[task] - counts[task])] += 1
+        else:
+            counts[max((t for t in wanted if counts[t] > 1), key=lambda task: counts[task] - exact[task])] -= 1
+    return counts

@@ -1,0 +1,117 @@
+"""The schema row, one dict per sample, that every reader gives and every data set takes.
+
+Common keys: `image` (path or PIL image), `file_name`, `dataset`, `task`. Task keys:
+
+- detection: `objects` (`bbox` xywh pixels, `category` names, `morphology` {attribute: value}; `iscrowd` where present)
+  and `annotated_classes` (names, or None when all are); `size` (width, height) of the image that the boxes refer to,
+  where known;
+- segmentation: `mask` (path or array, nonzero = cell), `prompt` (what the mask shows);
+- single_cell: `label`;
+- question_answering: `question`, `answer`;
+- cloze: `masked` (sentinels in T5's order), `completed` (the whole sentence).
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from unihema.processing_unihema.prompts import TASKS
+
+
+Row = dict[str, Any]
+REQUIRED_KEYS = {
+    "detection": ("objects",),
+    "segmentation": ("mask",),
+    "single_cell": ("label",),
+    "question_answering": ("question", "answer"),
+    "cloze": ("masked", "completed"),
+}
+
+
+class DatasetError(ValueError):
+    """A data folder, file or row that cannot be used; the message names it and the remedy."""
+
+
+def class_names(rows: Iterable[Row]) -> list[str]:
+    """Detection classes of the rows, in the order in which the data sets list them."""
+    names: dict[str, None] = {}
+    used: dict[str, None] = {}
+    for row in rows:
+        if row.get("task") == "detection":
+            names.update(dict.fromkeys(row.get("annotated_classes") or ()))
+            used.update(dict.fromkeys(row["objects"]["category"]))
+    return list(names | used)
+
+
+def single_cell_names(rows: Iterable[Row]) -> list[str]:
+    """Labels of the single-cell rows, sorted."""
+    return sorted({row["label"] for row in rows if row.get("task") == "single_cell"})
+
+
+def morphology_schema(rows: Iterable[Row]) -> dict[str, list[str]]:
+    """Attributes of the detection rows with their sorted values, as `UniHemaConfig.morphology` takes them.
+
+    An attribute with one value only is left out: there is nothing to tell apart.
+    """
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        if row.get("task") == "detection":
+            for attributes in row["objects"].get("morphology", ()):
+                for name, value in attributes.items():
+                    values.setdefault(name, set()).add(value)
+    return {name: sorted(found) for name, found in values.items() if len(found) > 1}
+
+
+def check_rows(
+    rows: Sequence[Row],
+    class_names: Sequence[str] | None = None,
+    single_cell_labels: Sequence[str] | None = None,
+    morphology: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Checks rows against the names a model knows.
+
+    Args:
+        rows (`Sequence[Row]`): Rows of any task.
+        class_names (`Sequence[str]`, *optional*): Detection classes.
+        single_cell_labels (`Sequence[str]`, *optional*): Single-cell classes.
+        morphology (`Mapping[str, Sequence[str]]`, *optional*): Attribute -> values. An attribute that is not listed
+            is ignored; an unlisted value of a listed attribute is an error.
+
+    Raises:
+        DatasetError: Unknown task, missing key, or a class, label or value that is not listed; the message names the
+            file and lists what is known.
+    """
+    for row in rows:
+        where = f"{row.get('dataset', 'data')}: {row.get('file_name', '(no file_name)')}"
+        task = row.get("task")
+        if task not in TASKS:
+            raise DatasetError(f"{where}: unknown task {task!r}; tasks are {', '.join(TASKS)}.")
+        missing = [key for key in ("image", *REQUIRED_KEYS[task]) if row.get(key) is None]
+        if missing:
+            raise DatasetError(f"{where}: a {task} row needs {', '.join(missing)}.")
+        if task == "detection":
+            objects = row["objects"]
+            lengths = {key: len(objects[key]) for key in ("bbox", "category", "morphology") if key in objects}
+            if len(set(lengths.values())) > 1:
+                raise DatasetError(f"{where}: lists of different lengths in objects: {lengths}. One entry a cell.")
+            if class_names is not None:
+                for name in dict.fromkeys(objects["category"]):
+                    _check_known(name, class_names, where, "class")
+            for attributes in objects.get("morphology", ()) if morphology else ():
+                for name, value in attributes.items():
+                    if name in morphology:
+                        _check_known(value, morphology[name], where, f"value of {name}")
+        elif task == "single_cell" and single_cell_labels is not None:
+            _check_known(row["label"], single_cell_labels, where, "single-cell label")
+
+
+def _check_known(name: str, known: Sequence[str], where: str, what: str) -> None:
+    if name in known:
+        return
+    lowered = {str(other).lower(): other for other in known}
+    close = difflib.get_close_matches(str(name).lower(), lowered, n=1)
+    hint = f" Did you mean '{lowered[close[0]]}'?" if close else ""
+    raise DatasetError(
+        f"{where}: unknown {what} '{name}'; known: {', '.join(map(str, known))}.{hint} "
+        "Rename it (`rename`) or add it to the model's list."
+    )

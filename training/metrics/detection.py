@@ -1,0 +1,217 @@
+"""Mean average precision of boxes, and the operating points that come with it."""
+
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+MAX_DETECTIONS = 300
+
+
+def mean_average_precision(
+    predictions: Sequence[Mapping[str, Any]],
+    references: Sequence[Mapping[str, Any]],
+    class_names: Sequence[str],
+) -> dict[str, Any]:
+    """COCO's average precision.
+
+    A class that an image's data set does not annotate is neither asked for nor counted in that image. Classes without
+    any cell in the references are left out of the means.
+
+    Args:
+        predictions (`Sequence[Mapping]`): For each image `boxes` `[n, 4]` xyxy pixels, `scores` `[n]`, `labels` `[n]`.
+        references (`Sequence[Mapping]`): For each image `boxes` `[m, 4]`, `labels` `[m]`, optionally `iscrowd` `[m]` and
+            `annotated_classes`, the class indices that are annotated (`None`: all).
+        class_names (`Sequence[str]`): Names of the class indices.
+
+    Returns:
+        `dict`: `mAP` (IoU 0.50 to 0.95), `mAP50`, `mAP75`, all in 0..1, and `per_class`: name -> `AP50`, `AP`, `cells`.
+        `None` where there is nothing to find.
+
+    Raises:
+        ValueError: As many predictions as references are needed.
+    """
+    _check_lengths(predictions, references)
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    images, truth, found = [], [], []
+    cells = np.zeros(len(class_names), dtype=int)
+    for index, (predicted, reference) in enumerate(zip(predictions, references)):
+        images.append({"id": index + 1, "width": 1, "height": 1})
+        allowed = _annotated(reference, len(class_names))
+        crowd = reference.get("iscrowd")
+        for number, (box, label) in enumerate(zip(_boxes(reference), np.asarray(reference["labels"], dtype=int))):
+            if not allowed[label]:
+                continue
+            is_crowd = 0 if crowd is None else int(crowd[number])
+            cells[label] += not is_crowd
+            width, height = float(box[2] - box[0]), float(box[3] - box[1])
+            truth.append(
+                {
+                    "id": len(truth) + 1,
+                    "image_id": index + 1,
+                    "category_id": int(label),
+                    "bbox": [float(box[0]), float(box[1]), width, height],
+                    "area": width * height,
+                    "iscrowd": is_crowd,
+                }
+            )
+        labels = np.asarray(predicted["labels"], dtype=int)
+        for box, score, label in zip(_boxes(predicted), np.asarray(predicted["scores"], dtype=float), labels):
+            if allowed[label]:
+                x1, y1, x2, y2 = map(float, box)
+                found.append(
+                    {
+                        "image_id": index + 1,
+                        "category_id": int(label),
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "score": float(score),
+                    }
+                )
+    categories = [{"id": number, "name": name} for number, name in enumerate(class_names)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        dataset = COCO({"images": images, "annotations": truth, "categories": categories})
+        evaluation = COCOeval_faster(dataset, dataset.loadRes(found), iouType="bbox")
+        evaluation.params.maxDets = [1, 10, MAX_DETECTIONS]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    # Axes: IoU threshold, recall, class, area range, detections an image. -1 marks a class without cells.
+    precision = evaluation.eval["precision"][:, :, :, 0, -1].mean(axis=1)
+    seen = cells > 0
+    return {
+        "mAP": _mean(precision[:, seen]),
+        "mAP50": _mean(precision[0, seen]),
+        "mAP75": _mean(precision[5, seen]),
+        "per_class": {
+            name: {
+                "AP50": float(precision[0, number]) if seen[number] else None,
+                "AP": float(precision[:, number].mean()) if seen[number] else None,
+                "cells": int(cells[number]),
+            }
+            for number, name in enumerate(class_names)
+        },
+    }
+
+
+def score_matches(
+    predictions: Sequence[Mapping[str, Any]],
+    references: Sequence[Mapping[str, Any]],
+    label: int,
+    num_classes: int,
+    iou_threshold: float = 0.5,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Which predictions of a class are right: best score first, each takes the best free cell that it overlaps enough.
+
+    Args:
+        predictions (`Sequence[Mapping]`): See `mean_average_precision`.
+        references (`Sequence[Mapping]`): See there. Predictions on crowds are left out.
+        label (`int`): The class.
+        num_classes (`int`): How many classes there are.
+        iou_threshold (`float`): Overlap that counts as found.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray, int]`: Scores `[n]`, best first; bool `[n]`, right or not; number of cells.
+    """
+    _check_lengths(predictions, references)
+    scores, right, cells = [], [], 0
+    for predicted, reference in zip(predictions, references):
+        if not _annotated(reference, num_classes)[label]:
+            continue
+        truth = _boxes(reference)
+        of_class = np.asarray(reference["labels"], dtype=int) == label
+        crowd = np.asarray(reference.get("iscrowd") or np.zeros(len(truth)), dtype=bool)
+        crowds, truth = truth[of_class & crowd], truth[of_class & ~crowd]
+        cells += len(truth)
+        mine = np.asarray(predicted["labels"], dtype=int) == label
+        own_scores = np.asarray(predicted["scores"], dtype=float)[mine]
+        order = np.argsort(-own_scores, kind="stable")
+        boxes = _boxes(predicted)[mine][order]
+        overlap = box_iou(boxes, truth)
+        on_crowd = (box_iou(boxes, crowds) >= iou_threshold).any(axis=1) if len(crowds) else np.zeros(len(boxes), bool)
+        free = np.ones(len(truth), dtype=bool)
+        for number, score in enumerate(own_scores[order]):
+            candidates = np.where(free, overlap[number], -1.0)
+            best = int(candidates.argmax()) if len(candidates) else -1
+            hit = best >= 0 and candidates[best] >= iou_threshold
+            if hit:
+                free[best] = False
+            elif on_crowd[number]:
+                continue
+            scores.append(score)
+            right.append(hit)
+    order = np.argsort(-np.asarray(scores, dtype=float), kind="stable")
+    return np.asarray(scores, dtype=float)[order], np.asarray(right, dtype=bool)[order], cells
+
+
+def best_threshold(scores: np.ndarray, right: np.ndarray, cells: int) -> tuple[float, float] | None:
+    """The score threshold of the best F1.
+
+    It lies midway between the last prediction kept and the next one, so that it does not hang on a single score.
+
+    Args:
+        scores (`np.ndarray`): `[n]`, best first.
+        right (`np.ndarray`): bool `[n]`.
+        cells (`int`): Cells there are to find.
+
+    Returns:
+        `tuple[float, float]` or `None`: Threshold and F1; `None` without cells or without a right prediction.
+    """
+    if not cells or not right.any():
+        return None
+    found = np.cumsum(right)
+    f1 = 2 * found / (np.arange(1, len(scores) + 1) + cells)
+    # Predictions of one score stand or fall together.
+    last_of_score = np.append(scores[:-1] > scores[1:], True)
+    best = int(np.where(last_of_score, f1, -1.0).argmax())
+    following = scores[best + 1] if best + 1 < len(scores) else 0.0
+    return float((scores[best] + following) / 2), float(f1[best])
+
+
+def operating_point(scores: np.ndarray, right: np.ndarray, cells: int, threshold: float) -> dict[str, Any]:
+    """Precision, recall and F1 of a class at a threshold; `None` where there is nothing to divide by."""
+    kept = scores > threshold
+    found, total = int(right[kept].sum()), int(kept.sum())
+    return {
+        "threshold": float(threshold),
+        "precision": found / total if total else None,
+        "recall": found / cells if cells else None,
+        "f1": 2 * found / (total + cells) if total + cells else None,
+        "predicted": total,
+        "cells": cells,
+    }
+
+
+def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Intersection over union `[n, m]` of xyxy boxes `[n, 4]` and `[m, 4]`."""
+    first, second = np.asarray(first, float).reshape(-1, 4), np.asarray(second, float).reshape(-1, 4)
+    corner = np.maximum(first[:, None, :2], second[None, :, :2])
+    opposite = np.minimum(first[:, None, 2:], second[None, :, 2:])
+    overlap = np.clip(opposite - corner, 0, None).prod(axis=-1)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).clip(0).prod(axis=-1) for boxes in (first, second)]
+    union = areas[0][:, None] + areas[1][None] - overlap
+    return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
+
+
+def _annotated(reference: Mapping[str, Any], num_classes: int) -> np.ndarray:
+    annotated = reference.get("annotated_classes")
+    if annotated is None:
+        return np.ones(num_classes, dtype=bool)
+    allowed = np.zeros(num_classes, dtype=bool)
+    allowed[np.asarray(annotated, dtype=int)] = True
+    return allowed
+
+
+def _boxes(entry: Mapping[str, Any]) -> np.ndarray:
+    return np.asarray(entry["boxes"], dtype=float).reshape(-1, 4)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if values.size else None
+
+
+def _check_lengths(predictions: Sequence[Any], references: Sequence[Any]) -> None:
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} references: give one for each image.")

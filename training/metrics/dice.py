@@ -1,0 +1,43 @@
+"""Overlap of masks."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+
+def mask_counts(prediction: np.ndarray, reference: np.ndarray) -> tuple[int, int, int]:
+    """Pixels in both masks, in the prediction, and in the reference; nonzero is cell.
+
+    Raises:
+        ValueError: Masks of different shapes.
+    """
+    prediction, reference = np.asarray(prediction), np.asarray(reference)
+    if prediction.shape != reference.shape:
+        raise ValueError(f"Masks of different shapes: predicted {prediction.shape}, true {reference.shape}.")
+    prediction, reference = prediction > 0, reference > 0
+    return int((prediction & reference).sum()), int(prediction.sum()), int(reference.sum())
+
+
+def dice_scores(counts: Iterable[tuple[int, int, int]]) -> dict[str, Any]:
+    """Dice of the masks of a data set.
+
+    Args:
+        counts (`Iterable[tuple[int, int, int]]`): `mask_counts` of each image.
+
+    Returns:
+        `dict`: `dice`, the mean over images (1 where both masks are empty); `dice_pooled` and `iou_pooled`, over all
+        pixels together; `images`. `None` without images.
+    """
+    counts = np.array(list(counts), dtype=np.int64).reshape(-1, 3)
+    if not len(counts):
+        return {"dice": None, "dice_pooled": None, "iou_pooled": None, "images": 0}
+    both, total = counts[:, 0], counts[:, 1] + counts[:, 2]
+    per_image = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
+    all_both, all_total = int(both.sum()), int(total.sum())
+    return {
+        "dice": float(per_image.mean()),
+        "dice_pooled": 2 * all_both / all_total if all_total else 1.0,
+        "iou_pooled": all_both / (all_total - all_both) if all_total else 1.0,
+        "images": len(counts),
+    }
