@@ -71,6 +71,7 @@ class UniHemaConfig(PreTrainedConfig):
         morphology_order (`list[str]`, *optional*): Order of the attributes in labels and logits; that of `morphology`
             when not given.
         default_prompt_ids (`dict[str, list[int]]`): Token ids of the prompt a task uses when called without text.
+        trained_tasks (`list[str]`, *optional*): Tasks the checkpoint was trained on; all of them when not given.
         detection_thresholds (`dict[str, float]`): Calibrated operating threshold of each detection class.
         segmentation_threshold (`float`): Probability above which a pixel belongs to the mask.
         segmentation_label (`str`): What the default segmentation prompt names.
@@ -148,6 +149,7 @@ class UniHemaConfig(PreTrainedConfig):
     morphology: dict[str, list[str]] | None = None
     morphology_order: list[str] | None = None
     default_prompt_ids: dict[str, list[int]] | None = None
+    trained_tasks: list[str] | None = None
     detection_thresholds: dict[str, float] | None = None
     segmentation_threshold: float = 0.5
     segmentation_label: str = "white blood cell"

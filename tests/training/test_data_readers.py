@@ -1,7 +1,6 @@
 """Readers: each layout on a tiny folder made here, what is wrong with a folder, and the real folders where present."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,6 @@ from unihema.training.data.rows import (
     morphology_schema,
     single_cell_names,
 )
-
-
-DATA = Path(os.environ.get("UNIHEMA_DATA") or Path(__file__).parents[3] / "shared" / "data")
 
 
 def write_image(path: Path, size=(40, 30), value=200):
@@ -237,7 +233,6 @@ def test_morphology_schema_leaves_out_constants():
     assert morphology_schema(rows) == {"vacuoles": ["no", "yes"]}
 
 
-@pytest.mark.skipif(not (DATA / "cbc").is_dir(), reason="needs the real data")
 @pytest.mark.parametrize(
     ("folder", "counts"),
     [
@@ -247,8 +242,8 @@ def test_morphology_schema_leaves_out_constants():
         ("wbc_seg_zheng1", {"segmentation": 34, "single_cell": 34}),
     ],
 )
-def test_real_folders(folder, counts):
-    rows = load_folder(DATA / folder, "val")
+def test_real_folders(data_dir, folder, counts):
+    rows = load_folder(data_dir / folder, "val")
     assert {task: len(found) for task, found in rows.items()} == counts
     for found in rows.values():
         check_rows(found, class_names(found) or None, single_cell_names(found) or None)
