@@ -1,6 +1,6 @@
 """Trains the shipped tokenizer.json; run once, by hand: `python processing_unihema/tokenizer/train_tokenizer.py`.
 
-Needs sentencepiece and protobuf (`pip install .[tokenizer]`); using the tokenizer needs neither.
+Needs sentencepiece and protobuf (`pip install .[tokenizer-training]`); using the tokenizer needs neither.
 """
 
 import io

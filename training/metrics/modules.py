@@ -14,8 +14,7 @@ import datasets
 import evaluate
 
 from unihema.training.metrics.detection import mean_average_precision
-from unihema.training.metrics.dice import dice_scores
-from unihema.training.metrics.dice import mask_counts
+from unihema.training.metrics.dice import dice_scores, mask_counts
 from unihema.training.metrics.morphology import morphology_scores
 from unihema.training.metrics.single_cell import classification_scores
 from unihema.training.metrics.text import text_scores

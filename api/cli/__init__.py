@@ -1,0 +1,6 @@
+"""The `unihema` command."""
+
+from .app import app, main
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,61 @@
+"""The commands together, and what a user sees when one of them fails."""
+
+import os
+import sys
+
+import typer
+
+from unihema.cli.ask import ask
+from unihema.cli.demo import demo
+from unihema.cli.evaluate import evaluate
+from unihema.cli.info import info
+from unihema.cli.predict import predict
+from unihema.cli.train import train
+from unihema.version import __version__
+
+
+app = typer.Typer(
+    name="unihema",
+    help="Blood smears in; cells, attributes, masks and answers out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: bool = typer.Option(False, "--debug", help="Show the whole traceback of an error."),
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Blood smears in; cells, attributes, masks and answers out."""
+    if debug:
+        os.environ["UNIHEMA_DEBUG"] = "1"
+
+
+app.command()(predict)
+app.command()(ask)
+app.command()(train)
+app.command()(evaluate)
+app.command()(info)
+app.command(hidden=True)(demo)
+
+
+def main() -> None:
+    """Runs the command; an error is one line that names the input and the remedy, and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("UNIHEMA_DEBUG"):
+            raise
+        typer.echo(f"unihema: {error}", err=True)
+        sys.exit(2)

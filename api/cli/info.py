@@ -1,0 +1,62 @@
+"""`unihema info`: versions for a bug report, and what a checkpoint is."""
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import typer
+
+
+PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "evaluate", "safetensors", "timm")
+
+
+def info(checkpoint: Path = typer.Argument(None, help="Checkpoint folder.")) -> None:
+    """Show versions, and of a checkpoint its size, tasks, classes, thresholds and measured figures."""
+    import torch
+
+    from unihema.version import __version__
+
+    typer.echo(f"unihema {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"{package} not installed")
+    typer.echo(", ".join(found))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    typer.echo(f"{torch.get_num_threads()} threads, {gpu}")
+    if checkpoint is None:
+        return
+
+    from unihema.checkpoint import available_tasks, fingerprint, load_checkpoint
+
+    model, processor = load_checkpoint(checkpoint, device="cpu")
+    config = model.config
+    typer.echo(f"\n{checkpoint}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters")
+    for name, digest in fingerprint(checkpoint).items():
+        if name.endswith(".safetensors"):
+            typer.echo(f"{name}: sha256 {digest}")
+    tasks = available_tasks(model)
+    typer.echo(f"tasks: {', '.join(tasks)}")
+    if "detection" in tasks:
+        thresholds = config.detection_thresholds
+        shown = [
+            f"{name} ({thresholds[name]:.2f})" if name in thresholds else name for name in config.id2label.values()
+        ]
+        typer.echo(f"detection classes (threshold): {', '.join(shown)}")
+        for name, values in config.morphology.items():
+            typer.echo(f"  {name}: {', '.join(values)}")
+    if "single_cell" in tasks:
+        typer.echo(f"single-cell classes: {', '.join(config.single_cell_labels)}")
+    sizes = processor.image_processor.task_sizes
+    typer.echo("image sizes: " + ", ".join(f"{task} {max(sizes[task].values())} px" for task in tasks))
+    metrics = checkpoint / "metrics.json"
+    if metrics.is_file():
+        typer.echo("measured on validation data:")
+        for task, figures in json.loads(metrics.read_text(encoding="utf-8")).items():
+            numbers = {key: value for key, value in figures.items() if isinstance(value, float)}
+            typer.echo(f"  {task}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
+    else:
+        typer.echo("nothing was measured on validation data")

@@ -1,0 +1,62 @@
+"""`unihema predict`: cells, masks and answers of many images."""
+
+from pathlib import Path
+
+import typer
+
+
+def predict(
+    checkpoint: Path = typer.Argument(..., help="Checkpoint folder."),
+    inputs: list[str] = typer.Argument(..., help="Image files, folders and glob patterns."),
+    output: Path = typer.Option("results", "--output", "-o", help="Folder for the results."),
+    task: list[str] = typer.Option([], "--task", "-t", help="detection, segmentation or single_cell; may be repeated."),
+    prompt: str = typer.Option(None, help="Class names, or a disease, to look for."),
+    question: list[str] = typer.Option([], "--question", "-q", help="A question about each image; may be repeated."),
+    threshold: float = typer.Option(None, help="Smallest score; the checkpoint's calibrated ones by default."),
+    geojson: bool = typer.Option(False, help="Also write GeoJSON for QuPath."),
+    overwrite: bool = typer.Option(False, help="Analyse again what was analysed before."),
+    device: str = typer.Option(None, help="Such as cpu or cuda:0."),
+) -> None:
+    """Find and describe the cells of images: overlays, cells.csv, counts.csv and results.json.
+
+    Stopped runs go on where they stopped. Exit code 1: some files could not be analysed; they are listed.
+    """
+    from tqdm.auto import tqdm
+
+    from unihema.batch import predict_files
+
+    # The bar appears with the first image, so that a wrong checkpoint is one line and nothing else.
+    bar = tqdm(desc="predict", unit="image", disable=True)
+
+    def on_image(number: int, total: int, path: Path, outcome) -> None:
+        nonlocal bar
+        if number == 1:
+            bar = tqdm(desc="predict", unit="image", total=total)
+        bar.update(1)
+        if isinstance(outcome, str):
+            tqdm.write(f"{path}: {outcome}")
+
+    try:
+        report = predict_files(
+            checkpoint,
+            inputs,
+            output,
+            tasks=list(task) or None,
+            prompt=prompt,
+            questions=question,
+            threshold=threshold,
+            geojson=geojson,
+            overwrite=overwrite,
+            device=device,
+            on_image=on_image,
+        )
+    finally:
+        bar.close()
+    typer.echo(f"{len(report.analysed)} analysed, {len(report.skipped)} already done, {len(report.failed)} failed.")
+    if report.totals:
+        typer.echo("Cells: " + ", ".join(f"{label} {count}" for label, count in report.totals.items()))
+    typer.echo(f"Results in {output}.")
+    if report.failed:
+        for item, problem in report.failed.items():
+            typer.echo(f"failed: {item}: {problem}", err=True)
+        raise typer.Exit(1)

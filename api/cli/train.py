@@ -1,0 +1,104 @@
+"""`unihema train`: a model from data folders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def _pairs(values: list[str], option: str, convert: Any) -> dict[str, Any]:
+    """`TASK=VALUE` options as a dictionary."""
+    found = {}
+    for value in values:
+        task, separator, text = value.partition("=")
+        if not separator:
+            raise typer.BadParameter(
+                f"{option} {value!r} must look like detection={'320' if convert is int else '0.5'}."
+            )
+        try:
+            found[task] = convert(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"{option} {value!r}: {text!r} is not a number.") from error
+    return found
+
+
+def _setting(value: str) -> tuple[str, Any]:
+    name, separator, text = value.partition("=")
+    if not separator:
+        raise typer.BadParameter(f"--set {value!r} must look like optimisation.weight_decay=0.05.")
+    try:
+        return name, json.loads(text)
+    except json.JSONDecodeError:
+        return name, text
+
+
+def train(
+    data: list[Path] = typer.Argument(None, help="Data folders (their layouts are in docs/data.md)."),
+    output: Path = typer.Option(None, "--output", "-o", help="Folder for the model, its log and its checkpoints."),
+    task: list[str] = typer.Option([], "--task", "-t", help="Train this task only; may be repeated. All by default."),
+    preset: str = typer.Option(None, help="Size of a new model: tiny or base."),
+    init: str = typer.Option(None, help="Checkpoint to go on from, instead of a preset."),
+    epochs: float = typer.Option(None, help="Passes over the data."),
+    max_steps: int = typer.Option(None, help="Optimizer steps."),
+    time_limit: float = typer.Option(None, help="Minutes of training; the learning rate follows the clock."),
+    lr: float = typer.Option(None, help="Peak learning rate."),
+    batch_size: list[str] = typer.Option([], help="Images of a batch, TASK=N; may be repeated."),
+    image_size: list[str] = typer.Option([], help="Longest edge in pixels, TASK=N; may be repeated."),
+    task_weight: list[str] = typer.Option([], help="Share of the batches, TASK=SHARE; may be repeated."),
+    attributes: bool = typer.Option(False, help="Learn attribute tables of single-cell images as morphology."),
+    mask_prompt: str = typer.Option(None, help="What the masks show."),
+    bf16: bool = typer.Option(False, help="Train in bfloat16 where that is safe; faster on recent CPUs and GPUs."),
+    ema: float = typer.Option(None, help="Decay of averaged weights, such as 0.998."),
+    workers: int = typer.Option(None, help="Processes that load images."),
+    seed: int = typer.Option(None, help="Of everything random."),
+    evaluate_every: int = typer.Option(None, help="Epochs between evaluations; only at the end by default."),
+    setting: list[str] = typer.Option([], "--set", help="Any other setting of run_config.json, NAME=JSON."),
+    config: Path = typer.Option(None, help="A run_config.json to start from; options override it."),
+    resume: bool = typer.Option(False, "--resume", help="Go on from the last checkpoint in --output."),
+) -> None:
+    """Train a model on data folders; metrics, thresholds and a card are saved with it.
+
+    Exit code 3: stopped by Ctrl-C or a signal, with a checkpoint saved.
+    """
+    from unihema.training.loop import TrainingInterrupted
+    from unihema.training.loop import train as run
+    from unihema.training.run_config import RunConfig
+
+    if resume and config is None and output is not None and (output / "run_config.json").is_file():
+        config = output
+    settings = RunConfig.load(config) if config is not None else RunConfig()
+    given = {
+        "output_dir": None if output is None else str(output),
+        "data.folders": [str(folder) for folder in data or ()] or None,
+        "data.tasks": list(task) or None,
+        "data.batch_size": {**settings.data.batch_size, **_pairs(batch_size, "--batch-size", int)},
+        "data.image_sizes": {
+            **settings.data.image_sizes,
+            **{name: {"longest_edge": edge} for name, edge in _pairs(image_size, "--image-size", int).items()},
+        },
+        "data.task_weights": {**settings.data.task_weights, **_pairs(task_weight, "--task-weight", float)},
+        "data.attributes_as_detection": attributes or None,
+        "data.segmentation_prompt": mask_prompt,
+        "data.workers": workers,
+        "model.preset": preset,
+        "model.initial_checkpoint": init,
+        "optimisation.epochs": epochs,
+        "optimisation.max_steps": max_steps,
+        "optimisation.time_limit_minutes": time_limit,
+        "optimisation.learning_rate": lr,
+        "optimisation.mixed_precision": "bf16" if bf16 else None,
+        "optimisation.ema_decay": ema,
+        "optimisation.seed": seed,
+        "logging.evaluate_every": evaluate_every,
+    }
+    overrides = {name: value for name, value in given.items() if value is not None}
+    overrides |= dict(_setting(value) for value in setting)
+    try:
+        report = run(settings.with_overrides(overrides), resume=resume)
+    except TrainingInterrupted as stopped:
+        typer.echo(str(stopped), err=True)
+        raise typer.Exit(3) from None
+    for name, figures in report.items():
+        main = {key: value for key, value in figures.items() if isinstance(value, float)}
+        typer.echo(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in main.items()))
