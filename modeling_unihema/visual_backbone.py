@@ -129,13 +129,11 @@ class VisualBackbone(nn.Module):
         if pixel_mask is None:
             pixel_mask = pixel_values.new_ones((pixel_values.shape[0], *pixel_values.shape[-2:]))
         maps = list(self.backbone(pixel_values).feature_maps)
+        # The first extra level comes from the last backbone map, further ones from the level before.
+        sources = [*maps, maps[-1]]
         projected = []
         for level, projection in enumerate(self.input_projection):
-            if level < len(maps):
-                source = maps[level]
-            else:
-                source = maps[-1] if level == len(maps) else projected[-1]
-            projected.append(projection(source))
+            projected.append(projection(sources[level] if level < len(sources) else projected[-1]))
         valid, positions = [], []
         for level in projected:
             mask = nn.functional.interpolate(pixel_mask[:, None].float(), size=level.shape[-2:])[:, 0] > 0.5

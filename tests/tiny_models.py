@@ -5,45 +5,50 @@ import torch
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 
 
+# Every part of the model at a width that runs in milliseconds.
+VERY_TINY = {
+    "backbone_config": {
+        "model_type": "resnet",
+        "layer_type": "basic",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 8, 16, 16],
+        "depths": [1, 1, 1, 1],
+        "out_features": ["stage2", "stage3", "stage4"],
+    },
+    "text_config": {
+        "model_type": "t5",
+        "vocab_size": 64,
+        "d_model": 24,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
+    },
+    "d_model": 32,
+    "num_attention_heads": 4,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "fusion_ffn_dim": 32,
+    "fusion_queries": 16,
+    "num_queries": 20,
+    "num_sampling_points": 2,
+    "denoising_queries": 8,
+    "freeze_backbone_norm": False,
+}
+
+
 def very_tiny_config(**overrides) -> UniHemaConfig:
-    """Every part of the model at a width that runs in milliseconds."""
-    fields = {
-        "backbone_config": {
-            "model_type": "resnet",
-            "layer_type": "basic",
-            "embedding_size": 8,
-            "hidden_sizes": [8, 8, 16, 16],
-            "depths": [1, 1, 1, 1],
-            "out_features": ["stage2", "stage3", "stage4"],
-        },
-        "text_config": {
-            "model_type": "t5",
-            "vocab_size": 64,
-            "d_model": 24,
-            "d_kv": 8,
-            "d_ff": 32,
-            "num_layers": 1,
-            "num_heads": 2,
-            "feed_forward_proj": "gated-gelu",
-            "dropout_rate": 0.0,
-        },
-        "d_model": 32,
-        "num_attention_heads": 4,
-        "encoder_layers": 1,
-        "decoder_layers": 2,
-        "encoder_ffn_dim": 32,
-        "decoder_ffn_dim": 32,
-        "fusion_ffn_dim": 32,
-        "fusion_queries": 16,
-        "num_queries": 20,
-        "num_sampling_points": 2,
-        "denoising_queries": 8,
-        "freeze_backbone_norm": False,
+    """A very tiny model with three detection classes, two single-cell classes and two attributes."""
+    names = {
         "id2label": {0: "red blood cell", 1: "platelet", 2: "neutrophil"},
         "single_cell_labels": ["neutrophil", "lymphocyte"],
         "morphology": {"vacuoles": ["absent", "prominent"], "shape": ["round", "oval", "irregular"]},
     }
-    return UniHemaConfig(**{**fields, **overrides})
+    return UniHemaConfig(**{**VERY_TINY, **names, **overrides})
 
 
 def batch(task: str, images: int = 2, size: tuple[int, int] = (64, 96), seed: int = 0) -> dict:

@@ -95,6 +95,7 @@ def _new_config(config: RunConfig, rows: dict[str, list[Row]], processor: UniHem
     }
     preset = UniHemaConfig.tiny if config.model.preset == "tiny" else UniHemaConfig.base
     model_config = preset(**{**fields, **config.model.overrides})
-    if "text_config" not in config.model.overrides:
-        model_config.text_config.vocab_size = len(processor.tokenizer)
+    # flan-T5 has a few more rows than its tokenizer has pieces; a preset's vocabulary is only a placeholder.
+    given = model_config.text_config.vocab_size if "text_config" in config.model.overrides else 0
+    model_config.text_config.vocab_size = max(given, len(processor.tokenizer))
     return model_config
