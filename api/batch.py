@@ -18,7 +18,7 @@ from typing import Any
 
 from .checkpoint import fingerprint, load_checkpoint, require_tasks
 from .files import find_images, sha256, write_atomically, write_text
-from .predict import analyze, default_tasks
+from .predict import analyze, check_threshold, default_tasks
 from .processing_unihema.results import SmearResult
 from .processing_unihema.results_export import cell_columns, cell_row
 from .version import __version__
@@ -89,6 +89,7 @@ def predict_files(
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"{output}: the output must be a folder, and this is a file.")
+    check_threshold(threshold)
     images, problems = find_images(inputs, exclude=output)
     files = fingerprint(checkpoint)
     model, processor = load_checkpoint(checkpoint, device)

@@ -78,8 +78,7 @@ def analyze(
         raise ValueError(
             f"Unknown task '{unknown[0]}'; choose among {', '.join(IMAGE_TASKS)}. Questions are asked apart."
         )
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(f"The threshold must lie in 0..1, got {threshold}.")
+    check_threshold(threshold)
     language = [(question, "cloze" if _has_blank(question) else "question_answering") for question in questions]
     require_tasks(model, [*tasks, *dict.fromkeys(task for _, task in language)])
 
@@ -104,6 +103,16 @@ def analyze(
     finally:
         model.train(was_training)
     return result
+
+
+def check_threshold(threshold: float | None) -> None:
+    """Checks a detection threshold.
+
+    Raises:
+        ValueError: Outside 0..1.
+    """
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"The threshold must lie in 0..1, got {threshold}.")
 
 
 def _size_in_file(image, opened) -> tuple[int, int]:
@@ -213,4 +222,4 @@ def _provenance(model, tasks, prompt, threshold) -> dict[str, Any]:
     }
 
 
-__all__ = ["QueryCapWarning", "analyze", "default_tasks"]
+__all__ = ["QueryCapWarning", "analyze", "check_threshold", "default_tasks"]

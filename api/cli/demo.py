@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from unihema.cli.figures import figures_text
+
 
 FIELDS, VALIDATION_FIELDS, SHOWN_FIELDS = 200, 20, 4
 TASK_WEIGHTS = {
@@ -81,6 +83,5 @@ def demo(
     typer.echo(f"{question} {answer['answer']} (painted: {crop.label})")
     typer.echo("Measured on synthetic validation fields:")
     for task, figures in json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8")).items():
-        numbers = {key: value for key, value in figures.items() if isinstance(value, float)}
-        typer.echo(f"  {task}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
+        typer.echo(f"  {task}: {figures_text(figures)}")
     typer.echo(f"Checkpoint {checkpoint}, results {results} ({len(report)} tasks).")

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import typer
 
+from unihema.cli.figures import figures_text
+
 
 def evaluate(
     checkpoint: Path = typer.Argument(..., help="Checkpoint folder."),
@@ -40,10 +42,7 @@ def evaluate(
     if not report:
         raise ValueError("Nothing to measure: the image-blind control is for question_answering and cloze.")
     for name, figures in report.items():
-        main = {key: value for key, value in figures.items() if isinstance(value, float)}
-        typer.echo(f"{name} ({figures['rows']} rows): " + ", ".join(f"{k} {v:.4f}" for k, v in main.items()))
-        if "morphology" in figures:
-            typer.echo(f"  morphology: macro_f1 {figures['morphology']['macro_f1']:.4f}")
+        typer.echo(f"{name} ({figures['rows']} rows): {figures_text(figures)}")
     if output is not None:
         write_report(report, output)
         typer.echo(f"Written to {output / 'metrics.json'}.")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import typer
 
+from unihema.cli.figures import figures_text
+
 
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "evaluate", "safetensors", "timm")
 
@@ -56,7 +58,6 @@ def info(checkpoint: Path = typer.Argument(None, help="Checkpoint folder.")) -> 
     if metrics.is_file():
         typer.echo("measured on validation data:")
         for task, figures in json.loads(metrics.read_text(encoding="utf-8")).items():
-            numbers = {key: value for key, value in figures.items() if isinstance(value, float)}
-            typer.echo(f"  {task}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
+            typer.echo(f"  {task}: {figures_text(figures)}")
     else:
         typer.echo("nothing was measured on validation data")

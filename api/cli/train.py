@@ -6,6 +6,8 @@ from typing import Any
 
 import typer
 
+from unihema.cli.figures import figures_text
+
 
 def _pairs(values: list[str], option: str, convert: Any) -> dict[str, Any]:
     """`TASK=VALUE` options as a dictionary."""
@@ -100,5 +102,4 @@ def train(
         typer.echo(str(stopped), err=True)
         raise typer.Exit(3) from None
     for name, figures in report.items():
-        main = {key: value for key, value in figures.items() if isinstance(value, float)}
-        typer.echo(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in main.items()))
+        typer.echo(f"{name}: {figures_text(figures)}")

@@ -1,0 +1,163 @@
+"""The `unihema` command as a user meets it: what is written, what is said, and the exit code."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import very_tiny_config
+
+import unihema
+from unihema.processing_unihema.prompts import task_prompt
+from unihema.training.data.synthetic_folder import write_synthetic
+
+
+SIZES = {
+    task: {"longest_edge": 64} for task in ("detection", "segmentation", "single_cell", "question_answering", "cloze")
+}
+
+
+def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "unihema", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model") / "unihema"
+    processor = unihema.UniHemaProcessor.from_default(**SIZES, max_text_length=32)
+    config = very_tiny_config(
+        detection_thresholds={"red blood cell": 0.0, "platelet": 0.0, "neutrophil": 0.0}, fusion_queries=32
+    )
+    config.text_config.vocab_size = len(processor.tokenizer)
+    config.default_prompt_ids = {
+        task: processor.tokenizer(task_prompt(task, names))["input_ids"]
+        for task, names in processor.default_prompts.items()
+    }
+    unihema.UniHemaForMultiTask(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "Ausstrich 1 µ"
+    (folder / "night").mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "a.png")
+    Image.fromarray(noise[::-1].copy()).save(folder / "night" / "a.png")
+    (folder / "broken.jpg").write_bytes(b"this is no image")
+    return folder
+
+
+def test_a_broken_file_is_reported_and_the_rest_goes_on(checkpoint, images, tmp_path):
+    results = tmp_path / "results"
+    first = run("predict", checkpoint, images, "-o", results)
+    assert first.returncode == 1
+    assert "2 analysed, 0 already done, 1 failed" in first.stdout
+    assert "broken.jpg" in first.stderr and "not an image" in first.stderr and "Traceback" not in first.stderr
+    with open(results / "cells.csv", newline="") as file:
+        cells = list(csv.DictReader(file))
+    # Two images with the same name in different folders, each with all 20 queries as cells.
+    assert len({cell["image"] for cell in cells}) == 2 and len(cells) == 40
+    assert {"label", "score", "x_min", "y_max", "vacuoles", "shape"} <= set(cells[0])
+    assert all(0 <= float(cell["x_min"]) <= float(cell["x_max"]) <= 60 for cell in cells)
+    with open(results / "counts.csv", newline="") as file:
+        counts = list(csv.DictReader(file))
+    assert sum(int(row["count"]) for row in counts) == 40
+    report = json.loads((results / "results.json").read_text())
+    assert len(report["images"]) == 2 and list(report["failed"])[0].endswith("broken.jpg")
+    overlays = sorted(results.glob("*_overlay.png"))
+    assert len(overlays) == 2 and Image.open(overlays[0]).width >= 60
+    assert not list(results.rglob("*.partial"))
+
+    again = run("predict", checkpoint, images, "-o", results)
+    assert "0 analysed, 2 already done, 1 failed" in again.stdout
+    (images / "broken.jpg").unlink()
+    mended = run("predict", checkpoint, images / "*.png", images / "night", "-o", results, "--overwrite")
+    assert mended.returncode == 0 and "2 analysed" in mended.stdout
+
+
+def test_ask_and_info(checkpoint, images):
+    answer = run("ask", checkpoint, images / "a.png", "What is it?")
+    assert answer.returncode == 0, answer.stderr
+    shown = run("info", checkpoint)
+    assert shown.returncode == 0
+    for text in (
+        "unihema 0.",
+        "torch ",
+        "red blood cell (0.00)",
+        "vacuoles: absent, prominent",
+        "nothing was measured",
+    ):
+        assert text in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("predict", "nowhere", "x.png"), "nowhere: no such checkpoint folder"),
+        (("ask", "{checkpoint}", "missing.png", "What?"), "missing.png: no such image file"),
+        (("ask", "{checkpoint}", "{image}", "why " * 200), "the limit is 32"),
+        (("predict", "{checkpoint}", "{image}", "--threshold", "7"), "must lie in 0..1"),
+        (("predict", "{checkpoint}", "{image}", "-t", "counting"), "Unknown task 'counting'"),
+        (("train", "nowhere", "-o", "out"), "nowhere: no such folder"),
+        (("train", "nowhere", "-o", "out", "--set", "optimisation.learning_rat=1"), "learning_rate"),
+        (("evaluate", "{checkpoint}", "nowhere"), "nowhere: no such folder"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(checkpoint, images, tmp_path, arguments, message):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    filled = [a.format(checkpoint=checkpoint, image=images / "a.png") for a in arguments]
+    if filled[0] == "predict":
+        filled += ["-o", "results"]
+    result = run(*filled, cwd=empty)
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert [path.name for path in empty.rglob("*.csv")] == [] and not (empty / "out").exists()
+
+
+def test_a_checkpoint_with_a_file_missing_is_named(checkpoint, images, tmp_path):
+    import shutil
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    (damaged / "tokenizer.json").unlink()
+    result = run("ask", damaged, images / "a.png", "What?")
+    assert result.returncode == 2 and "tokenizer.json" in result.stderr
+
+
+def test_a_head_that_the_checkpoint_lacks_is_named(images, tmp_path):
+    config = very_tiny_config(trained_tasks=["single_cell"])
+    processor = unihema.UniHemaProcessor.from_default(**SIZES)
+    unihema.UniHemaForImageClassification(config).save_pretrained(tmp_path / "single")
+    processor.save_pretrained(tmp_path / "single")
+    result = run("predict", tmp_path / "single", images / "a.png", "-t", "detection", "-o", tmp_path / "results")
+    assert result.returncode == 2 and "no trained head for 'detection'" in result.stderr
+    named = run("predict", tmp_path / "single", images / "a.png", "-o", tmp_path / "results")
+    assert named.returncode == 0
+
+
+def test_train_then_evaluate(tmp_path):
+    data = write_synthetic(
+        tmp_path / "data", 2, 2, seed=0, crops_per_field=2, width=224, height=168, crop_size=96, progress=False
+    )
+    trained = run(
+        "train", data, "-o", tmp_path / "run", "-t", "single_cell", "--max-steps", 2, "--image-size", "single_cell=32",
+        "--batch-size", "single_cell=2", "--workers", 0,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert "single_cell: accuracy" in trained.stdout
+    measured = run("evaluate", tmp_path / "run", data, "-o", tmp_path / "report")
+    assert measured.returncode == 0, measured.stderr
+    assert "single_cell (4 rows): accuracy" in measured.stdout
+    assert json.loads((tmp_path / "report" / "metrics.json").read_text())["single_cell"]["rows"] == 4

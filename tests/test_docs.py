@@ -1,0 +1,91 @@
+"""The commands and code of README.md and docs/ run, on a small stand-in for what `make demo` leaves."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_models import VERY_TINY
+
+import unihema
+from unihema.processing_unihema.prompts import task_prompt
+from unihema.training.data.synthetic import SyntheticSmears
+from unihema.training.data.synthetic_folder import write_synthetic
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TASKS = ("detection", "segmentation", "single_cell", "question_answering", "cloze")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A folder with `demo/` (an untrained checkpoint and images), `my_smears/` and `my_data/`."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("lab")
+    smears = SyntheticSmears(seed=2)
+    for folder in ("demo/smears", "my_smears", "more"):
+        (root / folder).mkdir(parents=True)
+    for path in ("demo/smears/field_01.png", "my_smears/07.png", "more/1.tif"):
+        Image.fromarray(smears[1].image).save(root / path)
+    Image.fromarray(smears.single_cell(0, label="neutrophil").image).save(root / "demo/smears/cell.png")
+    processor = unihema.UniHemaProcessor.from_default(**{task: {"longest_edge": 64} for task in TASKS})
+    config = unihema.UniHemaConfig(**{**VERY_TINY, "fusion_queries": 64})
+    config.text_config.vocab_size = len(processor.tokenizer)
+    config.detection_thresholds = dict.fromkeys(config.label2id, 0.0)
+    config.default_prompt_ids = {
+        task: processor.tokenizer(task_prompt(task, names))["input_ids"]
+        for task, names in processor.default_prompts.items()
+    }
+    for folder in ("demo/unihema", "runs/mine"):
+        unihema.UniHemaForMultiTask(config).save_pretrained(root / folder)
+        processor.save_pretrained(root / folder)
+    write_synthetic(root / "my_data", 2, 2, crops_per_field=1, width=224, height=168, crop_size=96, progress=False)
+    return root
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_code_runs(page, lab, monkeypatch):
+    monkeypatch.chdir(lab if page.name == "training.md" else lab / "demo")
+    exec(compile("\n".join(blocks(page, "python")), str(page), "exec"), {})
+
+
+COMMANDS = [
+    (page.name, line.split("#")[0].strip())
+    for page in PAGES
+    if page.name != "results.md"
+    for block in blocks(page, "bash")
+    for line in block.splitlines()
+    if line.startswith("unihema ")
+]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}-{c.split()[1]}" for page, c in COMMANDS])
+def test_commands_run(page, command, lab):
+    arguments = shlex.split(command)[1:]
+    if arguments[0] == "train":
+        # The same command on the smallest model that has all parts, for two steps.
+        import json
+
+        arguments += ["--max-steps", "2", "--workers", "0"]
+        if "--init" not in arguments:
+            small = {**VERY_TINY, "fusion_queries": 64}
+            arguments += ["--set", f"model.overrides={json.dumps(small)}"]
+    result = subprocess.run(
+        [sys.executable, "-m", "unihema", *arguments], cwd=lab, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
