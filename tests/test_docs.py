@@ -1,7 +1,9 @@
 """The commands and code of README.md and docs/ run, on a small stand-in for what `make demo` leaves."""
 
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,9 +74,8 @@ COMMANDS = [
 def test_commands_run(page, command, lab):
     arguments = shlex.split(command)[1:]
     if arguments[0] == "train":
-        # The same command on the smallest model that has all parts, for two steps.
-        import json
-
+        # The same command on the smallest model that has all parts, for two steps, into a folder not used before.
+        shutil.rmtree(lab / arguments[arguments.index("-o") + 1], ignore_errors=True)
         arguments += ["--max-steps", "2", "--workers", "0"]
         if "--init" not in arguments:
             small = {**VERY_TINY, "fusion_queries": 64}

@@ -1,0 +1,89 @@
+"""SmearResult: nothing is lost in any of its forms."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unihema.processing_unihema.results import Cell, SmearResult, differential
+
+
+@pytest.fixture
+def result():
+    mask = np.zeros((60, 80), np.uint8)
+    mask[10:30, 20:45] = 1
+    cell_mask = np.ones((20, 25), bool)
+    cell_mask[:3] = False
+    return SmearResult(
+        80,
+        60,
+        cells=[
+            Cell(1, (20, 10, 45, 30), "neutrophil", 0.9, {"vacuoles": {"value": "absent", "score": 0.8}}, cell_mask),
+            Cell(2, (50.5, 20.25, 70, 40), "red blood cell", 0.7),
+        ],
+        classes=["red blood cell", "neutrophil", "lymphocyte"],
+        image="smear.png",
+        mask=mask,
+        mask_label="white blood cell",
+        answers=[{"question": "How many?", "answer": "1"}],
+        warnings=["few cells"],
+        provenance={"unihema": "0.1.0"},
+    )
+
+
+def test_counts_have_every_class_and_the_differential_only_white_cells(result):
+    assert result.counts == {"red blood cell": 1, "neutrophil": 1, "lymphocyte": 0}
+    assert result.differential == {"neutrophil": 100.0, "lymphocyte": 0.0}
+    assert differential({"WBC": 3, "RBC": 40}) == {}
+    assert differential({"Neutrophils": 3, "lymphocyte": 1, "platelet": 9}) == {"Neutrophils": 75.0, "lymphocyte": 25.0}
+
+
+def test_round_trip_through_json(result):
+    again = SmearResult.from_dict(json.loads(json.dumps(result.to_dict())))
+    assert again.to_dict() == result.to_dict()
+    assert (again.mask == result.mask).all()
+    assert (again.cells[0].mask == result.cells[0].mask).all()
+    with pytest.raises(ValueError, match="Not a UniHema result"):
+        SmearResult.from_dict({"format": "something else"})
+
+
+def test_coco(result):
+    coco = result.to_coco(image_id=3, first_annotation_id=10)
+    assert coco["images"][0]["id"] == 3 and coco["images"][0]["width"] == 80
+    names = {category["id"]: category["name"] for category in coco["categories"]}
+    second = coco["annotations"][1]
+    assert second["id"] == 11 and names[second["category_id"]] == "red blood cell"
+    assert second["bbox"] == pytest.approx([50.5, 20.25, 19.5, 19.75])
+
+
+def test_geojson_is_what_qupath_reads(result):
+    collection = result.to_geojson()
+    assert collection["type"] == "FeatureCollection"
+    detections = [f for f in collection["features"] if f["properties"]["objectType"] == "detection"]
+    assert len(detections) == 2
+    ring = detections[1]["geometry"]["coordinates"][0]
+    assert ring[0] == ring[-1]
+    assert {tuple(point) for point in ring} == {(50.5, 20.25), (70, 20.25), (70, 40), (50.5, 40)}
+    assert detections[0]["properties"]["classification"]["name"] == "neutrophil"
+
+
+def test_dataframe(result):
+    table = result.to_dataframe()
+    assert list(table["label"]) == ["neutrophil", "red blood cell"]
+    assert table["vacuoles"][0] == "absent" and table["centroid_x"][1] == pytest.approx(60.25)
+    assert table["width"][1] == pytest.approx(19.5)
+
+
+@pytest.mark.parametrize("size", [(80, 60), (4000, 3000)])
+def test_overlay_draws_on_a_copy(result, size):
+    image = Image.new("RGB", size, "white")
+    drawn = result.overlay(image)
+    assert image.getcolors() == [(size[0] * size[1], (255, 255, 255))]
+    assert drawn.mode == "RGB" and max(drawn.size) <= 2048 + 600
+    assert len(drawn.getcolors(1 << 24)) > 5
+
+
+def test_an_impossible_box_is_refused():
+    with pytest.raises(ValueError, match="box|Box"):
+        Cell(1, (10, 10, 5, 20), "platelet", 0.5)
