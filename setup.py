@@ -39,8 +39,8 @@ setup(
     # The lower bounds are the releases the tests ran with (Transformers' removed-pipeline table and configuration
     # classes changed up to 5.23); the upper bounds are the next major release and nothing tighter.
     install_requires=[
-        "torch>=2.13,<3",
-        "torchvision>=0.28,<1",
+        "torch>=2.14,<3",
+        "torchvision>=0.29,<1",
         "transformers>=5.23,<6",
         "accelerate>=1.15,<2",
         "peft>=0.21,<1",

@@ -273,3 +273,32 @@ def test_timm_backbone():
     output = UniHemaForDetection(config).train()(**batch("detection"))
     output.loss.backward()
     assert torch.isfinite(output.loss)
+
+
+def test_presets_have_the_size_they_promise():
+    from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
+
+    with torch.device("meta"):
+        tiny = UniHemaForMultiTask(UniHemaConfig.tiny())
+        base = UniHemaForMultiTask(UniHemaConfig.base(num_labels=30))
+    assert 9e6 < tiny.num_parameters() < 12e6
+    # The official model has 302 M, some of them in parts that reach no output.
+    assert 299e6 < base.num_parameters() < 303e6
+    assert base.config.num_queries == 900 and base.config.encoder_layers == base.config.decoder_layers == 6
+
+
+def test_layers_start_where_their_method_says():
+    torch.manual_seed(0)
+    model = UniHemaForMultiTask(very_tiny_config())
+    start = torch.full((3,), -4.59512)
+    torch.testing.assert_close(model.detection_head.class_head.bias.data, start, rtol=0, atol=1e-4)
+    torch.testing.assert_close(model.model.query_selection.class_head.bias.data, start, rtol=0, atol=1e-4)
+    for head in (model.model.query_selection.box_head, model.model.image_decoder.box_head):
+        assert not head.layers[-1].weight.any() and not head.layers[-1].bias.any()
+    attention = model.model.image_encoder.layers[0].self_attention
+    assert not attention.sampling_offsets.weight.any()
+    # Each of the four heads looks in its own direction, two points at distances 1 and 2 in each of four levels.
+    offsets = attention.sampling_offsets.bias.data.view(4, 4, 2, 2)
+    torch.testing.assert_close(offsets[0, :, 0], torch.tensor([[1.0, 0.0]]).expand(4, -1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(offsets[1, 0, 1], torch.tensor([0.0, 2.0]), rtol=0, atol=1e-6)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
