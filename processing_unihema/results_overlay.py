@@ -134,7 +134,10 @@ def _free_place(draw, text, font, box, size, taken) -> tuple[int, int, int, int]
 
 def _legend_rows(result: "SmearResult", colors: dict[str, Color]) -> list[tuple[Color | None, str, str]]:
     shares = result.differential
-    rows: list[tuple[Color | None, str, str]] = [(None, f"{len(result.cells)} cells", "")]
+    rows: list[tuple[Color | None, str, str]] = []
+    if result.classes or result.cells:
+        # Without detection there is no count to report, not even zero.
+        rows.append((None, f"{len(result.cells)} cells", ""))
     for label, count in result.counts.items():
         share = f"{count}  ({shares[label]:.0f} % of white cells)" if label in shares else str(count)
         rows.append((colors[label], label, share))
@@ -142,7 +145,7 @@ def _legend_rows(result: "SmearResult", colors: dict[str, Color]) -> list[tuple[
         rows.append((_MASK_COLOR, result.mask_label or "mask", f"{100 * result.mask.mean():.1f} % of the image"))
     if result.single_cell is not None:
         rows.append((None, f"single cell: {result.single_cell['label']}", f"{result.single_cell['score']:.2f}"))
-    return rows
+    return rows or [(None, "nothing was looked for", "")]
 
 
 def _with_legend(canvas: Image.Image, result: "SmearResult", colors: dict[str, Color]) -> Image.Image:
