@@ -32,7 +32,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE", "THIRD_PARTY.md"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=list(PACKAGE_DIR),
     package_dir=PACKAGE_DIR,
     package_data={"unihema": ["py.typed"], "unihema.processing_unihema": ["tokenizer/*.json"]},

@@ -9,16 +9,15 @@ import csv
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import fingerprint, load_checkpoint, require_tasks
+from .checkpoint import fingerprint, load_checkpoint
 from .files import find_images, sha256, write_atomically, write_text
-from .predict import analyze, check_threshold, default_tasks
+from .predict import analyze, check_request, check_threshold
 from .processing_unihema.results import SmearResult
 from .processing_unihema.results_export import cell_columns, cell_row
 from .version import __version__
@@ -83,7 +82,8 @@ def predict_files(
 
     Raises:
         CheckpointError: The checkpoint cannot be used, or lacks a head that is asked for.
-        ValueError: Unknown task or threshold outside 0..1.
+        ValueError: Unknown task, a threshold outside 0..1, a text that is too long, or an output folder that holds an
+            image to analyse.
         OSError: The output folder cannot be written.
     """
     output = Path(output)
@@ -91,15 +91,19 @@ def predict_files(
         raise NotADirectoryError(f"{output}: the output must be a folder, and this is a file.")
     check_threshold(threshold)
     images, problems = find_images(inputs, exclude=output)
+    beside = next((image for image in images if image.resolve().parent == output.resolve()), None)
+    if beside is not None:
+        raise ValueError(
+            f"{output}: this folder holds {beside.name}, an image to analyse; name another one for results."
+        )
     files = fingerprint(checkpoint)
     model, processor = load_checkpoint(checkpoint, device)
-    tasks = list(default_tasks(model) if tasks is None else tasks)
-    require_tasks(model, tasks)
+    tasks = check_request(model, processor, tasks, prompt, questions, threshold)
     settings = {
         "unihema": __version__,
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": files,
-        "tasks": tasks,
+        "tasks": list(tasks),
         "prompt": prompt if isinstance(prompt, str) or prompt is None else list(prompt),
         "questions": list(questions),
         "threshold": threshold,
@@ -113,18 +117,18 @@ def predict_files(
             outcome: SmearResult | str | None = None
             try:
                 digest = sha256(path)
-                if not overwrite and records.is_current(name, digest):
-                    report.skipped.append(path)
-                else:
+                if overwrite or not records.is_current(name, digest):
                     outcome = analyze(model, processor, path, tasks, prompt, questions, threshold)
-                    outcome.provenance |= {"checkpoint_sha256": files, "image_sha256": digest}
-                    records.write(name, path, digest, outcome)
-                    report.analysed.append(path)
-            except (OSError, ValueError, RuntimeError) as error:
-                if isinstance(error, OSError) and not os.access(output if output.exists() else output.parent, os.W_OK):
-                    raise
+            except (OSError, ValueError, RuntimeError, MemoryError) as error:
                 outcome = _one_line(error, path)
                 report.failed[str(path)] = outcome
+            # Outside the try: where results cannot be written, no further image needs analysing.
+            if outcome is None:
+                report.skipped.append(path)
+            elif isinstance(outcome, SmearResult):
+                outcome.provenance |= {"checkpoint_sha256": files, "image_sha256": digest}
+                records.write(name, path, digest, outcome)
+                report.analysed.append(path)
             if on_image:
                 on_image(number, len(images), path, outcome)
     finally:

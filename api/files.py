@@ -17,7 +17,8 @@ def find_images(inputs: Sequence[str | Path], exclude: Path | None = None) -> tu
 
     Args:
         inputs (`Sequence[str | Path]`): What the user named. A file is taken whatever its name ends with.
-        exclude (`Path`, *optional*): A folder whose images are not taken, such as the one results are written to.
+        exclude (`Path`, *optional*): The folder results are written to; its images are not taken where it lies inside
+            another, and neither are those of other results folders.
 
     Returns:
         `tuple`: The images, each once and in order, and (input, message) for each input that gave none.
@@ -45,14 +46,17 @@ def find_images(inputs: Sequence[str | Path], exclude: Path | None = None) -> tu
 
 def _images_in(folder: Path, exclude: Path | None) -> list[Path]:
     excluded = exclude.resolve() if exclude else None
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and path.is_file()
-        and not path.name.startswith(".")
-        and not (excluded and excluded != folder.resolve() and path.resolve().is_relative_to(excluded))
-    )
+    found = []
+    for place, folders, names in os.walk(folder):
+        inner = [Path(place) / name for name in folders if not name.startswith(".")]
+        folders[:] = [path.name for path in inner if path.resolve() != excluded and not is_results_folder(path)]
+        found += [Path(place) / name for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def is_results_folder(folder: Path) -> bool:
+    """Whether `unihema predict` wrote it: its overlays and masks are no images to analyse."""
+    return (folder / "results.json").is_file() and (folder / "records").is_dir()
 
 
 def sha256(path: Path) -> str:

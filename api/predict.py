@@ -70,20 +70,11 @@ def analyze(
     """
     import torch
 
-    from .processing_unihema.image_io import load_image
+    from .processing_unihema.image_io import image_size, load_image
 
-    tasks = default_tasks(model) if tasks is None else tuple(dict.fromkeys(tasks))
-    unknown = [task for task in tasks if task not in IMAGE_TASKS]
-    if unknown:
-        raise ValueError(
-            f"Unknown task '{unknown[0]}'; choose among {', '.join(IMAGE_TASKS)}. Questions are asked apart."
-        )
-    check_threshold(threshold)
-    language = [(question, "cloze" if _has_blank(question) else "question_answering") for question in questions]
-    require_tasks(model, [*tasks, *dict.fromkeys(task for _, task in language)])
-
+    tasks = check_request(model, processor, tasks, prompt, questions, threshold)
     opened = load_image(image)
-    width, height = _size_in_file(image, opened)
+    height, width = image_size(image if isinstance(image, (str, Path)) else opened)
     result = SmearResult(width, height, image=str(image) if isinstance(image, (str, Path)) else None)
     result.provenance = _provenance(model, tasks, prompt, threshold)
     was_training = model.training
@@ -96,10 +87,8 @@ def analyze(
                 _segment(model, processor, opened, prompt, result)
             if "single_cell" in tasks:
                 _classify(model, processor, opened, result)
-            for question, task in language:
-                result.answers.append(
-                    {"question": question, "answer": _answer(model, processor, opened, question, task)}
-                )
+            for question in questions:
+                result.answers.append({"question": question, "answer": _answer(model, processor, opened, question)})
     finally:
         model.train(was_training)
     return result
@@ -115,23 +104,44 @@ def check_threshold(threshold: float | None) -> None:
         raise ValueError(f"The threshold must lie in 0..1, got {threshold}.")
 
 
-def _size_in_file(image, opened) -> tuple[int, int]:
-    """(width, height) upright, which for a huge image is not the size it was opened at."""
-    if not isinstance(image, (str, Path)):
-        return opened.size
-    from PIL import Image
+def check_request(
+    model: "UniHemaPreTrainedModel",
+    processor: "UniHemaProcessor",
+    tasks: Sequence[str] | None = None,
+    prompt: str | Sequence[str] | None = None,
+    questions: Sequence[str] = (),
+    threshold: float | None = None,
+) -> tuple[str, ...]:
+    """Checks, before any image is opened, that the checkpoint can do what is asked.
 
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with Image.open(image) as file:
-            sideways = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            return file.size[::-1] if sideways else file.size
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    Args:
+        model, processor, tasks, prompt, questions, threshold: As for [`analyze`].
+
+    Returns:
+        `tuple[str, ...]`: The tasks, with the default ones for `None`.
+
+    Raises:
+        CheckpointError: The checkpoint lacks a head.
+        ValueError: Unknown task, nothing to do, a threshold outside 0..1, or a text that is too long.
+    """
+    tasks = default_tasks(model) if tasks is None else tuple(dict.fromkeys(tasks))
+    for task in tasks:
+        if task not in IMAGE_TASKS:
+            raise ValueError(
+                f"Unknown task '{task}'; choose among {', '.join(IMAGE_TASKS)}. Questions are asked apart."
+            )
+    if not tasks and not questions:
+        raise ValueError("Nothing to do: this checkpoint only answers questions, and no question was given.")
+    check_threshold(threshold)
+    require_tasks(model, [*tasks, *dict.fromkeys(map(_language_task, questions))])
+    texts = [(task, prompt) for task in tasks if task != "single_cell" and prompt is not None]
+    for task, text in [*texts, *((_language_task(question), question) for question in questions)]:
+        processor(text=text, task=task)
+    return tasks
 
 
-def _has_blank(text: str) -> bool:
-    return "___" in text or "<extra_id_" in text
+def _language_task(text: str) -> str:
+    return "cloze" if "___" in text or "<extra_id_" in text else "question_answering"
 
 
 def _inputs(model, processor, image, **options):
@@ -150,9 +160,10 @@ def _detect(model, processor, image, prompt, threshold, result: SmearResult) -> 
 
     thresholds = _thresholds(model, threshold)
     outputs = model(**_inputs(model, processor, image, task="detection", text=prompt), task="detection")
+    threshold_of_class = torch.tensor(list(thresholds.values()), device=outputs.logits.device)
     found = processor.image_processor.post_process_object_detection(
         outputs,
-        threshold=torch.tensor(list(thresholds.values()), device=outputs.logits.device),
+        threshold=threshold_of_class,
         target_sizes=[(result.height, result.width)],
         nms_iou=NMS_IOU,
     )
@@ -164,11 +175,14 @@ def _detect(model, processor, image, prompt, threshold, result: SmearResult) -> 
         name = model.config.id2label[label]
         described = name.strip().lower().removesuffix("s") not in _ANUCLEATE
         result.cells.append(Cell(number, box, name, score, attributes if described else {}))
+    # Counted before overlapping boxes are merged: a query that repeats a cell is not free for another one.
+    best = outputs.logits[0].float().sigmoid().max(-1)
+    used = int((best.values > threshold_of_class[best.indices]).sum())
     queries = outputs.logits.shape[1]
-    if len(result.cells) >= _CROWDED * queries:
+    if used >= _CROWDED * queries:
         message = (
-            f"{len(result.cells)} cells found with {queries} queries: more cells than queries are probably there, and "
-            "the counts too low. Cut the image into smaller fields."
+            f"{used} of {queries} queries found a cell: there are probably more cells than queries, and the counts are "
+            "too low. Cut the image into smaller fields."
         )
         result.warnings.append(message)
         warnings.warn(f"{result.image or 'image'}: {message}", QueryCapWarning, stacklevel=3)
@@ -197,8 +211,8 @@ def _classify(model, processor, image, result: SmearResult) -> None:
     }
 
 
-def _answer(model, processor, image, question: str, task: str) -> str:
-    inputs = _inputs(model, processor, image, task=task, text=question)
+def _answer(model, processor, image, question: str) -> str:
+    inputs = _inputs(model, processor, image, task=_language_task(question), text=question)
     tokens = model.generate(**inputs, max_new_tokens=model.config.max_text_length)
     return processor.decode_answers(tokens)[0]
 
@@ -222,4 +236,4 @@ def _provenance(model, tasks, prompt, threshold) -> dict[str, Any]:
     }
 
 
-__all__ = ["QueryCapWarning", "analyze", "check_threshold", "default_tasks"]
+__all__ = ["QueryCapWarning", "analyze", "check_request", "check_threshold"]

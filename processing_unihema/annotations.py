@@ -24,7 +24,8 @@ def detection_labels(
         resized pixels; `iscrowd`; `image_id`; `orig_size`; `size`; `morphology` `[n, attributes]` if any cell has it.
 
     Raises:
-        ValueError: A missing key, a box outside the image or of zero area, or rows of morphology of different lengths.
+        ValueError: A missing key, a box that has not four values, lies outside the image or has no area, or rows of
+            morphology of different lengths.
     """
     if "annotations" not in annotation:
         raise ValueError(f"Annotations of image {index} have no 'annotations' list; expected COCO format.")
@@ -35,6 +36,11 @@ def detection_labels(
         missing = {"bbox", "category_id"} - cell.keys()
         if missing:
             raise ValueError(f"Image {name}, annotation {row} has no {' and no '.join(sorted(missing))}.")
+        if len(cell["bbox"]) != 4:
+            raise ValueError(
+                f"Image {name}, annotation {row}: box {list(cell['bbox'])} has {len(cell['bbox'])} values; a COCO box has "
+                "four: x, y, width, height in pixels."
+            )
         box = _clipped(cell["bbox"], width, height)
         if box is None:
             message = (

@@ -1,5 +1,8 @@
 """Opening images of every kind a microscope or a phone writes, as 8-bit RGB."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +11,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Images larger than this are reduced on opening: a whole slide does not fit into memory.
 MAX_PIXELS = 64_000_000
+_ORIENTATION = 0x0112
+# What PIL cannot average over blocks of pixels, and what to convert it to first.
+_BEFORE_REDUCING = {"1": "L", "P": "RGBA", "PA": "RGBA", "I;16": "I", "I;16L": "I", "I;16B": "I", "I;16N": "I"}
+# PIL keeps its limit of pixels in a global.
+_opening = threading.Lock()
 
 
 class UnreadableImageError(ValueError):
@@ -17,59 +25,110 @@ class UnreadableImageError(ValueError):
 def load_image(image: "str | Path | Image.Image | np.ndarray", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Opens an image as 8-bit RGB, upright.
 
-    16-bit images are scaled by their own range, palettes resolved, transparency laid over white, CMYK and grayscale
+    16-bit images are scaled by the bits in use, palettes resolved, transparency laid over white, CMYK and grayscale
     converted and EXIF rotation applied.
 
     Args:
         image (`str`, `Path`, `PIL.Image.Image` or `np.ndarray`): A file, an opened image, or pixels `[H, W]`,
             `[H, W, 1|3|4]`.
-        max_pixels (`int`): Larger images are reduced to about this many pixels.
+        max_pixels (`int`): Larger files are reduced to about this many pixels; [`image_size`] tells their own size.
 
     Returns:
         `PIL.Image.Image`: Mode RGB.
 
     Raises:
         UnreadableImageError: The file cannot be read as an image.
+        ValueError: Pixels of another shape.
         TypeError: Not an image at all.
     """
     if isinstance(image, (str, Path)):
-        return _open_file(Path(image), max_pixels)
+        with _reading(Path(image)) as opened:
+            return to_rgb(_reduced(opened, max_pixels))
     if isinstance(image, np.ndarray):
         pixels = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
+        if pixels.size == 0 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] not in (3, 4)):
+            raise ValueError(f"Pixels must be [H, W] or [H, W, 1|3|4] and not empty, got shape {image.shape}.")
         return to_rgb(Image.fromarray(_to_8_bit(pixels)))
     if isinstance(image, Image.Image):
-        return to_rgb(image)
+        # A file that PIL has opened is only read now.
+        with _naming(getattr(image, "filename", None) or "image"):
+            return to_rgb(image)
     raise TypeError(f"Expected a path, PIL image or array, got {type(image).__name__}.")
 
 
-def _open_file(path: Path, max_pixels: int) -> Image.Image:
+def load_mask(path: "str | Path") -> np.ndarray:
+    """The values of a mask file as they are, `[H, W]`, or with channels if the file has them.
+
+    Raises:
+        UnreadableImageError: The file cannot be read as an image.
+    """
+    with _reading(Path(path)) as opened:
+        return np.array(opened)
+
+
+def image_size(image: "str | Path | Image.Image") -> tuple[int, int]:
+    """Height and width of an upright image in pixels; those of its file, however [`load_image`] reduces it.
+
+    Raises:
+        UnreadableImageError: The file cannot be read as an image.
+    """
+    if isinstance(image, (str, Path)):
+        with _reading(Path(image)) as opened:
+            return image_size(opened)
+    sideways = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    return image.size if sideways else image.size[::-1]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Image.Image]:
+    """An image file opened whatever its size; what goes wrong is an [`UnreadableImageError`]."""
     if not path.is_file():
         raise UnreadableImageError(f"{path}: no such image file. Check the path.")
-    if path.stat().st_size == 0:
-        raise UnreadableImageError(f"{path}: the file is empty. Copy it again from the microscope.")
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    with _naming(path):
+        if path.stat().st_size == 0:
+            raise UnreadableImageError(f"{path}: the file is empty. Copy it again from the microscope.")
+        with _opening:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                opened = Image.open(path)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+        with opened:
+            yield opened
+
+
+@contextmanager
+def _naming(name: "str | Path") -> Iterator[None]:
     try:
-        with Image.open(path) as opened:
-            shrink = (opened.width * opened.height / max_pixels) ** 0.5
-            if shrink > 1:
-                # JPEG decodes straight to a smaller size; other formats are reduced after decoding.
-                opened.draft(opened.mode, (int(opened.width / shrink), int(opened.height / shrink)))
-                opened.load()
-                shrink = (opened.width * opened.height / max_pixels) ** 0.5
-                if shrink > 1:
-                    return to_rgb(opened.reduce(int(np.ceil(shrink))))
-            opened.load()
-            return to_rgb(opened)
+        yield
+    except UnreadableImageError:
+        raise
     except UnidentifiedImageError as error:
         raise UnreadableImageError(
-            f"{path}: not an image. Formats that work include PNG, JPEG, TIFF and BMP."
+            f"{name}: not an image. Formats that work include PNG, JPEG, TIFF and BMP."
         ) from error
+    except PermissionError as error:
+        raise UnreadableImageError(f"{name}: the file may not be read. Change its permissions.") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UnreadableImageError(
-            f"{path}: the image is truncated or damaged ({error}). Copy it again or export it anew."
+            f"{name}: the image is truncated or damaged ({error}). Copy it again or export it anew."
         ) from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _reduced(opened: Image.Image, max_pixels: int) -> Image.Image:
+    """An opened file with at most about `max_pixels` pixels, averaged over blocks."""
+    shrink = (opened.width * opened.height / max_pixels) ** 0.5
+    if shrink > 1:
+        # JPEG decodes straight to a smaller size; other formats are reduced after decoding.
+        opened.draft(opened.mode, (int(opened.width / shrink), int(opened.height / shrink)))
+        shrink = (opened.width * opened.height / max_pixels) ** 0.5
+    opened.load()
+    if shrink <= 1:
+        return opened
+    mode = _BEFORE_REDUCING.get(opened.mode)
+    if mode is None:
+        return opened.reduce(int(np.ceil(shrink)))
+    return opened.convert(mode).reduce(int(np.ceil(shrink)))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -87,14 +146,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
-    """Integer or float pixels to uint8: by the type's range when they use more than 8 bits of it, else as they are."""
+    """Pixels to uint8: floats up to 1 from 0..1, what needs more than 8 bits by the bits in use, the rest as it is."""
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype == bool:
         return pixels.astype(np.uint8) * 255
+    fractions = np.issubdtype(pixels.dtype, np.floating)
     pixels = pixels.astype(np.float64)
+    if fractions:
+        pixels = np.where(np.isfinite(pixels), pixels, 0.0)
     highest = float(pixels.max(initial=0))
-    if highest <= 1:
+    if fractions and highest <= 1:
         scale = 255.0
     elif highest <= 255:
         scale = 1.0

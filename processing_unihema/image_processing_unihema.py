@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as tvf
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_processing_utils import BatchFeature
+from transformers.image_processing_utils import BatchFeature, get_size_dict
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
 from .annotations import detection_labels
-from .image_io import load_image
+from .image_io import image_size, load_image, load_mask
 from .post_processing import (
     post_process_morphology,
     post_process_object_detection,
@@ -47,6 +47,7 @@ class UniHemaImageProcessor(TorchvisionBackend):
         pad_multiple (`int`, *optional*, defaults to 32): Padded sides are multiples of this.
         invalid_boxes (`str`, *optional*, defaults to `"error"`): Boxes outside the image or of zero area raise an error,
             or are dropped with a warning (`"drop"`).
+        size (`dict[str, int]`, *optional*): The size of detection, another way to write `task_sizes["detection"]`.
     """
 
     valid_kwargs = UniHemaImageProcessorKwargs
@@ -75,14 +76,23 @@ class UniHemaImageProcessor(TorchvisionBackend):
         unknown = set(sizes) - set(TASKS)
         if unknown:
             raise ValueError(f"task_sizes names unknown tasks {sorted(unknown)}; tasks are {', '.join(TASKS)}.")
+        if kwargs.get("size") is not None:
+            sizes["detection"] = get_size_dict(kwargs["size"], default_to_square=False)
         kwargs["task_sizes"] = {task: dict(size) for task, size in sizes.items()}
         kwargs["size"] = kwargs["task_sizes"]["detection"]
         super().__init__(**kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings to save; `size` is left out, so that one given on loading can be told from a saved one."""
+        settings = super().to_dict()
+        settings.pop("size", None)
+        return settings
+
     def __call__(self, images, annotations=None, masks=None, **kwargs: Any) -> BatchFeature:
         """
         Args:
-            images: One image or a list: paths, PIL images, or arrays and tensors, channels first or last.
+            images: One image or a list: paths, PIL images, or arrays and tensors, channels first or last. Floats up
+                to 1 count as 0..1; with `do_rescale=False` floats are taken as they are.
             annotations (`dict` or `list[dict]`, *optional*): COCO annotations of each image: `image_id` and
                 `annotations`, each with `bbox` (x, y, width, height in pixels), `category_id` and optionally
                 `iscrowd`, `area` and `morphology` (value indices, -100 missing).
@@ -96,13 +106,19 @@ class UniHemaImageProcessor(TorchvisionBackend):
 
         Raises:
             UnreadableImageError: An image file cannot be read.
-            ValueError: Annotations or masks that do not fit the images.
+            ValueError: No image, or annotations or masks that do not fit the images.
+            TypeError: An argument the processor does not know.
         """
         return self.preprocess(images, annotations=annotations, masks=masks, **kwargs)
 
     def preprocess(self, images, annotations=None, masks=None, **kwargs: Any) -> BatchFeature:
         """See [`~UniHemaImageProcessor.__call__`]."""
-        images = images if isinstance(images, (list, tuple)) else [images]
+        images = image_list(images)
+        unknown = kwargs.keys() - set(self._valid_kwargs_names)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no argument {' and no '.join(sorted(unknown))}.")
+        if annotations is not None and masks is not None:
+            raise ValueError("Give annotations or masks, not both: they are labels of different tasks.")
         if annotations is not None:
             annotations = [annotations] if isinstance(annotations, dict) else list(annotations)
             _check_count("annotations", annotations, images)
@@ -115,14 +131,18 @@ class UniHemaImageProcessor(TorchvisionBackend):
             if task not in TASKS:
                 raise ValueError(f"Unknown task '{task}'; choose one of {', '.join(TASKS)}.")
             options["size"] = options["task_sizes"][task]
+        options["size"] = get_size_dict(options["size"], default_to_square=False)
 
         device = options.get("device")
-        prepared, mask_maps, labels, original_sizes = [], [], [], []
+        prepared, mask_maps, labels = [], [], []
         for index, image in enumerate(images):
-            pixels = _as_pixels(image).to(device) if device else _as_pixels(image)
-            original = tuple(pixels.shape[-2:])
-            target = _fitted_size(original, options["size"]) if options["do_resize"] else original
-            if target != original:
+            pixels = _as_pixels(image, options["do_rescale"])
+            pixels = pixels.to(device) if device else pixels
+            opened = tuple(pixels.shape[-2:])
+            # A very large file is reduced on opening, but its labels are in its own pixels.
+            original = image_size(image) if isinstance(image, (str, Path)) else opened
+            target = _fitted_size(original, options["size"]) if options["do_resize"] else opened
+            if target != opened:
                 pixels = _resize(pixels, target, options["resample"])
             pixels = self.rescale_and_normalize(
                 pixels,
@@ -133,7 +153,6 @@ class UniHemaImageProcessor(TorchvisionBackend):
                 options["image_std"],
             )
             prepared.append(pixels)
-            original_sizes.append(original)
             if annotations is not None:
                 labels.append(detection_labels(annotations[index], index, original, target, options["invalid_boxes"]))
             if masks is not None:
@@ -180,26 +199,51 @@ def _check_count(name: str, values: Sequence, images: Sequence) -> None:
         raise ValueError(f"{len(values)} {name} for {len(images)} images: give one for each image.")
 
 
-def _as_pixels(image) -> torch.Tensor:
-    """Any image as a tensor `[3, H, W]`, uint8 (or float as it came)."""
-    if isinstance(image, torch.Tensor):
-        if image.ndim == 2:
-            image = image[None]
-        if image.ndim != 3:
-            raise ValueError(f"An image tensor must have two or three dimensions, got shape {tuple(image.shape)}.")
-        if image.shape[0] not in (1, 3, 4) and image.shape[-1] in (1, 3, 4):
-            image = image.permute(2, 0, 1)
-        return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
-    if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[0] in (1, 3, 4) and image.shape[-1] > 4:
-        image = image.transpose(1, 2, 0)
-    if isinstance(image, (str, Path, Image.Image, np.ndarray)):
+def image_list(images) -> list:
+    """One image, a list of them, or a batch as one array or tensor `[B, ...]`, as a list.
+
+    Raises:
+        ValueError: No image.
+    """
+    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
+        images = [image[0] if isinstance(image, (list, tuple)) and len(image) == 1 else image for image in images]
+    else:
+        images = [images]
+    if not images:
+        raise ValueError("The list of images is empty: give at least one image.")
+    return images
+
+
+def _as_pixels(image, rescaled: bool) -> torch.Tensor:
+    """Any image as a tensor `[3, H, W]`: uint8, or the floats that came if they will not be rescaled."""
+    if not isinstance(image, (np.ndarray, torch.Tensor)):
+        if not isinstance(image, (str, Path, Image.Image)):
+            raise TypeError(f"Expected images as paths, PIL images, arrays or tensors, got {type(image).__name__}.")
         return torch.from_numpy(np.array(load_image(image))).permute(2, 0, 1)
-    raise TypeError(f"Expected images as paths, PIL images, arrays or tensors, got {type(image).__name__}.")
+    pixels = torch.as_tensor(np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image.detach())
+    if pixels.ndim == 2:
+        pixels = pixels[None]
+    elif pixels.ndim == 3:
+        first, last = pixels.shape[0] in (1, 3, 4), pixels.shape[-1] in (1, 3, 4)
+        # Where both could be the channels, each library's own order decides.
+        if last and (not first or isinstance(image, np.ndarray)):
+            pixels = pixels.permute(2, 0, 1)
+    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3, 4) or not pixels.numel():
+        raise ValueError(
+            "Pixels must be [H, W], or have 1, 3 or 4 channels first or last, and not be empty; got shape "
+            f"{tuple(image.shape)}."
+        )
+    as_it_is = pixels.dtype == torch.uint8 or (pixels.is_floating_point() and not rescaled)
+    if as_it_is and pixels.shape[0] != 4:
+        return pixels.expand(3, -1, -1)
+    if pixels.is_floating_point():
+        pixels = pixels.float()
+    opened = load_image(pixels.permute(1, 2, 0).cpu().numpy())
+    return torch.from_numpy(np.array(opened)).permute(2, 0, 1).to(pixels.device)
 
 
 def _fitted_size(original: tuple[int, int], size: dict[str, int]) -> tuple[int, int]:
     """`(h, w)` after resizing, aspect ratio kept: the shortest edge as asked unless the longest would exceed its own."""
-    size = dict(size)
     if size.get("height") and size.get("width"):
         return size["height"], size["width"]
     short, long = min(original), max(original)
@@ -215,14 +259,14 @@ def _fitted_size(original: tuple[int, int], size: dict[str, int]) -> tuple[int, 
 
 def _resize(pixels: torch.Tensor, target: tuple[int, int], resample: PILImageResampling) -> torch.Tensor:
     modes = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+    if int(resample) not in modes:
+        raise ValueError(f"resample must be 0 (nearest), 2 (bilinear) or 3 (bicubic), got {int(resample)}.")
     return tvf.resize(pixels, list(target), tvf.InterpolationMode(modes[int(resample)]), antialias=True)
 
 
 def _mask_map(mask, index: int, original: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:
     """A mask as int64 `[h, w]` of 0 and 1, resized without mixing."""
-    if isinstance(mask, (str, Path)):
-        mask = Image.open(mask)
-    values = torch.as_tensor(np.array(mask))
+    values = torch.as_tensor(load_mask(mask) if isinstance(mask, (str, Path)) else np.array(mask))
     if tuple(values.shape) != original:
         raise ValueError(
             f"Mask {index} has shape {tuple(values.shape)}, its image {original}: a mask is two-dimensional and of its "

@@ -6,9 +6,12 @@ UniHema checkpoint the originals would mistake the tokenizer in its folder for t
 single-cell classes among the detection classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import (
@@ -22,14 +25,14 @@ from transformers import (
 from transformers.image_utils import load_image as fetch_image
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .image_io import load_image
+from .image_io import image_size, load_image
 from .post_processing import (
     post_process_morphology,
     post_process_object_detection,
     post_process_semantic_segmentation,
     thresholds_of,
 )
-from .prompts import question_prompt, task_prompt
+from .prompts import task_prompt
 
 
 VQA = "visual-question-answering"
@@ -48,30 +51,91 @@ def _open_image(image: Any, timeout: float | None = None) -> Image.Image:
 
 def _image_inputs(pipeline: Pipeline, image: Any, task: str, prompt: str | Sequence[str] | None, timeout) -> dict:
     """Model inputs for one image; without a prompt the model uses its configuration's default."""
-    image = _open_image(image, timeout)
-    inputs = dict(pipeline.image_processor(image, task=task))
+    opened = _open_image(image, timeout)
+    inputs = dict(pipeline.image_processor(opened, task=task))
     inputs["pixel_values"] = inputs["pixel_values"].to(pipeline.dtype)
     if prompt is not None:
-        inputs.update(pipeline.tokenizer([task_prompt(task, prompt)], return_tensors="pt"))
-    inputs["target_size"] = torch.tensor([[image.height, image.width]])
-    return inputs
+        if pipeline.tokenizer is None:
+            raise ValueError("A prompt needs the checkpoint's tokenizer: pass tokenizer= to the pipeline.")
+        tokens = pipeline.tokenizer([task_prompt(task, prompt)], return_tensors="pt")
+        length, limit = tokens["input_ids"].shape[1], pipeline.tokenizer.model_max_length
+        if length > limit:
+            raise ValueError(f"The prompt has {length} tokens; the limit is {limit}. Name fewer classes.")
+        inputs.update(tokens)
+    from_file = isinstance(image, (str, Path)) and Path(image).is_file()
+    inputs["target_size"] = torch.tensor([image_size(image if from_file and task == "detection" else opened)])
+    return {"sample": inputs}
 
 
-def _run(pipeline: Pipeline, inputs: dict) -> dict:
-    inputs = dict(inputs)
-    target_size = inputs.pop("target_size")
-    return {"outputs": pipeline.model(**inputs), "target_size": target_size, "pixel_mask": inputs["pixel_mask"]}
+def _batch(pipeline: Pipeline, samples: list[dict]) -> dict:
+    """Samples of one image shape put together; shorter texts are padded."""
+    batch = {}
+    for name in samples[0]:
+        values = [sample[name] for sample in samples]
+        if name in ("input_ids", "attention_mask"):
+            filler = pipeline.model.config.pad_token_id if name == "input_ids" else 0
+            longest = max(value.shape[1] for value in values)
+            values = [torch.nn.functional.pad(v, (0, longest - v.shape[1]), value=filler) for v in values]
+        batch[name] = torch.cat(values)
+    return batch
+
+
+def _run(pipeline: Pipeline, model_inputs: dict, call: Callable[[dict], dict]) -> dict[str, list[torch.Tensor]]:
+    """Outputs of the model for each image of a batch.
+
+    Transformers puts only images of one size together, but leaves what is not a tensor as a list, so the samples come here
+    whole. Those of one padded shape run together: padding changes what the normalisations of the model see, and an image's
+    result should not depend on the images beside it.
+
+    Args:
+        pipeline (`Pipeline`): The pipeline.
+        model_inputs (`dict`): `sample`: the inputs of one image, or a list of them.
+        call (`Callable`): Runs the model; inputs of a batch to named tensors with one row an image.
+    """
+    samples = model_inputs["sample"]
+    samples = samples if isinstance(samples, list) else [samples]
+    shapes: dict[tuple, list[int]] = {}
+    for index, sample in enumerate(samples):
+        shapes.setdefault(tuple(sample["pixel_values"].shape), []).append(index)
+    results: list[dict] = [{} for _ in samples]
+    for indices in shapes.values():
+        for name, rows in call(_batch(pipeline, [samples[index] for index in indices])).items():
+            for index, row in zip(indices, rows, strict=True):
+                results[index][name] = row
+    return {name: [result[name] for result in results] for name in results[0]}
+
+
+def _run_head(pipeline: Pipeline, model_inputs: dict, outputs: Sequence[str]) -> dict[str, list[torch.Tensor]]:
+    """The named outputs of a head, and what is needed to read them."""
+
+    def call(inputs: dict) -> dict:
+        target_size = inputs.pop("target_size")
+        found = pipeline.model(**inputs)
+        return {name: found[name] for name in outputs} | {
+            "target_size": target_size,
+            "pixel_mask": inputs["pixel_mask"],
+        }
+
+    return _run(pipeline, model_inputs, call)
+
+
+def _one(model_outputs: dict) -> dict:
+    """Outputs of one image as a batch of one, whether or not the pipeline took them out of a larger batch."""
+    return {name: value[0][None] if isinstance(value, list) else value for name, value in model_outputs.items()}
 
 
 class UniHemaObjectDetectionPipeline(ObjectDetectionPipeline):
     """Object detection: `[{"score", "label", "box": {"xmin", "ymin", "xmax", "ymax"}, "morphology"}]`, pixels.
 
-    For UniHema models `prompt` (class names or a disease) says what to look for, and the threshold is the calibrated one
-    of each class unless given. `morphology` maps each attribute to its value.
+    For UniHema models `prompt` or `candidate_labels` (class names or a disease) says what to look for, and the threshold is
+    the calibrated one of each class unless given. `morphology` maps each attribute to its value.
     """
 
-    def _sanitize_parameters(self, prompt=None, **kwargs):
+    def _sanitize_parameters(self, prompt=None, candidate_labels=None, **kwargs):
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        if prompt is not None and candidate_labels is not None:
+            raise ValueError("Give prompt or candidate_labels, not both: they are the same.")
+        prompt = candidate_labels if prompt is None else prompt
         if prompt is not None:
             preprocess["prompt"] = prompt
         return preprocess, forward, postprocess
@@ -82,12 +146,15 @@ class UniHemaObjectDetectionPipeline(ObjectDetectionPipeline):
         return _image_inputs(self, image, "detection", prompt, timeout)
 
     def _forward(self, model_inputs):
-        return _run(self, model_inputs) if _is_unihema(self) else super()._forward(model_inputs)
+        if not _is_unihema(self):
+            return super()._forward(model_inputs)
+        return _run_head(self, model_inputs, ("logits", "pred_boxes", "pred_morphology"))
 
     def postprocess(self, model_outputs, threshold=None):
         if not _is_unihema(self):
             return super().postprocess(model_outputs, **({} if threshold is None else {"threshold": threshold}))
-        config, outputs = self.model.config, model_outputs["outputs"]
+        model_outputs = _one(model_outputs)
+        config, outputs = self.model.config, SimpleNamespace(**model_outputs)
         if threshold is None:
             threshold = thresholds_of(config)
         found = post_process_object_detection(outputs, threshold, model_outputs["target_size"])
@@ -108,6 +175,8 @@ class UniHemaObjectDetectionPipeline(ObjectDetectionPipeline):
 class UniHemaImageSegmentationPipeline(ImageSegmentationPipeline):
     """Image segmentation: `[{"score", "label", "mask"}]`, the mask a PIL image of the input's size, 255 on cells.
 
+    The mask of a file too large to be opened whole (`image_io.MAX_PIXELS`) has the size it was reduced to.
+
     For UniHema models `prompt` says what to segment; it becomes the label. The score is the mean probability inside the
     mask. An image without any gives an empty list.
     """
@@ -126,16 +195,18 @@ class UniHemaImageSegmentationPipeline(ImageSegmentationPipeline):
         return _image_inputs(self, image, "segmentation", prompt, timeout)
 
     def _forward(self, model_inputs):
-        return _run(self, model_inputs) if _is_unihema(self) else super()._forward(model_inputs)
+        if not _is_unihema(self):
+            return super()._forward(model_inputs)
+        return _run_head(self, model_inputs, ("mask_logits",))
 
     def postprocess(self, model_outputs, prompt=None, mask_threshold=None, **kwargs):
         if not _is_unihema(self):
             if mask_threshold is not None:
                 kwargs["mask_threshold"] = mask_threshold
             return super().postprocess(model_outputs, **kwargs)
-        config = self.model.config
+        config, model_outputs = self.model.config, _one(model_outputs)
         probability = post_process_semantic_segmentation(
-            model_outputs["outputs"],
+            SimpleNamespace(**model_outputs),
             model_outputs["target_size"],
             pixel_mask=model_outputs["pixel_mask"],
             threshold=None,
@@ -159,15 +230,21 @@ class UniHemaImageClassificationPipeline(ImageClassificationPipeline):
     def preprocess(self, image, timeout=None):
         if not _is_unihema(self):
             return super().preprocess(image, timeout=timeout)
-        inputs = _image_inputs(self, image, "single_cell", None, timeout)
-        del inputs["target_size"]
-        return inputs
+        return _image_inputs(self, image, "single_cell", None, timeout)
+
+    def _forward(self, model_inputs):
+        if not _is_unihema(self):
+            return super()._forward(model_inputs)
+        return _run_head(self, model_inputs, ("logits",))
 
     def postprocess(self, model_outputs, function_to_apply=None, top_k=5):
         if not _is_unihema(self):
             return super().postprocess(model_outputs, function_to_apply=function_to_apply, top_k=top_k)
         names = self.model.config.single_cell_labels
-        best = model_outputs["logits"][0].float().softmax(-1).sort(descending=True)
+        logits = _one(model_outputs)["logits"][0].float()
+        function = getattr(function_to_apply, "value", function_to_apply) or "softmax"
+        scores = {"softmax": logits.softmax(-1), "sigmoid": logits.sigmoid(), "none": logits}[function]
+        best = scores.sort(descending=True)
         return [
             {"label": names[label], "score": score}
             for score, label in list(zip(best.values.tolist(), best.indices.tolist(), strict=True))[:top_k]
@@ -177,7 +254,8 @@ class UniHemaImageClassificationPipeline(ImageClassificationPipeline):
 class VisualQuestionAnsweringPipeline(Pipeline):
     """Answers questions about images: `[{"answer", "score"}]`.
 
-    The answer is generated by the model from question and image; the score is the mean probability of its tokens.
+    The answer is generated by the model from question and image; the score is the mean probability of its tokens. Models of
+    others that choose among fixed answers instead give the `top_k` most probable.
 
     Example:
 
@@ -196,21 +274,22 @@ class VisualQuestionAnsweringPipeline(Pipeline):
     _load_tokenizer = False
     _pipeline_calls_generate = True
 
-    def _sanitize_parameters(self, generate_kwargs=None, max_new_tokens=None, timeout=None, **kwargs):
+    def _sanitize_parameters(self, generate_kwargs=None, max_new_tokens=None, timeout=None, top_k=None, **kwargs):
         if kwargs:
             raise TypeError(f"Unknown argument {sorted(kwargs)[0]!r}; options for generate() go into generate_kwargs.")
         forward = {"generate_kwargs": dict(generate_kwargs or {})} if generate_kwargs or max_new_tokens else {}
         if max_new_tokens is not None:
             forward["generate_kwargs"]["max_new_tokens"] = max_new_tokens
-        return ({} if timeout is None else {"timeout": timeout}), forward, {}
+        return ({} if timeout is None else {"timeout": timeout}), forward, ({} if top_k is None else {"top_k": top_k})
 
     def __call__(self, image=None, question: str | list[str] | None = None, **kwargs):
         """
         Args:
-            image: An image (path, address or PIL image), a list of them, or dictionaries with `image` and `question`.
+            image: An image (path, address or PIL image), a list of them, or dictionaries with `image` and `question`: one,
+                a list, a generator or a dataset of them.
             question (`str` or `list[str]`, *optional*): One question for all images, or one for each. Several questions
                 may be asked of a single image.
-            **kwargs: `batch_size`, `generate_kwargs`, `max_new_tokens`, `timeout`.
+            **kwargs: `batch_size`, `generate_kwargs`, `max_new_tokens`, `timeout`, `top_k`.
 
         Returns:
             `list[dict]` for one image and question; a list of such lists for several.
@@ -218,7 +297,10 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         Raises:
             ValueError: No question, or as many questions as images are needed.
         """
-        if isinstance(image, dict) or (isinstance(image, list) and image and isinstance(image[0], dict)):
+        image = list(image) if isinstance(image, tuple) else image
+        if question is None and (
+            _is_stream(image) or (isinstance(image, list) and all(isinstance(i, dict) for i in image))
+        ):
             return super().__call__(image, **kwargs)
         if image is None or question is None:
             raise ValueError("Visual question answering needs an image and a question.")
@@ -238,31 +320,56 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         if _is_unihema(self):
             found = dict(self.processor(images=image, text=inputs["question"], task="question_answering"))
         else:
-            found = dict(self.processor(images=image, text=question_prompt(inputs["question"]), return_tensors="pt"))
+            found = dict(self.processor(images=image, text=inputs["question"], return_tensors="pt"))
         found["pixel_values"] = found["pixel_values"].to(self.dtype)
-        return found
+        return {"sample": found} if _is_unihema(self) else found
 
     def _forward(self, model_inputs, generate_kwargs=None):
+        if not self.model.can_generate():
+            return {"logits": self.model(**model_inputs).logits}
+        if _is_unihema(self):
+            return _run(self, model_inputs, lambda inputs: self._generate(inputs, generate_kwargs))
+        return self._generate(model_inputs, generate_kwargs)
+
+    def _generate(self, inputs: dict, generate_kwargs: dict | None) -> dict:
+        """`sequences` and `scores` of their tokens, `[images, sequences of each, tokens]`."""
         options = {"return_dict_in_generate": True, "output_scores": True, **(generate_kwargs or {})}
         if options.get("generation_config") is None and "max_new_tokens" not in options:
             options["max_new_tokens"] = getattr(self.processor, "max_text_length", 64)
-        generated = self.model.generate(**model_inputs, **options)
+        generated = self.model.generate(**inputs, **options)
         scores = self.model.compute_transition_scores(
             generated.sequences, generated.scores, getattr(generated, "beam_indices", None), normalize_logits=True
         )
-        tokens = generated.sequences[:, -scores.shape[1] :] if scores.shape[1] else generated.sequences[:, :0]
-        return {"sequences": generated.sequences, "scores": scores, "tokens": tokens}
+        images = len(inputs["pixel_values"])
+        return {
+            "scores": scores.reshape(images, -1, scores.shape[-1]),
+            "sequences": generated.sequences.reshape(images, -1, generated.sequences.shape[-1]),
+        }
 
-    def postprocess(self, model_outputs):
+    def postprocess(self, model_outputs, top_k=5):
+        config, model_outputs = self.model.config, _one(model_outputs)
+        if "logits" in model_outputs:
+            probabilities = model_outputs["logits"][0].float().sigmoid()
+            best = probabilities.topk(min(top_k, len(probabilities)))
+            return [
+                {"score": score, "answer": config.id2label[answer]}
+                for score, answer in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
         answers = []
-        pad = self.model.config.pad_token_id
-        for sequence, scores, tokens in zip(
-            model_outputs["sequences"], model_outputs["scores"], model_outputs["tokens"], strict=True
-        ):
-            kept = scores[(tokens != pad) & scores.isfinite()]
+        pad = config.get_text_config(decoder=True).pad_token_id
+        for sequence, scores in zip(model_outputs["sequences"][0], model_outputs["scores"][0], strict=True):
+            tokens = sequence[len(sequence) - len(scores) :]
+            kept = scores[(tokens != (-1 if pad is None else pad)) & scores.isfinite()]
             text = self.processor.decode(sequence, skip_special_tokens=True).strip()
             answers.append({"answer": text, "score": float(kept.exp().mean()) if len(kept) else 0.0})
         return answers
+
+
+def _is_stream(inputs: Any) -> bool:
+    """A dictionary, generator or dataset, and not an image or a list."""
+    if isinstance(inputs, (str, list, Image.Image, np.ndarray, torch.Tensor)):
+        return False
+    return isinstance(inputs, Iterable) or hasattr(inputs, "__getitem__")
 
 
 def register_pipelines() -> None:

@@ -47,8 +47,7 @@ def post_process_object_detection(
         ValueError: Not as many target sizes as images.
     """
     probabilities = outputs.logits.float().sigmoid()
-    if target_sizes is not None and len(target_sizes) != len(probabilities):
-        raise ValueError(f"{len(target_sizes)} target_sizes for {len(probabilities)} images: give one for each image.")
+    _check_target_sizes(target_sizes, len(probabilities))
     threshold = torch.as_tensor(threshold, dtype=probabilities.dtype, device=probabilities.device)
     results = []
     for image, scores in enumerate(probabilities):
@@ -132,7 +131,11 @@ def post_process_semantic_segmentation(
 
     Returns:
         `list[torch.Tensor]`: int64 `[h, w]` of 0 and 1, or float probabilities.
+
+    Raises:
+        ValueError: Not as many target sizes as images.
     """
+    _check_target_sizes(target_sizes, len(outputs.mask_logits))
     masks = []
     for image, logits in enumerate(outputs.mask_logits.float()):
         if pixel_mask is not None:
@@ -144,3 +147,8 @@ def post_process_semantic_segmentation(
         probability = logits.sigmoid()
         masks.append(probability if threshold is None else (probability > threshold).long())
     return masks
+
+
+def _check_target_sizes(target_sizes, images: int) -> None:
+    if target_sizes is not None and len(target_sizes) != images:
+        raise ValueError(f"{len(target_sizes)} target_sizes for {images} images: give one for each image.")

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.image_processing_utils import BatchFeature
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs
 
-from .image_processing_unihema import UniHemaImageProcessor, UniHemaImageProcessorKwargs
+from .image_processing_unihema import UniHemaImageProcessor, UniHemaImageProcessorKwargs, image_list
 from .prompts import IMAGE_TASKS, LANGUAGE_TASKS, TASKS, task_prompt
 from .tokenizer_files import load_default_tokenizer
 
@@ -100,14 +100,18 @@ class UniHemaProcessor(ProcessorMixin):
             masks (*optional*): Masks, see [`UniHemaImageProcessor`].
             answers (*optional*): Answers to learn, shaped like `text`; they become `labels`.
             class_names (`Sequence[str]`, *optional*): Class names for the prompt of every image, instead of `text`.
-            **kwargs: `return_tensors`, `size`, `device` and other arguments of the image processor.
+            **kwargs: `size`, `device` and other arguments of the image processor, also as `images_kwargs`. Tensors are
+                always PyTorch's, and texts always padded and never cut, whatever `return_tensors`, `padding` and
+                `truncation` say.
 
         Returns:
             `BatchFeature`: `pixel_values`, `pixel_mask`, `input_ids`, `attention_mask` and `labels`, as far as the task
             has them.
 
         Raises:
-            ValueError: Nothing to process, an unknown task, text that is too long or does not fit the images.
+            ValueError: Nothing to process, an unknown task, text that is too long or does not fit the images, labels
+                that do not fit the task.
+            TypeError: An argument the processor does not know.
         """
         if task is None:
             task = "detection" if text is None else "question_answering"
@@ -115,33 +119,45 @@ class UniHemaProcessor(ProcessorMixin):
             raise ValueError(f"Unknown task '{task}'; choose one of {', '.join(TASKS)}.")
         if images is None and text is None:
             raise ValueError("Nothing to process: give images, text or both.")
-        kwargs.pop("return_tensors", None)
+        image_options = self._image_options(kwargs)
+        _check_task(task, images, annotations=annotations, masks=masks, answers=answers, class_names=class_names)
         data = {}
         count = None
         if images is not None:
-            images = images if isinstance(images, (list, tuple)) else [images]
-            images = [image[0] if isinstance(image, (list, tuple)) and len(image) == 1 else image for image in images]
+            images = image_list(images)
             count = len(images)
-            image_options = {k: v for k, v in kwargs.items() if k in self.image_processor._valid_kwargs_names}
             data.update(self.image_processor(images, annotations, masks, task=task, **image_options))
         if task == "single_cell":
             return BatchFeature(data)
-        if task in IMAGE_TASKS:
-            prompts = self._names_prompts(task, class_names if class_names is not None else text, count)
+        if class_names is not None:
+            prompts = [task_prompt(task, class_names)] * (count or 1)
+        elif task in IMAGE_TASKS:
+            prompts = self._names_prompts(task, text, count)
         else:
             prompts = self._language_prompts(task, text, count)
         data.update(self._tokenize(prompts, "text"))
         if answers is not None:
-            if task not in LANGUAGE_TASKS:
-                raise ValueError(f"answers go with {' and '.join(LANGUAGE_TASKS)}, not with {task}.")
+            if len(set(_row_lengths(answers) or [1])) > 1:
+                raise ValueError("Images have different numbers of answers: give one answer for each text of an image.")
             answers = _flatten(answers)
             if len(answers) != len(prompts):
-                raise ValueError(f"{len(answers)} answers for {len(prompts)} texts.")
+                raise ValueError(f"{len(answers)} answers for {len(prompts)} texts: give one answer for each text.")
             tokens = self._tokenize(answers, "answer")
             data["labels"] = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
-        if kwargs.get("device") is not None:
-            data = {k: v.to(kwargs["device"]) if isinstance(v, torch.Tensor) else v for k, v in data.items()}
+        if image_options.get("device") is not None:
+            data = {k: v.to(image_options["device"]) if isinstance(v, torch.Tensor) else v for k, v in data.items()}
         return BatchFeature(data)
+
+    def _image_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The image processor's part of the call's arguments."""
+        options = {**kwargs, **kwargs.get("images_kwargs", {})}
+        known = set(self.image_processor._valid_kwargs_names)
+        groups = UniHemaProcessorKwargs.__annotations__.keys()
+        texts = TextKwargs.__annotations__.keys()
+        unknown = options.keys() - known - groups - texts - {"return_tensors"}
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no argument {' and no '.join(sorted(unknown))}.")
+        return {name: value for name, value in options.items() if name in known}
 
     def _names_prompts(self, task: str, text, count: int | None) -> list[str]:
         if text is None:
@@ -161,13 +177,16 @@ class UniHemaProcessor(ProcessorMixin):
             raise ValueError(f"text is missing: {task} needs a question or a masked sentence.")
         if isinstance(text, str):
             text = [text] * (count or 1)
-        elif any(not isinstance(entry, str) for entry in text):
-            lengths = {1 if isinstance(entry, str) else len(entry) for entry in text}
-            if len(lengths) > 1:
+        elif (lengths := _row_lengths(text)) is not None:
+            if len(set(lengths)) > 1:
                 raise ValueError(
-                    f"Images have {' and '.join(map(str, sorted(lengths)))} texts: give every image the same number."
+                    f"Images have {' and '.join(map(str, sorted(set(lengths))))} texts: give every image the same number."
                 )
+            if count and len(lengths) != count:
+                raise ValueError(f"{len(lengths)} lists of texts for {count} images: give one list for each image.")
         texts = _flatten(text)
+        if not texts:
+            raise ValueError(f"The list of texts is empty: {task} needs a question or masked sentence for each image.")
         if count and len(texts) % count:
             raise ValueError(f"{len(texts)} texts for {count} images: give every image the same number of texts.")
         return [task_prompt(task, entry) for entry in texts]
@@ -184,8 +203,9 @@ class UniHemaProcessor(ProcessorMixin):
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
     def decode_answers(self, token_ids: torch.Tensor | np.ndarray | Sequence[Sequence[int]]) -> list[str]:
-        """Generated tokens `[B, T]` as text, without special tokens."""
-        return [text.strip() for text in self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
+        """Generated tokens, or labels, `[B, T]` as text, without special tokens and the -100 of padded labels."""
+        kept = [[int(token) for token in row if token >= 0] for row in token_ids]
+        return [text.strip() for text in self.tokenizer.batch_decode(kept, skip_special_tokens=True)]
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """The tokenizer's `batch_decode`."""
@@ -217,3 +237,29 @@ def _flatten(texts) -> list[str]:
     if isinstance(texts, str):
         return [texts]
     return [text for entry in texts for text in ([entry] if isinstance(entry, str) else entry)]
+
+
+def _row_lengths(texts) -> list[int] | None:
+    """How many texts each image has where they are given as a list of lists, else None."""
+    if texts is None or isinstance(texts, str) or all(isinstance(entry, str) for entry in texts):
+        return None
+    return [1 if isinstance(entry, str) else len(entry) for entry in texts]
+
+
+_TASKS_OF = {
+    "annotations": ("detection",),
+    "masks": ("segmentation",),
+    "answers": LANGUAGE_TASKS,
+    "class_names": ("detection", "segmentation"),
+}
+
+
+def _check_task(task: str, images, **given) -> None:
+    """Refuses what the task would ignore, or take for labels of another task."""
+    for name, value in given.items():
+        if value is None:
+            continue
+        if task not in _TASKS_OF[name]:
+            raise ValueError(f"{name} go with {' and '.join(_TASKS_OF[name])}, not with {task}.")
+        if name in ("annotations", "masks") and images is None:
+            raise ValueError(f"{name} without images: give the images they belong to.")

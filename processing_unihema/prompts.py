@@ -21,8 +21,8 @@ def names_prompt(names: str | Sequence[str]) -> str:
     Raises:
         ValueError: No name.
     """
-    names = [names] if isinstance(names, str) else list(names)
-    names = [name.strip() for name in dict.fromkeys(names) if name.strip()]
+    names = [names] if isinstance(names, str) else names
+    names = [name for name in dict.fromkeys(name.strip() for name in names) if name]
     if not names:
         raise ValueError("A detection or segmentation prompt needs at least one class name or disease.")
     return _NAMES_TEMPLATE.format(names=", ".join(names))
@@ -33,7 +33,13 @@ segmentation_prompt = names_prompt
 
 
 def question_prompt(question: str) -> str:
-    """`Q: ` and the question."""
+    """`Q: ` and the question.
+
+    Raises:
+        ValueError: An empty question.
+    """
+    if not question.strip():
+        raise ValueError("The question is empty: ask something about the image.")
     return f"Q: {question.strip()}"
 
 

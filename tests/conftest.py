@@ -7,6 +7,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads that wait spinning make the tests several times slower on a machine that has other work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import random
 from pathlib import Path
@@ -18,7 +21,10 @@ from pytest_socket import socket_allow_hosts
 
 
 def pytest_configure(config):
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    # Small models are fastest on one thread, most of all beside other work; the trainings of the slow tests are not.
+    if config.option.markexpr != "slow":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

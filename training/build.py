@@ -1,5 +1,6 @@
 """From data and settings to a model and its processor."""
 
+from pathlib import Path
 from typing import Any
 
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
@@ -9,7 +10,7 @@ from unihema.processing_unihema.prompts import TASKS, task_prompt
 from unihema.training.data.readers import load_folder
 from unihema.training.data.rows import DatasetError, Row, class_names, morphology_schema, single_cell_names
 from unihema.training.evaluation import draw_rows
-from unihema.training.run_config import DataConfig, RunConfig
+from unihema.training.run_config import DataConfig, RunConfig, RunConfigError
 
 
 def load_rows(config: DataConfig, split: str) -> dict[str, list[Row]]:
@@ -37,8 +38,18 @@ def load_rows(config: DataConfig, split: str) -> dict[str, list[Row]]:
 
 
 def training_rows(config: RunConfig) -> dict[str, list[Row]]:
-    """Rows of the training split, at most `max_samples` of a task."""
+    """Rows of the training split, at most `max_samples` of a task.
+
+    Raises:
+        DatasetError: A task that was asked for is in no folder.
+    """
     rows = load_rows(config.data, config.data.train_split)
+    missing = [task for task in config.data.tasks or () if task not in rows]
+    if missing:
+        raise DatasetError(
+            f"No data for {', '.join(missing)} in split '{config.data.train_split}' of "
+            f"{', '.join(config.data.folders)}; they have {', '.join(rows)}. Take it out of data.tasks or add a folder."
+        )
     return {task: draw_rows(found, config.data.max_samples, config.optimisation.seed) for task, found in rows.items()}
 
 
@@ -59,9 +70,13 @@ def build(config: RunConfig, rows: dict[str, list[Row]]) -> tuple[UniHemaForMult
 
     Returns:
         `tuple[UniHemaForMultiTask, UniHemaProcessor]`: Both on the CPU.
+
+    Raises:
+        RunConfigError: The initial checkpoint is not there, or files of it are missing.
     """
     source = config.model.initial_checkpoint
     if source:
+        _check_checkpoint(Path(source))
         processor = UniHemaProcessor.from_pretrained(source)
         for task, size in config.data.image_sizes.items():
             processor.image_processor.task_sizes[task] = dict(size)
@@ -74,6 +89,19 @@ def build(config: RunConfig, rows: dict[str, list[Row]]) -> tuple[UniHemaForMult
     model_config = _new_config(config, rows, processor)
     processor.max_text_length = model_config.max_text_length
     return UniHemaForMultiTask(model_config), processor
+
+
+def _check_checkpoint(folder: Path) -> None:
+    # Transformers would take a folder that is not there for a name on the Hub, and a missing weight for a new one.
+    if not folder.is_dir():
+        raise RunConfigError(f"model.initial_checkpoint {folder}: no such folder. Name one that a training run wrote.")
+    missing = [
+        name for name in ("config.json", "processor_config.json", "tokenizer.json") if not (folder / name).exists()
+    ]
+    if missing or not any(folder.glob("*.safetensors")):
+        raise RunConfigError(
+            f"model.initial_checkpoint {folder} lacks {', '.join(missing) or 'its weights'}: copy the whole folder again."
+        )
 
 
 def _new_config(config: RunConfig, rows: dict[str, list[Row]], processor: UniHemaProcessor) -> UniHemaConfig:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or absent, the last ones kept, resumed exactly."""
+"""Checkpoints of a run: whole or absent, the last ones kept, resumed exactly. And the trained model's folder."""
 
 import json
 import os
@@ -22,12 +22,16 @@ class Progress:
         batch (`int`): Batches done, over all epochs.
         seconds (`float`): Time spent training.
         best (`float`, *optional*): Best score of the evaluations so far.
+        evaluated (`int`): Last epoch after which the model was evaluated.
+        processes (`int`): How many processes share each batch.
     """
 
     step: int = 0
     batch: int = 0
     seconds: float = 0.0
     best: float | None = None
+    evaluated: int = 0
+    processes: int = 1
 
 
 def save_checkpoint(folder: str | Path, accelerator, progress: Progress, keep: int) -> Path:
@@ -50,19 +54,66 @@ def save_checkpoint(folder: str | Path, accelerator, progress: Progress, keep: i
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(partial / PROGRESS_FILE, asdict(progress))
+        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        write_json(partial / PROGRESS_FILE, {**asdict(progress), "files": sizes})
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
-        for old in sorted(checkpoints.glob("step-*"))[:-keep]:
+        # Damaged ones do not count, or they would push a whole one out.
+        for old in [other for other in _step_folders(folder) if _read(other)[1] is None][:-keep]:
             shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
     return path
 
 
 def last_checkpoint(folder: str | Path) -> tuple[Path, Progress] | None:
     """The newest whole checkpoint of a run and its progress; damaged ones are passed over with a warning."""
-    for path in sorted((Path(folder) / "checkpoints").glob("step-*"), reverse=True):
-        try:
-            return path, Progress(**json.loads((path / PROGRESS_FILE).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            warnings.warn(f"{path} is not a whole checkpoint and is passed over.", stacklevel=2)
+    for path in reversed(_step_folders(folder)):
+        progress, problem = _read(path)
+        if problem is None:
+            return path, progress
+        warnings.warn(f"{path} is not a whole checkpoint ({problem}) and is passed over.", stacklevel=2)
     return None
+
+
+def save_trained(model, processor, folder: str | Path) -> None:
+    """Saves a model and its processor, whole files only; an older model in the folder is replaced.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        processor (`UniHemaProcessor`, *optional*): Its processor.
+        folder (`str` or `Path`): Where.
+    """
+    folder = Path(folder)
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        model.save_pretrained(partial)
+        if processor is not None:
+            processor.save_pretrained(partial)
+        # The configuration goes last: a folder that has one is a model.
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _step_folders(folder: str | Path) -> list[Path]:
+    return sorted((Path(folder) / "checkpoints").glob("step-*"))
+
+
+def _read(path: Path) -> tuple[Progress | None, str | None]:
+    """The progress a checkpoint records, or what is wrong with it."""
+    try:
+        values = json.loads((path / PROGRESS_FILE).read_text(encoding="utf-8"))
+        sizes = dict(values.pop("files", {}))
+        progress = Progress(**values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None, f"{PROGRESS_FILE} is missing or broken"
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file():
+            return None, f"{name} is missing"
+        if file.stat().st_size != size:
+            return None, f"{name} has {file.stat().st_size} of {size} bytes"
+    return progress, None

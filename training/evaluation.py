@@ -1,5 +1,6 @@
 """One evaluation for all tasks: predictions through the same post-processing as `unihema predict`, figures in one report."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from torchvision.ops import nms
 from tqdm.auto import tqdm
 
+from unihema.predict import DEFAULT_THRESHOLD, NMS_IOU
 from unihema.processing_unihema.prompts import LANGUAGE_TASKS
 from unihema.training.data.dataset import SmearDataset, read_mask
 from unihema.training.data.rows import Row
@@ -20,13 +23,15 @@ from unihema.training.metrics.detection import (
     score_matches,
 )
 from unihema.training.metrics.dice import dice_scores, mask_counts
-from unihema.training.metrics.morphology import match_cells, morphology_scores
+from unihema.training.metrics.morphology import MISSING, match_cells, morphology_scores
 from unihema.training.metrics.single_cell import classification_scores
-from unihema.training.metrics.text import text_scores
+from unihema.training.metrics.text import blank_accuracy, normalise, text_scores
 
 
 MAX_DETECTIONS = 300
 QUESTIONS_AT_ONCE = 12
+# Questions that the report lists one by one: those asked most often, and more than once.
+LISTED_QUESTIONS = 40
 
 # The figure that stands for a task: in progress messages, and to choose the best evaluation of a run.
 HEADLINES = {
@@ -48,8 +53,12 @@ def evaluate_model(
     generate_kwargs: Mapping[str, Any] | None = None,
     shuffle_images: bool = False,
     seed: int = 0,
+    calibrate: bool = False,
 ) -> dict[str, Any]:
-    """Measures a model on rows of any tasks.
+    """Measures a model on rows of any tasks, in evaluation mode.
+
+    Boxes are measured in pixels of the original image, masks at its size. `at_threshold` has what `unihema predict` shows:
+    cells above the model's thresholds, overlapping ones removed.
 
     Args:
         model (`UniHemaForMultiTask`): The model.
@@ -62,9 +71,11 @@ def evaluate_model(
         shuffle_images (`bool`): The image-blind control of language tasks: the same questions and answers, but every
             image exchanged for another of the set. Other tasks are left out.
         seed (`int`): Of the draw and the exchange.
+        calibrate (`bool`): First set `model.config.detection_thresholds` to the best of these rows; the figures
+            `at_threshold` are then those of the rows the thresholds were chosen on.
 
     Returns:
-        `dict[str, Any]`: Task -> figures, with the number of `rows`.
+        `dict[str, Any]`: Task -> figures, with the number of `rows`, and `image_blind` for that control.
 
     Raises:
         ValueError: The image-blind control of fewer than two images.
@@ -72,24 +83,26 @@ def evaluate_model(
     was_training = model.training
     model.eval()
     report = {}
-    for task, rows in rows_by_task.items():
-        if shuffle_images:
-            if task not in LANGUAGE_TASKS:
-                continue
-            rows = exchange_images(rows, seed)
-        rows = draw_rows(rows, max_samples, seed)
-        batches = _batches(model, processor, task, rows, batch_size, progress)
-        with torch.inference_mode():
-            if task == "detection":
-                figures = _detection(model, processor, rows, batches)
-            elif task == "segmentation":
-                figures = _segmentation(model, processor, rows, batches)
-            elif task == "single_cell":
-                figures = _single_cell(model, batches)
-            else:
-                figures = _language(model, processor, task, rows, batches, dict(generate_kwargs or {}))
-        report[task] = {**figures, "rows": len(rows)}
-    model.train(was_training)
+    try:
+        for task, rows in rows_by_task.items():
+            if shuffle_images:
+                if task not in LANGUAGE_TASKS:
+                    continue
+                rows = exchange_images(rows, seed)
+            rows = draw_rows(rows, max_samples, seed)
+            batches = _batches(model, processor, task, rows, batch_size, progress)
+            with torch.inference_mode():
+                if task == "detection":
+                    figures = _detection(model, processor, rows, batches, calibrate)
+                elif task == "segmentation":
+                    figures = _segmentation(model, processor, rows, batches)
+                elif task == "single_cell":
+                    figures = _single_cell(model, batches)
+                else:
+                    figures = _language(model, processor, task, rows, batches, dict(generate_kwargs or {}))
+            report[task] = {**figures, "rows": len(rows), **({"image_blind": True} if shuffle_images else {})}
+    finally:
+        model.train(was_training)
     return report
 
 
@@ -137,7 +150,7 @@ def _batches(model, processor, task: str, rows: Sequence[Row], batch_size: int, 
         rows,
         processor,
         task,
-        class_names=list(config.id2label.values()),
+        class_names=_class_names(model),
         single_cell_labels=config.single_cell_labels,
         morphology=config.morphology,
         questions_per_image=QUESTIONS_AT_ONCE,
@@ -147,52 +160,78 @@ def _batches(model, processor, task: str, rows: Sequence[Row], batch_size: int, 
     return tqdm(loader, desc=f"evaluate {task}", unit="batch", disable=not progress, leave=False)
 
 
+def _class_names(model) -> list[str]:
+    return [model.config.id2label[index] for index in range(model.config.num_labels)]
+
+
 def _inputs(model, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     names = ("pixel_values", "pixel_mask", "input_ids", "attention_mask")
     return {name: batch[name].to(model.device) for name in names if name in batch}
 
 
-def _detection(model, processor, rows: Sequence[Row], batches) -> dict[str, Any]:
-    config = model.config
-    names = list(config.id2label.values())
-    predictions, references, operating = [], [], []
+def _detection(model, processor, rows: Sequence[Row], batches, calibrate: bool) -> dict[str, Any]:
+    config, names = model.config, _class_names(model)
+    process = processor.image_processor.post_process_object_detection
+    ranked, best_class, references = [], [], []
     read, true, labelled = [], [], 0
     for batch in batches:
         output = model(task="detection", **_inputs(model, batch))
         sizes = batch["target_sizes"]
-        process = processor.image_processor.post_process_object_detection
-        predictions += _arrays(
+        ranked += _arrays(
             process(output, threshold=0.0, target_sizes=sizes, top_k=MAX_DETECTIONS, one_class_per_query=False)
         )
-        shown = process(output, threshold=0.0, target_sizes=sizes)
-        operating += _arrays(shown)
+        cells = _arrays(process(output, threshold=0.0, target_sizes=sizes))
         truth = _references(batch, rows, names)
+        best_class += cells
         references += truth
-        for image, (cells, reference) in enumerate(zip(_arrays(shown), truth)):
-            morphology = batch["labels"][image].get("morphology")
-            if morphology is None or not len(morphology):
+        for image, labels in enumerate(batch["labels"]):
+            if labels.get("morphology") is None:
                 continue
-            values = morphology.numpy()
-            labelled += int((values != -100).any(-1).sum())
-            order = np.argsort(cells["queries"])
-            scores = output.logits[image].float().sigmoid().cpu().numpy()[:, reference["labels"]]
-            queries, matched = match_cells(cells["boxes"][order], reference["boxes"], scores)
+            values = labels["morphology"].numpy()
+            described = (values != MISSING).any(-1)
+            labelled += int(described.sum())
+            kept = cells[image]["queries"]
+            scores = output.logits[image].float().sigmoid().cpu().numpy()[kept][:, truth[image]["labels"]]
+            queries, matched = match_cells(cells[image]["boxes"], truth[image]["boxes"], scores)
+            queries, matched = queries[described[matched]], matched[described[matched]]
             parts = output.pred_morphology[image].split(config.morphology_sizes, dim=-1)
-            best = torch.stack([part.argmax(-1) for part in parts], -1).cpu().numpy()
-            read.append(best[queries])
+            read.append(torch.stack([part.argmax(-1) for part in parts], -1).cpu().numpy()[kept[queries]])
             true.append(values[matched])
-    figures = mean_average_precision(predictions, references, names)
+    if calibrate:
+        config.detection_thresholds = _best_thresholds(best_class, references, names)
+    figures = mean_average_precision(ranked, references, names)
+    thresholds = np.array([config.detection_thresholds.get(name, DEFAULT_THRESHOLD) for name in names])
+    shown = [_shown(cells, thresholds) for cells in best_class]
     figures["at_threshold"] = {}
     for label, name in enumerate(names):
-        scores, right, cells = score_matches(operating, references, label, len(names))
-        if cells:
-            threshold = config.detection_thresholds.get(name, 0.3)
-            figures["at_threshold"][name] = operating_point(scores, right, cells, threshold)
+        scores, right, count = score_matches(shown, references, label, len(names))
+        if count or len(scores):
+            figures["at_threshold"][name] = operating_point(scores, right, count, thresholds[label])
     if labelled:
         figures["morphology"] = morphology_scores(
             np.concatenate(read), np.concatenate(true), config.morphology, cells=labelled
         )
     return figures
+
+
+def _shown(cells: Mapping[str, np.ndarray], thresholds: np.ndarray | float) -> dict[str, np.ndarray]:
+    """Cells above their class's threshold, of overlapping ones the best."""
+    limit = thresholds[cells["labels"]] if isinstance(thresholds, np.ndarray) else thresholds
+    above = np.flatnonzero(cells["scores"] > limit)
+    kept = nms(torch.from_numpy(cells["boxes"][above]), torch.from_numpy(cells["scores"][above]), NMS_IOU).numpy()
+    return {name: values[above[kept]] for name, values in cells.items()}
+
+
+def _best_thresholds(
+    best_class: Sequence[Mapping[str, np.ndarray]], references: Sequence[Mapping[str, Any]], names: list[str]
+) -> dict[str, float]:
+    predictions = [_shown(cells, 0.0) for cells in best_class]
+    thresholds = {}
+    for label, name in enumerate(names):
+        best = best_threshold(*score_matches(predictions, references, label, len(names)))
+        if best is not None:
+            thresholds[name] = round(min(max(best[0], 0.01), 0.99), 4)
+    return thresholds
 
 
 def _arrays(detections: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, np.ndarray]]:
@@ -248,30 +287,36 @@ def _single_cell(model, batches) -> dict[str, Any]:
 
 def _language(model, processor, task: str, rows: Sequence[Row], batches, generate_kwargs: dict) -> dict[str, Any]:
     options = {"max_new_tokens": processor.max_text_length, "num_beams": 1, "do_sample": False, **generate_kwargs}
-    answer_key = "answer" if task == "question_answering" else "completed"
-    answers: dict[str, list[str]] = {}
-    expected: dict[str, list[str]] = {}
+    asked_key, answer_key = ("question", "answer") if task == "question_answering" else ("masked", "completed")
+    asked, answers, expected = [], [], []
     for batch in batches:
         generated = model.generate(**_inputs(model, batch), **options)
-        for index, answer in zip(batch["row_indices"], processor.decode_answers(generated)):
+        for index, answer in zip(batch["row_indices"], processor.decode_answers(generated), strict=True):
             # The places left over in an image's last sample repeat a question under index -1.
             if index >= 0:
-                question = rows[index].get("question", "")
-                answers.setdefault(question, []).append(answer)
-                expected.setdefault(question, []).append(rows[index][answer_key])
-    figures = text_scores(sum(answers.values(), []), sum(expected.values(), []))
-    if task == "question_answering":
-        figures["per_question"] = {
-            question: {"exact_match": text_scores(found, expected[question])["exact_match"], "texts": len(found)}
-            for question, found in sorted(answers.items())
-        }
+                asked.append(rows[index][asked_key])
+                answers.append(answer)
+                expected.append(rows[index][answer_key])
+    figures = text_scores(answers, expected)
+    if task == "cloze":
+        figures["blank_accuracy"] = blank_accuracy(answers, expected, asked)
+    else:
+        figures["per_question"] = {}
+        for question, count in Counter(asked).most_common(LISTED_QUESTIONS):
+            if count > 1:
+                exact = [
+                    normalise(answer) == normalise(other)
+                    for text, answer, other in zip(asked, answers, expected)
+                    if text == question
+                ]
+                figures["per_question"][question] = {"exact_match": sum(exact) / count, "texts": count}
     return figures
 
 
 def calibrate_thresholds(
     model, processor, rows: Sequence[Row], batch_size: int = 8, progress: bool = True
 ) -> dict[str, float]:
-    """The score of each class at which its F1 (overlap at least 0.5) on these rows is highest.
+    """The score of each class at which its F1 (overlap at least 0.5) on these rows is best, see `best_threshold`.
 
     Args:
         model (`UniHemaForMultiTask`): The model.
@@ -283,24 +328,21 @@ def calibrate_thresholds(
     Returns:
         `dict[str, float]`: Class name -> threshold; classes that are not in the rows or never found are left out.
     """
-    names = list(model.config.id2label.values())
-    predictions, references = [], []
+    names = _class_names(model)
+    best_class, references = [], []
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
-        for batch in _batches(model, processor, "detection", rows, batch_size, progress):
-            output = model(task="detection", **_inputs(model, batch))
-            predictions += _arrays(
-                processor.image_processor.post_process_object_detection(output, 0.0, batch["target_sizes"])
-            )
-            references += _references(batch, rows, names)
-    model.train(was_training)
-    thresholds = {}
-    for label, name in enumerate(names):
-        best = best_threshold(*score_matches(predictions, references, label, len(names)))
-        if best is not None:
-            thresholds[name] = round(min(max(best[0], 0.01), 0.99), 4)
-    return thresholds
+    try:
+        with torch.inference_mode():
+            for batch in _batches(model, processor, "detection", rows, batch_size, progress):
+                output = model(task="detection", **_inputs(model, batch))
+                best_class += _arrays(
+                    processor.image_processor.post_process_object_detection(output, 0.0, batch["target_sizes"])
+                )
+                references += _references(batch, rows, names)
+    finally:
+        model.train(was_training)
+    return _best_thresholds(best_class, references, names)
 
 
 def headline(report: Mapping[str, Any]) -> tuple[float, str]:

@@ -1,8 +1,8 @@
 """The training loop: one batch, one task; stopped and resumed at any step."""
 
-import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -13,15 +13,17 @@ import torch
 from tqdm.auto import tqdm
 
 from unihema.hub_cards import checkpoint_card
+from unihema.training.acceleration import make_accelerator
 from unihema.training.batches import RunBatches
 from unihema.training.build import build, training_rows, validation_rows
-from unihema.training.checkpoint import Progress, last_checkpoint, save_checkpoint
+from unihema.training.checkpoint import Progress, last_checkpoint, save_checkpoint, save_trained
 from unihema.training.data.dataset import SmearDataset
 from unihema.training.ema import ExponentialMovingAverage
-from unihema.training.evaluation import calibrate_thresholds, evaluate_model, headline, write_report
-from unihema.training.files import plain, write_text
+from unihema.training.evaluation import evaluate_model, headline, write_report
+from unihema.training.files import write_text
 from unihema.training.optimizer import ProgressSchedule, make_optimizer
 from unihema.training.run_config import RunConfig, RunConfigError
+from unihema.training.run_log import RunLog
 
 
 DEFAULT_EPOCHS = 24
@@ -50,9 +52,10 @@ def train(config: RunConfig, resume: bool = False, callbacks: Iterable[Callable[
         `dict[str, Any]`: The evaluation report on the validation split; empty without one.
 
     Raises:
-        RunConfigError: Settings that cannot be, or a resumed run with other settings.
+        RunConfigError: Settings that cannot be, a resumed run with other settings, or, without `resume`, an output
+            folder that holds a run or a model already.
         DatasetError: Data that cannot be used.
-        TrainingError: The loss is no number.
+        TrainingError: The loss or its gradient is no number; the last checkpoint is from before that.
         TrainingInterrupted: SIGINT or SIGTERM.
     """
     config.check()
@@ -61,26 +64,25 @@ def train(config: RunConfig, resume: bool = False, callbacks: Iterable[Callable[
 
 class _Run:
     def __init__(self, config: RunConfig, resume: bool, callbacks: tuple[Callable[[dict], None], ...]):
-        from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.utils import set_seed
 
-        self.config, self.callbacks = config, callbacks
+        self.config = config
         self.settings = config.optimisation
         self.folder = Path(config.output_dir)
-        self.accelerator = Accelerator(
-            cpu=self.settings.device == "cpu",
-            mixed_precision=self.settings.mixed_precision,
-            gradient_accumulation_steps=self.settings.accumulation,
-            # A task uses its own parts only, so every batch leaves some parameters without a gradient.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        )
+        self.accelerator = make_accelerator(self.settings)
+        self.log = RunLog(self.folder / "log.jsonl", callbacks, self.accelerator.is_main_process)
         set_seed(self.settings.seed)
         found = last_checkpoint(self.folder) if resume else None
         if found is not None:
-            self._check_same_run()
+            self._check_same_run(found[1])
+        elif not resume:
+            self._check_unused_folder()
         self.rows = training_rows(config)
         self.val_rows = validation_rows(config, self.rows)
         model, self.processor = build(config, self.rows)
+        if self.accelerator.process_index:
+            # Weights start alike in every process; noise and dropout need not be the same.
+            set_seed(self.settings.seed + self.accelerator.process_index)
         self.batches = self._make_batches(model.config)
         self.ema = None
         optimizer = make_optimizer(model, self.settings)
@@ -89,22 +91,39 @@ class _Run:
         if self.settings.ema_decay is not None:
             self.ema = ExponentialMovingAverage(self._plain(), self.settings.ema_decay, self.settings.ema_warmup)
             self.accelerator.register_for_checkpointing(self.ema)
-        self.progress = Progress()
+        self.progress = Progress(processes=self.accelerator.num_processes)
         if found is not None:
             path, self.progress = found
             self.accelerator.load_state(str(path))
-            self._say(f"Resuming from {path}: step {self.progress.step} of {self._total_steps()}.")
+            total = self._total_steps()
+            self._say(f"Resuming from {path}: step {self.progress.step}{f' of {total}' if total else ''}.")
+            self.log.forget_after(self.progress.step)
         elif resume:
             self._say(f"No checkpoint in {self.folder / 'checkpoints'}: starting from the beginning.")
         if self.accelerator.is_main_process:
             config.save(self.folder)
         self.stopped_by: int | None = None
+        self.files: list[str] = []
 
-    def _check_same_run(self) -> None:
+    def _check_unused_folder(self) -> None:
+        """A new run beside an old one's checkpoints would be mixed up with it on resuming."""
+        taken = [*(self.folder / "checkpoints").glob("step-*"), *self.folder.glob("model*.safetensors")]
+        if taken:
+            raise RunConfigError(
+                f"output_dir {self.folder} holds {taken[0].relative_to(self.folder)} of an earlier run. Go on with it "
+                "(--resume, or resume=True), delete the folder, or train into another."
+            )
+
+    def _check_same_run(self, progress: Progress) -> None:
         """A run goes on only as it began; how long it goes on, and what is written, may change."""
+        if progress.processes != self.accelerator.num_processes:
+            raise RunConfigError(
+                f"{self.folder} was begun with {progress.processes} process(es), now there are "
+                f"{self.accelerator.num_processes}: batches would differ. Resume with as many."
+            )
         earlier = RunConfig.load(self.folder)
         free = ("output_dir", "logging.", "optimisation.epochs", "optimisation.max_steps", "data.workers")
-        free += ("optimisation.time_limit_minutes",)
+        free += ("optimisation.time_limit_minutes", "optimisation.device", "data.cache_images")
         changed = {k: v for k, v in self.config.differences(earlier).items() if not k.startswith(free)}
         if changed:
             name, (now, before) = next(iter(changed.items()))
@@ -168,7 +187,9 @@ class _Run:
         """Trains until a limit is reached, then measures and saves."""
         sizes = ", ".join(f"{task} {len(rows)}" for task, rows in self.rows.items())
         self._say(f"Training on {self.accelerator.device} ({self.accelerator.num_processes} process(es)): {sizes}.")
-        handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Python lets only the main thread handle signals.
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        handlers = {number: signal.signal(number, self._stop) for number in numbers}
         try:
             self._train()
         finally:
@@ -177,7 +198,17 @@ class _Run:
         return self._finish()
 
     def _stop(self, number: int, frame: Any) -> None:
+        if self.stopped_by is not None:
+            raise KeyboardInterrupt
         self.stopped_by = number
+        self._say("Stopping after this step, with a checkpoint; once more stops at once.")
+
+    def _agree(self, *values: float) -> list[float]:
+        """The largest of each value among the processes, which must stop, fail and slow down together."""
+        if self.accelerator.num_processes == 1:
+            return list(values)
+        own = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.gather(own[None]).amax(0).tolist()
 
     def _train(self) -> None:
         logging = self.config.logging
@@ -196,51 +227,56 @@ class _Run:
                     return
                 stepped = self._step(batch, bar)
                 self.progress.batch = number + 1
-                if stepped and self.progress.batch % self.batches.per_epoch == 0:
+                if stepped:
                     self._end_of_epoch(self.progress.batch // self.batches.per_epoch)
                 now = time.monotonic()
-                self.progress.seconds += now - clock
-                clock = now
-                if self.stopped_by is not None and stepped:
+                seconds = self.progress.seconds + now - clock
+                since_save, clock = now - last_save, now
+                stop, self.progress.seconds, since_save = self._agree(self.stopped_by is not None, seconds, since_save)
+                if not stepped:
+                    continue
+                if stop:
                     path = save_checkpoint(self.folder, self.accelerator, self.progress, logging.keep_checkpoints)
                     raise TrainingInterrupted(
                         f"Stopped at step {self.progress.step}; {path} is saved. The same command with --resume goes on."
                     )
                 minutes = logging.checkpoint_minutes
-                due = minutes is not None and now - last_save > 60 * minutes
+                due = minutes is not None and since_save > 60 * minutes
                 due = due or bool(logging.checkpoint_steps and self.progress.step % logging.checkpoint_steps == 0)
-                if due and stepped:
+                if due:
                     save_checkpoint(self.folder, self.accelerator, self.progress, logging.keep_checkpoints)
                     last_save = clock = time.monotonic()
 
     def _step(self, batch: dict[str, Any], bar: tqdm) -> bool:
         """One batch; `True` when the optimizer has stepped."""
         progress, task = self.progress, batch.pop("task")
-        files = batch.pop("file_names")
+        self.files += batch.pop("file_names")
         rate = self.schedule.set(progress.step, self._fraction_done())
         with self.accelerator.accumulate(self.model):
-            output = self.model(task=task, **self._on_device(batch))
+            output, problem = self._forward(task, batch)
+            if self._agree(problem is not None)[0]:
+                self._diverged(problem or "another process has met a loss that is not finite")
             loss = output.loss * self.settings.loss_weights.get(task, 1.0)
-            if not torch.isfinite(loss):
-                raise TrainingError(
-                    f"The {task} loss is {loss.item()} at step {progress.step}, with {', '.join(files)}. The last "
-                    f"checkpoint in {self.folder / 'checkpoints'} is from before. Look at these files, lower the "
-                    "learning rate, or train without mixed precision."
-                )
             self.accelerator.backward(loss)
-            if self.accelerator.sync_gradients and self.settings.gradient_clipping:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clipping)
+            if self.accelerator.sync_gradients:
+                # Without clipping this only measures. Such a step would spoil the weights, and the next checkpoint.
+                limit = self.settings.gradient_clipping or math.inf
+                norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+                if not math.isfinite(norm):
+                    self._diverged(f"the gradient of the {task} loss is {float(norm)}")
             self.optimizer.step()
             self.optimizer.zero_grad()
+        self.log.add(task, loss)
         if not self.accelerator.sync_gradients:
             return False
         progress.step += 1
+        self.files.clear()
         if self.ema is not None:
             self.ema.update(self._plain())
         bar.update(1)
         if progress.step % self.config.logging.log_every == 0 or progress.step == 1:
-            bar.set_postfix(task=task, loss=f"{loss.item():.3f}", refresh=False)
-            self._log(
+            bar.set_postfix(task=task, loss=f"{loss.item():.3f}", done=f"{self._fraction_done():.0%}", refresh=False)
+            self.log.write(
                 {
                     "event": "step",
                     "step": progress.step,
@@ -250,29 +286,46 @@ class _Run:
                     "learning_rate": rate,
                     "seconds": progress.seconds,
                     "losses": output.loss_dict,
+                    # Every task of a mix, since the line before.
+                    "means": self.log.take_means(),
                 }
             )
         return True
+
+    def _forward(self, task: str, batch: dict[str, Any]) -> tuple[Any, str | None]:
+        """The output, or what is wrong with its loss."""
+        try:
+            output = self.model(task=task, **self._on_device(batch))
+        except RuntimeError as error:
+            # The matching of cells refuses predictions that are not numbers.
+            if "not finite" not in str(error):
+                raise
+            return None, f"the {task} loss is nan ({error})"
+        value = float(output.loss.detach())
+        return output, None if math.isfinite(value) else f"the {task} loss is {value}"
+
+    def _diverged(self, problem: str) -> None:
+        raise TrainingError(
+            f"Training stopped at step {self.progress.step}: {problem}, with {', '.join(self.files)}. What is in "
+            f"{self.folder / 'checkpoints'} is from before. Look at these files, lower the learning rate, or train "
+            "without mixed precision."
+        )
 
     def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         from accelerate.utils import send_to_device
 
         return send_to_device(batch, self.accelerator.device)
 
-    def _log(self, line: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            line = plain(line)
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
-            for callback in self.callbacks:
-                callback(line)
-
     def _averaged(self):
         return self.ema.applied(self._plain()) if self.ema is not None else nullcontext()
 
     def _end_of_epoch(self, epoch: int) -> None:
         logging = self.config.logging
-        if not logging.evaluate_every or epoch % logging.evaluate_every or not self.val_rows:
+        # An epoch may end in the middle of accumulated batches, and is then over one step later.
+        if not logging.evaluate_every or not self.val_rows or epoch == self.progress.evaluated or epoch < 1:
+            return
+        self.progress.evaluated = epoch
+        if epoch % logging.evaluate_every:
             return
         if self.accelerator.is_main_process:
             with self._averaged():
@@ -280,8 +333,8 @@ class _Run:
                 score, text = headline(report)
                 if logging.keep_best and (self.progress.best is None or score > self.progress.best):
                     self.progress.best = score
-                    self._plain().save_pretrained(self.folder / "best")
-            self._log({"event": "evaluation", "epoch": epoch, "step": self.progress.step, **report})
+                    save_trained(self._plain(), None, self.folder / "best")
+            self.log.write({"event": "evaluation", "epoch": epoch, "step": self.progress.step, **report})
             self._say(f"epoch {epoch}: {text}")
         self.accelerator.wait_for_everyone()
         self.model.train()
@@ -295,29 +348,26 @@ class _Run:
         save_checkpoint(self.folder, self.accelerator, self.progress, logging.keep_checkpoints)
         report: dict[str, Any] = {}
         if self.accelerator.is_main_process:
+            # Mixed precision ends here: what is saved is measured as it will be used.
+            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             with self._averaged():
-                model = self._plain().eval()
-                if logging.keep_best and (self.folder / "best").is_dir():
-                    model = type(model).from_pretrained(self.folder / "best").to(self.accelerator.device).eval()
-                if self.val_rows.get("detection"):
-                    model.config.detection_thresholds = calibrate_thresholds(
-                        model, self.processor, self.val_rows["detection"], progress=logging.progress
-                    )
+                if logging.keep_best and self.progress.best is not None:
+                    model = type(model).from_pretrained(self.folder / "best").to(self.accelerator.device)
                 if self.val_rows:
                     report = evaluate_model(
-                        model,
+                        model.eval(),
                         self.processor,
                         self.val_rows,
                         max_samples=logging.final_samples,
                         progress=logging.progress,
+                        calibrate=True,
                     )
                 self._save(model, report)
         self.accelerator.wait_for_everyone()
         return report
 
     def _save(self, model, report: dict[str, Any]) -> None:
-        model.save_pretrained(self.folder)
-        self.processor.save_pretrained(self.folder)
+        save_trained(model, self.processor, self.folder)
         if report:
             write_report(report, self.folder)
         write_text(self.folder / "README.md", checkpoint_card(model.config, report))

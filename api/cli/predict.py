@@ -21,9 +21,15 @@ def predict(
 
     Stopped runs go on where they stopped. Exit code 1: some files could not be analysed; they are listed.
     """
+    import warnings
+
     from tqdm.auto import tqdm
 
     from unihema.batch import predict_files
+    from unihema.predict import QueryCapWarning
+
+    # Shown beside the bar, from the result.
+    warnings.simplefilter("ignore", QueryCapWarning)
 
     # The bar appears with the first image, so that a wrong checkpoint is one line and nothing else.
     bar = tqdm(desc="predict", unit="image", disable=True)
@@ -33,8 +39,9 @@ def predict(
         if number == 1:
             bar = tqdm(desc="predict", unit="image", total=total)
         bar.update(1)
-        if isinstance(outcome, str):
-            tqdm.write(f"{path}: {outcome}")
+        problems = [outcome] if isinstance(outcome, str) else outcome.warnings if outcome else []
+        for problem in problems:
+            tqdm.write(f"{path}: {problem}")
 
     try:
         report = predict_files(

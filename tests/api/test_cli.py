@@ -8,18 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from tiny_models import very_tiny_config
+from tiny_checkpoint import save_tiny_checkpoint
 
 import unihema
-from unihema.processing_unihema.prompts import task_prompt
 from unihema.training.data.synthetic_folder import write_synthetic
-
-
-SIZES = {
-    task: {"longest_edge": 64} for task in ("detection", "segmentation", "single_cell", "question_answering", "cloze")
-}
 
 
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -31,20 +24,7 @@ def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model") / "unihema"
-    processor = unihema.UniHemaProcessor.from_default(**SIZES, max_text_length=32)
-    config = very_tiny_config(
-        detection_thresholds={"red blood cell": 0.0, "platelet": 0.0, "neutrophil": 0.0}, fusion_queries=32
-    )
-    config.text_config.vocab_size = len(processor.tokenizer)
-    config.default_prompt_ids = {
-        task: processor.tokenizer(task_prompt(task, names))["input_ids"]
-        for task, names in processor.default_prompts.items()
-    }
-    unihema.UniHemaForMultiTask(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("model") / "unihema")
 
 
 @pytest.fixture
@@ -137,10 +117,7 @@ def test_a_checkpoint_with_a_file_missing_is_named(checkpoint, images, tmp_path)
 
 
 def test_a_head_that_the_checkpoint_lacks_is_named(images, tmp_path):
-    config = very_tiny_config(trained_tasks=["single_cell"])
-    processor = unihema.UniHemaProcessor.from_default(**SIZES)
-    unihema.UniHemaForImageClassification(config).save_pretrained(tmp_path / "single")
-    processor.save_pretrained(tmp_path / "single")
+    save_tiny_checkpoint(tmp_path / "single", unihema.UniHemaForImageClassification, trained_tasks=["single_cell"])
     result = run("predict", tmp_path / "single", images / "a.png", "-t", "detection", "-o", tmp_path / "results")
     assert result.returncode == 2 and "no trained head for 'detection'" in result.stderr
     named = run("predict", tmp_path / "single", images / "a.png", "-o", tmp_path / "results")

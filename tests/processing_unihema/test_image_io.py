@@ -1,10 +1,13 @@
 """Images of every kind are opened upright as 8-bit RGB, and broken files are named."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from unihema.processing_unihema.image_io import UnreadableImageError, load_image
+from unihema.processing_unihema.image_io import UnreadableImageError, image_size, load_image, load_mask
 
 
 RGB = np.zeros((20, 30, 3), np.uint8) + np.array([200, 120, 40], np.uint8)
@@ -50,6 +53,71 @@ def test_a_whole_slide_is_reduced_on_opening(tmp_path):
     assert Image.MAX_IMAGE_PIXELS is not None
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "RGB", "I;16", "I", "F"])
+def test_large_images_of_every_mode_are_reduced(tmp_path, mode):
+    path = tmp_path / ("image.tif" if mode in ("CMYK", "F", "I") else "image.png")
+    gray = np.tile(np.linspace(0, 1, 300), (200, 1))
+    if mode == "I;16":
+        image = Image.fromarray((gray * 65535).astype(np.uint16))
+    else:
+        image = Image.fromarray((gray * 255).astype(np.uint8)).convert("RGB").convert(mode)
+    image.save(path)
+    reduced = load_image(path, max_pixels=10_000)
+    assert reduced.mode == "RGB" and reduced.size == (100, 67)
+    values = np.asarray(reduced).mean((0, 2))
+    assert values[:10].mean() < 40 and values[-10:].mean() > 215
+
+
+def test_a_reduced_photo_stays_upright_and_its_own_size_is_known(tmp_path):
+    image = Image.new("RGB", (300, 200))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    for name in ("phone.jpg", "phone.png"):
+        image.save(tmp_path / name, exif=exif)
+        reduced = load_image(tmp_path / name, max_pixels=10_000)
+        assert reduced.height > reduced.width
+        assert image_size(tmp_path / name) == image_size(str(tmp_path / name)) == (300, 200)
+    assert image_size(Image.new("RGB", (30, 20))) == (20, 30)
+
+
+def test_opening_in_threads_leaves_the_limit_of_pixels_as_it_was(tmp_path, monkeypatch):
+    Image.fromarray(RGB).save(tmp_path / "image.png")
+    opening, before = Image.open, Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", before)
+
+    def open_slowly(*args, **kwargs):
+        time.sleep(0.02)
+        return opening(*args, **kwargs)
+
+    # Slow enough that every thread would begin while another one is in the midst of it.
+    monkeypatch.setattr(Image, "open", open_slowly)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: load_image(tmp_path / "image.png"), range(16)))
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+def test_numbers_that_are_no_bytes():
+    fractions = np.array([[0.0, 0.5], [1.0, np.nan]])
+    assert np.asarray(load_image(fractions))[..., 0].tolist() == [[0, 128], [255, 0]]
+    assert np.asarray(load_image(np.array([[0, 1]], np.uint16))).max() == 1
+    assert np.asarray(load_image(np.array([[False, True]])))[..., 0].tolist() == [[0, 255]]
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 2), (0, 5, 3), (2, 4, 5, 3), (5,)])
+def test_pixels_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"must be \[H, W\] or .* got shape"):
+        load_image(np.zeros(shape, np.uint8))
+
+
+def test_a_mask_keeps_its_values_and_a_broken_one_is_named(tmp_path):
+    values = np.array([[0, 7], [255, 1]], np.uint8)
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    assert load_mask(tmp_path / "mask.png").tolist() == values.tolist()
+    (tmp_path / "broken.png").write_bytes(b"xx")
+    with pytest.raises(UnreadableImageError, match=r"broken\.png: not an image"):
+        load_mask(tmp_path / "broken.png")
+
+
 def test_one_pixel(tmp_path):
     Image.new("RGB", (1, 1)).save(tmp_path / "one.png")
     assert load_image(tmp_path / "one.png").size == (1, 1)
@@ -75,6 +143,15 @@ def test_broken_files_are_named(tmp_path, content, message):
     with pytest.raises(UnreadableImageError, match=message) as error:
         load_image(path)
     assert "Süd 07.png" in str(error.value)
+
+
+def test_a_truncated_file_that_is_already_open_is_named(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    path = tmp_path / "field.png"
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UnreadableImageError, match=r"field\.png: the image is truncated"):
+        load_image(Image.open(path))
 
 
 def test_what_is_no_image_is_refused():

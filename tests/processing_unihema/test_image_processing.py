@@ -48,6 +48,54 @@ def test_all_kinds_of_input_give_the_same_pixels(processor, kind, tmp_path):
     torch.testing.assert_close(found["pixel_values"], processor(image)["pixel_values"], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_arrays_and_tensors_of_every_type_give_the_same_pixels(processor, channels, dtype):
+    image = np.random.default_rng(0).random((channels, 40, 50)) * (1 if dtype is np.float32 else np.iinfo(dtype).max)
+    image = image.astype(dtype)
+    expected = processor(image.transpose(1, 2, 0))["pixel_values"]
+    for given in (image, torch.from_numpy(image), torch.from_numpy(image).permute(1, 2, 0)):
+        torch.testing.assert_close(processor(given)["pixel_values"], expected, rtol=0, atol=0)
+    assert expected.std() > 0.1
+
+
+def test_floats_are_taken_as_they_are_without_rescaling(processor):
+    image = torch.rand(3, 96, 128)
+    plain = {"do_rescale": False, "do_normalize": False}
+    for given in (image, image.numpy()):
+        torch.testing.assert_close(processor(given, **plain)["pixel_values"][0], image, rtol=0, atol=0)
+
+
+def test_a_batch_as_one_array(processor):
+    images = np.random.default_rng(0).integers(0, 255, (2, 40, 50, 3), np.uint8)
+    expected = processor(list(images))["pixel_values"]
+    torch.testing.assert_close(processor(images)["pixel_values"], expected, rtol=0, atol=0)
+    tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
+    torch.testing.assert_close(processor(tensor)["pixel_values"], expected, rtol=0, atol=0)
+
+
+def test_size_given_on_loading_or_calling(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = UniHemaImageProcessor.from_pretrained(tmp_path, size={"longest_edge": 32})
+    image = np.zeros((60, 80, 3), np.uint8)
+    assert loaded(image)["pixel_values"].shape == (1, 3, 32, 32)
+    assert loaded(image, task="single_cell")["pixel_values"].shape == (1, 3, 64, 64)
+    assert processor(image, size={"height": 64, "width": 96})["pixel_values"].shape == (1, 3, 64, 96)
+    assert processor(image, size=processor.size)["pixel_values"].shape == processor(image)["pixel_values"].shape
+
+
+def test_labels_of_a_file_too_large_to_open_whole_are_in_its_own_pixels(processor, tmp_path):
+    Image.new("1", (9000, 9000)).save(tmp_path / "slide.png")
+    annotations = {"annotations": [{"bbox": [4000, 4000, 1000, 2000], "category_id": 0}]}
+    labels = processor(tmp_path / "slide.png", annotations=annotations)["labels"][0]
+    assert labels["boxes"][0].tolist() == pytest.approx([0.5, 5 / 9, 1 / 9, 2 / 9])
+    assert labels["orig_size"].tolist() == [9000, 9000]
+    mask = np.zeros((9000, 9000), bool)
+    mask[:4500] = True
+    found = processor(tmp_path / "slide.png", masks=mask)["labels"][0]
+    assert (found[:48, :96] == 1).all() and (found[48:, :96] == 0).all()
+
+
 def test_sizes_follow_the_task_and_keep_the_aspect_ratio(processor):
     wide = np.zeros((60, 160, 3), np.uint8)
     detection = processor(wide)["pixel_mask"][0]
@@ -119,6 +167,12 @@ def test_boxes_without_area_inside_the_image_are_named(processor, box):
             },
             "1 and 2 values",
         ),
+        (
+            {"annotations": {"image_id": 4, "annotations": [{"bbox": [1, 2, 3], "category_id": 0}]}},
+            r"Image 4, annotation 0: box \[1, 2, 3\] has 3 values",
+        ),
+        ({"annotations": {"annotations": []}, "masks": np.zeros((100, 100))}, "not both"),
+        ({"resample": 1}, "resample must be"),
         ({"masks": np.zeros((5, 5))}, r"Mask 0 has shape \(5, 5\), its image \(100, 100\)"),
         ({"task": "counting"}, "Unknown task 'counting'"),
     ],
@@ -126,6 +180,18 @@ def test_boxes_without_area_inside_the_image_are_named(processor, box):
 def test_what_does_not_fit_is_named(processor, arguments, message):
     with pytest.raises(ValueError, match=message):
         processor(np.zeros((100, 100, 3), np.uint8), **arguments)
+
+
+def test_what_is_no_image_or_argument_is_named(processor):
+    image = np.zeros((100, 100, 3), np.uint8)
+    with pytest.raises(ValueError, match="list of images is empty"):
+        processor([])
+    with pytest.raises(ValueError, match=r"got shape \(2, 100, 100\)"):
+        processor(torch.zeros(2, 100, 100))
+    with pytest.raises(TypeError, match="got int"):
+        processor([image, 3])
+    with pytest.raises(TypeError, match="no argument invalid_box"):
+        processor(image, invalid_box="drop")
 
 
 def test_settings_survive_saving(processor, tmp_path):
@@ -193,3 +259,7 @@ def test_masks_lose_their_padding_before_they_are_resized(processor):
     mask = processor.post_process_semantic_segmentation(output, [(32, 96)], pixel_mask=pixel_mask)[0]
     assert mask.shape == (32, 96) and mask.dtype == torch.int64
     assert mask[:, 66:].all() and not mask[:, :62].any()
+    with pytest.raises(ValueError, match="2 target_sizes for 1 images"):
+        processor.post_process_semantic_segmentation(output, [(1, 1), (2, 2)])
+    probabilities = processor.post_process_semantic_segmentation(output, threshold=None)[0]
+    assert probabilities.shape == (32, 64) and probabilities.is_floating_point()

@@ -18,6 +18,9 @@ SIZES = {
 }
 
 
+FIELD_SHAPES = [(60, 80, 3), (80, 60, 3), (40, 80, 3)]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     torch.manual_seed(0)
@@ -55,6 +58,45 @@ def test_auto_classes():
         assert type(getattr(transformers, auto).from_pretrained("unihema")) is head
 
 
+@pytest.fixture(scope="module")
+def fields():
+    """Images of three shapes, two of which come to the same padded size."""
+    generator = np.random.default_rng(1)
+    return [Image.fromarray(generator.integers(0, 255, shape, np.uint8)) for shape in FIELD_SHAPES]
+
+
+@pytest.mark.parametrize("task", ["object-detection", "image-segmentation", "image-classification"])
+def test_a_batch_of_different_sizes_gives_what_each_image_gives_alone(task, fields):
+    run = pipeline(task, model="unihema")
+    options = {"mask_threshold": 0.0} if task == "image-segmentation" else {}
+    if task != "image-classification":
+        options["prompt"] = ["neutrophil", "platelet"]
+    together = run(fields, batch_size=3, **options)
+    for image, found in zip(fields, together, strict=True):
+        alone = run(image, **options)
+        assert [entry["label"] for entry in found] == [entry["label"] for entry in alone] != []
+        assert [entry["score"] for entry in found] == pytest.approx([entry["score"] for entry in alone], abs=1e-5)
+        if task == "object-detection":
+            assert all(abs(a["box"][side] - f["box"][side]) <= 1 for a, f in zip(alone, found) for side in a["box"])
+        if task == "image-segmentation":
+            assert found[0]["mask"].size == image.size
+
+
+def test_a_batch_of_questions_gives_what_each_gives_alone(fields):
+    ask = pipeline("visual-question-answering", model="unihema")
+    questions = ["a?", "What is the cell?", "Is it big or small?"]
+    together = ask(image=fields, question=questions, batch_size=3)
+    for image, question, found in zip(fields, questions, together, strict=True):
+        alone = ask(image=image, question=question)
+        assert found[0]["answer"] == alone[0]["answer"]
+        assert found[0]["score"] == pytest.approx(alone[0]["score"], abs=1e-5)
+    beams = {"num_beams": 2, "num_return_sequences": 2}
+    both = ask(image=fields, question="a?", batch_size=2, generate_kwargs=beams)
+    assert [len(answers) for answers in both] == [2, 2, 2]
+    stream = ask({"image": image, "question": question} for image, question in zip(fields, questions, strict=True))
+    assert [answers[0]["answer"] for answers in stream] == [answers[0]["answer"] for answers in together]
+
+
 def test_visual_question_answering():
     ask = pipeline("visual-question-answering", model="unihema")
     one = ask(image="smear.png", question="What is it?")
@@ -83,6 +125,32 @@ def test_object_detection():
     assert len(detect(["smear.png", "smear.png"], prompt="neutrophil")) == 2
 
 
+def test_prompts_of_detection(folder):
+    detect = pipeline("object-detection", model="unihema")
+    asked = detect("smear.png", prompt="neutrophil")
+    assert asked == detect("smear.png", candidate_labels="neutrophil") != detect("smear.png")
+    with pytest.raises(ValueError, match="not both"):
+        detect("smear.png", prompt="neutrophil", candidate_labels=["neutrophil"])
+    with pytest.raises(ValueError, match="the limit is 64. Name fewer classes"):
+        detect("smear.png", prompt=[f"cell {number}" for number in range(60)])
+    bare = pipeline(
+        "object-detection",
+        model=unihema.UniHemaForDetection.from_pretrained("unihema"),
+        image_processor=AutoImageProcessor.from_pretrained("unihema"),
+    )
+    assert bare("smear.png") == detect("smear.png")
+    with pytest.raises(ValueError, match="needs the checkpoint's tokenizer"):
+        bare("smear.png", prompt="neutrophil")
+
+
+def test_boxes_of_a_file_too_large_to_open_whole_are_in_its_own_pixels(folder):
+    Image.new("1", (9000, 9000)).save("slide.png")
+    cells = pipeline("object-detection", model="unihema")("slide.png")
+    small = pipeline("object-detection", model="unihema")(Image.new("RGB", (4500, 4500)))
+    for cell, other in zip(cells, small, strict=True):
+        assert all(abs(cell["box"][side] - 2 * other["box"][side]) <= 2 for side in cell["box"])
+
+
 def test_image_segmentation():
     segment = pipeline("image-segmentation", model="unihema")
     found = segment("smear.png", mask_threshold=0.0)
@@ -97,6 +165,9 @@ def test_image_classification():
     classes = pipeline("image-classification", model="unihema")("smear.png")
     assert {entry["label"] for entry in classes} == {"neutrophil", "lymphocyte"}
     assert sum(entry["score"] for entry in classes) == pytest.approx(1, abs=1e-5)
+    plain = pipeline("image-classification", model="unihema")("smear.png", function_to_apply="none")
+    expected = torch.tensor([entry["score"] for entry in plain]).softmax(0).tolist()
+    assert [entry["score"] for entry in classes] == pytest.approx(expected, abs=1e-5)
 
 
 def test_image_text_to_text():
@@ -112,6 +183,21 @@ def test_other_models_keep_their_own_pipelines(tmp_path):
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     classes = pipeline("image-classification", model=str(tmp_path))("smear.png")
     assert {entry["label"] for entry in classes} == {"LABEL_0", "LABEL_1", "LABEL_2"}
+
+
+def test_visual_question_answering_of_a_model_that_chooses_among_answers(tmp_path):
+    config = transformers.ViltConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, num_labels=3
+    )
+    transformers.ViltForQuestionAnswering(config).save_pretrained(tmp_path)
+    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what"])}
+    processor = transformers.ViltProcessor(
+        transformers.ViltImageProcessor(size={"shortest_edge": 32}), transformers.BertTokenizer(vocab=words)
+    )
+    processor.save_pretrained(tmp_path)
+    answers = pipeline("visual-question-answering", model=str(tmp_path))(image="smear.png", question="what", top_k=2)
+    assert len(answers) == 2 and answers[0]["score"] >= answers[1]["score"]
+    assert answers[0]["answer"] in config.id2label.values()
 
 
 def test_registering_twice_changes_nothing():

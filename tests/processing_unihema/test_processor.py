@@ -1,14 +1,10 @@
-"""UniHemaProcessor and its own tokenizer."""
-
-import subprocess
-import sys
+"""UniHemaProcessor: images, texts and labels that belong together."""
 
 import numpy as np
 import pytest
 import torch
 
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
-from unihema.processing_unihema.tokenizer_files import DEFAULT_TOKENIZER, load_default_tokenizer
 
 
 SMALL = {task: {"longest_edge": 64} for task in ("detection", "segmentation", "single_cell", "question_answering")}
@@ -18,42 +14,6 @@ IMAGE = np.zeros((48, 64, 3), np.uint8)
 @pytest.fixture(scope="module")
 def processor():
     return UniHemaProcessor.from_default(**SMALL)
-
-
-def test_tokenizer_is_small_and_its_sentinels_are_in_t5_order():
-    tokenizer = load_default_tokenizer()
-    assert (DEFAULT_TOKENIZER / "tokenizer.json").stat().st_size < 150_000
-    ids = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
-    assert ids == list(range(len(tokenizer) - 1, len(tokenizer) - 101, -1))
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "What type of white blood cell is this?",
-        "The nuclear to cytoplasmic ratio is low.",
-        "Neutrophil with 3 lobes, 12.5 µm ± 0.3; WBC 7.5 x 10^9/L (60 %).",
-        "This image is for the detection of acute lymphoblastic leukemia cells",
-    ],
-)
-def test_tokenizer_round_trip(text):
-    tokenizer = load_default_tokenizer()
-    ids = tokenizer(text)["input_ids"]
-    assert tokenizer.unk_token_id not in ids
-    assert tokenizer.decode(ids, skip_special_tokens=True) == text
-
-
-def test_tokenizer_needs_neither_sentencepiece_nor_protobuf():
-    code = (
-        "import sys\n"
-        "sys.modules['sentencepiece'] = sys.modules['google.protobuf'] = None\n"
-        "from unihema.processing_unihema.tokenizer_files import load_default_tokenizer\n"
-        "print(len(load_default_tokenizer()('neutrophil')['input_ids']))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout) >= 2
 
 
 def test_task_follows_from_the_text(processor):
@@ -70,6 +30,8 @@ def test_prompts_for_all_images_or_for_each(processor):
 
     both = "This image is for the detection of RBC, WBC, platelet cells"
     assert texts(class_names=["RBC", "WBC", "platelet"]) == [both] * 2
+    for names in (["RBC", "WBC"], ["RBC", "WBC", "platelet"]):
+        assert texts(class_names=names) == [f"This image is for the detection of {', '.join(names)} cells"] * 2
     assert texts(text="malaria") == ["This image is for the detection of malaria cells"] * 2
     assert texts(text=["RBC", "WBC"]) == [f"This image is for the detection of {name} cells" for name in ("RBC", "WBC")]
     assert texts(text=[["RBC", "WBC", "platelet"], ["WBC"]])[0] == both
@@ -82,6 +44,9 @@ def test_several_questions_of_each_image(processor):
     assert inputs["pixel_values"].shape[0] == 2 and inputs["input_ids"].shape[0] == 6
     assert processor.decode_answers(inputs["labels"].clamp(min=0)) == ["1", "2", "3", "4", "5", "6"]
     assert (inputs["labels"] != 0).all()
+    assert processor.decode_answers(inputs["labels"]) == ["1", "2", "3", "4", "5", "6"]
+    flat = processor(images=[IMAGE] * 2, text=["a?", "b?"], answers=[["1"], ["2"]])
+    assert processor.decode_answers(flat["labels"]) == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +59,19 @@ def test_several_questions_of_each_image(processor):
         ({"images": [IMAGE] * 2, "text": [["a?"], ["b?", "c?"]]}, "1 and 2 texts"),
         ({"images": IMAGE, "text": "a?", "answers": ["x", "y"]}, "2 answers for 1 texts"),
         ({"images": IMAGE, "answers": ["x"]}, "answers go with question_answering and cloze"),
+        ({"images": [IMAGE] * 4, "text": [["a?", "b?"], ["c?", "d?"]]}, "2 lists of texts for 4 images"),
+        (
+            {"images": [IMAGE] * 2, "text": [["a?", "b?"], ["c?", "d?"]], "answers": [["1"], ["2", "3", "4"]]},
+            "different numbers of answers",
+        ),
+        ({"images": IMAGE, "text": []}, "list of texts is empty"),
+        ({"images": [], "text": "a?"}, "list of images is empty"),
+        ({"images": IMAGE, "text": "  "}, "question is empty"),
+        ({"images": IMAGE, "task": "single_cell", "answers": ["x"]}, "answers go with .* not with single_cell"),
+        ({"images": IMAGE, "masks": np.zeros((48, 64))}, "masks go with segmentation, not with detection"),
+        ({"images": IMAGE, "text": "a?", "annotations": {"annotations": []}}, "annotations go with detection"),
+        ({"images": IMAGE, "text": "a?", "class_names": ["RBC"]}, "class_names go with"),
+        ({"text": "RBC", "task": "detection", "annotations": {"annotations": []}}, "annotations without images"),
         ({"images": IMAGE, "text": "why " * 100}, "the limit is 64"),
         ({"images": [IMAGE] * 2, "task": "detection", "text": [["a"], ["b"], ["c"]]}, "3 prompts for 2 images"),
     ],
@@ -101,6 +79,13 @@ def test_several_questions_of_each_image(processor):
 def test_what_does_not_fit_is_named(processor, arguments, message):
     with pytest.raises(ValueError, match=message):
         processor(**arguments)
+
+
+def test_arguments_of_the_image_processor(processor):
+    for options in ({"size": {"longest_edge": 128}}, {"images_kwargs": {"size": {"longest_edge": 128}}}):
+        assert processor(images=IMAGE, **options)["pixel_values"].shape == (1, 3, 96, 128)
+    with pytest.raises(TypeError, match="no argument inavlid_boxes"):
+        processor(images=IMAGE, inavlid_boxes="drop")
 
 
 def test_round_trip(tmp_path):

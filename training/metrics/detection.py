@@ -9,6 +9,7 @@ import numpy as np
 
 
 MAX_DETECTIONS = 300
+F1_TOLERANCE = (0.01, 0.05)
 
 
 def mean_average_precision(
@@ -147,9 +148,11 @@ def score_matches(
 
 
 def best_threshold(scores: np.ndarray, right: np.ndarray, cells: int) -> tuple[float, float] | None:
-    """The score threshold of the best F1.
+    """A score threshold of good F1 that does not hang on a single cell.
 
-    It lies midway between the last prediction kept and the next one, so that it does not hang on a single score.
+    It is the middle of the range of thresholds, around the best one, whose F1 is lower by no more than about one cell
+    makes (within the limits of `F1_TOLERANCE`): with few cells the best alone often lies at an extreme, where other
+    images would have many false cells, or miss many.
 
     Args:
         scores (`np.ndarray`): `[n]`, best first.
@@ -161,13 +164,19 @@ def best_threshold(scores: np.ndarray, right: np.ndarray, cells: int) -> tuple[f
     """
     if not cells or not right.any():
         return None
-    found = np.cumsum(right)
-    f1 = 2 * found / (np.arange(1, len(scores) + 1) + cells)
     # Predictions of one score stand or fall together.
-    last_of_score = np.append(scores[:-1] > scores[1:], True)
-    best = int(np.where(last_of_score, f1, -1.0).argmax())
-    following = scores[best + 1] if best + 1 < len(scores) else 0.0
-    return float((scores[best] + following) / 2), float(f1[best])
+    last = np.flatnonzero(np.append(scores[:-1] > scores[1:], True))
+    f1 = 2 * np.cumsum(right)[last] / (last + 1 + cells)
+    # Half way to the next score, the last to nothing.
+    thresholds = (scores[last] + np.append(scores[last[1:]], 0.0)) / 2
+    start = stop = int(f1.argmax())
+    near = f1 >= f1[start] - np.clip(1 / cells, *F1_TOLERANCE)
+    while start and near[start - 1]:
+        start -= 1
+    while stop + 1 < len(near) and near[stop + 1]:
+        stop += 1
+    threshold = float((thresholds[start] + thresholds[stop]) / 2)
+    return threshold, float(f1[np.flatnonzero(scores[last] > threshold)[-1]])
 
 
 def operating_point(scores: np.ndarray, right: np.ndarray, cells: int, threshold: float) -> dict[str, Any]:

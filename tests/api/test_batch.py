@@ -1,0 +1,216 @@
+"""Many images from Python: names, resuming, and what is left when a run is cut off at any moment."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_checkpoint import save_tiny_checkpoint
+
+from unihema import CheckpointError, SmearResult, predict_files
+from unihema.files import find_images
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::unihema.predict.QueryCapWarning")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("model") / "unihema")
+
+
+@pytest.fixture
+def draw(tmp_path):
+    """Writes a noisy image, of a size that tells it apart, under `images/`."""
+
+    def write(name, size=(60, 40), seed=0):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8)
+        Image.fromarray(noise).save(path)
+        return path
+
+    return write
+
+
+def rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_folders_globs_and_files_give_each_image_once(draw, tmp_path):
+    first, second = draw("a.png"), draw("deep/Ä b.TIF")
+    draw("deep/.hidden.png")
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    odd = draw("x[1].png")
+    images, problems = find_images([tmp_path / "images", first, tmp_path / "images" / "*.png", odd])
+    assert sorted(images) == sorted([first, second, odd]) and problems == []
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    missing = [str(empty), str(tmp_path / "none.png"), str(tmp_path / "*.gif")]
+    assert find_images(missing) == (
+        [],
+        [
+            (missing[0], "no image in this folder or its subfolders"),
+            (missing[1], "no such file or folder"),
+            (missing[2], "no file matches this pattern"),
+        ],
+    )
+
+
+def test_results_beside_or_above_the_images_are_not_taken_for_images(checkpoint, draw, tmp_path):
+    draw("a.png")
+    images = tmp_path / "images"
+    for output in (images / "results", tmp_path):
+        for _ in range(2):
+            report = predict_files(checkpoint, [images], output)
+            assert report.images == 1 and report.failed == {}
+    with pytest.raises(ValueError, match="holds a.png, an image to analyse; name another"):
+        predict_files(checkpoint, [images], images)
+    assert sorted(path.name for path in images.iterdir()) == ["a.png", "results"]
+
+
+def test_same_stems_keep_their_own_files_and_names_over_runs(checkpoint, draw, tmp_path):
+    day, night, other = draw("day/s.png", (60, 40)), draw("night/s.png", (50, 40)), draw("night/s.jpg", (40, 40))
+    results = tmp_path / "results"
+    predict_files(checkpoint, [night], results)
+    report = predict_files(checkpoint, [day, night, other], results, tasks=None)
+    assert len(report.analysed) == 2 and report.skipped == [night]
+    records = [json.loads(path.read_text()) for path in (results / "records").glob("*.json")]
+    assert {(record["source"], record["result"]["width"]) for record in records} == {
+        (str(day), 60),
+        (str(night), 50),
+        (str(other), 40),
+    }
+    files = [file for record in records for file in record["files"]]
+    assert len(files) == len(set(files)) == 6  # overlay and mask of each
+    assert {row["image"] for row in rows(results / "cells.csv")} == {str(day), str(night), str(other)}
+
+
+def test_only_what_changed_is_analysed_again(checkpoint, draw, tmp_path):
+    a, b = draw("a.png"), draw("b.png", seed=1)
+    results = tmp_path / "results"
+    predict_files(checkpoint, [a, b], results)
+    before = contents(results)
+    assert predict_files(checkpoint, [a, b], results).analysed == []
+    assert contents(results) == before
+    draw("b.png", seed=2)
+    assert predict_files(checkpoint, [a, b], results).analysed == [b]
+    (results / "a_overlay.png").unlink()
+    assert predict_files(checkpoint, [a, b], results).analysed == [a]
+    (results / "records" / "b.json").write_text("{half a rec")
+    assert predict_files(checkpoint, [a, b], results).analysed == [b]
+    changed = predict_files(checkpoint, [a], results, threshold=0.9)
+    assert changed.analysed == [a] and changed.other_settings == 1 and changed.images == 1
+
+
+def test_tables_and_records_agree(checkpoint, draw, tmp_path):
+    draw("a.png")
+    results = tmp_path / "results"
+    seen = []
+    report = predict_files(
+        checkpoint, [tmp_path / "images"], results, questions=["What is it?"], geojson=True,
+        on_image=lambda *call: seen.append(call),
+    )  # fmt: skip
+    assert [(number, total, path.name) for number, total, path, _ in seen] == [(1, 1, "a.png")]
+    whole = json.loads((results / "results.json").read_text())
+    result = SmearResult.from_dict(whole["images"][0])
+    assert result.to_dict() == seen[0][3].to_dict()
+    assert whole["totals"] == report.totals == result.counts
+    assert [answer["question"] for answer in result.answers] == ["What is it?"]
+    table = rows(results / "cells.csv")
+    assert [row["label"] for row in table] == [cell.label for cell in result.cells]
+    assert [float(row["x_max"]) for row in table] == pytest.approx([cell.box[2] for cell in result.cells], abs=0.005)
+    # Morphology of nucleus and cytoplasm is given for cells that have them only.
+    assert {row["label"] for row in table if row["vacuoles"]} <= {"neutrophil"}
+    mask = np.asarray(Image.open(results / "a_mask.png"))
+    assert mask.shape == (40, 60) and set(np.unique(mask)) <= {0, 255} and ((mask > 0) == (result.mask > 0)).all()
+    assert len(json.loads((results / "a.geojson").read_text())["features"]) >= len(result.cells)
+    assert {"checkpoint_sha256", "image_sha256", "detection_thresholds", "torch"} <= result.provenance.keys()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_cut_off_loses_nothing_that_was_done(checkpoint, draw, tmp_path, stop):
+    for number in range(200):
+        draw(f"{number:03d}.png", seed=number)
+    results = tmp_path / "results"
+    command = [
+        sys.executable,
+        "-m",
+        "unihema",
+        "predict",
+        str(checkpoint),
+        str(tmp_path / "images"),
+        "-o",
+        str(results),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while len(list((results / "records").glob("*.json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(stop)
+    assert process.wait(timeout=120) != 0
+    done = [json.loads(path.read_text()) for path in (results / "records").glob("*.json")]
+    assert 3 <= len(done) < 200
+    for record in done:
+        for file in record["files"]:
+            Image.open(results / file).load()
+    if stop == signal.SIGINT:
+        assert len({row["image"] for row in rows(results / "cells.csv")}) == len(done)
+    sources = [record["source"] for record in done]
+    report = predict_files(checkpoint, [*sources, tmp_path / "images" / "199.png"], results)
+    assert sorted(map(str, report.skipped)) == sorted(sources) and len(report.analysed) == 1
+    assert report.images == len(done) + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"questions": ["why " * 100]}, ValueError, "the limit is 32"),
+        ({"prompt": "lymphocyte " * 60}, ValueError, "the limit is 32"),
+        ({"tasks": []}, ValueError, "Nothing to do"),
+        ({"tasks": ["question_answering"]}, ValueError, "Unknown task 'question_answering'"),
+        ({"threshold": float("nan")}, ValueError, "0..1"),
+    ],
+)
+def test_what_cannot_be_asked_stops_before_the_first_image(checkpoint, draw, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        predict_files(checkpoint, [draw("a.png")], tmp_path / "results", **options)
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_question_for_a_checkpoint_without_the_head(draw, tmp_path):
+    from unihema import UniHemaForDetection
+
+    folder = save_tiny_checkpoint(tmp_path / "detector", UniHemaForDetection)
+    with pytest.raises(CheckpointError, match="no trained head for 'question_answering'; it does detection"):
+        predict_files(folder, [draw("a.png")], tmp_path / "results", questions=["What is it?"])
+    assert predict_files(folder, [draw("a.png")], tmp_path / "results").totals
+
+
+def test_damaged_weights_are_named(draw, tmp_path):
+    folder = save_tiny_checkpoint(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: os.path.getsize(weights) // 2])
+    with pytest.raises(CheckpointError, match="cannot be read .*model.safetensors"):
+        predict_files(folder, [draw("a.png")], tmp_path / "results")
+    (folder / "config.json").write_text('{"model_type": "detr"}')
+    with pytest.raises(CheckpointError, match="model type 'detr', not 'unihema'"):
+        predict_files(folder, [draw("a.png")], tmp_path / "results")
+
+
+def test_an_output_that_is_a_file(checkpoint, draw, tmp_path):
+    (tmp_path / "results").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="results: the output must be a folder"):
+        predict_files(checkpoint, [draw("a.png")], tmp_path / "results")
+    assert (tmp_path / "results").read_text() == "mine"

@@ -1,0 +1,63 @@
+"""`log.jsonl`: what happened in a run, a line an event."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unihema.training.files import plain, write_text
+
+
+class RunLog:
+    """Appends lines to a run's log, and gathers the losses in between.
+
+    Args:
+        path (`Path`): The file.
+        callbacks (`Sequence[Callable[[dict], None]]`): Called with every line.
+        active (`bool`): Whether this process writes.
+    """
+
+    def __init__(self, path: Path, callbacks: Sequence[Callable[[dict], None]] = (), active: bool = True):
+        self.path = path
+        self.callbacks = callbacks
+        self.active = active
+        self._losses: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, task: str, loss: torch.Tensor) -> None:
+        """Takes in the loss of a batch; nothing waits for the device."""
+        self._losses.setdefault(task, []).append(loss.detach())
+
+    def take_means(self) -> dict[str, dict[str, Any]]:
+        """Mean loss and batches of each task since the last call."""
+        means = {
+            task: {"loss": float(torch.stack(losses).float().mean()), "batches": len(losses)}
+            for task, losses in self._losses.items()
+        }
+        self._losses.clear()
+        return means
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends a line."""
+        if not self.active:
+            return
+        line = plain(line)
+        with open(self.path, "a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+        for callback in self.callbacks:
+            callback(line)
+
+    def forget_after(self, step: int) -> None:
+        """Takes out what a run did after the checkpoint it resumes from: it is about to do that again."""
+        if not self.active or not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                keep = json.loads(line).get("step", 0) <= step
+            except ValueError:
+                # The last line of a run that was killed may be half written.
+                keep = False
+            kept += [line + "\n"] if keep else []
+        write_text(self.path, "".join(kept))
