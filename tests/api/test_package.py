@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 
 def python(code: str, cwd=None) -> str:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=cwd)
@@ -36,6 +38,27 @@ def test_auto_classes_know_unihema_whatever_is_imported_first():
             "print(type(config).__name__, type(config) in AutoModelForObjectDetection._model_mapping)"
         )
         assert python(code).split() == ["UniHemaConfig", "True"]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        # Each imports Auto classes or pipelines while it is itself half imported.
+        "unihema.modeling_unihema.visual_backbone",
+        "unihema.processing_unihema.pipelines",
+        "unihema, transformers.models.resnet.modeling_resnet",
+    ],
+)
+def test_everything_is_registered_whatever_module_comes_first(first):
+    code = (
+        f"import {first}\n"
+        "from transformers import AutoModel, AutoProcessor, pipelines\n"
+        "from unihema import UniHemaConfig as C\n"
+        "from transformers.models.auto.processing_auto import PROCESSOR_MAPPING\n"
+        "print(C in AutoModel._model_mapping, C in PROCESSOR_MAPPING,"
+        " 'visual-question-answering' in pipelines.PIPELINE_REGISTRY.get_supported_tasks())"
+    )
+    assert python(code).split() == ["True"] * 3
 
 
 def test_every_public_name_is_there():
