@@ -1,6 +1,6 @@
 """The card written beside a trained checkpoint: what it does, what was measured, how to use it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 
@@ -22,7 +22,7 @@ def checkpoint_card(config: "UniHemaConfig", metrics: Mapping[str, Any] | None =
 
     Args:
         config ([`UniHemaConfig`]): The checkpoint's configuration.
-        metrics (`Mapping`, *optional*): What was measured on the validation data, numbers at any depth.
+        metrics (`Mapping`, *optional*): The report of `evaluate_model` on the validation data: task -> figures.
 
     Returns:
         `str`: The text of `README.md`.
@@ -50,11 +50,15 @@ def checkpoint_card(config: "UniHemaConfig", metrics: Mapping[str, Any] | None =
         lines += [""]
     if "single_cell" in tasks:
         lines += [f"Single-cell classes: {', '.join(config.single_cell_labels)}.", ""]
-    numbers = list(_numbers(metrics or {}))
-    if numbers:
-        lines += ["## Measured on its validation data", "", "| metric | value |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in numbers]
-        lines += ["", "Other laboratories, stains and microscopes were not measured.", ""]
+    figures = [(task, _figures(values)) for task, values in (metrics or {}).items()]
+    if figures:
+        lines += ["## Measured on its validation data", "", "| task | rows | figures |", "|---|---|---|"]
+        lines += [f"| {task} | {metrics[task].get('rows', '')} | {shown} |" for task, shown in figures]
+        lines += [
+            "",
+            "By class and question: `metrics.md`. Other laboratories, stains and microscopes were not measured.",
+            "",
+        ]
     else:
         lines += ["Nothing was measured on validation data.", ""]
     lines += [
@@ -73,17 +77,12 @@ def checkpoint_card(config: "UniHemaConfig", metrics: Mapping[str, Any] | None =
     return "\n".join(lines)
 
 
-def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
-        label = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{label}, ")
-        elif isinstance(value, bool):
-            yield label, "yes" if value else "no"
-        elif isinstance(value, int):
-            yield label, str(value)
-        elif isinstance(value, float):
-            yield label, f"{value:.4g}"
+def _figures(values: Mapping[str, Any]) -> str:
+    """The figures of a whole task, without those of its classes, attributes and questions."""
+    shown = [f"{name} {value:.3f}" for name, value in values.items() if isinstance(value, float)]
+    morphology = values.get("morphology") or {}
+    shown += [f"morphology {name} {value:.3f}" for name, value in morphology.items() if isinstance(value, float)]
+    return ", ".join(shown)
 
 
 __all__ = ["checkpoint_card"]

@@ -54,6 +54,9 @@ def info(checkpoint: Path = typer.Argument(None, help="Checkpoint folder.")) -> 
         typer.echo(f"single-cell classes: {', '.join(config.single_cell_labels)}")
     sizes = processor.image_processor.task_sizes
     typer.echo("image sizes: " + ", ".join(f"{task} {max(sizes[task].values())} px" for task in tasks))
+    run = checkpoint / "run_config.json"
+    folders = json.loads(run.read_text(encoding="utf-8"))["data"]["folders"] if run.is_file() else ["not recorded"]
+    typer.echo(f"licence: code Apache-2.0; weights as their training data ({', '.join(folders)})")
     metrics = checkpoint / "metrics.json"
     if metrics.is_file():
         typer.echo("measured on validation data:")

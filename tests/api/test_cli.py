@@ -76,6 +76,7 @@ def test_ask_and_info(checkpoint, images):
         "torch ",
         "red blood cell (0.00)",
         "vacuoles: absent, prominent",
+        "licence: code Apache-2.0; weights as their training data (not recorded)",
         "nothing was measured",
     ):
         assert text in shown.stdout
