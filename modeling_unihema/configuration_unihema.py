@@ -92,7 +92,7 @@ class UniHemaConfig(PreTrainedConfig):
     """
 
     model_type = "unihema"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "hidden_size": "d_model",
         "num_hidden_layers": "encoder_layers",

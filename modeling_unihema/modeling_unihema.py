@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
@@ -19,6 +20,7 @@ from .outputs import (
     UniHemaSegmentationOutput,
 )
 from .task_heads import DetectionHead, MaskHead, SingleCellHead
+from .text_branch import CACHE_NAME
 from .trunk import LANGUAGE_TASKS, TASKS, UniHemaModel, UniHemaPreTrainedModel, skippable_keys
 
 
@@ -274,9 +276,10 @@ class UniHemaForQA(UniHemaPreTrainedModel, GenerationMixin):
         decoder_attention_mask: torch.LongTensor | None = None,
         decoder_inputs_embeds: torch.FloatTensor | None = None,
         encoder_outputs: UniHemaModelOutput | tuple | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> UniHemaLanguageOutput:
         """
@@ -291,7 +294,8 @@ class UniHemaForQA(UniHemaPreTrainedModel, GenerationMixin):
             encoder_outputs (`UniHemaModelOutput` or `tuple`, *optional*): Fused question and image, computed before.
             past_key_values (`Cache`, *optional*): Keys and values of earlier decoding steps.
             labels (`torch.LongTensor`, *optional*): Answers `[B, T]`, -100 ignored.
-            use_cache (`bool`, *optional*): Return `past_key_values`.
+            use_cache (`bool`, *optional*): Return the keys and values of this step too.
+            cache (`Cache`, *optional*): The name of `past_key_values` from Transformers 5.24 on.
 
         Returns:
             [`UniHemaLanguageOutput`]
@@ -314,7 +318,7 @@ class UniHemaForQA(UniHemaPreTrainedModel, GenerationMixin):
             attention_mask,
             decoder_inputs_embeds=decoder_inputs_embeds,
             decoder_attention_mask=decoder_attention_mask,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             use_cache=use_cache,
         )
         states = decoded.last_hidden_state
@@ -326,8 +330,8 @@ class UniHemaForQA(UniHemaPreTrainedModel, GenerationMixin):
             loss=loss,
             loss_dict=None if loss is None else {"loss_text": loss.detach()},
             logits=logits,
-            past_key_values=decoded.past_key_values,
             encoder_last_hidden_state=fused,
+            **{CACHE_NAME: decoded.get(CACHE_NAME)},
         )
 
 
@@ -362,7 +366,7 @@ class UniHemaForMultiTask(UniHemaForDetection, UniHemaForSegmentation, UniHemaFo
             ValueError: Unknown task.
         """
         if task is None:
-            generating = {"encoder_outputs", "decoder_input_ids", "past_key_values"} & inputs.keys()
+            generating = {"encoder_outputs", "decoder_input_ids", "past_key_values", "cache"} & inputs.keys()
             task = "question_answering" if generating else "detection"
         for head in UniHemaForMultiTask.__bases__:
             if task in head.tasks:

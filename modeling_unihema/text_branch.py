@@ -1,10 +1,12 @@
 """The text branch: T5 encoder and decoder from Transformers, with the states of fixed prompts cached."""
 
 import copy
+import inspect
 from collections import OrderedDict
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.t5.modeling_t5 import T5Stack
 
@@ -12,6 +14,9 @@ from .configuration_unihema import UniHemaConfig
 
 
 CACHED_PROMPTS = 32
+
+# What the decoder calls the keys and values of earlier steps: Transformers 5.24 renamed it, also in its outputs.
+CACHE_NAME = "cache" if "cache" in inspect.signature(T5Stack.forward).parameters else "past_key_values"
 
 
 class TextBranch(nn.Module):
@@ -78,7 +83,8 @@ class TextBranch(nn.Module):
         attention_mask: torch.Tensor,
         decoder_inputs_embeds: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
-        **kwargs,
+        cache: Cache | None = None,
+        use_cache: bool | None = None,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Decoder states that attend to the fused text and image.
 
@@ -88,7 +94,8 @@ class TextBranch(nn.Module):
             attention_mask (`torch.Tensor`): `[B, L]`.
             decoder_inputs_embeds (`torch.Tensor`, *optional*): Embedded decoder tokens.
             decoder_attention_mask (`torch.Tensor`, *optional*): `[B, T]`.
-            **kwargs: `past_key_values` and `use_cache` of the T5 decoder.
+            cache (`Cache`, *optional*): Keys and values of earlier decoding steps.
+            use_cache (`bool`, *optional*): Whether to return them.
         """
         if decoder_inputs_embeds is None:
             decoder_inputs_embeds = self.shared(decoder_input_ids)
@@ -97,5 +104,6 @@ class TextBranch(nn.Module):
             attention_mask=decoder_attention_mask,
             encoder_hidden_states=fused_states,
             encoder_attention_mask=attention_mask,
-            **kwargs,
+            use_cache=use_cache,
+            **{CACHE_NAME: cache},
         )
