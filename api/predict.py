@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from .processing_unihema.processing_unihema import UniHemaProcessor
 
 
-DEFAULT_THRESHOLD = 0.3
-NMS_IOU = 0.7
 IMAGE_TASKS = ("detection", "segmentation", "single_cell")
 # From this share of the queries on, cells were probably left without one.
 _CROWDED = 0.95
@@ -150,6 +148,8 @@ def _inputs(model, processor, image, **options):
 
 
 def _thresholds(model, threshold: float | None) -> dict[str, float]:
+    from .processing_unihema.post_processing import DEFAULT_THRESHOLD
+
     labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
     calibrated = getattr(model.config, "detection_thresholds", None) or {}
     return {label: calibrated.get(label, DEFAULT_THRESHOLD) if threshold is None else threshold for label in labels}
@@ -157,6 +157,8 @@ def _thresholds(model, threshold: float | None) -> dict[str, float]:
 
 def _detect(model, processor, image, prompt, threshold, result: SmearResult) -> None:
     import torch
+
+    from .processing_unihema.post_processing import NMS_IOU, NMS_WITHIN
 
     thresholds = _thresholds(model, threshold)
     outputs = model(**_inputs(model, processor, image, task="detection", text=prompt), task="detection")
@@ -166,6 +168,7 @@ def _detect(model, processor, image, prompt, threshold, result: SmearResult) -> 
         threshold=threshold_of_class,
         target_sizes=[(result.height, result.width)],
         nms_iou=NMS_IOU,
+        nms_within=NMS_WITHIN,
     )
     morphology = processor.image_processor.post_process_morphology(outputs, found, model.config.morphology)[0]
     detections = found[0]
@@ -221,6 +224,8 @@ def _provenance(model, tasks, prompt, threshold) -> dict[str, Any]:
     import torch
     import transformers
 
+    from .processing_unihema.post_processing import NMS_IOU, NMS_WITHIN
+
     return {
         "unihema": __version__,
         "transformers": transformers.__version__,
@@ -233,6 +238,7 @@ def _provenance(model, tasks, prompt, threshold) -> dict[str, Any]:
         "detection_thresholds": _thresholds(model, threshold) if "detection" in tasks else None,
         "segmentation_threshold": model.config.segmentation_threshold if "segmentation" in tasks else None,
         "nms_iou": NMS_IOU,
+        "nms_within": NMS_WITHIN,
     }
 
 

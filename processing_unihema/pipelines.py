@@ -27,6 +27,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .image_io import image_size, load_image
 from .post_processing import (
+    NMS_IOU,
+    NMS_WITHIN,
     post_process_morphology,
     post_process_object_detection,
     post_process_semantic_segmentation,
@@ -157,7 +159,9 @@ class UniHemaObjectDetectionPipeline(ObjectDetectionPipeline):
         config, outputs = self.model.config, SimpleNamespace(**model_outputs)
         if threshold is None:
             threshold = thresholds_of(config)
-        found = post_process_object_detection(outputs, threshold, model_outputs["target_size"])
+        found = post_process_object_detection(
+            outputs, threshold, model_outputs["target_size"], nms_iou=NMS_IOU, nms_within=NMS_WITHIN
+        )
         morphology = post_process_morphology(outputs, found, config.morphology)[0]
         return [
             {

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-from torchvision.ops import batched_nms, nms
+from torchvision.ops import box_area, box_iou
 
 
 DEFAULT_THRESHOLD = 0.3
+# What counts as one cell boxed twice when results are shown: boxes alike, or one of the same class in another.
+NMS_IOU = 0.6
+NMS_WITHIN = 0.85
 
 
 def thresholds_of(config, default: float = DEFAULT_THRESHOLD) -> torch.Tensor:
@@ -21,10 +24,11 @@ def thresholds_of(config, default: float = DEFAULT_THRESHOLD) -> torch.Tensor:
 
 def post_process_object_detection(
     outputs,
-    threshold: float | torch.Tensor = 0.3,
+    threshold: float | torch.Tensor = DEFAULT_THRESHOLD,
     target_sizes: torch.Tensor | Sequence[tuple[int, int]] | None = None,
     top_k: int | None = None,
     nms_iou: float | None = None,
+    nms_within: float | None = None,
     one_class_per_query: bool = True,
 ) -> list[dict[str, torch.Tensor]]:
     """Cells above the threshold, best first.
@@ -35,7 +39,8 @@ def post_process_object_detection(
         target_sizes (`torch.Tensor` or `Sequence[tuple[int, int]]`, *optional*): `(h, w)` of each original image in
             pixels. Without it boxes stay in 0..1.
         top_k (`int`, *optional*): At most this many cells an image.
-        nms_iou (`float`, *optional*): Of cells that overlap by more than this only the best is kept.
+        nms_iou (`float`, *optional*): Of cells whose intersection over union is more than this only the best is kept.
+        nms_within (`float`, *optional*): Of cells of one class also when this part of the smaller lies in the larger.
         one_class_per_query (`bool`): A cell has one name. `False` lets every query stand once for each class above the
             threshold, as mAP is computed, and overlap is then judged within a class.
 
@@ -65,16 +70,53 @@ def post_process_object_detection(
             label = torch.arange(len(score), device=score.device) % scores.shape[-1]
         keep = score > (threshold if threshold.ndim == 0 else threshold[label])
         order = score.masked_fill(~keep, -1).argsort(descending=True, stable=True)[: int(keep.sum())]
-        if nms_iou is not None:
-            if one_class_per_query:
-                order = order[nms(boxes[query[order]], score[order], nms_iou)]
-            else:
-                order = order[batched_nms(boxes[query[order]], score[order], label[order], nms_iou)]
+        if nms_iou is not None or nms_within is not None:
+            found = boxes[query[order]]
+            order = order[distinct_cells(found, label[order], nms_iou, nms_within, across_classes=one_class_per_query)]
         order = order[:top_k]
         results.append(
             {"scores": score[order], "labels": label[order], "boxes": boxes[query[order]], "queries": query[order]}
         )
     return results
+
+
+def distinct_cells(
+    boxes: torch.Tensor,
+    labels: torch.Tensor,
+    iou: float | None = NMS_IOU,
+    within: float | None = NMS_WITHIN,
+    across_classes: bool = True,
+) -> torch.Tensor:
+    """Which cells stay when a cell that is boxed more than once is to count once.
+
+    Overlap alone lets a box around a nucleus stand inside that of its cell; `within` does not.
+
+    Args:
+        boxes (`torch.Tensor`): `[n, 4]` xyxy, best first.
+        labels (`torch.Tensor`): `[n]`.
+        iou (`float`, *optional*): A cell goes when its intersection over union with a better one is more than this.
+        within (`float`, *optional*): And when more than this part of the smaller lies in the larger, of one class.
+        across_classes (`bool`): Whether `iou` is judged between classes as well.
+
+    Returns:
+        `torch.Tensor`: bool `[n]`.
+    """
+    if not len(boxes):
+        return torch.ones(0, dtype=torch.bool, device=boxes.device)
+    same = labels[:, None] == labels
+    overlap = box_iou(boxes, boxes)
+    repeats = torch.zeros_like(same)
+    if iou is not None:
+        repeats |= (overlap > iou) & (same | across_classes)
+    if within is not None:
+        area = box_area(boxes)
+        intersection = overlap * (area[:, None] + area) / (1 + overlap)
+        repeats |= (intersection > within * torch.minimum(area[:, None], area)) & same
+    keep = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
+    for cell in range(len(boxes)):
+        if keep[cell]:
+            keep[cell + 1 :] &= ~repeats[cell, cell + 1 :]
+    return keep
 
 
 def post_process_morphology(

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from torchvision.ops import nms
 from tqdm.auto import tqdm
 
-from unihema.predict import DEFAULT_THRESHOLD, NMS_IOU
+from unihema.processing_unihema.post_processing import DEFAULT_THRESHOLD, distinct_cells
 from unihema.processing_unihema.prompts import LANGUAGE_TASKS
 from unihema.training.data.dataset import SmearDataset, read_mask
 from unihema.training.data.rows import Row
@@ -215,10 +214,11 @@ def _detection(model, processor, rows: Sequence[Row], batches, calibrate: bool) 
 
 
 def _shown(cells: Mapping[str, np.ndarray], thresholds: np.ndarray | float) -> dict[str, np.ndarray]:
-    """Cells above their class's threshold, of overlapping ones the best."""
+    """Cells above their class's threshold, each once."""
     limit = thresholds[cells["labels"]] if isinstance(thresholds, np.ndarray) else thresholds
     above = np.flatnonzero(cells["scores"] > limit)
-    kept = nms(torch.from_numpy(cells["boxes"][above]), torch.from_numpy(cells["scores"][above]), NMS_IOU).numpy()
+    # `cells` come best first.
+    kept = distinct_cells(torch.from_numpy(cells["boxes"][above]), torch.from_numpy(cells["labels"][above])).numpy()
     return {name: values[above[kept]] for name, values in cells.items()}
 
 

@@ -7,6 +7,7 @@ from PIL import Image
 
 from unihema.modeling_unihema.outputs import UniHemaDetectionOutput, UniHemaSegmentationOutput
 from unihema.processing_unihema.image_processing_unihema import UniHemaImageProcessor
+from unihema.processing_unihema.post_processing import distinct_cells
 
 
 SIZES = {"detection": {"shortest_edge": 96, "longest_edge": 128}, "single_cell": {"longest_edge": 64}}
@@ -227,6 +228,21 @@ def test_detections_come_back_in_original_pixels(processor):
     assert len(processor.post_process_object_detection(output, 0.4, top_k=1)[0]["scores"]) == 1
     with pytest.raises(ValueError, match="2 target_sizes for 1 images"):
         processor.post_process_object_detection(output, target_sizes=[(1, 1), (2, 2)])
+
+
+def test_a_cell_boxed_twice_counts_once():
+    whole, nucleus, overlapping = [0.0, 0.0, 100.0, 100.0], [30.0, 30.0, 70.0, 70.0], [60.0, 0.0, 160.0, 100.0]
+    boxes, same = torch.tensor([whole, nucleus, overlapping]), torch.zeros(3, dtype=torch.long)
+    assert distinct_cells(boxes, same).tolist() == [True, False, True]
+    assert distinct_cells(boxes, torch.tensor([0, 1, 0])).tolist() == [True, True, True]
+    assert distinct_cells(boxes[:0], same[:0]).tolist() == []
+    alike = torch.tensor([whole, [0.0, 0.0, 100.0, 90.0]])
+    assert distinct_cells(alike, torch.tensor([0, 1])).tolist() == [True, False]
+    assert distinct_cells(alike, torch.tensor([0, 1]), across_classes=False).tolist() == [True, True]
+    assert distinct_cells(alike, same[:2], iou=0.95, within=None).tolist() == [True, True]
+    # What a dropped cell covers is free for the next one.
+    chain = torch.tensor([[0.0, 0, 100, 10], [20.0, 0, 120, 10], [40.0, 0, 140, 10]])
+    assert distinct_cells(chain, same, within=None).tolist() == [True, False, True]
 
 
 def test_morphology_belongs_to_the_detected_queries(processor):

@@ -189,8 +189,18 @@ def test_impossible_smears():
         SyntheticSmears(width=40)
     with pytest.raises(ValueError, match="seed=-1"):
         SyntheticSmears(seed=-1)
+    with pytest.raises(ValueError, match=r"white_cells=\(0.5, 0.4\)"):
+        SyntheticSmears(white_cells=(0.5, 0.4))
     with pytest.raises(IndexError):
         SyntheticSmears(length=3)[3]
+
+
+def test_white_cells_as_asked():
+    crowded = SyntheticSmears(seed=5, white_cells=(0, 0, 0, 1), red_radius=(0.05, 0.06))
+    counts = [sum(label in WHITE_CELLS for label in crowded[index].labels) for index in range(12)]
+    assert max(counts) == 3 and sum(counts) > 30
+    bare = SyntheticSmears(seed=5, white_cells=(1,))
+    assert not any(label in WHITE_CELLS for index in range(12) for label in bare[index].labels)
 
 
 SMALL = {"crops_per_field": 7, "width": 160, "height": 120, "crop_size": 96, "progress": False}

@@ -93,10 +93,11 @@ class SyntheticSmears:
         crop_size (`int`): Side of a single-cell crop, pixels.
         red_radius (`tuple[float, float]`): Range of a field's typical red-cell radius, relative to its shorter side.
         coverage (`tuple[float, float]`): Range of the part of a field that red cells are placed on.
+        white_cells (`tuple[float, ...]`): Probabilities that a field has 0, 1, 2, ... white cells.
         length (`int`): Number of fields when used as a sequence.
 
     Raises:
-        ValueError: A field too small for its cells, or a negative seed.
+        ValueError: A field too small for its cells, a negative seed, or probabilities that do not add up to 1.
 
     Example:
 
@@ -118,6 +119,7 @@ class SyntheticSmears:
         crop_size: int = 160,
         red_radius: tuple[float, float] = (0.058, 0.075),
         coverage: tuple[float, float] = (0.2, 0.45),
+        white_cells: tuple[float, ...] = (0.08, 0.57, 0.27, 0.08),
         length: int = 1000,
     ):
         if min(width, height, crop_size) < 64:
@@ -126,12 +128,15 @@ class SyntheticSmears:
             )
         if seed < 0:
             raise ValueError(f"seed={seed} must be 0 or more.")
+        if min(white_cells, default=-1) < 0 or abs(sum(white_cells) - 1) > 1e-6:
+            raise ValueError(f"white_cells={white_cells} must be probabilities that add up to 1.")
         self.seed = seed
         self.width = width
         self.height = height
         self.crop_size = crop_size
         self.red_radius = red_radius
         self.coverage = coverage
+        self.white_cells = white_cells
         self.length = length
 
     def __len__(self) -> int:
@@ -150,7 +155,8 @@ class SyntheticSmears:
         """
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, index]))
         red_radius = min(self.height, self.width) * rng.uniform(*self.red_radius)
-        plans = _place_cells(self.width, self.height, red_radius, rng.uniform(*self.coverage), rng)
+        coverage = rng.uniform(*self.coverage)
+        plans = _place_cells(self.width, self.height, red_radius, coverage, self.white_cells, rng)
         plans, instance_map = _visible(plans, self.height, self.width)
         image = _paint(plans, self.height, self.width, red_radius, rng)
         labels = [plan.label for plan, _ in plans]
@@ -186,7 +192,7 @@ class SyntheticSmears:
         red_radius = side * rng.uniform(0.16, 0.2)
         centre = side / 2 + rng.uniform(-0.04, 0.04, 2) * side
         middle = plan_cell(label, *centre, red_radius, rng)
-        plans = _place_cells(side, side, red_radius, rng.uniform(0.15, 0.4), rng, middle)
+        plans = _place_cells(side, side, red_radius, rng.uniform(0.15, 0.4), (), rng, middle)
         plans, _ = _visible(plans, side, side)
         image = _paint(plans, side, side, red_radius, rng)
         cloze = [cell_cloze(label, middle.attributes, rng)] if label in WHITE_CELLS else []
@@ -198,13 +204,14 @@ def _place_cells(
     height: int,
     red_radius: float,
     coverage: float,
+    white_cells: tuple[float, ...],
     rng: np.random.Generator,
     middle: CellPlan | None = None,
 ) -> list[CellPlan]:
     """Cells in the order of painting: red, platelets, white; `middle` last, and no other white cell then."""
     white: list[CellPlan] = [middle] if middle is not None else []
     if middle is None:
-        wanted = rng.choice(4, p=(0.08, 0.57, 0.27, 0.08))
+        wanted = rng.choice(len(white_cells), p=white_cells)
         for label in rng.choice(WHITE_CELLS, size=wanted, p=WHITE_CELL_SHARES):
             for _ in range(30):
                 cell = plan_cell(str(label), rng.uniform(0, width), rng.uniform(0, height), red_radius, rng)

@@ -17,7 +17,7 @@ from unihema.training.data.synthetic_cells import CLASSES
 
 SETTINGS_FILE = "synthetic.json"
 # A change of what the generator draws for a seed is a new number: old folders are then not continued.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 # First index of each split: however many training smears are written, none is ever one of val.
 FIRST_INDEX = {"train": 0, "val": 10_000_000}
 
@@ -29,10 +29,8 @@ def write_synthetic(
     seed: int = 0,
     *,
     crops_per_field: int = 3,
-    width: int = 448,
-    height: int = 336,
-    crop_size: int = 160,
     progress: bool = True,
+    **appearance: Any,
 ) -> Path:
     """Writes fields with boxes, masks, attributes, questions and sentences, and single-cell crops.
 
@@ -44,10 +42,8 @@ def write_synthetic(
         n_val (`int`): Fields of `val/`.
         seed (`int`): Of everything.
         crops_per_field (`int`): Single-cell crops for each field, of all classes in turn.
-        width (`int`): Of a field, pixels.
-        height (`int`): Of a field, pixels.
-        crop_size (`int`): Side of a crop, pixels.
         progress (`bool`): Show a bar.
+        appearance: Settings of [`SyntheticSmears`], such as `width` or `white_cells`.
 
     Returns:
         `Path`: The folder.
@@ -59,16 +55,14 @@ def write_synthetic(
     if n_train < 0 or n_val < 0 or crops_per_field < 0 or n_train + n_val == 0:
         raise ValueError(f"Numbers of smears must be 0 or more and not all 0: train {n_train}, val {n_val}.")
     folder = Path(folder)
-    smears = SyntheticSmears(seed=seed, width=width, height=height, crop_size=crop_size)
+    smears = SyntheticSmears(seed=seed, **appearance)
     settings = {
         "generator": GENERATOR_VERSION,
         "seed": seed,
         "train": n_train,
         "val": n_val,
         "crops_per_field": crops_per_field,
-        "width": width,
-        "height": height,
-        "crop_size": crop_size,
+        "appearance": json.loads(json.dumps(appearance)),
     }
     _claim(folder, settings)
     counts = {"train": n_train, "val": n_val}
