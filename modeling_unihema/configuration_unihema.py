@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+from .remote_code import SavedWithCode
+
 
 PAPER_MORPHOLOGY = {
     "nuclear_chromatin": ["open", "coarse"],
@@ -28,7 +30,7 @@ SMEAR_CLASSES = [
 
 
 @strict
-class UniHemaConfig(PreTrainedConfig):
+class UniHemaConfig(SavedWithCode, PreTrainedConfig):
     r"""Configuration of every UniHema model (Uni-Hema, arXiv 2511.13889).
 
     The defaults are the paper's model; [`UniHemaConfig.tiny`] is the preset for machines without a GPU. `id2label`,
@@ -59,8 +61,9 @@ class UniHemaConfig(PreTrainedConfig):
         fusion_queries (`int`): Learned queries of CrossModalFusion, and so the longest text.
         fusion_layers (`int`): CrossModalFusion blocks.
         fusion_ffn_dim (`int`): Feed-forward width of CrossModalFusion.
-        attend_to_padding (`bool`): Attend to padded text and pixels in CrossModalFusion, TextGuidedVisualRefinement and
-            SingleCellFeatureExtraction, as the official weights do.
+        attend_to_padding (`bool`): Let padded text and pixels take part (in convolutions, norms, CrossModalFusion,
+            TextGuidedVisualRefinement and SingleCellFeatureExtraction), and stretch masks to the input, as the official
+            weights do. An image then gives other results in a padded batch than alone.
         refinement (`"gated"` or `"concat"`): TextGuidedVisualRefinement of the official weights, or the paper's formula.
         scfe_backbone_features (`bool`): Add the pooled backbone level to the single-cell feature (the paper's ablation).
         upsampler (`"bilinear"` or `"learnable"`): How mask logits get from stride 8 to the image's size.
@@ -75,6 +78,9 @@ class UniHemaConfig(PreTrainedConfig):
         detection_thresholds (`dict[str, float]`): Calibrated operating threshold of each detection class.
         segmentation_threshold (`float`): Probability above which a pixel belongs to the mask.
         segmentation_label (`str`): What the default segmentation prompt names.
+        morphology_loss (`"cross_entropy"` or `"asymmetric"`): Softmax over each attribute's values, or the official
+            code's asymmetric loss.
+        dice_over (`"image"` or `"batch"`): Pixels that one Dice loss looks at; the official code takes the batch.
         auxiliary_loss (`bool`): Losses on every decoder layer, not only the last.
         denoising_queries (`int`): Denoising queries aimed at in training; 0 switches denoising off.
         label_noise_ratio (`float`): Twice the probability that a denoising query's class is replaced.
@@ -154,6 +160,8 @@ class UniHemaConfig(PreTrainedConfig):
     segmentation_threshold: float = 0.5
     segmentation_label: str = "white blood cell"
 
+    morphology_loss: Literal["cross_entropy", "asymmetric"] = "cross_entropy"
+    dice_over: Literal["image", "batch"] = "image"
     auxiliary_loss: bool = True
     class_cost: float | int = 2
     bbox_cost: float | int = 5

@@ -124,7 +124,7 @@ class MultiScaleDeformableAttention(nn.Module):
         tokens: torch.Tensor,
         level_shapes: list[tuple[int, int]],
         padding: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             query (`torch.Tensor`): `[B, Q, d]`, position included.
@@ -135,7 +135,7 @@ class MultiScaleDeformableAttention(nn.Module):
             padding (`torch.Tensor`, *optional*): `[B, S]`, `True` on padded tokens, which read as zeros.
 
         Returns:
-            `torch.Tensor`: `[B, Q, d]`.
+            `tuple[torch.Tensor, torch.Tensor]`: Output `[B, Q, d]`, and weights `[B, Q, heads, levels, points]`.
         """
         batch, queries, _ = query.shape
         value = self.value_proj(tokens)
@@ -152,4 +152,4 @@ class MultiScaleDeformableAttention(nn.Module):
             points = centre + offsets / size[:, None]
         else:
             points = centre + offsets / self.num_points * reference[:, :, None, :, None, 2:] * 0.5
-        return self.output_proj(multi_scale_deformable_attention(value, level_shapes, points, weights))
+        return self.output_proj(multi_scale_deformable_attention(value, level_shapes, points, weights)), weights

@@ -83,7 +83,7 @@ class CrossModalFusion(nn.Module):
         text_padding = image_padding = None
         if not self.attend_to_padding:
             text_padding = ~attention_mask.bool()[:, None, None]
-            image_padding = levels.padding[:, None, None]
+            image_padding = levels.padding[:, None, None] if levels.padded else None
         text = self.text_projection(text_states)
         image = self.image_projection(levels.tokens)
         fused = self.queries[:length].expand(text.shape[0], -1, -1)
@@ -158,8 +158,8 @@ class SingleCellFeatureExtraction(nn.Module):
             parts.append(self._mean(level, ~levels.valid[self.backbone_level].flatten(1)))
         return self.projection(torch.cat(parts, -1))
 
-    def _mean(self, tokens: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-        if self.attend_to_padding:
+    def _mean(self, tokens: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        if self.attend_to_padding or padding is None:
             return tokens.mean(1)
         weight = (~padding).to(tokens.dtype)[..., None]
         return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)

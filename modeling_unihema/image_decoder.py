@@ -48,6 +48,8 @@ class Proposals:
         logits (`torch.Tensor`): Class scores of the chosen tokens `[B, Q, num_labels]`.
         boxes (`torch.Tensor`): Boxes cxcywh `[B, Q, 4]`, with gradient.
         token_indices (`torch.Tensor`): Which token each query came from, `[B, Q]`.
+        padding (`torch.Tensor`, *optional*): Boolean `[B, Q]`: the image had no token left for this query, which came
+            from padding. `None` when there is no padding.
     """
 
     content: torch.Tensor
@@ -55,6 +57,7 @@ class Proposals:
     logits: torch.Tensor
     boxes: torch.Tensor
     token_indices: torch.Tensor
+    padding: torch.Tensor | None = None
 
 
 class QuerySelection(nn.Module):
@@ -63,6 +66,7 @@ class QuerySelection(nn.Module):
     def __init__(self, config: UniHemaConfig):
         super().__init__()
         self.num_queries = config.num_queries
+        self.attend_to_padding = config.attend_to_padding
         self.token_projection = nn.Linear(config.d_model, config.d_model)
         self.token_norm = nn.LayerNorm(config.d_model)
         self.class_head = class_scores(config.d_model, config.num_labels)
@@ -81,7 +85,13 @@ class QuerySelection(nn.Module):
         anchors, usable = self._anchors(levels)
         states = self.token_norm(self.token_projection(tokens.masked_fill(~usable[..., None], 0.0)))
         logits = self.class_head(states)
-        scores = logits.amax(-1).float().masked_fill(~usable, -torch.inf)
+        scores = logits.amax(-1).float()
+        if not self.attend_to_padding:
+            # Tokens at the edge come last, in their order, so that it does not depend on the padding behind them.
+            last = -1e4 - torch.arange(scores.shape[1], device=scores.device, dtype=scores.dtype)
+            scores = torch.where(usable, scores, last)
+            if levels.padded:
+                scores = scores.masked_fill(levels.padding, -torch.inf)
         chosen = scores.topk(min(self.num_queries, tokens.shape[1]), dim=1).indices
 
         def gather(values: torch.Tensor) -> torch.Tensor:
@@ -89,7 +99,8 @@ class QuerySelection(nn.Module):
 
         box_logits = self.box_head(gather(states)) + gather(anchors)
         content = self.content_queries.weight[: chosen.shape[1]].expand(tokens.shape[0], -1, -1)
-        return Proposals(content, box_logits.detach(), gather(logits), box_logits.sigmoid(), chosen)
+        padding = levels.padding.gather(1, chosen) if levels.padded and not self.attend_to_padding else None
+        return Proposals(content, box_logits.detach(), gather(logits), box_logits.sigmoid(), chosen, padding)
 
     @staticmethod
     def _anchors(levels: FeatureLevels) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +111,9 @@ class QuerySelection(nn.Module):
             [centres.new_full((h * w, 2), 0.05 * 2.0**level) for level, (h, w) in enumerate(levels.shapes)]
         )
         boxes = torch.cat((centres, sides.expand_as(centres)), -1)
-        usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~levels.padding
+        usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
+        if levels.padded:
+            usable &= ~levels.padding
         # Unusable tokens get a box at the far corner; clamped so that no infinity can reach a gradient.
         return torch.where(usable[..., None], boxes.clamp(0.01, 0.99).logit(), 100.0), usable
 
@@ -143,14 +156,14 @@ class ImageDecoderLayer(GradientCheckpointingLayer):
         reference: torch.Tensor,
         tokens: torch.Tensor,
         level_shapes: list[tuple[int, int]],
-        padding: torch.Tensor,
+        padding: torch.Tensor | None,
         blocked: torch.Tensor | None,
     ) -> torch.Tensor:
         """Queries `[B, Q, d]` to queries `[B, Q, d]`; `reference` boxes `[B, Q, levels, 4]`, `blocked` `[1, 1, Q, Q]`."""
         positioned = queries + positions
         attended, _ = self.self_attention(positioned, positioned, queries, blocked)
         queries = self.self_attention_norm(queries + self.dropout(attended))
-        attended = self.cross_attention(queries + positions, reference, tokens, level_shapes, padding)
+        attended, _ = self.cross_attention(queries + positions, reference, tokens, level_shapes, padding)
         queries = self.cross_attention_norm(queries + self.dropout(attended))
         return self.feed_forward_norm(queries + self.dropout(self.feed_forward(queries)))
 
@@ -173,6 +186,7 @@ class ImageDecoder(nn.Module):
         tokens: torch.Tensor,
         levels: FeatureLevels,
         denoising: DenoisingQueries | None = None,
+        query_padding: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -181,19 +195,27 @@ class ImageDecoder(nn.Module):
             tokens (`torch.Tensor`): Encoded tokens `[B, S, d]`.
             levels ([`FeatureLevels`]): Their shapes and padding.
             denoising ([`DenoisingQueries`], *optional*): Which queries may see which.
+            query_padding (`torch.Tensor`, *optional*): Boolean `[B, Q']` of the last Q' queries: seen by no other.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Normalised states of each layer `[layers, B, Q, d]`, and boxes cxcywh
             of each layer `[layers, B, Q, 4]`, relative to the image itself.
         """
         blocked = None if denoising is None else denoising.attention_mask[None, None]
+        if query_padding is not None:
+            unseen = nn.functional.pad(query_padding, (content.shape[1] - query_padding.shape[1], 0))[:, None, None]
+            # A query always sees itself, so that no row is empty.
+            unseen = unseen & ~torch.eye(content.shape[1], dtype=torch.bool, device=content.device)
+            blocked = unseen if blocked is None else blocked | unseen
         padding, ratios = levels.padding, levels.valid_ratios.repeat(1, 1, 2)[:, None]
         queries, reference = content, reference_logits.sigmoid()
         states, boxes = [], []
         start = reference
         for layer in self.layers:
             level_reference = reference[:, :, None].to(ratios.dtype) * ratios
-            sine = sine_embed_boxes(level_reference[:, :, 0], self.config.d_model).to(queries.dtype)
+            # The official weights know a box by its place in the padded batch, others by its place in the image.
+            place = level_reference[:, :, 0] if self.config.attend_to_padding else reference
+            sine = sine_embed_boxes(place, self.config.d_model).to(queries.dtype)
             queries = layer(queries, self.position_head(sine), level_reference, tokens, levels.shapes, padding, blocked)
             normed = self.norm(queries)
             states.append(normed)

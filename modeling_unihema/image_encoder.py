@@ -40,10 +40,10 @@ class ImageEncoderLayer(GradientCheckpointingLayer):
         positions: torch.Tensor,
         reference: torch.Tensor,
         level_shapes: list[tuple[int, int]],
-        padding: torch.Tensor,
+        padding: torch.Tensor | None,
     ) -> torch.Tensor:
         """Tokens `[B, S, d]` to tokens `[B, S, d]`; `reference` `[B, S, levels, 2]`, `padding` `[B, S]`."""
-        attended = self.self_attention(tokens + positions, reference, tokens, level_shapes, padding)
+        attended, _ = self.self_attention(tokens + positions, reference, tokens, level_shapes, padding)
         tokens = self.self_attention_norm(tokens + self.dropout(attended))
         return self.feed_forward_norm(tokens + self.dropout(self.feed_forward(tokens)))
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_unihema import UniHemaConfig
@@ -19,9 +20,19 @@ from .outputs import (
     UniHemaModelOutput,
     UniHemaSegmentationOutput,
 )
+from .padding import strides
 from .task_heads import DetectionHead, MaskHead, SingleCellHead
 from .text_branch import CACHE_NAME
 from .trunk import LANGUAGE_TASKS, TASKS, UniHemaModel, UniHemaPreTrainedModel, skippable_keys
+
+
+# Logit of a query that has no token of its image to stand on; small enough for half precision.
+NO_CELL = -1e4
+
+
+def _layers(trunk: UniHemaModelOutput) -> dict[str, tuple[torch.Tensor, ...] | None]:
+    """States and weights of each layer, where asked for."""
+    return {name: trunk[name] for name in UniHemaModel._can_record_outputs if name in trunk}
 
 
 class UniHemaForDetection(UniHemaPreTrainedModel):
@@ -72,9 +83,12 @@ class UniHemaForDetection(UniHemaPreTrainedModel):
             task="detection",
             make_denoising=make_denoising,
             return_dict=True,
+            **kwargs,
         )
         needed = trunk.decoder_states if labels is not None else trunk.decoder_states[-1:]
         logits, morphology = self.detection_head(needed)
+        if trunk.query_padding is not None:
+            logits = logits.masked_fill(trunk.query_padding[None, ..., None], NO_CELL)
         loss = loss_dict = None
         if labels is not None:
             noisy_logits = None
@@ -100,6 +114,7 @@ class UniHemaForDetection(UniHemaPreTrainedModel):
             pred_morphology=morphology[-1],
             last_hidden_state=trunk.last_hidden_state,
             encoder_last_hidden_state=trunk.encoder_last_hidden_state,
+            **_layers(trunk),
         )
 
 
@@ -139,8 +154,16 @@ class UniHemaForSegmentation(UniHemaPreTrainedModel):
         Returns:
             [`UniHemaSegmentationOutput`]
         """
-        trunk = self.model(pixel_values, pixel_mask, input_ids, attention_mask, task="segmentation", return_dict=True)
-        mask_logits = self.mask_head(trunk.mask_logits, trunk.mask_features, pixel_values.shape[-2:])
+        trunk = self.model(
+            pixel_values, pixel_mask, input_ids, attention_mask, task="segmentation", return_dict=True, **kwargs
+        )
+        size, level = pixel_values.shape[-2:], trunk.mask_logits.shape[-2:]
+        # A whole number of pixels to a cell of the level, then cut: padding at the end does not stretch the mask.
+        whole = size
+        if not self.config.attend_to_padding:
+            whole = [cells * stride for cells, stride in zip(level, strides(size, level))]
+        mask_logits = self.mask_head(trunk.mask_logits, trunk.mask_features, whole, trunk.mask_valid)
+        mask_logits = mask_logits[:, : size[0], : size[1]]
         loss = loss_dict = None
         if labels is not None:
             loss, loss_dict = segmentation_loss(
@@ -148,12 +171,14 @@ class UniHemaForSegmentation(UniHemaPreTrainedModel):
                 labels,
                 dice_loss_coefficient=self.config.dice_loss_coefficient,
                 focal_loss_coefficient=self.config.focal_loss_coefficient,
+                dice_over=self.config.dice_over,
             )
         return UniHemaSegmentationOutput(
             loss=loss,
             loss_dict=loss_dict,
             mask_logits=mask_logits,
             encoder_last_hidden_state=trunk.encoder_last_hidden_state,
+            **_layers(trunk),
         )
 
 
@@ -189,7 +214,7 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
         Returns:
             [`UniHemaClassificationOutput`]
         """
-        trunk = self.model(pixel_values, pixel_mask, task="single_cell", return_dict=True)
+        trunk = self.model(pixel_values, pixel_mask, task="single_cell", return_dict=True, **kwargs)
         features = trunk.last_hidden_state[:, 0]
         logits = self.single_cell_head(features)
         loss = None if labels is None else single_cell_loss(logits, labels)
@@ -198,6 +223,8 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
             loss_dict=None if loss is None else {"loss_single_cell": loss.detach()},
             logits=logits,
             features=features,
+            encoder_hidden_states=trunk.encoder_hidden_states,
+            encoder_attentions=trunk.encoder_attentions,
         )
 
 
@@ -209,10 +236,13 @@ class _QuestionEncoder:
     def __init__(self, trunk: UniHemaModel):
         self.trunk = trunk
 
-    def forward(self, input_ids=None, attention_mask=None, pixel_values=None, pixel_mask=None, **kwargs):
-        return self.trunk(
-            pixel_values, pixel_mask, input_ids, attention_mask, task="question_answering", return_dict=True
+    def forward(
+        self, input_ids=None, attention_mask=None, pixel_values=None, pixel_mask=None, return_dict=None, **kwargs
+    ):
+        fused = self.trunk(
+            pixel_values, pixel_mask, input_ids, attention_mask, task="question_answering", return_dict=True, **kwargs
         )
+        return BaseModelOutput(fused.last_hidden_state, fused.encoder_hidden_states, fused.encoder_attentions)
 
     __call__ = forward
 
@@ -275,7 +305,7 @@ class UniHemaForQA(UniHemaPreTrainedModel, GenerationMixin):
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.LongTensor | None = None,
         decoder_inputs_embeds: torch.FloatTensor | None = None,
-        encoder_outputs: UniHemaModelOutput | tuple | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
         past_key_values: Cache | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -291,7 +321,7 @@ class UniHemaForQA(UniHemaPreTrainedModel, GenerationMixin):
             decoder_input_ids (`torch.LongTensor`, *optional*): `[B, T]`; made from `labels` when missing.
             decoder_attention_mask (`torch.LongTensor`, *optional*): `[B, T]`.
             decoder_inputs_embeds (`torch.FloatTensor`, *optional*): Embedded decoder tokens.
-            encoder_outputs (`UniHemaModelOutput` or `tuple`, *optional*): Fused question and image, computed before.
+            encoder_outputs (`BaseModelOutput` or `tuple`, *optional*): Fused question and image, computed before.
             past_key_values (`Cache`, *optional*): Keys and values of earlier decoding steps.
             labels (`torch.LongTensor`, *optional*): Answers `[B, T]`, -100 ignored.
             use_cache (`bool`, *optional*): Return the keys and values of this step too.
@@ -300,8 +330,14 @@ class UniHemaForQA(UniHemaPreTrainedModel, GenerationMixin):
         Returns:
             [`UniHemaLanguageOutput`]
         """
+        wanted = {
+            name: kwargs[name] if kwargs.get(name) is not None else getattr(self.config, name)
+            for name in ("output_hidden_states", "output_attentions")
+        }
         if encoder_outputs is None:
-            encoder_outputs = self.get_encoder()(input_ids, attention_mask, pixel_values, pixel_mask)
+            encoder_outputs = self.get_encoder()(input_ids, attention_mask, pixel_values, pixel_mask, **wanted)
+        elif not isinstance(encoder_outputs, BaseModelOutput):
+            encoder_outputs = BaseModelOutput(*encoder_outputs)
         fused = encoder_outputs[0]
         if attention_mask is None:
             if input_ids is None:
@@ -320,6 +356,7 @@ class UniHemaForQA(UniHemaPreTrainedModel, GenerationMixin):
             decoder_attention_mask=decoder_attention_mask,
             cache=past_key_values if cache is None else cache,
             use_cache=use_cache,
+            **wanted,
         )
         states = decoded.last_hidden_state
         if self.config.output_head_is_scaled:
@@ -331,6 +368,11 @@ class UniHemaForQA(UniHemaPreTrainedModel, GenerationMixin):
             loss_dict=None if loss is None else {"loss_text": loss.detach()},
             logits=logits,
             encoder_last_hidden_state=fused,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
             **{CACHE_NAME: decoded.get(CACHE_NAME)},
         )
 

@@ -26,8 +26,19 @@ class UniHemaModelOutput(ModelOutput):
         proposal_boxes (`torch.FloatTensor`): Boxes cxcywh of the selected tokens `[B, Q, 4]`.
         proposal_indices (`torch.LongTensor`): Which token each query came from `[B, Q]`.
         refined_queries (`torch.FloatTensor`): Content queries after TextGuidedVisualRefinement `[B, Q, d]`.
+        query_padding (`torch.BoolTensor`): `[B, Q]`: a query that came from padding, for want of tokens; padded batches
+            only.
         mask_logits (`torch.FloatTensor`): Mask of query 0 at the finest level `[B, 1, h, w]`.
         mask_features (`torch.FloatTensor`): The maps it was made from `[B, 2d, h, w]`.
+        mask_valid (`torch.BoolTensor`): Which of their pixels are image `[B, h, w]`; padded batches only.
+        encoder_hidden_states (`tuple[torch.FloatTensor, ...]`): After each image encoder layer `[B, S, d]`; for language
+            tasks those of the text encoder `[B, L, text width]`, its input first. On request, as all below.
+        encoder_attentions (`tuple[torch.FloatTensor, ...]`): Sampling weights of each encoder layer
+            `[B, S, heads, levels, points]`; for language tasks `[B, heads, L, L]`.
+        decoder_hidden_states (`tuple[torch.FloatTensor, ...]`): Queries after each decoder layer, before the norm.
+        decoder_attentions (`tuple[torch.FloatTensor, ...]`): Between queries `[B, heads, Q, Q]`.
+        cross_attentions (`tuple[torch.FloatTensor, ...]`): Sampling weights of the queries
+            `[B, Q, heads, levels, points]`.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -42,8 +53,15 @@ class UniHemaModelOutput(ModelOutput):
     proposal_boxes: torch.FloatTensor | None = None
     proposal_indices: torch.LongTensor | None = None
     refined_queries: torch.FloatTensor | None = None
+    query_padding: torch.BoolTensor | None = None
     mask_logits: torch.FloatTensor | None = None
     mask_features: torch.FloatTensor | None = None
+    mask_valid: torch.BoolTensor | None = None
+    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
@@ -59,6 +77,8 @@ class UniHemaDetectionOutput(ModelOutput):
             `config.morphology`; a softmax over each attribute's own values gives its probabilities.
         last_hidden_state (`torch.FloatTensor`): Decoder queries `[B, Q, d]`.
         encoder_last_hidden_state (`torch.FloatTensor`): Encoded image tokens `[B, S, d]`.
+        encoder_hidden_states, encoder_attentions, decoder_hidden_states, decoder_attentions, cross_attentions:
+            Of each layer, on request: see [`UniHemaModelOutput`].
     """
 
     loss: torch.FloatTensor | None = None
@@ -68,6 +88,11 @@ class UniHemaDetectionOutput(ModelOutput):
     pred_morphology: torch.FloatTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
     encoder_last_hidden_state: torch.FloatTensor | None = None
+    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
@@ -79,12 +104,19 @@ class UniHemaSegmentationOutput(ModelOutput):
         loss_dict (`dict[str, torch.Tensor]`): Unweighted losses by name.
         mask_logits (`torch.FloatTensor`): `[B, H, W]` at the size of `pixel_values`, padding included.
         encoder_last_hidden_state (`torch.FloatTensor`): Encoded image tokens `[B, S, d]`.
+        encoder_hidden_states, encoder_attentions, decoder_hidden_states, decoder_attentions, cross_attentions:
+            Of each layer, on request: see [`UniHemaModelOutput`].
     """
 
     loss: torch.FloatTensor | None = None
     loss_dict: dict[str, torch.Tensor] | None = None
     mask_logits: torch.FloatTensor | None = None
     encoder_last_hidden_state: torch.FloatTensor | None = None
+    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
@@ -96,12 +128,16 @@ class UniHemaClassificationOutput(ModelOutput):
         loss_dict (`dict[str, torch.Tensor]`): The same by name.
         logits (`torch.FloatTensor`): `[B, classes]` in the order of `config.single_cell_labels`.
         features (`torch.FloatTensor`): Single-cell feature `[B, d]`.
+        encoder_hidden_states, encoder_attentions:
+            Of each layer, on request: see [`UniHemaModelOutput`].
     """
 
     loss: torch.FloatTensor | None = None
     loss_dict: dict[str, torch.Tensor] | None = None
     logits: torch.FloatTensor | None = None
     features: torch.FloatTensor | None = None
+    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass

@@ -5,6 +5,7 @@ from torch import nn
 
 from .configuration_unihema import UniHemaConfig
 from .initialisation import class_scores
+from .padding import hold_edge, ignore_padding, without_padding
 
 
 class DetectionHead(nn.Module):
@@ -52,6 +53,10 @@ def _convolution_block(channels_in: int, channels_out: int) -> nn.Sequential:
     )
 
 
+def _twice(valid: torch.Tensor | None) -> torch.Tensor | None:
+    return None if valid is None else valid.repeat_interleave(2, 1).repeat_interleave(2, 2)
+
+
 class MaskHead(nn.Module):
     """Brings a mask from the finest feature level to the image's own size, by bilinear or learned upsampling."""
 
@@ -64,21 +69,34 @@ class MaskHead(nn.Module):
             self.upsample = nn.ModuleList(
                 [_convolution_block(width + 1, width // 2), _convolution_block(width // 2, width // 4)]
             )
-            self.output = nn.Conv2d(width // 4, 1, kernel_size=1)
+            self.output = nn.Conv2d(width // 4, 1, kernel_size=3, padding=1)
+            ignore_padding(self)
 
-    def forward(self, logits: torch.Tensor, features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    def forward(
+        self,
+        logits: torch.Tensor,
+        features: torch.Tensor,
+        size: tuple[int, int],
+        valid: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             logits (`torch.Tensor`): Mask logits `[B, 1, h, w]`.
             features (`torch.Tensor`): QueryGuidedMaskFinder's maps `[B, 2d, h, w]`.
             size (`tuple[int, int]`): `(H, W)` wanted.
+            valid (`torch.Tensor`, *optional*): Boolean `[B, h, w]`, `False` on padding that must not be seen.
 
         Returns:
             `torch.Tensor`: Mask logits `[B, H, W]`.
         """
         if self.learnable:
-            logits = torch.cat((logits, self.features(features)), 1)
+            with without_padding(valid):
+                logits = torch.cat((self.features(features), logits), 1)
             for block in self.upsample:
-                logits = block(nn.functional.interpolate(logits, scale_factor=2, mode="bilinear"))
-            logits = self.output(logits)
-        return nn.functional.interpolate(logits, size=size, mode="bilinear")[:, 0]
+                logits = nn.functional.interpolate(hold_edge(logits, valid), scale_factor=2, mode="bilinear")
+                valid = _twice(valid)
+                with without_padding(valid):
+                    logits = block(logits)
+            with without_padding(valid):
+                logits = self.output(logits)
+        return nn.functional.interpolate(hold_edge(logits, valid), size=size, mode="bilinear")[:, 0]

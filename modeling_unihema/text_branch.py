@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from .configuration_unihema import UniHemaConfig
@@ -47,31 +47,32 @@ class TextBranch(nn.Module):
         stack.embed_tokens = None
         return stack
 
-    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs) -> BaseModelOutput:
         """States of a text.
 
         Args:
             input_ids (`torch.Tensor`): `[B, L]`.
             attention_mask (`torch.Tensor`): `[B, L]`, 0 on padding.
+            kwargs: `output_hidden_states` and `output_attentions`.
 
         Returns:
-            `torch.Tensor`: `[B, L, text width]`.
+            `BaseModelOutput`: `last_hidden_state` `[B, L, text width]`.
         """
-        return self.encoder(inputs_embeds=self.shared(input_ids), attention_mask=attention_mask).last_hidden_state
+        return self.encoder(inputs_embeds=self.shared(input_ids), attention_mask=attention_mask, **kwargs)
 
     def encode_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """As [`~TextBranch.encode`], but the states of a prompt seen before are not computed again.
+        """Last states `[B, L, text width]` of a text; those of a prompt seen before are not computed again.
 
         Only in evaluation mode without gradients; a changed weight, dtype or device forgets the cache.
         """
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self.encode(input_ids, attention_mask)
+            return self.encode(input_ids, attention_mask).last_hidden_state
         weights = tuple((p.data_ptr(), p._version, p.dtype) for p in (self.shared.weight, *self.encoder.parameters()))
         if self._prompt_states.get("weights") != weights:
             self._prompt_states = OrderedDict(weights=weights)
         key = (tuple(map(tuple, input_ids.tolist())), tuple(map(tuple, attention_mask.tolist())))
         if key not in self._prompt_states:
-            self._prompt_states[key] = self.encode(input_ids, attention_mask)
+            self._prompt_states[key] = self.encode(input_ids, attention_mask).last_hidden_state
             if len(self._prompt_states) > CACHED_PROMPTS + 1:
                 self._prompt_states.pop(next(k for k in self._prompt_states if k != "weights"))
         return self._prompt_states[key]
@@ -85,6 +86,7 @@ class TextBranch(nn.Module):
         decoder_attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         use_cache: bool | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Decoder states that attend to the fused text and image.
 
@@ -96,6 +98,7 @@ class TextBranch(nn.Module):
             decoder_attention_mask (`torch.Tensor`, *optional*): `[B, T]`.
             cache (`Cache`, *optional*): Keys and values of earlier decoding steps.
             use_cache (`bool`, *optional*): Whether to return them.
+            kwargs: `output_hidden_states` and `output_attentions`.
         """
         if decoder_inputs_embeds is None:
             decoder_inputs_embeds = self.shared(decoder_input_ids)
@@ -106,4 +109,5 @@ class TextBranch(nn.Module):
             encoder_attention_mask=attention_mask,
             use_cache=use_cache,
             **{CACHE_NAME: cache},
+            **kwargs,
         )

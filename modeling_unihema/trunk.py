@@ -7,14 +7,17 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention import MultiHeadAttention
 from .configuration_unihema import UniHemaConfig
+from .deformable_attention import MultiScaleDeformableAttention
 from .hema_former import CrossModalFusion, HemaFormer, SingleCellFeatureExtraction
-from .image_decoder import ImageDecoder, QuerySelection
-from .image_encoder import ImageEncoder
+from .image_decoder import ImageDecoder, ImageDecoderLayer, QuerySelection
+from .image_encoder import ImageEncoder, ImageEncoderLayer
 from .outputs import UniHemaModelOutput
 from .text_branch import TextBranch
-from .visual_backbone import FeatureLevels, VisualBackbone
+from .visual_backbone import VisualBackbone
 
 
 _QUERIES = {"image_encoder", "query_selection", "text_guided_visual_refinement", "image_decoder", "text_encoder"}
@@ -106,6 +109,14 @@ class UniHemaModel(UniHemaPreTrainedModel):
         tasks (`tuple[str, ...]`): Tasks whose parts to build; all of them by default.
     """
 
+    _can_record_outputs = {
+        "encoder_hidden_states": OutputRecorder(ImageEncoderLayer),
+        "encoder_attentions": OutputRecorder(MultiScaleDeformableAttention, index=1, layer_name="self_attention"),
+        "decoder_hidden_states": OutputRecorder(ImageDecoderLayer),
+        "decoder_attentions": OutputRecorder(MultiHeadAttention, index=1, layer_name="self_attention"),
+        "cross_attentions": OutputRecorder(MultiScaleDeformableAttention, index=1, layer_name="cross_attention"),
+    }
+
     def __init__(self, config: UniHemaConfig, tasks: tuple[str, ...] = TASKS):
         super().__init__(config)
         parts = parts_of(tasks)
@@ -140,6 +151,8 @@ class UniHemaModel(UniHemaPreTrainedModel):
         attention_mask: torch.LongTensor | None = None,
         task: str = "detection",
         make_denoising: Callable | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs,
     ) -> UniHemaModelOutput:
         """
@@ -151,6 +164,9 @@ class UniHemaModel(UniHemaPreTrainedModel):
             attention_mask (`torch.LongTensor`, *optional*): `[B, L]`, 0 on padding.
             task (`str`): One of `TASKS`; decides which parts run.
             make_denoising (`Callable`, *optional*): From the number of queries to `DenoisingQueries`; training only.
+            output_hidden_states (`bool`, *optional*): Also return the states of every layer.
+            output_attentions (`bool`, *optional*): Also return the attention weights of every layer. Those between
+                queries and of the text branch need `attn_implementation="eager"`.
 
         Returns:
             [`UniHemaModelOutput`]
@@ -163,17 +179,32 @@ class UniHemaModel(UniHemaPreTrainedModel):
             raise ValueError(f"Unknown task '{task}'; choose one of {', '.join(TASKS)}.")
         if pixel_values is None:
             raise ValueError("pixel_values is missing: every task of UniHema looks at an image.")
-        levels = self.visual_backbone(pixel_values, pixel_mask)
-
+        states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        weights = self.config.output_attentions if output_attentions is None else output_attentions
         if task in LANGUAGE_TASKS:
-            return self._fuse_with_text(levels, input_ids, attention_mask)
+            return self._fuse_with_text(pixel_values, pixel_mask, input_ids, attention_mask, states, weights)
+        recorded = {f"output_{name}": states if "hidden" in name else weights for name in self._can_record_outputs}
+        return self._look(pixel_values, pixel_mask, input_ids, attention_mask, task, make_denoising, **recorded)
 
+    @capture_outputs
+    def _look(
+        self,
+        pixel_values,
+        pixel_mask,
+        input_ids,
+        attention_mask,
+        task: str,
+        make_denoising: Callable | None,
+        **recorded,
+    ) -> UniHemaModelOutput:
+        levels = self.visual_backbone(pixel_values, pixel_mask)
         tokens = self.image_encoder(levels)
         if task == "single_cell":
             feature = self.hema_former.single_cell_feature_extraction(tokens, levels)
             return UniHemaModelOutput(last_hidden_state=feature[:, None], encoder_last_hidden_state=tokens)
 
         input_ids, attention_mask = self._prompt(task, input_ids, attention_mask, len(pixel_values))
+        input_ids, attention_mask = self._official_length(input_ids, attention_mask)
         text = self.text_branch.encode_prompt(input_ids, attention_mask)
         proposals = self.query_selection(tokens, levels)
         content, reference = proposals.content, proposals.reference_logits
@@ -182,7 +213,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
             content = torch.cat((denoising.content.to(content.dtype), content), 1)
             reference = torch.cat((denoising.reference_logits.to(reference.dtype), reference), 1)
         content = self.hema_former.text_guided_visual_refinement(content, text, attention_mask)
-        states, boxes = self.image_decoder(content, reference, tokens, levels, denoising)
+        states, boxes = self.image_decoder(content, reference, tokens, levels, denoising, proposals.padding)
         noisy = 0 if denoising is None else denoising.content.shape[1]
         output = UniHemaModelOutput(
             last_hidden_state=states[-1, :, noisy:],
@@ -196,27 +227,50 @@ class UniHemaModel(UniHemaPreTrainedModel):
             proposal_logits=proposals.logits,
             proposal_boxes=proposals.boxes,
             proposal_indices=proposals.token_indices,
+            query_padding=proposals.padding,
             refined_queries=content[:, noisy:],
         )
         if task == "segmentation":
             output["mask_logits"], output["mask_features"] = self.hema_former.query_guided_mask_finder(
                 states[-1, :, :1], tokens, levels
             )
+            if levels.padded and not self.config.attend_to_padding:
+                output["mask_valid"] = levels.valid[0]
         return output
 
-    def _fuse_with_text(self, levels: FeatureLevels, input_ids, attention_mask) -> UniHemaModelOutput:
+    def _fuse_with_text(
+        self, pixel_values, pixel_mask, input_ids, attention_mask, output_hidden_states, output_attentions
+    ) -> UniHemaModelOutput:
         if input_ids is None:
             raise ValueError("input_ids is missing: a question or a masked sentence is needed to generate text.")
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
-        images = len(levels.maps[0])
+        images = len(pixel_values)
         if len(input_ids) % images:
             raise ValueError(f"{len(input_ids)} texts for {images} images: give every image the same number of texts.")
+        levels = self.visual_backbone(pixel_values, pixel_mask)
         if len(input_ids) > images:
             levels = levels.repeat_images(len(input_ids) // images)
-        text = self.text_branch.encode(input_ids, attention_mask)
-        fused = self.hema_former.cross_modal_fusion(text, attention_mask, levels)
-        return UniHemaModelOutput(last_hidden_state=fused, text_hidden_state=text)
+        length = input_ids.shape[1]
+        input_ids, attention_mask = self._official_length(input_ids, attention_mask)
+        text = self.text_branch.encode(
+            input_ids, attention_mask, output_hidden_states=output_hidden_states, output_attentions=output_attentions
+        )
+        fused = self.hema_former.cross_modal_fusion(text.last_hidden_state, attention_mask, levels)
+        return UniHemaModelOutput(
+            last_hidden_state=fused[:, :length],
+            text_hidden_state=text.last_hidden_state[:, :length],
+            encoder_hidden_states=text.hidden_states,
+            encoder_attentions=text.attentions,
+        )
+
+    def _official_length(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """The official model pads every text to its limit, and its padding takes part."""
+        missing = self.config.fusion_queries - input_ids.shape[1]
+        if not self.config.attend_to_padding or missing <= 0:
+            return input_ids, attention_mask
+        pad = torch.nn.functional.pad
+        return pad(input_ids, (0, missing), value=self.config.pad_token_id), pad(attention_mask, (0, missing))
 
     def _prompt(self, task: str, input_ids, attention_mask, images: int) -> tuple[torch.Tensor, torch.Tensor]:
         if input_ids is None:

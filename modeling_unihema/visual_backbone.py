@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoBackbone
 
 from .configuration_unihema import UniHemaConfig
+from .padding import MaskedGroupNorm, ignore_padding, valid_at, without_padding
 
 
 @dataclass
@@ -18,11 +19,13 @@ class FeatureLevels:
         maps (`list[torch.Tensor]`): `[B, d, h, w]` of each level.
         valid (`list[torch.Tensor]`): Boolean `[B, h, w]`, `True` on the image, `False` on padding.
         positions (`list[torch.Tensor]`): Sine positions `[B, d, h, w]`.
+        padded (`bool`): Whether any image has padding at all.
     """
 
     maps: list[torch.Tensor]
     valid: list[torch.Tensor]
     positions: list[torch.Tensor]
+    padded: bool = True
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -35,8 +38,10 @@ class FeatureLevels:
         return flatten_levels(self.maps)
 
     @property
-    def padding(self) -> torch.Tensor:
-        """`[B, S]`, `True` on padded tokens."""
+    def padding(self) -> torch.Tensor | None:
+        """`[B, S]`, `True` on padded tokens; `None` when there are none."""
+        if not self.padded:
+            return None
         return ~torch.cat([mask.flatten(1) for mask in self.valid], dim=1)
 
     @property
@@ -52,9 +57,8 @@ class FeatureLevels:
 
     def repeat_images(self, times: int) -> "FeatureLevels":
         """Each image `times` in a row: several questions about one image."""
-        return FeatureLevels(
-            *[[level.repeat_interleave(times, 0) for level in part] for part in (self.maps, self.valid, self.positions)]
-        )
+        parts = (self.maps, self.valid, self.positions)
+        return FeatureLevels(*[[level.repeat_interleave(times, 0) for level in part] for part in parts], self.padded)
 
 
 def flatten_levels(maps: list[torch.Tensor]) -> torch.Tensor:
@@ -101,7 +105,9 @@ class VisualBackbone(nn.Module):
             else:
                 width = channels[-1] if level == len(channels) else config.d_model
                 convolution = nn.Conv2d(width, config.d_model, kernel_size=3, stride=2, padding=1)
-            self.input_projection.append(nn.Sequential(convolution, nn.GroupNorm(groups, config.d_model)))
+            self.input_projection.append(nn.Sequential(convolution, MaskedGroupNorm(groups, config.d_model)))
+        ignore_padding(self.backbone)
+        ignore_padding(self.input_projection)
         if config.freeze_backbone_norm:
             for module in self._norms():
                 module.requires_grad_(False)
@@ -126,19 +132,25 @@ class VisualBackbone(nn.Module):
         Returns:
             [`FeatureLevels`]: `config.num_feature_levels` levels, finest first.
         """
-        if pixel_mask is None:
-            pixel_mask = pixel_values.new_ones((pixel_values.shape[0], *pixel_values.shape[-2:]))
-        maps = list(self.backbone(pixel_values).feature_maps)
-        # The first extra level comes from the last backbone map, further ones from the level before.
-        sources = [*maps, maps[-1]]
-        projected = []
-        for level, projection in enumerate(self.input_projection):
-            projected.append(projection(sources[level] if level < len(sources) else projected[-1]))
+        padded = pixel_mask is not None and (torch.compiler.is_compiling() or not bool(pixel_mask.all()))
+        pixels = pixel_mask.bool() if padded else None
+        # What counts as valid for the convolutions and norms; the official weights know no padding there.
+        counted = None if self.config.attend_to_padding else pixels
+        with without_padding(counted):
+            maps = list(self.backbone(pixel_values).feature_maps)
+            # The first extra level comes from the last backbone map, further ones from the level before.
+            sources = [*maps, maps[-1]]
+            projected = []
+            for level, (convolution, norm) in enumerate(self.input_projection):
+                level_map = convolution(sources[level] if level < len(sources) else projected[-1])
+                projected.append(norm(level_map, valid_at(counted, level_map)))
         valid, positions = [], []
         for level in projected:
-            mask = nn.functional.interpolate(pixel_mask[:, None].float(), size=level.shape[-2:])[:, 0] > 0.5
+            mask = valid_at(pixels, level)
+            if mask is None:
+                mask = torch.ones(level.shape[0], *level.shape[-2:], dtype=torch.bool, device=level.device)
             valid.append(mask)
             positions.append(
                 sine_positions(mask, self.config.d_model, self.config.position_temperature).to(level.dtype)
             )
-        return FeatureLevels(projected, valid, positions)
+        return FeatureLevels(projected, valid, positions, padded)

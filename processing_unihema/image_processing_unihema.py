@@ -194,6 +194,10 @@ class UniHemaImageProcessor(TorchvisionBackend):
         return post_process_semantic_segmentation(outputs, target_sizes, **kwargs)
 
 
+# Saving it copies this file, and what it imports, beside its settings.
+UniHemaImageProcessor.register_for_auto_class()
+
+
 def _check_count(name: str, values: Sequence, images: Sequence) -> None:
     if len(values) != len(images):
         raise ValueError(f"{len(values)} {name} for {len(images)} images: give one for each image.")

@@ -9,7 +9,7 @@ from torchvision.ops import box_area, box_iou
 DEFAULT_THRESHOLD = 0.3
 # What counts as one cell boxed twice when results are shown: boxes alike, or one of the same class in another.
 NMS_IOU = 0.6
-NMS_WITHIN = 0.85
+NMS_WITHIN = 0.75
 
 
 def thresholds_of(config, default: float = DEFAULT_THRESHOLD) -> torch.Tensor:

@@ -233,6 +233,10 @@ class UniHemaProcessor(ProcessorMixin):
         return self.image_processor.post_process_semantic_segmentation(*args, **kwargs)
 
 
+# Saving it copies this file, and what it imports, beside its settings.
+UniHemaProcessor.register_for_auto_class()
+
+
 def _flatten(texts) -> list[str]:
     if isinstance(texts, str):
         return [texts]

@@ -81,3 +81,20 @@ def batch(task: str, images: int = 2, size: tuple[int, int] = (64, 96), seed: in
         inputs["labels"] = torch.randint(3, 60, (images, 5), generator=generator)
         inputs["labels"][-1, 3:] = -100
     return inputs
+
+
+def lively(model, scale: float = 0.2):
+    """The model with every weight drawn anew, so that nothing that starts at zero hides what lies behind it.
+
+    Args:
+        model (`PreTrainedModel`): Changed in place, with the current random state.
+        scale (`float`): Spread of what usually starts at zero.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.any() or "sampling_offsets.bias" in name:
+                parameter.add_(scale * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if "running_mean" in name:
+                buffer.add_(scale * torch.randn_like(buffer))
+    return model

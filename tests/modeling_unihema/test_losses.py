@@ -45,6 +45,7 @@ def make_config(**overrides) -> SimpleNamespace:
         "bbox_loss_coefficient": 5,
         "giou_loss_coefficient": 2,
         "morphology_loss_coefficient": 2,
+        "morphology_loss": "cross_entropy",
         "denoising_queries": 6,
         "label_noise_ratio": 0.5,
         "box_noise_scale": 0.4,

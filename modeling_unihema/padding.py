@@ -1,0 +1,124 @@
+"""An image gives the same result alone and in a padded batch: convolutions and norms that do not see padding."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers.utils.output_capturing import CompileableContextVar
+
+
+# Valid pixels of the batch whose forward pass is running; per thread, and traceable by torch.compile.
+_valid_pixels = CompileableContextVar("valid_pixels")
+
+
+def valid_at(pixels: torch.Tensor | None, maps: torch.Tensor) -> torch.Tensor | None:
+    """The valid area at the size of a feature map.
+
+    A map of stride s has a valid cell for every s-th valid pixel, which is as many cells as the image has alone.
+
+    Args:
+        pixels (`torch.Tensor`, *optional*): Boolean `[B, H, W]`, `True` on the image.
+        maps (`torch.Tensor`): `[B, C, h, w]`, made from these pixels.
+
+    Returns:
+        `torch.Tensor`: Boolean `[B, h, w]`; `None` without `pixels`.
+    """
+    if pixels is None or pixels.shape[-2:] == maps.shape[-2:]:
+        return pixels
+    rows, columns = strides(pixels.shape[-2:], maps.shape[-2:])
+    valid = pixels[:, ::rows, ::columns]
+    if valid.shape[-2:] != maps.shape[-2:]:
+        valid = nn.functional.interpolate(pixels[:, None].float(), size=maps.shape[-2:])[:, 0] > 0.5
+    return valid
+
+
+def strides(full: Sequence[int], part: Sequence[int]) -> list[int]:
+    """Strides of a map of size `part` made from one of size `full` by halving it, each time rounded up."""
+    return [2 ** round(math.log2(whole / cells)) for whole, cells in zip(full, part)]
+
+
+def hold_edge(maps: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Repeats the last valid row and column over the padding, as interpolation does at the end of a map.
+
+    Args:
+        maps (`torch.Tensor`): `[B, C, h, w]`.
+        valid (`torch.Tensor`, *optional*): Boolean `[B, h, w]`, a rectangle from the upper left corner.
+
+    Returns:
+        `torch.Tensor`: `[B, C, h, w]`.
+    """
+    if valid is None:
+        return maps
+    for axis, count in ((2, valid[:, :, 0].sum(1)), (3, valid[:, 0].sum(1))):
+        place = torch.arange(maps.shape[axis], device=maps.device).expand(len(maps), -1)
+        place = torch.minimum(place, (count - 1)[:, None])
+        shape = [len(maps), 1, 1, 1]
+        shape[axis] = maps.shape[axis]
+        maps = maps.gather(axis, place.view(shape).expand_as(maps))
+    return maps
+
+
+@contextmanager
+def without_padding(pixels: torch.Tensor | None) -> Iterator[None]:
+    """Within it, layers prepared by [`ignore_padding`] read padding as if the image ended there.
+
+    Args:
+        pixels (`torch.Tensor`, *optional*): Boolean `[B, H, W]`, `True` on the image; `None` changes nothing.
+    """
+    if pixels is None:
+        yield
+        return
+    token = _valid_pixels.set(pixels)
+    try:
+        yield
+    finally:
+        _valid_pixels.reset(token)
+
+
+def ignore_padding(module: nn.Module) -> None:
+    """Prepares every convolution and pooling in `module` that looks at neighbours.
+
+    What mixes a whole map at once (attention, squeeze-and-excitation) still sees padding.
+
+    Args:
+        module (`nn.Module`): A backbone, or any module.
+    """
+    for part in module.modules():
+        if isinstance(part, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)) and part.kernel_size not in (1, (1, 1)):
+            part.register_forward_pre_hook(_blank_padding)
+
+
+def _blank_padding(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    pixels = _valid_pixels.get()
+    if pixels is None:
+        return None
+    maps = inputs[0]
+    # Beyond an image's edge a pooling takes no part, and a convolution reads zeros.
+    blank = torch.finfo(maps.dtype).min if isinstance(module, nn.MaxPool2d) else 0.0
+    return (maps.masked_fill(~valid_at(pixels, maps)[:, None], blank), *inputs[1:])
+
+
+class MaskedGroupNorm(nn.GroupNorm):
+    """GroupNorm whose mean and variance are those of the image, not of its padding."""
+
+    def forward(self, maps: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            maps (`torch.Tensor`): `[B, C, h, w]`.
+            valid (`torch.Tensor`, *optional*): Boolean `[B, h, w]`.
+
+        Returns:
+            `torch.Tensor`: `[B, C, h, w]`.
+        """
+        if valid is None:
+            return super().forward(maps)
+        groups = maps.float().unflatten(1, (self.num_groups, -1))
+        weight = valid[:, None, None].to(groups.dtype)
+        count = weight.sum((2, 3, 4), keepdim=True) * groups.shape[2]
+        mean = (groups * weight).sum((2, 3, 4), keepdim=True) / count
+        variance = ((groups - mean).square() * weight).sum((2, 3, 4), keepdim=True) / count
+        normed = ((groups - mean) * (variance + self.eps).rsqrt()).flatten(1, 2)
+        scaled = normed * self.weight[:, None, None] + self.bias[:, None, None]
+        return scaled.to(maps.dtype)
