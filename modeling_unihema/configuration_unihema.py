@@ -1,5 +1,6 @@
 """UniHema model configuration."""
 
+import copy
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -221,6 +222,20 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
                 f"num_feature_levels={self.num_feature_levels} is less than the {backbone_levels} maps of the backbone; "
                 "name fewer in backbone_config.out_features."
             )
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The T5 configuration; for the decoder one that counts the decoder's layers, as caches are sized by it.
+
+        Args:
+            decoder (`bool`, *optional*): What the decoder is made of.
+            encoder (`bool`, *optional*): What the encoder is made of.
+        """
+        layers = getattr(self.text_config, "num_decoder_layers", None)
+        if not decoder or layers in (None, self.text_config.num_layers):
+            return self.text_config
+        decoder_config = copy.deepcopy(self.text_config)
+        decoder_config.num_layers = layers
+        return decoder_config
 
     @property
     def morphology_sizes(self) -> list[int]:

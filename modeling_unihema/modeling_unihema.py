@@ -30,6 +30,14 @@ from .trunk import LANGUAGE_TASKS, TASKS, UniHemaModel, UniHemaPreTrainedModel, 
 NO_CELL = -1e4
 
 
+LAYER_OPTIONS = ("output_hidden_states", "output_attentions")
+
+
+def _wanted(options: dict) -> dict[str, bool]:
+    """Those of a head's further arguments that the trunk understands."""
+    return {name: options[name] for name in LAYER_OPTIONS if options.get(name) is not None}
+
+
 def _layers(trunk: UniHemaModelOutput) -> dict[str, tuple[torch.Tensor, ...] | None]:
     """States and weights of each layer, where asked for."""
     return {name: trunk[name] for name in UniHemaModel._can_record_outputs if name in trunk}
@@ -83,7 +91,7 @@ class UniHemaForDetection(UniHemaPreTrainedModel):
             task="detection",
             make_denoising=make_denoising,
             return_dict=True,
-            **kwargs,
+            **_wanted(kwargs),
         )
         needed = trunk.decoder_states if labels is not None else trunk.decoder_states[-1:]
         logits, morphology = self.detection_head(needed)
@@ -155,7 +163,13 @@ class UniHemaForSegmentation(UniHemaPreTrainedModel):
             [`UniHemaSegmentationOutput`]
         """
         trunk = self.model(
-            pixel_values, pixel_mask, input_ids, attention_mask, task="segmentation", return_dict=True, **kwargs
+            pixel_values,
+            pixel_mask,
+            input_ids,
+            attention_mask,
+            task="segmentation",
+            return_dict=True,
+            **_wanted(kwargs),
         )
         size, level = pixel_values.shape[-2:], trunk.mask_logits.shape[-2:]
         # A whole number of pixels to a cell of the level, then cut: padding at the end does not stretch the mask.
@@ -214,7 +228,7 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
         Returns:
             [`UniHemaClassificationOutput`]
         """
-        trunk = self.model(pixel_values, pixel_mask, task="single_cell", return_dict=True, **kwargs)
+        trunk = self.model(pixel_values, pixel_mask, task="single_cell", return_dict=True, **_wanted(kwargs))
         features = trunk.last_hidden_state[:, 0]
         logits = self.single_cell_head(features)
         loss = None if labels is None else single_cell_loss(logits, labels)
@@ -236,11 +250,15 @@ class _QuestionEncoder:
     def __init__(self, trunk: UniHemaModel):
         self.trunk = trunk
 
-    def forward(
-        self, input_ids=None, attention_mask=None, pixel_values=None, pixel_mask=None, return_dict=None, **kwargs
-    ):
+    def forward(self, input_ids=None, attention_mask=None, pixel_values=None, pixel_mask=None, **kwargs):
         fused = self.trunk(
-            pixel_values, pixel_mask, input_ids, attention_mask, task="question_answering", return_dict=True, **kwargs
+            pixel_values,
+            pixel_mask,
+            input_ids,
+            attention_mask,
+            task="question_answering",
+            return_dict=True,
+            **_wanted(kwargs),
         )
         return BaseModelOutput(fused.last_hidden_state, fused.encoder_hidden_states, fused.encoder_attentions)
 
@@ -330,10 +348,7 @@ class UniHemaForQA(UniHemaPreTrainedModel, GenerationMixin):
         Returns:
             [`UniHemaLanguageOutput`]
         """
-        wanted = {
-            name: kwargs[name] if kwargs.get(name) is not None else getattr(self.config, name)
-            for name in ("output_hidden_states", "output_attentions")
-        }
+        wanted = {name: getattr(self.config, name) for name in LAYER_OPTIONS} | _wanted(kwargs)
         if encoder_outputs is None:
             encoder_outputs = self.get_encoder()(input_ids, attention_mask, pixel_values, pixel_mask, **wanted)
         elif not isinstance(encoder_outputs, BaseModelOutput):

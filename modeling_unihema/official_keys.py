@@ -1,118 +1,127 @@
-"""The official state dict: where each of its tensors lives in ours, and what has no effect there.
+"""The names of the official state dict: where each tensor lives in ours, and what has no effect there.
 
-Facts of the official code are in its README and were read off its state dict; see `docs/official.md`.
+One table serves both directions. `{n}` stands for a number, `{w}` for `weight`, `bias` and the like, `{*}` for the rest
+of a name, and `{q}` on our side for the three layers that the official model stacks into one projection.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .configuration_unihema import UniHemaConfig
 
-_RESNET = "model.visual_backbone.backbone"
-_FUSION = "model.hema_former.cross_modal_fusion"
+
+_RESNET, _OURS_RESNET = "backbone.0.body", "model.visual_backbone.backbone"
+_ENCODER, _OURS_ENCODER = "transformer.encoder.layers.{n}", "model.image_encoder.layers.{n}"
+_DECODER, _OURS_DECODER = "transformer.decoder.layers.{n}", "model.image_decoder.layers.{n}"
+_SELECTION = "model.query_selection"
+_FUSION, _OURS_FUSION = "xformer.layers.{n}", "model.hema_former.cross_modal_fusion"
 _REFINEMENT = "model.hema_former.text_guided_visual_refinement"
 _CELL = "model.hema_former.single_cell_feature_extraction"
 _MASK = "model.hema_former.query_guided_mask_finder"
-_ATTENTION = r"\.in_proj_(weight|bias)"
 
-# Official pattern -> our key. `{q}` marks a stacked query/key/value projection that is three layers here.
-_RENAMES = {
-    r"backbone\.0\.body\.conv1\.(\w+)": rf"{_RESNET}.embedder.embedder.convolution.\1",
-    r"backbone\.0\.body\.bn1\.(\w+)": rf"{_RESNET}.embedder.embedder.normalization.\1",
-    r"backbone\.0\.body\.layer(\d)\.(\d+)\.conv(\d)\.(\w+)": (
-        rf"{_RESNET}.encoder.stages.{{stage}}.layers.\2.layer.{{layer}}.convolution.\4"
-    ),
-    r"backbone\.0\.body\.layer(\d)\.(\d+)\.bn(\d)\.(\w+)": (
-        rf"{_RESNET}.encoder.stages.{{stage}}.layers.\2.layer.{{layer}}.normalization.\4"
-    ),
-    r"backbone\.0\.body\.layer(\d)\.(\d+)\.downsample\.0\.(\w+)": (
-        rf"{_RESNET}.encoder.stages.{{stage}}.layers.\2.shortcut.convolution.\3"
-    ),
-    r"backbone\.0\.body\.layer(\d)\.(\d+)\.downsample\.1\.(\w+)": (
-        rf"{_RESNET}.encoder.stages.{{stage}}.layers.\2.shortcut.normalization.\3"
-    ),
-    r"input_proj\.(\d+)\.([01])\.(\w+)": r"model.visual_backbone.input_projection.\1.\2.\3",
-    r"T5_model\.shared\.weight": "model.text_branch.shared.weight",
-    r"T5_model\.lm_head\.weight": "lm_head.weight",
-    r"T5_model\.(encoder|decoder)\.((?:block|final_layer_norm)\..+)": r"model.text_branch.\1.\2",
-    r"transformer\.level_embed": "model.image_encoder.level_embedding",
-    r"transformer\.encoder\.layers\.(\d+)\.self_attn\.(.+)": r"model.image_encoder.layers.\1.self_attention.\2",
-    r"transformer\.encoder\.layers\.(\d+)\.norm1\.(\w+)": r"model.image_encoder.layers.\1.self_attention_norm.\2",
-    r"transformer\.encoder\.layers\.(\d+)\.(linear[12]\.\w+)": r"model.image_encoder.layers.\1.feed_forward.\2",
-    r"transformer\.encoder\.layers\.(\d+)\.norm2\.(\w+)": r"model.image_encoder.layers.\1.feed_forward_norm.\2",
-    r"transformer\.enc_output\.(\w+)": r"model.query_selection.token_projection.\1",
-    r"transformer\.enc_output_norm\.(\w+)": r"model.query_selection.token_norm.\1",
-    r"transformer\.enc_out_class_embed\.(\w+)": r"model.query_selection.class_head.\1",
-    r"transformer\.enc_out_bbox_embed\.(layers\..+)": r"model.query_selection.box_head.\1",
-    r"transformer\.tgt_embed\.weight": "model.query_selection.content_queries.weight",
-    rf"transformer\.decoder\.layers\.(\d+)\.self_attn{_ATTENTION}": (
-        r"model.image_decoder.layers.\1.self_attention.{q}.\2"
-    ),
-    r"transformer\.decoder\.layers\.(\d+)\.self_attn\.out_proj\.(\w+)": (
-        r"model.image_decoder.layers.\1.self_attention.o_proj.\2"
-    ),
-    r"transformer\.decoder\.layers\.(\d+)\.norm2\.(\w+)": r"model.image_decoder.layers.\1.self_attention_norm.\2",
-    r"transformer\.decoder\.layers\.(\d+)\.cross_attn\.(.+)": r"model.image_decoder.layers.\1.cross_attention.\2",
-    r"transformer\.decoder\.layers\.(\d+)\.norm1\.(\w+)": r"model.image_decoder.layers.\1.cross_attention_norm.\2",
-    r"transformer\.decoder\.layers\.(\d+)\.(linear[12]\.\w+)": r"model.image_decoder.layers.\1.feed_forward.\2",
-    r"transformer\.decoder\.layers\.(\d+)\.norm3\.(\w+)": r"model.image_decoder.layers.\1.feed_forward_norm.\2",
-    r"transformer\.decoder\.norm\.(\w+)": r"model.image_decoder.norm.\1",
-    r"transformer\.decoder\.ref_point_head\.(layers\..+)": r"model.image_decoder.position_head.\1",
-    r"bbox_embed\.0\.(layers\..+)": r"model.image_decoder.box_head.\1",
-    r"class_embed\.0\.(\w+)": r"detection_head.class_head.\1",
-    r"morphology_embed\.0\.(\w+)": r"detection_head.morphology_head.\1",
-    r"label_enc\.weight": "denoising.label_embedding.weight",
-    r"xformer\.queries": f"{_FUSION}.queries",
-    r"xformer\.txt_proj\.(\w+)": rf"{_FUSION}.text_projection.\1",
-    r"xformer\.img_proj\.(\w+)": rf"{_FUSION}.image_projection.\1",
-    r"xformer\.out_proj\.(\w+)": rf"{_FUSION}.output_projection.\1",
-    rf"xformer\.layers\.(\d+)\.cross_attn_img{_ATTENTION}": rf"{_FUSION}.blocks.\1.image_attention.{{q}}.\2",
-    rf"xformer\.layers\.(\d+)\.cross_attn_txt{_ATTENTION}": rf"{_FUSION}.blocks.\1.text_attention.{{q}}.\2",
-    r"xformer\.layers\.(\d+)\.cross_attn_img\.out_proj\.(\w+)": rf"{_FUSION}.blocks.\1.image_attention.o_proj.\2",
-    r"xformer\.layers\.(\d+)\.cross_attn_txt\.out_proj\.(\w+)": rf"{_FUSION}.blocks.\1.text_attention.o_proj.\2",
-    r"xformer\.layers\.(\d+)\.norm1\.(\w+)": rf"{_FUSION}.blocks.\1.image_norm.\2",
-    r"xformer\.layers\.(\d+)\.norm2\.(\w+)": rf"{_FUSION}.blocks.\1.text_norm.\2",
-    r"xformer\.layers\.(\d+)\.ffn\.([02]\.\w+)": rf"{_FUSION}.blocks.\1.feed_forward.\2",
-    r"xformer\.layers\.(\d+)\.norm3\.(\w+)": rf"{_FUSION}.blocks.\1.feed_forward_norm.\2",
-    r"transformer\.text_proj\.(\w+)": rf"{_REFINEMENT}.text_projection.\1",
-    rf"transformer\.cross_attnn{_ATTENTION}": rf"{_REFINEMENT}.attention.{{q}}.\1",
-    r"transformer\.cross_attnn\.out_proj\.(\w+)": rf"{_REFINEMENT}.attention.o_proj.\1",
-    r"transformer\.gate_mlp\.0\.(\w+)": rf"{_REFINEMENT}.gate.layers.0.\1",
-    r"transformer\.gate_mlp\.2\.(\w+)": rf"{_REFINEMENT}.gate.layers.1.\1",
-    r"transformer\.encoder\.cls_token": f"{_CELL}.query",
-    r"transformer\.encoder\.fuse_proj\.(\w+)": rf"{_CELL}.projection.\1",
-    r"transformer\.encoder\.mask_feature_proj\.0\.(\w+)": rf"{_MASK}.encoder_projection.\1",
-    r"transformer\.encoder\.mask_features\.(\w+)": rf"{_MASK}.backbone_projection.\1",
-    r"decoder_norm\.(\w+)": rf"{_MASK}.query_norm.\1",
-    r"mask_embed\.(layers\..+)": rf"{_MASK}.query_head.\1",
-    r"classifier_image\.classifier2\.([036]\.\w+)": r"single_cell_head.layers.\1",
-    r"upsampler\.fusion_conv\.([01])\.(\w+)": r"mask_head.features.0.\1.\2",
-    r"upsampler\.fusion_conv\.3\.(\w+)": r"mask_head.features.1.0.\1",
-    r"upsampler\.fusion_conv\.4\.(\w+)": r"mask_head.features.1.1.\1",
-    r"upsampler\.upsample\.1\.(\w+)": r"mask_head.upsample.0.0.\1",
-    r"upsampler\.upsample\.2\.(\w+)": r"mask_head.upsample.0.1.\1",
-    r"upsampler\.upsample\.5\.(\w+)": r"mask_head.upsample.1.0.\1",
-    r"upsampler\.upsample\.6\.(\w+)": r"mask_head.upsample.1.1.\1",
-    r"upsampler\.upsample\.8\.(\w+)": r"mask_head.output.\1",
+_NAMES = {
+    f"{_RESNET}.conv1.{{w}}": f"{_OURS_RESNET}.embedder.embedder.convolution.{{w}}",
+    f"{_RESNET}.bn1.{{w}}": f"{_OURS_RESNET}.embedder.embedder.normalization.{{w}}",
+    "input_proj.{n}.{*}": "model.visual_backbone.input_projection.{n}.{*}",
+    "T5_model.shared.weight": "model.text_branch.shared.weight",
+    "T5_model.lm_head.weight": "lm_head.weight",
+    "T5_model.encoder.block.{*}": "model.text_branch.encoder.block.{*}",
+    "T5_model.decoder.block.{*}": "model.text_branch.decoder.block.{*}",
+    "T5_model.encoder.final_layer_norm.weight": "model.text_branch.encoder.final_layer_norm.weight",
+    "T5_model.decoder.final_layer_norm.weight": "model.text_branch.decoder.final_layer_norm.weight",
+    "transformer.level_embed": "model.image_encoder.level_embedding",
+    f"{_ENCODER}.self_attn.{{*}}": f"{_OURS_ENCODER}.self_attention.{{*}}",
+    f"{_ENCODER}.norm1.{{w}}": f"{_OURS_ENCODER}.self_attention_norm.{{w}}",
+    f"{_ENCODER}.linear1.{{w}}": f"{_OURS_ENCODER}.feed_forward.linear1.{{w}}",
+    f"{_ENCODER}.linear2.{{w}}": f"{_OURS_ENCODER}.feed_forward.linear2.{{w}}",
+    f"{_ENCODER}.norm2.{{w}}": f"{_OURS_ENCODER}.feed_forward_norm.{{w}}",
+    "transformer.enc_output.{w}": f"{_SELECTION}.token_projection.{{w}}",
+    "transformer.enc_output_norm.{w}": f"{_SELECTION}.token_norm.{{w}}",
+    "transformer.enc_out_class_embed.{w}": f"{_SELECTION}.class_head.{{w}}",
+    "transformer.enc_out_bbox_embed.{*}": f"{_SELECTION}.box_head.{{*}}",
+    "transformer.tgt_embed.weight": f"{_SELECTION}.content_queries.weight",
+    f"{_DECODER}.self_attn.in_proj_{{w}}": f"{_OURS_DECODER}.self_attention.{{q}}.{{w}}",
+    f"{_DECODER}.self_attn.out_proj.{{w}}": f"{_OURS_DECODER}.self_attention.o_proj.{{w}}",
+    f"{_DECODER}.norm2.{{w}}": f"{_OURS_DECODER}.self_attention_norm.{{w}}",
+    f"{_DECODER}.cross_attn.{{*}}": f"{_OURS_DECODER}.cross_attention.{{*}}",
+    f"{_DECODER}.norm1.{{w}}": f"{_OURS_DECODER}.cross_attention_norm.{{w}}",
+    f"{_DECODER}.linear1.{{w}}": f"{_OURS_DECODER}.feed_forward.linear1.{{w}}",
+    f"{_DECODER}.linear2.{{w}}": f"{_OURS_DECODER}.feed_forward.linear2.{{w}}",
+    f"{_DECODER}.norm3.{{w}}": f"{_OURS_DECODER}.feed_forward_norm.{{w}}",
+    "transformer.decoder.norm.{w}": "model.image_decoder.norm.{w}",
+    "transformer.decoder.ref_point_head.{*}": "model.image_decoder.position_head.{*}",
+    "bbox_embed.0.{*}": "model.image_decoder.box_head.{*}",
+    "class_embed.0.{w}": "detection_head.class_head.{w}",
+    "morphology_embed.0.{w}": "detection_head.morphology_head.{w}",
+    "label_enc.weight": "denoising.label_embedding.weight",
+    "xformer.queries": f"{_OURS_FUSION}.queries",
+    "xformer.txt_proj.{w}": f"{_OURS_FUSION}.text_projection.{{w}}",
+    "xformer.img_proj.{w}": f"{_OURS_FUSION}.image_projection.{{w}}",
+    "xformer.out_proj.{w}": f"{_OURS_FUSION}.output_projection.{{w}}",
+    f"{_FUSION}.cross_attn_img.in_proj_{{w}}": f"{_OURS_FUSION}.blocks.{{n}}.image_attention.{{q}}.{{w}}",
+    f"{_FUSION}.cross_attn_img.out_proj.{{w}}": f"{_OURS_FUSION}.blocks.{{n}}.image_attention.o_proj.{{w}}",
+    f"{_FUSION}.norm1.{{w}}": f"{_OURS_FUSION}.blocks.{{n}}.image_norm.{{w}}",
+    f"{_FUSION}.cross_attn_txt.in_proj_{{w}}": f"{_OURS_FUSION}.blocks.{{n}}.text_attention.{{q}}.{{w}}",
+    f"{_FUSION}.cross_attn_txt.out_proj.{{w}}": f"{_OURS_FUSION}.blocks.{{n}}.text_attention.o_proj.{{w}}",
+    f"{_FUSION}.norm2.{{w}}": f"{_OURS_FUSION}.blocks.{{n}}.text_norm.{{w}}",
+    f"{_FUSION}.ffn.{{*}}": f"{_OURS_FUSION}.blocks.{{n}}.feed_forward.{{*}}",
+    f"{_FUSION}.norm3.{{w}}": f"{_OURS_FUSION}.blocks.{{n}}.feed_forward_norm.{{w}}",
+    "transformer.text_proj.{w}": f"{_REFINEMENT}.text_projection.{{w}}",
+    "transformer.cross_attnn.in_proj_{w}": f"{_REFINEMENT}.attention.{{q}}.{{w}}",
+    "transformer.cross_attnn.out_proj.{w}": f"{_REFINEMENT}.attention.o_proj.{{w}}",
+    "transformer.gate_mlp.0.{w}": f"{_REFINEMENT}.gate.layers.0.{{w}}",
+    "transformer.gate_mlp.2.{w}": f"{_REFINEMENT}.gate.layers.1.{{w}}",
+    "transformer.encoder.cls_token": f"{_CELL}.query",
+    "transformer.encoder.fuse_proj.{w}": f"{_CELL}.projection.{{w}}",
+    "transformer.encoder.mask_feature_proj.0.{w}": f"{_MASK}.encoder_projection.{{w}}",
+    "transformer.encoder.mask_features.{w}": f"{_MASK}.backbone_projection.{{w}}",
+    "decoder_norm.{w}": f"{_MASK}.query_norm.{{w}}",
+    "mask_embed.{*}": f"{_MASK}.query_head.{{*}}",
+    "classifier_image.classifier2.{*}": "single_cell_head.layers.{*}",
+    "upsampler.fusion_conv.0.{w}": "mask_head.features.0.0.{w}",
+    "upsampler.fusion_conv.1.{w}": "mask_head.features.0.1.{w}",
+    "upsampler.fusion_conv.3.{w}": "mask_head.features.1.0.{w}",
+    "upsampler.fusion_conv.4.{w}": "mask_head.features.1.1.{w}",
+    "upsampler.upsample.1.{w}": "mask_head.upsample.0.0.{w}",
+    "upsampler.upsample.2.{w}": "mask_head.upsample.0.1.{w}",
+    "upsampler.upsample.5.{w}": "mask_head.upsample.1.0.{w}",
+    "upsampler.upsample.6.{w}": "mask_head.upsample.1.1.{w}",
+    "upsampler.upsample.8.{w}": "mask_head.output.{w}",
 }
-_RENAMES = {re.compile(pattern): ours for pattern, ours in _RENAMES.items()}
+for _stage in range(4):
+    _there, _here = f"{_RESNET}.layer{_stage + 1}.{{n}}", f"{_OURS_RESNET}.encoder.stages.{_stage}.layers.{{n}}"
+    for _index, _part in ((0, "convolution"), (1, "normalization")):
+        _NAMES[f"{_there}.downsample.{_index}.{{w}}"] = f"{_here}.shortcut.{_part}.{{w}}"
+    for _layer in range(3):
+        _NAMES[f"{_there}.conv{_layer + 1}.{{w}}"] = f"{_here}.layer.{_layer}.convolution.{{w}}"
+        _NAMES[f"{_there}.bn{_layer + 1}.{{w}}"] = f"{_here}.layer.{_layer}.normalization.{{w}}"
 
-# Copies of one tensor under several names: pattern -> the name that is read.
+# Several names of one tensor: the copies, and the name that is read.
 _COPIES = {
-    re.compile(r"T5_model\.(?:encoder|decoder)\.embed_tokens\.weight"): "T5_model.shared.weight",
-    re.compile(r"(class_embed|morphology_embed|bbox_embed)\.[1-9]\d*\.(.+)"): r"\1.0.\2",
-    re.compile(r"transformer\.decoder\.(class_embed|bbox_embed)\.\d+\.(.+)"): r"\1.0.\2",
+    "T5_model.encoder.embed_tokens.weight": "T5_model.shared.weight",
+    "T5_model.decoder.embed_tokens.weight": "T5_model.shared.weight",
+    "transformer.decoder.class_embed.{n}.{*}": "class_embed.0.{*}",
+    "transformer.decoder.bbox_embed.{n}.{*}": "bbox_embed.0.{*}",
+    "class_embed.{n}.{*}": "class_embed.0.{*}",
+    "bbox_embed.{n}.{*}": "bbox_embed.0.{*}",
+    "morphology_embed.{n}.{*}": "morphology_embed.0.{*}",
 }
 
 _DEAD = {
-    re.compile(r"transformer\.encoder\.cls_fusion\..+"): "layer that is built and never called",
-    re.compile(r"transformer\.encoder\.cls_pos"): "position of the class token, which never attends",
-    re.compile(r"transformer\.(?:combined_proj|decoder_norm|class_embed|label_enc|mask_embed)\..+"): (
-        "built in the transformer and never called; the module of that name outside it is the one used"
-    ),
-    re.compile(r"class_(?:pos_)?tokens\.\d+"): "class-token feature level, computed and dropped",
-    re.compile(r"class_embed_seg\..+"): "its output is dropped",
+    "transformer.encoder.cls_fusion.{*}": "a layer that is built and never called",
+    "transformer.encoder.cls_pos": "position of the class token, which never attends",
+    "transformer.combined_proj.{*}": "never called",
+    "transformer.decoder_norm.{*}": "never called; decoder_norm is the one used",
+    "transformer.class_embed.{*}": "never called; class_embed is the one used",
+    "transformer.label_enc.{*}": "never called; label_enc is the one used",
+    "transformer.mask_embed.{*}": "never called; mask_embed is the one used",
+    "class_tokens.{n}": "class-token feature level, computed and dropped",
+    "class_pos_tokens.{n}": "class-token feature level, computed and dropped",
+    "class_embed_seg.{*}": "its output is dropped",
 }
+
+_HOLES = {"{n}": r"(?P<n>\d+)", "{w}": r"(?P<w>\w+)", "{*}": r"(?P<rest>.+)", "{q}": r"(?P<q>[qkv])_proj"}
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class OfficialKeyError(ValueError):
@@ -126,7 +135,7 @@ class OfficialKey:
     Args:
         ours (`tuple[str, ...]`): Our keys: three for a stacked query/key/value projection, none when not read.
         reason (`str`): Why it is not read; empty when it is.
-        copy_of (`str`): The official key that holds the same values, when this one is not read for that reason.
+        copy_of (`str`): The official key that holds the same values, where that is the reason.
     """
 
     ours: tuple[str, ...]
@@ -143,26 +152,95 @@ def translate(key: str) -> OfficialKey:
     Raises:
         OfficialKeyError: No such tensor is known.
     """
-    for pattern, original in _COPIES.items():
+    for pattern, ours in _PATTERNS:
         if match := pattern.fullmatch(key):
-            original = match.expand(original)
+            ours = _fill(ours, match)
+            stacked = "{q}" in ours
+            return OfficialKey(tuple(ours.replace("{q}", part) for part in (_PROJECTIONS if stacked else ("",))))
+    for pattern, original in _COPY_PATTERNS:
+        if match := pattern.fullmatch(key):
+            original = _fill(original, match)
             return OfficialKey((), f"the same tensor as {original}", original)
-    for pattern, reason in _DEAD.items():
+    for pattern, reason in _DEAD_PATTERNS:
         if pattern.fullmatch(key):
             return OfficialKey((), reason)
-    for pattern, ours in _RENAMES.items():
-        if match := pattern.fullmatch(key):
-            return OfficialKey(tuple(_expand(match, ours)))
     raise OfficialKeyError(f"{key}: no such tensor is known of the official model.")
 
 
-def _expand(match: re.Match, ours: str) -> Iterator[str]:
-    if "{stage}" in ours:
-        layer = int(match[3]) - 1 if "{layer}" in ours else ""
-        ours = ours.replace("{stage}", str(int(match[1]) - 1)).replace("{layer}", str(layer))
-    projections = ("q_proj", "k_proj", "v_proj") if "{q}" in ours else ("",)
-    for projection in projections:
-        yield match.expand(ours.replace("{q}", projection))
+def official_name(key: str) -> str:
+    """The official key that our key comes from, the stacked one for a query, key or value projection.
+
+    Args:
+        key (`str`): A key of our state dict.
+
+    Raises:
+        OfficialKeyError: The official model has no such tensor.
+    """
+    for pattern, official in _REVERSE_PATTERNS:
+        if match := pattern.fullmatch(key):
+            return _fill(official, match)
+    raise OfficialKeyError(f"{key}: the official model has no such tensor.")
 
 
-__all__ = ["OfficialKey", "OfficialKeyError", "translate"]
+def copies(config: UniHemaConfig) -> dict[str, str]:
+    """Every further name of a tensor in an official state dict, and the name it is a copy of."""
+    layers = config.decoder_layers
+    linear = ("weight", "bias")
+    box = [f"layers.{layer}.{part}" for layer in range(3) for part in linear]
+    found = {key: original for key, original in _COPIES.items() if "{" not in key}
+    for layer in range(layers):
+        for head, rests in (("class_embed", linear), ("bbox_embed", box), ("morphology_embed", linear)):
+            names = [head] if layer else []
+            names += [f"transformer.decoder.{head}"] if head != "morphology_embed" else []
+            found |= {f"{name}.{layer}.{rest}": f"{head}.0.{rest}" for name in names for rest in rests}
+    return found
+
+
+def dead_shapes(config: UniHemaConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that have no effect in the official model, which its loading code asks for all the same."""
+    d, hidden, levels, classes = config.d_model, config.encoder_ffn_dim, config.num_feature_levels, config.num_labels
+    transformer, fusion = "transformer", "transformer.encoder.cls_fusion"
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{fusion}.self_attn.in_proj_weight": (3 * d, d),
+        f"{fusion}.self_attn.in_proj_bias": (3 * d,),
+        "transformer.encoder.cls_pos": (1, 1, d),
+        "transformer.label_enc.weight": (2, d),
+    }
+    linears = {
+        f"{fusion}.self_attn.out_proj": (d, d),
+        f"{fusion}.linear1": (hidden, d),
+        f"{fusion}.linear2": (d, hidden),
+        f"{transformer}.combined_proj": (d, 2 * d),
+        f"{transformer}.class_embed": (3, d),
+        "class_embed_seg": (classes + 1, d),
+        **{f"{transformer}.mask_embed.layers.{layer}": (d, d) for layer in range(3)},
+    }
+    norms = (f"{fusion}.norm1", f"{fusion}.norm2", f"{transformer}.decoder_norm")
+    for name, shape in linears.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    shapes |= {f"{name}.{part}": (d,) for name in norms for part in ("weight", "bias")}
+    shapes |= {
+        f"{name}.{level}": (1, d, 1, 1) for name in ("class_tokens", "class_pos_tokens") for level in range(levels)
+    }
+    return shapes
+
+
+def _pattern(template: str) -> re.Pattern:
+    pattern = re.escape(template)
+    for hole, expression in _HOLES.items():
+        pattern = pattern.replace(re.escape(hole), expression)
+    return re.compile(pattern)
+
+
+def _fill(template: str, match: re.Match) -> str:
+    for name, value in match.groupdict().items():
+        template = template.replace({"n": "{n}", "w": "{w}", "rest": "{*}"}.get(name, name), value)
+    return template
+
+
+_PATTERNS = [(_pattern(official), ours) for official, ours in _NAMES.items()]
+_REVERSE_PATTERNS = [(_pattern(ours), official) for official, ours in _NAMES.items()]
+_COPY_PATTERNS = [(_pattern(copy), original) for copy, original in _COPIES.items()]
+_DEAD_PATTERNS = [(_pattern(dead), reason) for dead, reason in _DEAD.items()]
+
+__all__ = ["OfficialKey", "OfficialKeyError", "copies", "dead_shapes", "official_name", "translate"]

@@ -44,7 +44,7 @@ CUSTOM_PIPELINES = {
 }
 
 _ENTRIES = ("configuration_unihema.py", "modeling_unihema.py", "processing_unihema.py", "pipelines.py")
-_PACKAGE = Path(__file__).parent
+_HERE = Path(__file__).parent
 
 
 def code_files(folders: list[Path]) -> list[Path]:
@@ -75,6 +75,13 @@ class SavedWithCode:
         """Whether this class was itself read from a checkpoint."""
         return cls.__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
 
+    def _code_folders(self) -> list[Path]:
+        """Where the code to save is: the package, the checkpoint on this disk, or what was fetched of one on the Hub."""
+        if not self._is_remote():
+            return [_HERE, _HERE.parent / "processing_unihema"]
+        checkpoint = Path(self._name_or_path)
+        return [checkpoint if checkpoint.is_dir() else _HERE]
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Saves the configuration, and the code of model, processor and pipelines beside it.
 
@@ -84,8 +91,7 @@ class SavedWithCode:
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        sources = [Path(self._name_or_path)] if self._is_remote() else [_PACKAGE, _PACKAGE.parent / "processing_unihema"]
-        for file in code_files(sources):
+        for file in code_files(self._code_folders()):
             if file.resolve() != (folder / file.name).resolve():
                 shutil.copyfile(file, folder / file.name)
         written = copy.copy(self)

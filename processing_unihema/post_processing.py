@@ -30,6 +30,7 @@ def post_process_object_detection(
     nms_iou: float | None = None,
     nms_within: float | None = None,
     one_class_per_query: bool = True,
+    clip: bool = True,
 ) -> list[dict[str, torch.Tensor]]:
     """Cells above the threshold, best first.
 
@@ -43,6 +44,7 @@ def post_process_object_detection(
         nms_within (`float`, *optional*): Of cells of one class also when this part of the smaller lies in the larger.
         one_class_per_query (`bool`): A cell has one name. `False` lets every query stand once for each class above the
             threshold, as mAP is computed, and overlap is then judged within a class.
+        clip (`bool`): Cut boxes at the edge of the image.
 
     Returns:
         `list[dict[str, torch.Tensor]]`: `scores` `[n]`, `labels` `[n]`, `boxes` `[n, 4]` xyxy and `queries` `[n]`, the
@@ -57,7 +59,9 @@ def post_process_object_detection(
     results = []
     for image, scores in enumerate(probabilities):
         centre, size = outputs.pred_boxes[image].float().split(2, dim=-1)
-        boxes = torch.cat((centre - size / 2, centre + size / 2), -1).clamp(0, 1)
+        boxes = torch.cat((centre - size / 2, centre + size / 2), -1)
+        if clip:
+            boxes = boxes.clamp(0, 1)
         if target_sizes is not None:
             height, width = (float(side) for side in target_sizes[image])
             boxes = boxes * boxes.new_tensor([width, height, width, height])

@@ -48,3 +48,12 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}; set UNIHEMA_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def official_dir() -> Path:
+    """What was recorded of the official model: `UNIHEMA_OFFICIAL`, or `shared/official` beside the repository."""
+    folder = Path(os.environ.get("UNIHEMA_OFFICIAL") or Path(__file__).parents[2] / "shared" / "official")
+    if not folder.is_dir():
+        pytest.skip(f"no recorded official outputs in {folder}; set UNIHEMA_OFFICIAL")
+    return folder

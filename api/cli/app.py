@@ -6,9 +6,11 @@ import sys
 import typer
 
 from unihema.cli.ask import ask
+from unihema.cli.convert import convert
 from unihema.cli.demo import demo
 from unihema.cli.evaluate import evaluate
 from unihema.cli.info import info
+from unihema.cli.parity import parity
 from unihema.cli.predict import predict
 from unihema.cli.train import train
 from unihema.version import __version__
@@ -44,6 +46,8 @@ app.command()(ask)
 app.command()(train)
 app.command()(evaluate)
 app.command()(info)
+app.command()(convert)
+app.command()(parity)
 app.command(hidden=True)(demo)
 
 

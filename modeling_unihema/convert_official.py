@@ -1,0 +1,263 @@
+"""The authors' checkpoint to ours and back, tensor by tensor."""
+
+import argparse
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .configuration_unihema import UniHemaConfig
+from .official_keys import OfficialKeyError, copies, dead_shapes, official_name, translate
+from .official_labels import OFFICIAL_CELLS, OFFICIAL_CLASSES
+
+
+# What the official maths takes, where ours does better by default.
+OFFICIAL_MATHS = {
+    "fusion_order": "image_text",
+    "attend_to_padding": True,
+    "refinement": "gated",
+    "upsampler": "learnable",
+    "morphology_loss": "asymmetric",
+    "dice_over": "batch",
+    "tie_word_embeddings": False,
+    "scfe_backbone_features": False,
+}
+# Not in any tensor's shape; the authors' configuration file, unless the checkpoint's own arguments say otherwise.
+HEADS = 8
+
+
+@dataclass
+class ConversionReport:
+    """What became of every tensor.
+
+    Args:
+        converted (`dict[str, list[str]]`): Official key -> our keys.
+        dropped (`dict[str, str]`): Official key -> why it is not read.
+    """
+
+    converted: dict[str, list[str]] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+
+    def table(self) -> str:
+        """One line a tensor, as `unihema convert --report` writes it."""
+        lines = [f"{key}\t{', '.join(ours)}" for key, ours in self.converted.items()]
+        lines += [f"{key}\tdropped: {reason}" for key, reason in self.dropped.items()]
+        return "\n".join(sorted(lines)) + "\n"
+
+
+def read_official(path: str | Path) -> tuple[dict[str, torch.Tensor], argparse.Namespace | None]:
+    """The state dict and the arguments in an official `.pth`, read without running anything it holds.
+
+    Tensors stay in the file until they are used.
+
+    Args:
+        path (`str` or `Path`): The file.
+
+    Returns:
+        `tuple`: State dict with plain keys, and the training arguments where the file has them.
+
+    Raises:
+        OSError: No such file, or it cannot be read.
+        ValueError: It is no PyTorch checkpoint, holds what must not be unpickled, or has no model in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            try:
+                content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                # A file of PyTorch before 1.6 cannot be mapped.
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{path}: not a PyTorch checkpoint that can be read safely ({reason}). It must be the authors' .pth: tensors, "
+            "and training arguments as argparse.Namespace; nothing else is unpickled."
+        ) from error
+    arguments = content.get("args") if isinstance(content, dict) else None
+    state = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{path}: holds no state dict, neither at its top level nor under 'model'.")
+    return {key.removeprefix("module."): value for key, value in state.items()}, arguments
+
+
+def official_config(
+    state: Mapping[str, torch.Tensor], arguments: argparse.Namespace | None = None, **overrides: Any
+) -> UniHemaConfig:
+    """The configuration whose model has the shapes, and does the maths, of an official state dict.
+
+    Args:
+        state (`Mapping[str, torch.Tensor]`): Official keys; only shapes are looked at.
+        arguments (`argparse.Namespace`, *optional*): The authors' training arguments.
+        **overrides: Fields of the configuration.
+
+    Raises:
+        OfficialKeyError: A tensor that tells the size of the model is missing.
+    """
+
+    def shape(key: str) -> tuple[int, ...]:
+        if key not in state:
+            raise OfficialKeyError(f"{key} is missing: this is not a checkpoint of the official Uni-Hema model.")
+        return tuple(state[key].shape)
+
+    def layers(pattern: str) -> int:
+        return 1 + max((int(match[1]) for key in state if (match := re.match(pattern, key))), default=-1)
+
+    levels, width = shape("transformer.level_embed")
+    heads = getattr(arguments, "nheads", HEADS)
+    samples = shape("transformer.encoder.layers.0.self_attn.attention_weights.weight")[0]
+    vocabulary, text_width = shape("T5_model.shared.weight")
+    text_heads = shape("T5_model.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")[1]
+    values = shape("morphology_embed.0.weight")[0]
+    classes, cells = shape("class_embed.0.weight")[0], shape("classifier_image.classifier2.6.weight")[0]
+    if values != 12:
+        raise OfficialKeyError(
+            f"morphology_embed has {values} outputs; the official model has 12, six attributes of two."
+        )
+    fields = {
+        "d_model": width,
+        "num_feature_levels": levels,
+        "num_attention_heads": heads,
+        "num_sampling_points": samples // (heads * levels),
+        "encoder_layers": layers(r"transformer\.encoder\.layers\.(\d+)\."),
+        "decoder_layers": layers(r"transformer\.decoder\.layers\.(\d+)\."),
+        "encoder_ffn_dim": shape("transformer.encoder.layers.0.linear1.weight")[0],
+        "decoder_ffn_dim": shape("transformer.decoder.layers.0.linear1.weight")[0],
+        "num_queries": shape("transformer.tgt_embed.weight")[0],
+        "fusion_queries": shape("xformer.queries")[0],
+        "fusion_layers": layers(r"xformer\.layers\.(\d+)\."),
+        "fusion_ffn_dim": shape("xformer.layers.0.ffn.0.weight")[0],
+        "id2label": _names(OFFICIAL_CLASSES, classes),
+        "single_cell_labels": list(_names(OFFICIAL_CELLS, cells).values()),
+        "text_config": {
+            "model_type": "t5",
+            "vocab_size": vocabulary,
+            "d_model": text_width,
+            "d_kv": shape("T5_model.encoder.block.0.layer.0.SelfAttention.q.weight")[0] // text_heads,
+            "d_ff": shape("T5_model.encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
+            "num_layers": layers(r"T5_model\.encoder\.block\.(\d+)\."),
+            "num_decoder_layers": layers(r"T5_model\.decoder\.block\.(\d+)\."),
+            "num_heads": text_heads,
+            "feed_forward_proj": "gated-gelu",
+        },
+        **OFFICIAL_MATHS,
+    }
+    return UniHemaConfig(**{**fields, **overrides})
+
+
+def _names(known: list[str], count: int) -> dict[int, str]:
+    names = known if len(known) == count else [f"class {index}" for index in range(count)]
+    return dict(enumerate(names))
+
+
+def from_official(
+    state: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]
+) -> tuple[dict[str, torch.Tensor], ConversionReport]:
+    """An official state dict under our names. Tensors are views of the given ones, not copies.
+
+    Args:
+        state (`Mapping[str, torch.Tensor]`): Official keys.
+        shapes (`Mapping[str, torch.Size]`): Of every tensor of our model.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], ConversionReport]`
+
+    Raises:
+        OfficialKeyError: A key that is not known or is missing, a shape that does not fit, or copies of one tensor that
+            differ. All of them are named.
+    """
+    found, report, problems = {}, ConversionReport(), []
+    for key, value in state.items():
+        try:
+            target = translate(key)
+        except OfficialKeyError as error:
+            problems.append(str(error))
+            continue
+        if target.reason:
+            report.dropped[key] = target.reason
+            if target.copy_of not in ("", key):
+                original = state.get(target.copy_of)
+                if original is None:
+                    problems.append(f"{target.copy_of} is missing, but its copy {key} is there.")
+                elif not _same(value, original):
+                    problems.append(f"{key} differs from {target.copy_of}, of which it should be a copy.")
+            continue
+        parts = value.chunk(len(target.ours)) if len(target.ours) > 1 else (value,)
+        for ours, part in zip(target.ours, parts, strict=True):
+            wanted = shapes.get(ours)
+            if wanted is None or part.numel() != wanted.numel() or _plain(part.shape) != _plain(wanted):
+                there = "no such tensor in a model of this size" if wanted is None else f"{list(wanted)} here"
+                problems.append(f"{key} has shape {list(value.shape)}: {there} ({ours}).")
+            else:
+                found[ours] = part.reshape(wanted)
+        report.converted[key] = list(target.ours)
+    # Frozen BatchNorms of the official backbone do not count batches.
+    missing = [key for key in shapes if key not in found and not key.endswith("num_batches_tracked")]
+    problems += [f"nothing in the checkpoint becomes {key}." for key in missing]
+    if problems:
+        raise OfficialKeyError("Cannot convert this checkpoint:\n" + "\n".join(f"- {line}" for line in problems))
+    found.update(
+        {key: torch.zeros((), dtype=torch.long) for key in shapes if key not in found and _plain(shapes[key]) == []}
+    )
+    return found, report
+
+
+def _plain(shape: torch.Size) -> list[int]:
+    """A shape without leading ones, which some learned tokens have there and not here."""
+    sizes = list(shape)
+    while sizes and sizes[0] == 1 and math.prod(sizes) == math.prod(sizes[1:]) and len(sizes) > 1:
+        sizes.pop(0)
+    return sizes
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() or (a.shape == b.shape and torch.equal(a, b))
+
+
+def to_official(state: Mapping[str, torch.Tensor], config: UniHemaConfig) -> dict[str, torch.Tensor]:
+    """Our state dict under the official names, complete enough for the authors' strict loading.
+
+    Args:
+        state (`Mapping[str, torch.Tensor]`): Our keys.
+        config ([`UniHemaConfig`]): Of the same model.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Copies share their storage. Tensors that have no effect there are zeros.
+
+    Raises:
+        OfficialKeyError: The model has a part, or leaves one out, that the official one does not.
+    """
+    official: dict[str, torch.Tensor] = {}
+    for key in state:
+        if key.endswith("num_batches_tracked") and key.startswith("model.visual_backbone."):
+            continue
+        name = official_name(key)
+        if name in official:
+            continue
+        missing = [ours for ours in translate(name).ours if ours not in state]
+        if missing:
+            raise OfficialKeyError(f"{missing[0]} is missing, which the official model needs as {name}.")
+        parts = [state[ours] for ours in translate(name).ours]
+        official[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    token = official["transformer.encoder.cls_token"]
+    official["transformer.encoder.cls_token"] = token.reshape(1, 1, -1)
+    official |= {copy: official[original] for copy, original in copies(config).items()}
+    return official | {name: torch.zeros(shape) for name, shape in dead_shapes(config).items()}
+
+
+__all__ = [
+    "OFFICIAL_MATHS",
+    "ConversionReport",
+    "from_official",
+    "official_config",
+    "read_official",
+    "to_official",
+]
