@@ -1,6 +1,7 @@
 """Image processor of UniHema: resize, pad and normalise for each task; annotations in, results in pixels out."""
 
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tvf
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature, get_size_dict
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+    pil_torch_interpolation_mapping,
+)
 from transformers.processing_utils import ImagesKwargs
 
 from .annotations import detection_labels
@@ -60,7 +68,6 @@ class UniHemaImageProcessor(TorchvisionBackend):
     do_normalize = True
     do_pad = True
     do_convert_rgb = True
-    size = FIELD_SIZE
     default_to_square = False
     rescale_factor = 1 / 255
     task = "detection"
@@ -82,31 +89,37 @@ class UniHemaImageProcessor(TorchvisionBackend):
         kwargs["size"] = kwargs["task_sizes"]["detection"]
         super().__init__(**kwargs)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The settings to save; `size` is left out, so that one given on loading can be told from a saved one."""
-        settings = super().to_dict()
-        settings.pop("size", None)
-        return settings
+    @property
+    def size(self) -> SizeDict:
+        """The size of detection, kept in `task_sizes`: so that one given on loading can be told from a saved one."""
+        return SizeDict(**self.task_sizes["detection"])
+
+    @size.setter
+    def size(self, size: int | dict[str, int] | SizeDict):
+        self.task_sizes = {**(self.task_sizes or {}), "detection": dict(get_size_dict(size, default_to_square=False))}
 
     def __call__(self, images, annotations=None, masks=None, **kwargs: Any) -> BatchFeature:
         """
         Args:
             images: One image or a list: paths, PIL images, or arrays and tensors, channels first or last. Floats up
-                to 1 count as 0..1; with `do_rescale=False` floats are taken as they are.
+                to 1 count as 0..1; with `do_rescale=False` floats are taken as they are. All become RGB.
             annotations (`dict` or `list[dict]`, *optional*): COCO annotations of each image: `image_id` and
                 `annotations`, each with `bbox` (x, y, width, height in pixels), `category_id` and optionally
                 `iscrowd`, `area` and `morphology` (value indices, -100 missing).
             masks (*optional*): For each image a two-dimensional array or PIL image of its size, nonzero on cells.
-            **kwargs: `task`, `size` (instead of the task's own), `return_tensors` ("pt"), `device`, and any other
-                attribute of the processor.
+            **kwargs: `task`, `size` (instead of the task's own), `pad_size` (instead of the largest image's),
+                `input_data_format` (`"channels_first"` or `"channels_last"`, where the shape does not tell), `device`,
+                and any other attribute of the processor.
 
         Returns:
             `BatchFeature`: `pixel_values` `[B, 3, H, W]`, `pixel_mask` `[B, H, W]` (1 on the image), and `labels`: a
-            list of dictionaries for annotations, `[B, H, W]` int64 for masks (-100 on padding).
+            list of dictionaries for annotations, `[B, H, W]` int64 for masks (-100 on padding). PyTorch tensors on
+            `device`, whatever `return_tensors` says.
 
         Raises:
             UnreadableImageError: An image file cannot be read.
-            ValueError: No image, or annotations or masks that do not fit the images.
+            ValueError: No image, annotations or masks that do not fit the images, a `pad_size` smaller than an image,
+                or cropping.
             TypeError: An argument the processor does not know.
         """
         return self.preprocess(images, annotations=annotations, masks=masks, **kwargs)
@@ -125,39 +138,50 @@ class UniHemaImageProcessor(TorchvisionBackend):
         if masks is not None:
             masks = list(masks) if isinstance(masks, (list, tuple)) else [masks]
             _check_count("masks", masks, images)
-        options = {name: kwargs.get(name, getattr(self, name, None)) for name in self._valid_kwargs_names}
-        if kwargs.get("size") is None:
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        options = {name: given.get(name, getattr(self, name, None)) for name in self._valid_kwargs_names}
+        if "size" not in given:
             task = options["task"]
             if task not in TASKS:
                 raise ValueError(f"Unknown task '{task}'; choose one of {', '.join(TASKS)}.")
-            options["size"] = options["task_sizes"][task]
+            options["size"] = (self.task_sizes | options["task_sizes"])[task]
         options["size"] = get_size_dict(options["size"], default_to_square=False)
+        if options["do_center_crop"]:
+            raise ValueError("do_center_crop would cut cells off: give the part of the image to look at instead.")
+        if options["data_format"] not in (None, ChannelDimension.FIRST):
+            raise ValueError(f"pixel_values are channels_first, not {options['data_format']}.")
+        for name in ("image_mean", "image_std"):
+            value = options[name]
+            options[name] = (float(value),) * 3 if np.ndim(value) == 0 else tuple(value)
 
-        device = options.get("device")
+        device = options["device"]
         prepared, mask_maps, labels = [], [], []
         for index, image in enumerate(images):
-            pixels = _as_pixels(image, options["do_rescale"])
-            pixels = pixels.to(device) if device else pixels
+            pixels = _as_pixels(image, options["do_rescale"], options["input_data_format"])
             opened = tuple(pixels.shape[-2:])
             # A very large file is reduced on opening, but its labels are in its own pixels.
             original = image_size(image) if isinstance(image, (str, Path)) else opened
             target = _fitted_size(original, options["size"]) if options["do_resize"] else opened
-            if target != opened:
-                pixels = _resize(pixels, target, options["resample"])
+            pixels = self._resized(pixels, target, options["resample"], device)
             pixels = self.rescale_and_normalize(
                 pixels,
                 options["do_rescale"],
-                options["rescale_factor"],
+                float(options["rescale_factor"]),
                 options["do_normalize"],
                 options["image_mean"],
                 options["image_std"],
             )
             prepared.append(pixels)
             if annotations is not None:
-                labels.append(detection_labels(annotations[index], index, original, target, options["invalid_boxes"]))
+                found = detection_labels(annotations[index], index, original, target, options["invalid_boxes"])
+                labels.append({name: value.to(pixels.device) for name, value in found.items()})
             if masks is not None:
-                mask_maps.append(_mask_map(masks[index], index, original, target))
-        data = self._pad_batch(prepared, options["pad_multiple"] if options["do_pad"] else 1)
+                mask_maps.append(_mask_map(masks[index], index, original, target).to(pixels.device))
+        data = self._pad_batch(
+            prepared,
+            options["pad_multiple"] if options["do_pad"] else 1,
+            options["pad_size"] if options["do_pad"] else None,
+        )
         if annotations is not None:
             data["labels"] = labels
         if masks is not None:
@@ -170,11 +194,31 @@ class UniHemaImageProcessor(TorchvisionBackend):
             )
         return BatchFeature(data)
 
+    def _resized(
+        self, pixels: torch.Tensor, target: tuple[int, int], resample: PILImageResampling, device
+    ) -> torch.Tensor:
+        """Pixels `[3, H, W]` of size `target`, on `device`."""
+        pixels = pixels.to(device) if device else pixels
+        mode = resampling(resample)
+        if target == tuple(pixels.shape[-2:]):
+            return pixels
+        return tvf.resize(pixels, list(target), pil_torch_interpolation_mapping[mode], antialias=True)
+
     @staticmethod
-    def _pad_batch(images: list[torch.Tensor], multiple: int) -> dict[str, torch.Tensor]:
-        height = max(-(-image.shape[-2] // multiple) * multiple for image in images)
-        width = max(-(-image.shape[-1] // multiple) * multiple for image in images)
-        pixel_values = images[0].new_zeros(len(images), 3, height, width)
+    def _pad_batch(images: list[torch.Tensor], multiple: int, size) -> dict[str, torch.Tensor]:
+        largest = [max(image.shape[side] for image in images) for side in (-2, -1)]
+        height, width = (-(-side // multiple) * multiple for side in largest)
+        if size is not None:
+            size = get_size_dict(size, param_name="pad_size")
+            if size.keys() != {"height", "width"}:
+                raise ValueError(f"pad_size needs height and width, got {' and '.join(size)}.")
+            height, width = size["height"], size["width"]
+            if height < largest[0] or width < largest[1]:
+                raise ValueError(
+                    f"pad_size {height}x{width} is smaller than the batch's largest image, {largest[0]}x{largest[1]}."
+                )
+        dtype = reduce(torch.promote_types, (image.dtype for image in images))
+        pixel_values = images[0].new_zeros(len(images), 3, height, width, dtype=dtype)
         pixel_mask = torch.zeros(len(images), height, width, dtype=torch.long, device=pixel_values.device)
         for row, image in enumerate(images):
             pixel_values[row, :, : image.shape[-2], : image.shape[-1]] = image
@@ -218,7 +262,7 @@ def image_list(images) -> list:
     return images
 
 
-def _as_pixels(image, rescaled: bool) -> torch.Tensor:
+def _as_pixels(image, rescaled: bool, channels: str | None = None) -> torch.Tensor:
     """Any image as a tensor `[3, H, W]`: uint8, or the floats that came if they will not be rescaled."""
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         if not isinstance(image, (str, Path, Image.Image)):
@@ -227,6 +271,8 @@ def _as_pixels(image, rescaled: bool) -> torch.Tensor:
     pixels = torch.as_tensor(np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image.detach())
     if pixels.ndim == 2:
         pixels = pixels[None]
+    elif pixels.ndim == 3 and channels is not None:
+        pixels = pixels.permute(2, 0, 1) if ChannelDimension(channels) == ChannelDimension.LAST else pixels
     elif pixels.ndim == 3:
         first, last = pixels.shape[0] in (1, 3, 4), pixels.shape[-1] in (1, 3, 4)
         # Where both could be the channels, each library's own order decides.
@@ -237,11 +283,14 @@ def _as_pixels(image, rescaled: bool) -> torch.Tensor:
             "Pixels must be [H, W], or have 1, 3 or 4 channels first or last, and not be empty; got shape "
             f"{tuple(image.shape)}."
         )
-    as_it_is = pixels.dtype == torch.uint8 or (pixels.is_floating_point() and not rescaled)
-    if as_it_is and pixels.shape[0] != 4:
-        return pixels.expand(3, -1, -1)
     if pixels.is_floating_point():
         pixels = pixels.float()
+    if pixels.dtype == torch.uint8 or (pixels.is_floating_point() and not rescaled):
+        if pixels.shape[0] != 4:
+            return pixels.expand(3, -1, -1)
+        if pixels.is_floating_point():
+            colours, opacity = pixels.split((3, 1))
+            return colours * opacity + (1 - opacity)
     opened = load_image(pixels.permute(1, 2, 0).cpu().numpy())
     return torch.from_numpy(np.array(opened)).permute(2, 0, 1).to(pixels.device)
 
@@ -261,11 +310,15 @@ def _fitted_size(original: tuple[int, int], size: dict[str, int]) -> tuple[int, 
     return tuple(max(1, round(side * min(scales))) for side in original)
 
 
-def _resize(pixels: torch.Tensor, target: tuple[int, int], resample: PILImageResampling) -> torch.Tensor:
-    modes = {0: "nearest", 2: "bilinear", 3: "bicubic"}
-    if int(resample) not in modes:
+def resampling(resample: PILImageResampling | int) -> PILImageResampling:
+    """The way to resize, if it is one both backends and every device know.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if int(resample) not in (0, 2, 3):
         raise ValueError(f"resample must be 0 (nearest), 2 (bilinear) or 3 (bicubic), got {int(resample)}.")
-    return tvf.resize(pixels, list(target), tvf.InterpolationMode(modes[int(resample)]), antialias=True)
+    return PILImageResampling(int(resample))
 
 
 def _mask_map(mask, index: int, original: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:

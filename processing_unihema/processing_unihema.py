@@ -100,9 +100,10 @@ class UniHemaProcessor(ProcessorMixin):
             masks (*optional*): Masks, see [`UniHemaImageProcessor`].
             answers (*optional*): Answers to learn, shaped like `text`; they become `labels`.
             class_names (`Sequence[str]`, *optional*): Class names for the prompt of every image, instead of `text`.
-            **kwargs: `size`, `device` and other arguments of the image processor, also as `images_kwargs`. Tensors are
-                always PyTorch's, and texts always padded and never cut, whatever `return_tensors`, `padding` and
-                `truncation` say.
+            **kwargs: `size`, `device` and other arguments of the image processor, also as `images_kwargs`;
+                `padding="max_length"` with `max_length` (`max_text_length` when missing), also as `text_kwargs`, to pad
+                `text` to that many tokens. Tensors are always PyTorch's, and texts always padded and never cut,
+                whatever `return_tensors`, `padding` and `truncation` say.
 
         Returns:
             `BatchFeature`: `pixel_values`, `pixel_mask`, `input_ids`, `attention_mask` and `labels`, as far as the task
@@ -110,7 +111,7 @@ class UniHemaProcessor(ProcessorMixin):
 
         Raises:
             ValueError: Nothing to process, an unknown task, text that is too long or does not fit the images, labels
-                that do not fit the task.
+                that do not fit the task, an argument given twice.
             TypeError: An argument the processor does not know.
         """
         if task is None:
@@ -119,7 +120,7 @@ class UniHemaProcessor(ProcessorMixin):
             raise ValueError(f"Unknown task '{task}'; choose one of {', '.join(TASKS)}.")
         if images is None and text is None:
             raise ValueError("Nothing to process: give images, text or both.")
-        image_options = self._image_options(kwargs)
+        image_options, text_length = self._options(kwargs)
         _check_task(task, images, annotations=annotations, masks=masks, answers=answers, class_names=class_names)
         data = {}
         count = None
@@ -135,7 +136,7 @@ class UniHemaProcessor(ProcessorMixin):
             prompts = self._names_prompts(task, text, count)
         else:
             prompts = self._language_prompts(task, text, count)
-        data.update(self._tokenize(prompts, "text"))
+        data.update(self._tokenize(prompts, "text", text_length))
         if answers is not None:
             if len(set(_row_lengths(answers) or [1])) > 1:
                 raise ValueError("Images have different numbers of answers: give one answer for each text of an image.")
@@ -148,16 +149,31 @@ class UniHemaProcessor(ProcessorMixin):
             data = {k: v.to(image_options["device"]) if isinstance(v, torch.Tensor) else v for k, v in data.items()}
         return BatchFeature(data)
 
-    def _image_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The image processor's part of the call's arguments."""
-        options = {**kwargs, **kwargs.get("images_kwargs", {})}
-        known = set(self.image_processor._valid_kwargs_names)
-        groups = UniHemaProcessorKwargs.__annotations__.keys()
-        texts = TextKwargs.__annotations__.keys()
-        unknown = options.keys() - known - groups - texts - {"return_tensors"}
+    def _options(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
+        """Of the call's arguments those of the image processor, and the length to pad texts to."""
+        known = {
+            "images_kwargs": set(self.image_processor._valid_kwargs_names),
+            "text_kwargs": set(TextKwargs.__annotations__),
+            "common_kwargs": {"return_tensors"},
+        }
+        options = {name: value for name, value in kwargs.items() if name not in known}
+        unknown = options.keys() - set().union(*known.values())
+        for group, names in known.items():
+            nested = kwargs.get(group) or {}
+            unknown |= nested.keys() - names
+            twice = sorted(nested.keys() & options.keys())
+            if twice:
+                raise ValueError(f"{' and '.join(twice)} given twice: as an argument and in {group}.")
         if unknown:
             raise TypeError(f"{type(self).__name__} has no argument {' and no '.join(sorted(unknown))}.")
-        return {name: value for name, value in options.items() if name in known}
+        text = options | (kwargs.get("text_kwargs") or {})
+        length = None
+        if text.get("padding") == "max_length":
+            length = text.get("max_length") or self.max_text_length
+            if length > self.max_text_length:
+                raise ValueError(f"max_length is {length}; the limit is {self.max_text_length} (max_text_length).")
+        images = options | (kwargs.get("images_kwargs") or {})
+        return {name: value for name, value in images.items() if name in known["images_kwargs"]}, length
 
     def _names_prompts(self, task: str, text, count: int | None) -> list[str]:
         if text is None:
@@ -191,15 +207,19 @@ class UniHemaProcessor(ProcessorMixin):
             raise ValueError(f"{len(texts)} texts for {count} images: give every image the same number of texts.")
         return [task_prompt(task, entry) for entry in texts]
 
-    def _tokenize(self, texts: list[str], what: str) -> dict[str, torch.Tensor]:
-        tokens = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=True)
+    def _tokenize(self, texts: list[str], what: str, length: int | None = None) -> dict[str, torch.Tensor]:
+        options = {"return_tensors": "pt", "add_special_tokens": True}
+        tokens = self.tokenizer(texts, padding=True, **options)
         lengths = tokens["attention_mask"].sum(1)
-        if int(lengths.max()) > self.max_text_length:
+        limit, name = (self.max_text_length, "max_text_length") if length is None else (length, "max_length")
+        if int(lengths.max()) > limit:
             longest = int(lengths.argmax())
             raise ValueError(
-                f"The {what} {texts[longest][:80]!r}... has {int(lengths[longest])} tokens; the limit is "
-                f"{self.max_text_length} (max_text_length). Shorten it."
+                f"The {what} {texts[longest][:80]!r}... has {int(lengths[longest])} tokens; the limit is {limit} ({name}). "
+                "Shorten it."
             )
+        if length is not None:
+            tokens = self.tokenizer(texts, padding="max_length", max_length=length, **options)
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
     def decode_answers(self, token_ids: torch.Tensor | np.ndarray | Sequence[Sequence[int]]) -> list[str]:
