@@ -55,10 +55,13 @@ def _register_image_processor() -> None:
     from transformers import AutoImageProcessor
 
     from .modeling_unihema.configuration_unihema import UniHemaConfig
+    from .processing_unihema.image_processing_pil_unihema import UniHemaImageProcessorPil
     from .processing_unihema.image_processing_unihema import UniHemaImageProcessor
 
     AutoImageProcessor.register(
-        UniHemaConfig, image_processor_classes={"torchvision": UniHemaImageProcessor}, exist_ok=True
+        UniHemaConfig,
+        image_processor_classes={"torchvision": UniHemaImageProcessor, "pil": UniHemaImageProcessorPil},
+        exist_ok=True,
     )
 
 

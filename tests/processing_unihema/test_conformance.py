@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 from transformers.image_utils import ChannelDimension
 
-from unihema import UniHemaConfig, UniHemaImageProcessor, UniHemaProcessor
+from unihema import UniHemaImageProcessor, UniHemaProcessor
 from unihema.modeling_unihema.outputs import UniHemaDetectionOutput, UniHemaSegmentationOutput
 from unihema.processing_unihema.image_processing_pil_unihema import UniHemaImageProcessorPil
 
@@ -36,12 +36,6 @@ CHANGED = {
 # One of the 255 levels of a pixel, after division by the smallest of the standard deviations.
 ONE_LEVEL = 1 / 255 / 0.224
 QUESTION = "What type of white blood cell is this?"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    """Both backends known to `AutoImageProcessor`."""
-    AutoImageProcessor.register(UniHemaConfig, image_processor_classes={"pil": UniHemaImageProcessorPil}, exist_ok=True)
 
 
 @pytest.fixture(params=BACKENDS)
