@@ -57,7 +57,7 @@ setup(
         "typer>=0.29,<1",
     ],
     extras_require={
-        "dev": ["pytest>=9,<10", "pytest-socket>=0.8,<1", "ruff>=0.17,<1"],
+        "dev": ["pytest>=9,<10", "sentencepiece>=0.2.3,<1", "protobuf>=7,<8", "pytest-socket>=0.8,<1", "ruff>=0.17,<1"],
         "convert": ["sentencepiece>=0.2.3,<1", "protobuf>=7,<8"],
         "timm": ["timm>=1.0.31,<2"],
         "tokenizer-training": ["sentencepiece>=0.2.3,<1"],

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,11 +156,14 @@ def convert_to_official(source: str | Path, path: str | Path) -> int:
 
     from .checkpoint import load_checkpoint
     from .modeling_unihema.convert_official import to_official
+    from .modeling_unihema.modeling_unihema import UniHemaForMultiTask
 
     path = Path(path)
     if path.exists():
         raise ValueError(f"{path} is there already: choose a new file or delete it.")
     model, _ = load_checkpoint(source, device="cpu")
+    if not isinstance(model, UniHemaForMultiTask):
+        raise ValueError(f"{source} is a {type(model).__name__}: the official model has every head, this one has not.")
     official = to_official(model.state_dict(), model.config)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -177,8 +181,6 @@ def _check_new(folder: Path) -> None:
 
 
 def _load_tokenizer(tokenizer: str | Path | None) -> "PreTrainedTokenizerBase":
-    import warnings
-
     from transformers import AutoTokenizer, T5Tokenizer
 
     path = Path(tokenizer) if tokenizer is not None else None
@@ -197,8 +199,8 @@ def _load_tokenizer(tokenizer: str | Path | None) -> "PreTrainedTokenizerBase":
                 return T5Tokenizer.from_pretrained(folder)
             except (ImportError, ValueError, OSError) as error:
                 raise ValueError(
-                    f"{path}: cannot be read as a SentencePiece model ({str(error).strip().splitlines()[0]}). It must be "
-                    "T5's spiece.model, and reading it needs `pip install unihema[convert]`."
+                    f"{path}: cannot be read as a SentencePiece model. It must be T5's spiece.model, and reading it needs "
+                    f"`pip install unihema[convert]`. Reported: {str(error).strip().splitlines()[0]}"
                 ) from error
     try:
         return AutoTokenizer.from_pretrained(str(tokenizer or T5_TOKENIZER))

@@ -97,10 +97,17 @@ def parity(folder: str | Path) -> list[ParityRow]:
         golden = {name: torch.from_numpy(stored[name]) for name in stored}
     with torch.no_grad():
         ours = _our_arrays(_recorded_model(manifest), golden)
-    return [_compare(name, ours[name], recorded) for name, recorded in golden.items()]
+    return [compare_arrays(name, ours[name], recorded) for name, recorded in golden.items()]
 
 
-def _compare(name: str, ours: "torch.Tensor", recorded: "torch.Tensor") -> ParityRow:
+def compare_arrays(name: str, ours: "torch.Tensor", recorded: "torch.Tensor") -> ParityRow:
+    """One recorded array against ours.
+
+    Args:
+        name (`str`): Its name, which decides on the tolerance.
+        ours (`torch.Tensor`): As many entries as recorded.
+        recorded (`torch.Tensor`): Integers have to be equal.
+    """
     import torch
 
     ours = ours.detach().reshape(recorded.shape)
@@ -155,13 +162,14 @@ def _our_arrays(model, golden: Mapping[str, "torch.Tensor"]) -> dict[str, "torch
         module.register_forward_hook(lambda _, __, output, name=name: seen.update({name: output}))
         for name, module in {
             "normed": trunk.query_selection.token_norm,
+            "moved": trunk.query_selection.box_head,
             "attended": trunk.hema_former.text_guided_visual_refinement.attention,
         }.items()
     ]
     states = trunk(pixels, mask, **text, task="segmentation", output_hidden_states=True, return_dict=True)
     for hook in hooks:
         hook.remove()
-    ours |= dict(_query_arrays(model, levels, states, seen, golden))
+    ours |= dict(_query_arrays(model, levels, states, seen))
     ours |= dict(_detection_losses(model, states, golden))
     ours |= dict(_post_processed(model, states))
     ours |= dict(_mask_arrays(model, states))
@@ -186,7 +194,7 @@ def _backbone_arrays(model, pixels, levels) -> Iterator[tuple[str, "torch.Tensor
         yield f"input_proj_{number}", level
 
 
-def _query_arrays(model, levels, states, seen, golden) -> Iterator[tuple[str, "torch.Tensor"]]:
+def _query_arrays(model, levels, states, seen) -> Iterator[tuple[str, "torch.Tensor"]]:
     import torch
 
     from unihema.modeling_unihema.box_geometry import inverse_sigmoid
@@ -197,10 +205,10 @@ def _query_arrays(model, levels, states, seen, golden) -> Iterator[tuple[str, "t
     yield "enc_output_memory_stride4", seen["normed"][..., ::4]
     yield "topk_indices", states.proposal_indices
     anchors = trunk.query_selection._anchors(levels)[0]
-    yield "init_box_proposal", anchors.gather(1, states.proposal_indices[..., None].expand(-1, -1, 4)).sigmoid()
-    # Ours keeps the proposals' boxes; their logits are recorded where the sigmoid has not lost them.
+    anchors = anchors.gather(1, states.proposal_indices[..., None].expand(-1, -1, 4))
+    yield "init_box_proposal", anchors.sigmoid()
+    yield "ref_points_unsigmoid", anchors + seen["moved"]
     boxes = states.proposal_boxes
-    yield "ref_points_unsigmoid", torch.logit(boxes.double()).float()
     yield "interm_pred_logits", states.proposal_logits
     yield "interm_pred_boxes", boxes
     yield "tgvr_attended", seen["attended"][0]
@@ -310,4 +318,4 @@ def parity_table(rows: list[ParityRow]) -> str:
     return "\n".join(lines) + "\n"
 
 
-__all__ = ["ParityRow", "official_state", "official_value", "parity", "parity_table"]
+__all__ = ["ParityRow", "compare_arrays", "official_state", "official_value", "parity", "parity_table"]

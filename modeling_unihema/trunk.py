@@ -184,6 +184,8 @@ class UniHemaModel(UniHemaPreTrainedModel):
         if task in LANGUAGE_TASKS:
             return self._fuse_with_text(pixel_values, pixel_mask, input_ids, attention_mask, states, weights)
         recorded = {f"output_{name}": states if "hidden" in name else weights for name in self._can_record_outputs}
+        # Cross-attentions are recorded under the name of the attentions, whatever their own says.
+        recorded["output_attentions"] = weights
         return self._look(pixel_values, pixel_mask, input_ids, attention_mask, task, make_denoising, **recorded)
 
     @capture_outputs

@@ -105,22 +105,28 @@ def distinct_cells(
     Returns:
         `torch.Tensor`: bool `[n]`.
     """
-    if not len(boxes):
-        return torch.ones(0, dtype=torch.bool, device=boxes.device)
+    keep = torch.ones(len(boxes), dtype=torch.bool)
+    if not across_classes:
+        # Class by class: every query under every class would be too many pairs at once.
+        for label in labels.unique():
+            own = labels == label
+            keep[own.cpu()] = distinct_cells(boxes[own], labels[own], iou, within).cpu()
+        return keep.to(boxes.device)
     same = labels[:, None] == labels
     overlap = box_iou(boxes, boxes)
     repeats = torch.zeros_like(same)
     if iou is not None:
-        repeats |= (overlap > iou) & (same | across_classes)
+        repeats |= overlap > iou
     if within is not None:
         area = box_area(boxes)
         intersection = overlap * (area[:, None] + area) / (1 + overlap)
         repeats |= (intersection > within * torch.minimum(area[:, None], area)) & same
-    keep = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
+    # One transfer, not one for each cell; only a cell that stays takes others with it.
+    repeats = repeats.triu(1).cpu()
     for cell in range(len(boxes)):
         if keep[cell]:
-            keep[cell + 1 :] &= ~repeats[cell, cell + 1 :]
-    return keep
+            keep &= ~repeats[cell]
+    return keep.to(boxes.device)
 
 
 def post_process_morphology(

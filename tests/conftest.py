@@ -44,16 +44,17 @@ def seeded():
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data: `UNIHEMA_DATA`, or `shared/data` beside the repository."""
-    folder = Path(os.environ.get("UNIHEMA_DATA") or Path(__file__).parents[2] / "shared" / "data")
-    if not folder.is_dir():
-        pytest.skip(f"no real data in {folder}; set UNIHEMA_DATA")
-    return folder
+    return _folder("UNIHEMA_DATA", "data", "real data")
 
 
 @pytest.fixture(scope="session")
 def official_dir() -> Path:
     """What was recorded of the official model: `UNIHEMA_OFFICIAL`, or `shared/official` beside the repository."""
-    folder = Path(os.environ.get("UNIHEMA_OFFICIAL") or Path(__file__).parents[2] / "shared" / "official")
+    return _folder("UNIHEMA_OFFICIAL", "official", "recorded official outputs")
+
+
+def _folder(variable: str, name: str, what: str) -> Path:
+    folder = Path(os.environ.get(variable) or Path(__file__).parents[2] / "shared" / name)
     if not folder.is_dir():
-        pytest.skip(f"no recorded official outputs in {folder}; set UNIHEMA_OFFICIAL")
+        pytest.skip(f"no {what} in {folder}; set {variable}")
     return folder

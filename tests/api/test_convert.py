@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_checkpoint import save_tiny_checkpoint
 
 import unihema
 from unihema.convert import TokenizerWarning, convert_from_official, convert_to_official
@@ -159,8 +160,8 @@ def test_other_bad_input(checkpoint, tmp_path):
 
 
 def test_a_sentencepiece_file_that_is_not_t5s_is_told(checkpoint, tmp_path):
-    sentencepiece = pytest.importorskip("sentencepiece")
-    pytest.importorskip("google.protobuf")
+    import sentencepiece
+
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"neutrophil {n} lymphocyte basophil {n * 7}" for n in range(200)), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
@@ -182,6 +183,13 @@ def test_a_model_of_another_kind_cannot_go_back(tmp_path):
     other = unihema.UniHemaForMultiTask(config)
     with pytest.raises(OfficialKeyError, match="merge.weight: the official model has no such tensor"):
         to_official(other.state_dict(), config)
+
+
+def test_a_model_with_one_head_cannot_go_back(tmp_path):
+    save_tiny_checkpoint(tmp_path / "one", unihema.UniHemaForDetection)
+    with pytest.raises(ValueError, match="one is a UniHemaForDetection: the official model has every head"):
+        convert_to_official(tmp_path / "one", tmp_path / "back.pth")
+    assert not (tmp_path / "back.pth").exists()
 
 
 def test_command(checkpoint, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from unihema.parity import _compare, official_value, parity, parity_table
+from unihema.parity import compare_arrays, official_value, parity, parity_table
 
 
 def test_every_recorded_array_is_reproduced(official_dir):
@@ -17,10 +17,10 @@ def test_every_recorded_array_is_reproduced(official_dir):
 
 def test_a_difference_is_seen():
     recorded = torch.tensor([1.0, 2.0])
-    assert _compare("pred_logits", recorded + 5e-5, recorded).passed
-    row = _compare("pred_logits", recorded + torch.tensor([0.0, 1e-3]), recorded)
+    assert compare_arrays("pred_logits", recorded + 5e-5, recorded).passed
+    row = compare_arrays("pred_logits", recorded + torch.tensor([0.0, 1e-3]), recorded)
     assert not row.passed and row.difference == pytest.approx(1e-3, rel=1e-3)
-    assert not _compare("topk_indices", torch.tensor([1, 2]), torch.tensor([1, 3])).passed
+    assert not compare_arrays("topk_indices", torch.tensor([1, 2]), torch.tensor([1, 3])).passed
     assert "**differs**" in parity_table([row])
 
 

@@ -8,6 +8,7 @@ import torch
 
 from unihema.modeling_unihema.denoising import ContrastiveDenoising
 from unihema.modeling_unihema.losses import (
+    asymmetric_morphology_loss,
     detection_loss,
     morphology_loss,
     segmentation_loss,
@@ -281,6 +282,37 @@ def test_morphology_all_missing_is_zero_with_a_graph(cells):
     loss = morphology_loss(logits, torch.full((cells, 2), -100), [2, 3])
     loss.backward()
     assert loss.item() == 0 and (logits.grad == 0).all()
+
+
+def test_asymmetric_morphology_by_hand():
+    logits = torch.tensor([[0.0, 0.0, 2.0, -4.0], [1.0, 3.0, 0.0, 0.0]], requires_grad=True)
+    targets = torch.tensor([[0, -100], [1, -100]])
+    loss = asymmetric_morphology_loss(logits, targets, [2, 2], torch.tensor(2.0))
+    expected = 0.0
+    for right, wrong in ((0.0, 0.0), (3.0, 1.0)):
+        right, wrong = 1 / (1 + math.exp(-right)), 1 - 1 / (1 + math.exp(-wrong)) + 0.08
+        expected -= (1 - right) * math.log(right) + (1 - wrong) ** 4 * math.log(wrong)
+    assert loss.item() == pytest.approx(expected / 2, rel=1e-5)
+    loss.backward()
+    assert (logits.grad[:, 2:] == 0).all() and (logits.grad[:, :2] != 0).all()
+
+
+def test_the_configuration_chooses_the_morphology_loss():
+    config, parts, labels = make_config(morphology_loss="asymmetric"), predictions(1), [random_labels(3)]
+    _, asymmetric = detection_loss(**parts, labels=labels, config=config)
+    _, plain = detection_loss(**parts, labels=labels, config=make_config())
+    assert asymmetric["loss_morphology"] != plain["loss_morphology"]
+    assert asymmetric["loss_ce"] == plain["loss_ce"]
+
+
+def test_dice_over_the_batch():
+    logits = torch.full((2, 1, 4), 20.0)
+    labels = torch.tensor([[[1, 1, 1, 1]], [[0, 0, 0, 0]]])
+    _, image = segmentation_loss(logits, labels)
+    _, together = segmentation_loss(logits, labels, dice_over="batch")
+    assert image["loss_dice"].item() == pytest.approx((0 + 1 - 1 / 5) / 2, abs=1e-5)
+    assert together["loss_dice"].item() == pytest.approx(1 - 9 / 13, abs=1e-5)
+    assert image["loss_focal"] == together["loss_focal"]
 
 
 def test_labels_without_morphology_are_missing_ones():

@@ -181,6 +181,51 @@ def test_several_questions_about_one_image_equal_one_at_a_time(model):
             )
 
 
+@pytest.mark.parametrize("task", TASKS)
+@torch.no_grad()
+def test_states_and_attentions_of_every_layer_on_request(task):
+    model = UniHemaForMultiTask(very_tiny_config(num_queries=12)).eval()
+    model.set_attn_implementation("eager")
+    inputs = batch(task)
+    plain = model(task=task, **inputs)
+    output = model(task=task, **inputs, output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(primary(output), primary(plain), rtol=0, atol=1e-6)
+    assert "encoder_hidden_states" not in plain and "encoder_attentions" not in plain
+    heads, levels, points, queries = 4, 4, 2, 12
+    if task in ("question_answering", "cloze"):
+        assert [tuple(states.shape) for states in output.encoder_hidden_states] == [(2, 7, 24)] * 2
+        assert [tuple(states.shape) for states in output.decoder_hidden_states] == [(2, 5, 24)] * 2
+        assert output.encoder_attentions[0].shape == (2, 2, 7, 7)
+        assert output.decoder_attentions[0].shape == (2, 2, 5, 5)
+        assert output.cross_attentions[0].shape == (2, 2, 5, 7)
+        return
+    tokens = 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2
+    assert [tuple(states.shape) for states in output.encoder_hidden_states] == [(2, tokens, 32)]
+    assert output.encoder_attentions[0].shape == (2, tokens, heads, levels, points)
+    if task == "single_cell":
+        return
+    torch.testing.assert_close(output.encoder_hidden_states[-1], output.encoder_last_hidden_state, rtol=0, atol=0)
+    assert [tuple(states.shape) for states in output.decoder_hidden_states] == [(2, queries, 32)] * 2
+    assert [tuple(weights.shape) for weights in output.decoder_attentions] == [(2, heads, queries, queries)] * 2
+    assert [tuple(w.shape) for w in output.cross_attentions] == [(2, queries, heads, levels, points)] * 2
+    for weights in (*output.encoder_attentions, *output.cross_attentions):
+        torch.testing.assert_close(weights.sum((-1, -2)), torch.ones(weights.shape[:3]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["detection", "question_answering"])
+@torch.no_grad()
+def test_official_maths_pads_text_to_its_limit(task):
+    torch.manual_seed(0)
+    model = UniHemaForMultiTask(very_tiny_config(attend_to_padding=True)).eval()
+    inputs = batch(task)
+    longer = dict(inputs)
+    for name in ("input_ids", "attention_mask"):
+        longer[name] = torch.nn.functional.pad(inputs[name], (0, 16 - inputs[name].shape[1]))
+    torch.testing.assert_close(
+        primary(model(task=task, **inputs)), primary(model(task=task, **longer)), rtol=0, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"use_cache": False}, {"do_sample": True}])
 def test_generate(model, settings):
     inputs = batch("question_answering")

@@ -240,6 +240,10 @@ def test_a_cell_boxed_twice_counts_once():
     assert distinct_cells(alike, torch.tensor([0, 1])).tolist() == [True, False]
     assert distinct_cells(alike, torch.tensor([0, 1]), across_classes=False).tolist() == [True, True]
     assert distinct_cells(alike, same[:2], iou=0.95, within=None).tolist() == [True, True]
+    within_a_class = distinct_cells(
+        torch.tensor([whole, whole, nucleus]), torch.tensor([0, 1, 1]), across_classes=False
+    )
+    assert within_a_class.tolist() == [True, True, False]
     # What a dropped cell covers is free for the next one.
     chain = torch.tensor([[0.0, 0, 100, 10], [20.0, 0, 120, 10], [40.0, 0, 140, 10]])
     assert distinct_cells(chain, same, within=None).tolist() == [True, False, True]
