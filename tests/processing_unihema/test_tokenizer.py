@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -118,8 +119,8 @@ def test_loading_needs_neither_sentencepiece_nor_protobuf_nor_the_network():
 
 
 def test_training_again_gives_the_committed_file(tmp_path):
-    pytest.importorskip("sentencepiece")
-    for script in DEFAULT_TOKENIZER.glob("*.py"):
+    # An installed package has the files to load, not the script that made them.
+    for script in (Path(__file__).parents[2] / "processing_unihema" / "tokenizer").glob("*.py"):
         shutil.copy(script, tmp_path)
     subprocess.run([sys.executable, "train_tokenizer.py"], cwd=tmp_path, check=True, capture_output=True, timeout=120)
     trained = json.loads((tmp_path / "tokenizer.json").read_text())
