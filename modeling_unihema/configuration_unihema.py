@@ -99,6 +99,8 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
     """
 
     model_type = "unihema"
+    # Whether the classes were renamed while loading.
+    relabelled = False
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "hidden_size": "d_model",
@@ -236,6 +238,31 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         decoder_config = copy.deepcopy(self.text_config)
         decoder_config.num_layers = layers
         return decoder_config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "UniHemaConfig":
+        """Reads a saved configuration, as [`~PreTrainedConfig.from_dict`] does.
+
+        `id2label` and `num_labels` given here, which is where `from_pretrained` of a model brings them, name the classes
+        of the model that is loaded: the detection classes, and those of a `UniHemaForImageClassification`.
+
+        Args:
+            config_dict (`dict[str, Any]`): What was saved.
+            **kwargs: Fields to change.
+        """
+        renamed = bool({"id2label", "num_labels"} & kwargs.keys()) and "single_cell_labels" not in kwargs
+        made = super().from_dict(config_dict, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        config.relabelled = renamed
+        if renamed and "label2id" not in kwargs:
+            config.label2id = {name: index for index, name in config.id2label.items()}
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved."""
+        fields = super().to_dict()
+        fields.pop("relabelled", None)
+        return fields
 
     @property
     def morphology_sizes(self) -> list[int]:

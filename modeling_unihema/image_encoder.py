@@ -56,15 +56,16 @@ class ImageEncoder(nn.Module):
         self.level_embedding = nn.Parameter(torch.empty(config.num_feature_levels, config.d_model))
         self.layers = nn.ModuleList([ImageEncoderLayer(config) for _ in range(config.encoder_layers)])
 
-    def forward(self, levels: FeatureLevels) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, levels: FeatureLevels) -> torch.Tensor:
         """
         Args:
-            levels ([`FeatureLevels`]): Projected feature levels.
+            tokens (`torch.Tensor`): The projected feature levels as tokens `[B, S, d]`.
+            levels ([`FeatureLevels`]): Their shapes, positions and padding.
 
         Returns:
             `torch.Tensor`: Encoded tokens `[B, S, d]`, levels concatenated.
         """
-        tokens, padding = levels.tokens, levels.padding
+        padding = levels.padding
         positions = torch.cat(
             [
                 position.flatten(2).transpose(1, 2) + embedding

@@ -130,6 +130,14 @@ class UniHemaForSegmentation(UniHemaPreTrainedModel):
     """Semantic mask, at the image's own size, of what the prompt names."""
 
     tasks = ("segmentation",)
+    # Where the queries look is chosen, not differentiated: only detection can teach it.
+    _frozen_parts = (
+        "model.query_selection.token_projection",
+        "model.query_selection.token_norm",
+        "model.query_selection.class_head",
+        "model.query_selection.box_head",
+        "model.image_decoder.box_head",
+    )
     _keys_to_ignore_on_load_unexpected = skippable_keys(tasks)
 
     def __init__(self, config: UniHemaConfig):
@@ -137,6 +145,7 @@ class UniHemaForSegmentation(UniHemaPreTrainedModel):
         self.model = UniHemaModel(config, self.tasks)
         UniHemaForSegmentation._build_head(self, config)
         self.post_init()
+        self._freeze_parts()
 
     def _build_head(self, config: UniHemaConfig) -> None:
         self.mask_head = MaskHead(config)
@@ -205,6 +214,8 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
     def __init__(self, config: UniHemaConfig):
         super().__init__(config)
         self.model = UniHemaModel(config, self.tasks)
+        if config.relabelled:
+            config.single_cell_labels = [config.id2label[index] for index in sorted(config.id2label)]
         UniHemaForImageClassification._build_head(self, config)
         self.post_init()
 
@@ -400,6 +411,7 @@ class UniHemaForMultiTask(UniHemaForDetection, UniHemaForSegmentation, UniHemaFo
 
     tasks = TASKS
     main_input_name = "input_ids"
+    _frozen_parts = ()
     _keys_to_ignore_on_load_unexpected = None
 
     def __init__(self, config: UniHemaConfig):

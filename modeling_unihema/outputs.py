@@ -31,11 +31,12 @@ class UniHemaModelOutput(ModelOutput):
         mask_logits (`torch.FloatTensor`): Mask of query 0 at the finest level `[B, 1, h, w]`.
         mask_features (`torch.FloatTensor`): The maps it was made from `[B, 2d, h, w]`.
         mask_valid (`torch.BoolTensor`): Which of their pixels are image `[B, h, w]`; padded batches only.
-        encoder_hidden_states (`tuple[torch.FloatTensor, ...]`): After each image encoder layer `[B, S, d]`; for language
-            tasks those of the text encoder `[B, L, text width]`, its input first. On request, as all below.
+        encoder_hidden_states (`tuple[torch.FloatTensor, ...]`): Input and output of the image encoder's layers
+            `[B, S, d]`; for language tasks of the text encoder's `[B, L, text width]`. On request, as all below.
         encoder_attentions (`tuple[torch.FloatTensor, ...]`): Sampling weights of each encoder layer
             `[B, S, heads, levels, points]`; for language tasks `[B, heads, L, L]`.
-        decoder_hidden_states (`tuple[torch.FloatTensor, ...]`): Queries after each decoder layer, before the norm.
+        decoder_hidden_states (`tuple[torch.FloatTensor, ...]`): Queries before the decoder and after each of its layers,
+            without the norm, `[B, Q, d]`.
         decoder_attentions (`tuple[torch.FloatTensor, ...]`): Between queries `[B, heads, Q, Q]`.
         cross_attentions (`tuple[torch.FloatTensor, ...]`): Sampling weights of the queries
             `[B, Q, heads, levels, points]`.

@@ -52,9 +52,9 @@ def hold_edge(maps: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     if valid is None:
         return maps
     for axis, count in ((2, valid[:, :, 0].sum(1)), (3, valid[:, 0].sum(1))):
-        place = torch.arange(maps.shape[axis], device=maps.device).expand(len(maps), -1)
+        place = torch.arange(maps.shape[axis], device=maps.device).expand(maps.shape[0], -1)
         place = torch.minimum(place, (count - 1)[:, None])
-        shape = [len(maps), 1, 1, 1]
+        shape = [maps.shape[0], 1, 1, 1]
         shape[axis] = maps.shape[axis]
         maps = maps.gather(axis, place.view(shape).expand_as(maps))
     return maps

@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.t5.modeling_t5 import T5Stack
@@ -31,17 +32,19 @@ class TextBranch(nn.Module):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.text_config.vocab_size, config.text_config.d_model)
-        self.encoder = self._stack(config, is_decoder=False)
-        self.decoder = self._stack(config, is_decoder=True) if with_decoder else None
+        self.encoder = self._stack(config.text_config)
+        self.decoder = self._stack(self._decoder_config(config)) if with_decoder else None
         self._prompt_states = OrderedDict()
 
     @staticmethod
-    def _stack(config: UniHemaConfig, is_decoder: bool) -> T5Stack:
-        stack_config = copy.deepcopy(config.text_config)
-        stack_config.is_decoder = is_decoder
-        stack_config.use_cache = is_decoder
-        if is_decoder:
-            stack_config.num_layers = config.text_config.num_decoder_layers
+    def _decoder_config(config: UniHemaConfig) -> PreTrainedConfig:
+        decoder_config = copy.deepcopy(config.text_config)
+        decoder_config.is_decoder = True
+        decoder_config.num_layers = config.text_config.num_decoder_layers
+        return decoder_config
+
+    @staticmethod
+    def _stack(stack_config: PreTrainedConfig) -> T5Stack:
         stack = T5Stack(stack_config)
         # Both stacks are given embedded tokens, so that the shared embedding exists (and is saved) once.
         stack.embed_tokens = None
@@ -58,7 +61,8 @@ class TextBranch(nn.Module):
         Returns:
             `BaseModelOutput`: `last_hidden_state` `[B, L, text width]`.
         """
-        return self.encoder(inputs_embeds=self.shared(input_ids), attention_mask=attention_mask, **kwargs)
+        embedded = self.shared(input_ids)
+        return self.encoder(inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False, **kwargs)
 
     def encode_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Last states `[B, L, text width]` of a text; those of a prompt seen before are not computed again.

@@ -17,7 +17,7 @@ from .image_decoder import ImageDecoder, ImageDecoderLayer, QuerySelection
 from .image_encoder import ImageEncoder, ImageEncoderLayer
 from .outputs import UniHemaModelOutput
 from .text_branch import TextBranch
-from .visual_backbone import VisualBackbone
+from .visual_backbone import FeatureLevels, VisualBackbone
 
 
 _QUERIES = {"image_encoder", "query_selection", "text_guided_visual_refinement", "image_decoder", "text_encoder"}
@@ -77,6 +77,20 @@ class UniHemaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["VisualBackbone", "ImageEncoderLayer", "ImageDecoderLayer", "CrossModalFusionBlock"]
     _supports_sdpa = True
+    # Parts that the loss of a class does not reach.
+    _frozen_parts: tuple[str, ...] = ()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Loads a model, as [`~PreTrainedModel.from_pretrained`] does, which makes every parameter trainable; those of
+        the parts that the loss of this class does not reach are frozen again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_parts()
+        return loaded
+
+    def _freeze_parts(self) -> None:
+        for part in self._frozen_parts:
+            self.get_submodule(part).requires_grad_(False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -135,7 +149,13 @@ class UniHemaModel(UniHemaPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The text branch's token embedding."""
+        """The text branch's token embedding.
+
+        Raises:
+            NotImplementedError: The model was built for a task that reads no text.
+        """
+        if "text_branch" not in self._modules:
+            raise NotImplementedError("This model reads no text, so it has no token embedding.")
         return self.text_branch.shared
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -183,29 +203,42 @@ class UniHemaModel(UniHemaPreTrainedModel):
         weights = self.config.output_attentions if output_attentions is None else output_attentions
         if task in LANGUAGE_TASKS:
             return self._fuse_with_text(pixel_values, pixel_mask, input_ids, attention_mask, states, weights)
+        levels = self.visual_backbone(pixel_values, pixel_mask)
+        tokens = levels.tokens
         recorded = {f"output_{name}": states if "hidden" in name else weights for name in self._can_record_outputs}
         # Cross-attentions are recorded under the name of the attentions, whatever their own says.
         recorded["output_attentions"] = weights
-        return self._look(pixel_values, pixel_mask, input_ids, attention_mask, task, make_denoising, **recorded)
+        output = self._look(
+            tokens, levels, input_ids, attention_mask, task, make_denoising, return_dict=True, **recorded
+        )
+        if states:
+            output["encoder_hidden_states"] = (tokens, *output.encoder_hidden_states)
+            if output.refined_queries is not None:
+                queries = output.refined_queries.shape[1]
+                layers = [
+                    layer if layer.shape[1] == queries else layer[:, -queries:]
+                    for layer in output.decoder_hidden_states
+                ]
+                output["decoder_hidden_states"] = (output.refined_queries, *layers)
+        return output
 
     @capture_outputs
     def _look(
         self,
-        pixel_values,
-        pixel_mask,
+        tokens: torch.Tensor,
+        levels: FeatureLevels,
         input_ids,
         attention_mask,
         task: str,
         make_denoising: Callable | None,
         **recorded,
     ) -> UniHemaModelOutput:
-        levels = self.visual_backbone(pixel_values, pixel_mask)
-        tokens = self.image_encoder(levels)
+        tokens = self.image_encoder(tokens, levels)
         if task == "single_cell":
             feature = self.hema_former.single_cell_feature_extraction(tokens, levels)
             return UniHemaModelOutput(last_hidden_state=feature[:, None], encoder_last_hidden_state=tokens)
 
-        input_ids, attention_mask = self._prompt(task, input_ids, attention_mask, len(pixel_values))
+        input_ids, attention_mask = self._prompt(task, input_ids, attention_mask, tokens.shape[0])
         input_ids, attention_mask = self._official_length(input_ids, attention_mask)
         text = self.text_branch.encode_prompt(input_ids, attention_mask)
         proposals = self.query_selection(tokens, levels)
@@ -230,7 +263,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
             proposal_boxes=proposals.boxes,
             proposal_indices=proposals.token_indices,
             query_padding=proposals.padding,
-            refined_queries=content[:, noisy:],
+            refined_queries=content[:, noisy:] if noisy else content,
         )
         if task == "segmentation":
             output["mask_logits"], output["mask_features"] = self.hema_former.query_guided_mask_finder(
@@ -247,12 +280,12 @@ class UniHemaModel(UniHemaPreTrainedModel):
             raise ValueError("input_ids is missing: a question or a masked sentence is needed to generate text.")
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
-        images = len(pixel_values)
-        if len(input_ids) % images:
-            raise ValueError(f"{len(input_ids)} texts for {images} images: give every image the same number of texts.")
+        images, texts = pixel_values.shape[0], input_ids.shape[0]
+        if texts % images:
+            raise ValueError(f"{texts} texts for {images} images: give every image the same number of texts.")
         levels = self.visual_backbone(pixel_values, pixel_mask)
-        if len(input_ids) > images:
-            levels = levels.repeat_images(len(input_ids) // images)
+        if texts > images:
+            levels = levels.repeat_images(texts // images)
         length = input_ids.shape[1]
         input_ids, attention_mask = self._official_length(input_ids, attention_mask)
         text = self.text_branch.encode(

@@ -200,12 +200,12 @@ def test_states_and_attentions_of_every_layer_on_request(task):
         assert output.cross_attentions[0].shape == (2, 2, 5, 7)
         return
     tokens = 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2
-    assert [tuple(states.shape) for states in output.encoder_hidden_states] == [(2, tokens, 32)]
+    assert [tuple(states.shape) for states in output.encoder_hidden_states] == [(2, tokens, 32)] * 2
     assert output.encoder_attentions[0].shape == (2, tokens, heads, levels, points)
     if task == "single_cell":
         return
     torch.testing.assert_close(output.encoder_hidden_states[-1], output.encoder_last_hidden_state, rtol=0, atol=0)
-    assert [tuple(states.shape) for states in output.decoder_hidden_states] == [(2, queries, 32)] * 2
+    assert [tuple(states.shape) for states in output.decoder_hidden_states] == [(2, queries, 32)] * 3
     assert [tuple(weights.shape) for weights in output.decoder_attentions] == [(2, heads, queries, queries)] * 2
     assert [tuple(w.shape) for w in output.cross_attentions] == [(2, queries, heads, levels, points)] * 2
     for weights in (*output.encoder_attentions, *output.cross_attentions):
