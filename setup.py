@@ -24,6 +24,9 @@ PACKAGE_DIR = {
     "unihema.hub_cards": "hub_cards",
 }
 
+CONVERT = ["sentencepiece>=0.2.3,<1", "protobuf>=7,<8"]
+ONNX = ["onnx>=1.23,<2", "onnxscript>=0.7.2,<1", "onnxruntime>=1.32,<2"]
+
 setup(
     name="unihema",
     version=VERSION,
@@ -57,8 +60,9 @@ setup(
         "typer>=0.29,<1",
     ],
     extras_require={
-        "dev": ["pytest>=9,<10", "sentencepiece>=0.2.3,<1", "protobuf>=7,<8", "pytest-socket>=0.8,<1", "ruff>=0.17,<1"],
-        "convert": ["sentencepiece>=0.2.3,<1", "protobuf>=7,<8"],
+        "dev": ["pytest>=9,<10", "pytest-socket>=0.8,<1", "ruff>=0.17,<1", *CONVERT, *ONNX],
+        "convert": CONVERT,
+        "onnx": ONNX,
         "timm": ["timm>=1.0.31,<2"],
         "tokenizer-training": ["sentencepiece>=0.2.3,<1"],
     },

@@ -62,7 +62,13 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
 
 def fingerprint(folder: str | Path) -> dict[str, str]:
     """SHA-256 of each file that decides what a checkpoint answers, by file name."""
-    return {path.name: sha256(path) for path in checkpoint_files(folder)}
+    files = [Path(folder)] if is_onnx(folder) else checkpoint_files(folder)
+    return {path.name: sha256(path) for path in files}
+
+
+def is_onnx(path: str | Path) -> bool:
+    """Whether this names a file made by `unihema export` rather than a checkpoint folder."""
+    return Path(path).suffix == ".onnx" and Path(path).is_file()
 
 
 def load_checkpoint(folder: str | Path, device: str | None = None) -> "tuple[UniHemaPreTrainedModel, UniHemaProcessor]":
@@ -70,7 +76,7 @@ def load_checkpoint(folder: str | Path, device: str | None = None) -> "tuple[Uni
 
     Args:
         folder (`str` or `Path`): The checkpoint. A full one loads with all its heads, one saved by a single head's
-            class with that head.
+            class with that head. Or an ONNX file made by `unihema export`, which is called like the model.
         device (`str`, *optional*): Such as `"cpu"` or `"cuda:0"`; the first GPU where there is one when missing.
 
     Returns:
@@ -79,6 +85,10 @@ def load_checkpoint(folder: str | Path, device: str | None = None) -> "tuple[Uni
     Raises:
         CheckpointError: Files are missing or damaged, or weights of the model are missing from them.
     """
+    if is_onnx(folder):
+        from .onnx_model import load_onnx
+
+        return load_onnx(folder)
     files = checkpoint_files(folder)
     import torch
 
@@ -147,6 +157,7 @@ __all__ = [
     "available_tasks",
     "checkpoint_files",
     "fingerprint",
+    "is_onnx",
     "load_checkpoint",
     "require_tasks",
 ]

@@ -22,8 +22,7 @@ def inverse_sigmoid(x: torch.Tensor, eps: float = 1e-3) -> torch.Tensor:
         x (`torch.Tensor`): Any shape; clamped to 0..1.
         eps (`float`): Smallest numerator and denominator (DINO's 1e-3).
     """
-    x = x.clamp(min=0, max=1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    return torch.log(x.clamp(eps, 1.0) / (1 - x).clamp(eps, 1.0))
 
 
 def _area(boxes: torch.Tensor) -> torch.Tensor:

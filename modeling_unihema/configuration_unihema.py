@@ -99,8 +99,8 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
     """
 
     model_type = "unihema"
-    # Whether the classes were renamed while loading.
-    relabelled = False
+    # Classes given while loading.
+    given_labels = None
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "hidden_size": "d_model",
@@ -250,18 +250,20 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
             config_dict (`dict[str, Any]`): What was saved.
             **kwargs: Fields to change.
         """
-        renamed = bool({"id2label", "num_labels"} & kwargs.keys()) and "single_cell_labels" not in kwargs
+        names, count = kwargs.get("id2label"), kwargs.get("num_labels")
         made = super().from_dict(config_dict, **kwargs)
         config = made[0] if isinstance(made, tuple) else made
-        config.relabelled = renamed
-        if renamed and "label2id" not in kwargs:
+        if names is not None:
+            config.given_labels = [config.id2label[index] for index in sorted(config.id2label)]
             config.label2id = {name: index for index, name in config.id2label.items()}
+        elif count is not None:
+            config.given_labels = [f"LABEL_{index}" for index in range(count)]
         return made
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved."""
         fields = super().to_dict()
-        fields.pop("relabelled", None)
+        fields.pop("given_labels", None)
         return fields
 
     @property

@@ -98,7 +98,8 @@ class QuerySelection(nn.Module):
             return values.gather(1, chosen[..., None].expand(-1, -1, values.shape[-1]))
 
         box_logits = self.box_head(gather(states)) + gather(anchors)
-        content = self.content_queries.weight[: chosen.shape[1]].expand(tokens.shape[0], -1, -1)
+        content = self.content_queries(torch.arange(chosen.shape[1], device=tokens.device))
+        content = content.expand(tokens.shape[0], -1, -1)
         padding = levels.padding.gather(1, chosen) if levels.padded and not self.attend_to_padding else None
         return Proposals(content, box_logits.detach(), gather(logits), box_logits.sigmoid(), chosen, padding)
 

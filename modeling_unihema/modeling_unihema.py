@@ -214,8 +214,7 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
     def __init__(self, config: UniHemaConfig):
         super().__init__(config)
         self.model = UniHemaModel(config, self.tasks)
-        if config.relabelled:
-            config.single_cell_labels = [config.id2label[index] for index in sorted(config.id2label)]
+        config.single_cell_labels = config.given_labels or config.single_cell_labels
         UniHemaForImageClassification._build_head(self, config)
         self.post_init()
 

@@ -95,6 +95,9 @@ class VisualBackbone(nn.Module):
     def __init__(self, config: UniHemaConfig):
         super().__init__()
         self.config = config
+        if config.backbone_config._attn_implementation != "eager":
+            # Convolutional backbones refuse an attention that is asked for by name; left open, each takes its best.
+            config.backbone_config._attn_implementation = None
         self.backbone = AutoBackbone.from_config(config.backbone_config)
         groups = math.gcd(32, config.d_model // 4)
         channels = self.backbone.channels

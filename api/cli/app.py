@@ -9,6 +9,7 @@ from unihema.cli.ask import ask
 from unihema.cli.convert import convert
 from unihema.cli.demo import demo
 from unihema.cli.evaluate import evaluate
+from unihema.cli.export import export
 from unihema.cli.info import info
 from unihema.cli.parity import parity
 from unihema.cli.predict import predict
@@ -47,6 +48,7 @@ app.command()(train)
 app.command()(evaluate)
 app.command()(info)
 app.command()(convert)
+app.command()(export)
 app.command()(parity)
 app.command(hidden=True)(demo)
 

@@ -6,7 +6,7 @@ import typer
 
 
 def predict(
-    checkpoint: Path = typer.Argument(..., help="Checkpoint folder."),
+    checkpoint: Path = typer.Argument(..., help="Checkpoint folder, or a file made by `unihema export`."),
     inputs: list[str] = typer.Argument(..., help="Image files, folders and glob patterns."),
     output: Path = typer.Option("results", "--output", "-o", help="Folder for the results."),
     task: list[str] = typer.Option([], "--task", "-t", help="detection, segmentation or single_cell; may be repeated."),

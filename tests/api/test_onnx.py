@@ -1,0 +1,163 @@
+"""A checkpoint exported to ONNX: named inputs and outputs of any size, the model's own numbers, and `unihema predict`."""
+
+import sys
+
+import onnx
+import onnxruntime
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from tiny_checkpoint import save_tiny_checkpoint
+from tiny_models import batch, lively
+
+import unihema
+from unihema.checkpoint import CheckpointError, load_checkpoint
+from unihema.cli.app import app
+from unihema.onnx_export import OUTPUTS, MissingOnnxError, export_onnx
+
+
+OPTIONS = {"num_queries": 12}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = save_tiny_checkpoint(tmp_path_factory.mktemp("onnx") / "checkpoint", **OPTIONS)
+    model, _ = load_checkpoint(folder, device="cpu")
+    torch.manual_seed(1)
+    lively(model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint):
+    return {task: export_onnx(checkpoint, checkpoint.parent / f"{task}.onnx", task) for task in OUTPUTS}
+
+
+@pytest.fixture(scope="module")
+def smear(checkpoint):
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.randint(0, 256, (90, 130, 3), generator=generator, dtype=torch.uint8)
+    path = checkpoint.parent / "smear.png"
+    Image.fromarray(pixels.numpy()).resize((520, 360)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("task", OUTPUTS)
+@pytest.mark.parametrize(("images", "size"), [(1, (65, 131)), (2, (192, 256)), (3, (160, 97))])
+def test_any_batch_and_size_gives_the_models_numbers(checkpoint, exported, task, images, size):
+    model, _ = load_checkpoint(checkpoint, device="cpu")
+    session = onnxruntime.InferenceSession(exported[task])
+    inputs = batch(task, images, size)
+    names = [argument.name for argument in session.get_inputs()]
+    assert names == ["pixel_values"] + ["input_ids", "attention_mask"] * (task == "detection")
+    assert [result.name for result in session.get_outputs()] == list(OUTPUTS[task])
+    found = session.run(None, {name: inputs[name].numpy() for name in names})
+    with torch.no_grad():
+        expected = model(task=task, **{name: inputs[name] for name in names})
+    for name, array in zip(OUTPUTS[task], found, strict=True):
+        assert array.shape[0] == images
+        torch.testing.assert_close(torch.from_numpy(array), expected[name], rtol=0, atol=2e-5, msg=name)
+
+
+def test_axes_and_metadata_are_named(exported):
+    model = onnx.load(exported["detection"])
+    onnx.checker.check_model(model)
+    axes = {
+        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert axes == {
+        "pixel_values": ["batch", 3, "height", "width"],
+        "input_ids": ["batch", "tokens"],
+        "attention_mask": ["batch", "tokens"],
+        "logits": ["batch", "queries", 3],
+        "pred_boxes": ["batch", "queries", 4],
+        "pred_morphology": ["batch", "queries", 5],
+    }
+    assert "unihema/config.json" in {entry.key for entry in model.metadata_props}
+
+
+def test_predict_takes_the_file_as_a_checkpoint(checkpoint, exported, smear, tmp_path):
+    from typer.testing import CliRunner
+
+    tables = {}
+    for name, source in (("folder", checkpoint), ("file", exported["detection"])):
+        arguments = [str(source), str(smear), "-o", str(tmp_path / name), "-t", "detection", "--prompt", "platelet"]
+        result = CliRunner().invoke(app, ["predict", *arguments])
+        assert result.exit_code == 0, result.output
+        tables[name] = pd.read_csv(tmp_path / name / "cells.csv")
+    assert len(tables["folder"]) > 3
+    pd.testing.assert_frame_equal(tables["file"], tables["folder"], rtol=0, atol=0.05)
+
+
+def test_single_cell_class_is_the_models(checkpoint, exported, smear):
+    expected = unihema.analyze(*load_checkpoint(checkpoint, device="cpu"), smear, tasks=["single_cell"]).single_cell
+    found = unihema.analyze(*load_checkpoint(exported["single_cell"]), smear).single_cell
+    assert found["label"] == expected["label"]
+    assert found["score"] == pytest.approx(expected["score"], abs=1e-5)
+
+
+def test_file_does_its_own_task_only(exported, smear):
+    model, processor = load_checkpoint(exported["single_cell"])
+    with pytest.raises(CheckpointError, match="no trained head for 'detection'; it does single_cell"):
+        unihema.analyze(model, processor, smear, tasks=["detection"])
+    with pytest.raises(ValueError, match="does single_cell, not detection"):
+        model(torch.zeros(1, 3, 96, 96), task="detection")
+    with pytest.raises(ValueError, match="cannot be trained"):
+        model.train()
+
+
+def test_padded_batch_is_refused_as_the_file_would_see_the_padding(exported):
+    model, _ = load_checkpoint(exported["single_cell"])
+    mask = torch.ones(1, 96, 96, dtype=torch.long)
+    mask[:, :, 64:] = 0
+    with pytest.raises(ValueError, match="knows no padding"):
+        model(torch.zeros(1, 3, 96, 96), mask)
+
+
+def test_what_cannot_be_exported(checkpoint, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="'segmentation' has no ONNX export"):
+        export_onnx(checkpoint, tmp_path / "a.onnx", "segmentation")
+    with pytest.raises(ValueError, match="name the file .onnx"):
+        export_onnx(checkpoint, tmp_path / "a.bin")
+    (tmp_path / "a.onnx").write_text("mine")
+    with pytest.raises(ValueError, match="is there already"):
+        export_onnx(checkpoint, tmp_path / "a.onnx")
+    assert (tmp_path / "a.onnx").read_text() == "mine"
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(MissingOnnxError, match=r"pip install 'unihema\[onnx\]'"):
+        export_onnx(checkpoint, tmp_path / "b.onnx")
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.onnx"]
+
+
+def test_file_that_is_not_ours(exported, tmp_path, monkeypatch):
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(exported["detection"].read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"broken\.onnx: not readable as ONNX"):
+        load_checkpoint(broken)
+    stranger = onnx.load(exported["single_cell"])
+    del stranger.metadata_props[:]
+    onnx.save(stranger, tmp_path / "stranger.onnx")
+    with pytest.raises(CheckpointError, match=r"stranger\.onnx: not made by `unihema export`"):
+        load_checkpoint(tmp_path / "stranger.onnx")
+    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+        load_checkpoint(tmp_path / "missing.onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingOnnxError, match="onnxruntime is not installed"):
+        load_checkpoint(exported["detection"])
+
+
+@pytest.mark.slow
+def test_official_maths_exports_too(tmp_path):
+    from unihema.modeling_unihema.convert_official import OFFICIAL_MATHS
+
+    folder = save_tiny_checkpoint(tmp_path / "checkpoint", **OPTIONS, **OFFICIAL_MATHS)
+    model, processor = load_checkpoint(folder, device="cpu")
+    exported, _ = load_checkpoint(export_onnx(folder, tmp_path / "model.onnx"))
+    inputs = processor(images=Image.new("RGB", (520, 360), "pink"), text="platelet", task="detection")
+    inputs["pixel_values"] = inputs["pixel_values"].repeat(1, 1, 4, 4)
+    del inputs["pixel_mask"]
+    with torch.no_grad():
+        expected = model(task="detection", **inputs)
+    torch.testing.assert_close(exported(**inputs).logits, expected.logits, rtol=0, atol=2e-5)
