@@ -23,8 +23,9 @@ $(VENV)/installed: $(VENV)/dependencies $(SOURCES)
 	rm -rf build
 	touch $@
 
+# A test runs on one thread; files are shared out among the cores.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

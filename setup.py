@@ -60,7 +60,7 @@ setup(
         "typer>=0.29,<1",
     ],
     extras_require={
-        "dev": ["pytest>=9,<10", "pytest-socket>=0.8,<1", "ruff>=0.17,<1", *CONVERT, *ONNX],
+        "dev": ["pytest>=9,<10", "pytest-socket>=0.8,<1", "pytest-xdist>=3.8,<4", "ruff>=0.17,<1", *CONVERT, *ONNX],
         "convert": CONVERT,
         "onnx": ONNX,
         "timm": ["timm>=1.0.31,<2"],

@@ -217,7 +217,7 @@ def _query_arrays(model, levels, states, seen) -> Iterator[tuple[str, "torch.Ten
     logits, morphology = model.detection_head(states.decoder_states)
     # The boxes that each layer starts from: the proposals, then each layer's own refinement.
     starts = [boxes]
-    for layer, queries in enumerate(states.decoder_hidden_states):
+    for layer, queries in enumerate(states.decoder_hidden_states[1:]):
         delta = trunk.image_decoder.box_head(queries)
         starts.append((delta + inverse_sigmoid(starts[layer])).sigmoid())
     yield "decoder_refs", torch.stack(starts)

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from importlib import import_module
 from pathlib import Path
 
@@ -60,23 +62,16 @@ def results(folder, image, **trust):
 """
 
 WITHOUT_UNIHEMA = """
-import sys
-
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "unihema":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Hidden())
 try:
     import unihema
-    raise AssertionError("unihema can be imported")
 except ImportError:
     pass
+else:
+    raise AssertionError(f"unihema can be imported: {unihema.__file__}")
 """
 
 LOADED_FROM_CHECKPOINT = """
-import os
+import os, sys
 own = [name for name in sys.modules if "unihema" in name]
 assert own and all(name.startswith("transformers_modules.") for name in own), own
 cache = os.path.realpath(os.environ["HF_MODULES_CACHE"])
@@ -84,23 +79,37 @@ assert all(os.path.realpath(sys.modules[n].__file__).startswith(cache) for n in 
 """
 
 
-def without_unihema(code: str, cwd: Path) -> None:
-    """Runs code in an interpreter that cannot import `unihema`, with no cached code of earlier checkpoints."""
-    environment = os.environ | {
-        "HF_MODULES_CACHE": str(cwd / "modules"),
-        "HF_HUB_CACHE": str(cwd / "hub"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    environment.pop("PYTHONPATH", None)
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_UNIHEMA + code],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=cwd,
-        env=environment,
-    )
-    assert result.returncode == 0, result.stderr
+@pytest.fixture(scope="module")
+def without_unihema(tmp_path_factory):
+    """Runs code in a virtual environment that has everything but `unihema`, with no cached code of checkpoints."""
+    home = tmp_path_factory.mktemp("bare") / "venv"
+    venv.create(home, symlinks=True, with_pip=False)
+    bare = Path(sysconfig.get_path("purelib", "venv", {"base": str(home), "platbase": str(home)}))
+    for kind in ("purelib", "platlib"):
+        for entry in Path(sysconfig.get_path(kind)).iterdir():
+            # Another .pth file may lead to where the package is, or import it.
+            if "unihema" not in entry.name and entry.suffix != ".pth" and not (bare / entry.name).exists():
+                (bare / entry.name).symlink_to(entry)
+
+    def run(code: str, cwd: Path) -> None:
+        environment = os.environ | {
+            "HF_MODULES_CACHE": str(cwd / "modules"),
+            "HF_HUB_CACHE": str(cwd / "hub"),
+            "HF_HUB_OFFLINE": "1",
+        }
+        for name in ("PYTHONPATH", "PYTHONHOME"):
+            environment.pop(name, None)
+        result = subprocess.run(
+            [home / "bin" / "python", "-c", WITHOUT_UNIHEMA + code],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=cwd,
+            env=environment,
+        )
+        assert result.returncode == 0, result.stderr
+
+    return run
 
 
 def results(folder: Path, image: Path, **trust) -> dict:
@@ -135,7 +144,7 @@ def lab(tmp_path_factory):
 
 
 @pytest.mark.parametrize("source", ["checkpoint", "someone/blood-1.0"])
-def test_a_checkpoint_gives_the_same_results_without_the_package(lab, source):
+def test_a_checkpoint_gives_the_same_results_without_the_package(lab, without_unihema, source):
     code = (
         RESULTS
         + f"found = results({source!r}, 'smear.png', trust_remote_code=True)\n"
@@ -153,7 +162,7 @@ def test_a_checkpoint_gives_the_same_results_without_the_package(lab, source):
     # Of a repository on the Hub only what was used is there to be saved again.
     [("checkpoint", CUSTOM_PIPELINES), ("someone/blood-1.0", {})],
 )
-def test_a_checkpoint_saved_again_without_the_package_brings_its_code(lab, source, pipelines):
+def test_a_checkpoint_saved_again_without_the_package_brings_its_code(lab, without_unihema, source, pipelines):
     shutil.rmtree(lab / "again", ignore_errors=True)
     shutil.rmtree(lab / "modules", ignore_errors=True)
     code = f"""
@@ -236,7 +245,7 @@ def test_saving_a_configuration_leaves_it_as_it_was_and_writes_no_package(tmp_pa
     assert unihema.UniHemaConfig.from_pretrained(tmp_path).to_dict().keys() == before.keys()
 
 
-def test_an_image_processor_alone_brings_its_code(tmp_path):
+def test_an_image_processor_alone_brings_its_code(tmp_path, without_unihema):
     unihema.UniHemaImageProcessor().save_pretrained(tmp_path)
     without_unihema(
         "from transformers import AutoImageProcessor\n"
