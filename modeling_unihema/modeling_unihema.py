@@ -4,38 +4,25 @@ import inspect
 from functools import partial
 
 import torch
-from torch import nn
-from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_unihema import UniHemaConfig
 from .denoising import ContrastiveDenoising
-from .losses import detection_loss, segmentation_loss, single_cell_loss, text_loss
+from .losses import detection_loss, segmentation_loss, single_cell_loss
 from .outputs import (
     UniHemaClassificationOutput,
     UniHemaDetectionOutput,
-    UniHemaLanguageOutput,
     UniHemaModelOutput,
     UniHemaSegmentationOutput,
 )
 from .padding import strides
+from .question_answering import UniHemaForQA
 from .task_heads import DetectionHead, MaskHead, SingleCellHead
-from .text_branch import CACHE_NAME
-from .trunk import LANGUAGE_TASKS, TASKS, UniHemaModel, UniHemaPreTrainedModel, skippable_keys
+from .trunk import TASKS, UniHemaModel, UniHemaPreTrainedModel, layer_options, skippable_keys
 
 
 # Logit of a query that has no token of its image to stand on; small enough for half precision.
 NO_CELL = -1e4
-
-
-LAYER_OPTIONS = ("output_hidden_states", "output_attentions")
-
-
-def _wanted(options: dict) -> dict[str, bool]:
-    """Those of a head's further arguments that the trunk understands."""
-    return {name: options[name] for name in LAYER_OPTIONS if options.get(name) is not None}
 
 
 def _layers(trunk: UniHemaModelOutput) -> dict[str, tuple[torch.Tensor, ...] | None]:
@@ -91,7 +78,7 @@ class UniHemaForDetection(UniHemaPreTrainedModel):
             task="detection",
             make_denoising=make_denoising,
             return_dict=True,
-            **_wanted(kwargs),
+            **layer_options(kwargs),
         )
         needed = trunk.decoder_states if labels is not None else trunk.decoder_states[-1:]
         logits, morphology = self.detection_head(needed)
@@ -178,7 +165,7 @@ class UniHemaForSegmentation(UniHemaPreTrainedModel):
             attention_mask,
             task="segmentation",
             return_dict=True,
-            **_wanted(kwargs),
+            **layer_options(kwargs),
         )
         size, level = pixel_values.shape[-2:], trunk.mask_logits.shape[-2:]
         # A whole number of pixels to a cell of the level, then cut: padding at the end does not stretch the mask.
@@ -238,7 +225,7 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
         Returns:
             [`UniHemaClassificationOutput`]
         """
-        trunk = self.model(pixel_values, pixel_mask, task="single_cell", return_dict=True, **_wanted(kwargs))
+        trunk = self.model(pixel_values, pixel_mask, task="single_cell", return_dict=True, **layer_options(kwargs))
         features = trunk.last_hidden_state[:, 0]
         logits = self.single_cell_head(features)
         loss = None if labels is None else single_cell_loss(logits, labels)
@@ -249,156 +236,6 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
             features=features,
             encoder_hidden_states=trunk.encoder_hidden_states,
             encoder_attentions=trunk.encoder_attentions,
-        )
-
-
-class _QuestionEncoder:
-    """What `generate` calls to encode: the question and its image, fused."""
-
-    main_input_name = "input_ids"
-
-    def __init__(self, trunk: UniHemaModel):
-        self.trunk = trunk
-
-    def forward(self, input_ids=None, attention_mask=None, pixel_values=None, pixel_mask=None, **kwargs):
-        fused = self.trunk(
-            pixel_values,
-            pixel_mask,
-            input_ids,
-            attention_mask,
-            task="question_answering",
-            return_dict=True,
-            **_wanted(kwargs),
-        )
-        return BaseModelOutput(fused.last_hidden_state, fused.encoder_hidden_states, fused.encoder_attentions)
-
-    __call__ = forward
-
-
-class UniHemaForQA(UniHemaPreTrainedModel, GenerationMixin):
-    """Answers a question about an image, and fills in a masked sentence. Both are generated, looking at the image."""
-
-    tasks = LANGUAGE_TASKS
-    main_input_name = "input_ids"
-    _keys_to_ignore_on_load_unexpected = skippable_keys(tasks)
-
-    def __init__(self, config: UniHemaConfig):
-        super().__init__(config)
-        self.model = UniHemaModel(config, self.tasks)
-        UniHemaForQA._build_head(self, config)
-        self.post_init()
-
-    def _build_head(self, config: UniHemaConfig) -> None:
-        self.lm_head = nn.Linear(config.text_config.d_model, config.text_config.vocab_size, bias=False)
-        self._tied_weights_keys = (
-            {"lm_head.weight": "model.text_branch.shared.weight"} if config.tie_word_embeddings else {}
-        )
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The text branch's token embedding."""
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the text branch's token embedding."""
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The output layer of the text decoder."""
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replaces the output layer of the text decoder."""
-        self.lm_head = value
-
-    def get_encoder(self, modality: str | None = None) -> _QuestionEncoder:
-        """What `generate` encodes a question and its image with."""
-        return _QuestionEncoder(self.model)
-
-    def get_decoder(self) -> nn.Module:
-        """The T5 decoder."""
-        return self.model.text_branch.decoder
-
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
-        """Labels `[B, T]` shifted right behind the start token, -100 turned into padding."""
-        start = labels.new_full((len(labels), 1), self.config.decoder_start_token_id)
-        return torch.cat((start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, self.config.pad_token_id)), 1)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        pixel_mask: torch.LongTensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
-        decoder_attention_mask: torch.LongTensor | None = None,
-        decoder_inputs_embeds: torch.FloatTensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
-        past_key_values: Cache | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        cache: Cache | None = None,
-        **kwargs,
-    ) -> UniHemaLanguageOutput:
-        """
-        Args:
-            input_ids (`torch.LongTensor`): Questions or masked sentences `[B, L]`, or `[K * B, L]`: K for each image.
-            attention_mask (`torch.LongTensor`, *optional*): As `input_ids`, 0 on padding.
-            pixel_values (`torch.FloatTensor`): Normalised images `[B, 3, H, W]`.
-            pixel_mask (`torch.LongTensor`, *optional*): `[B, H, W]`, 1 on the image, 0 on padding.
-            decoder_input_ids (`torch.LongTensor`, *optional*): `[B, T]`; made from `labels` when missing.
-            decoder_attention_mask (`torch.LongTensor`, *optional*): `[B, T]`.
-            decoder_inputs_embeds (`torch.FloatTensor`, *optional*): Embedded decoder tokens.
-            encoder_outputs (`BaseModelOutput` or `tuple`, *optional*): Fused question and image, computed before.
-            past_key_values (`Cache`, *optional*): Keys and values of earlier decoding steps.
-            labels (`torch.LongTensor`, *optional*): Answers `[B, T]`, -100 ignored.
-            use_cache (`bool`, *optional*): Return the keys and values of this step too.
-            cache (`Cache`, *optional*): The name of `past_key_values` from Transformers 5.24 on.
-
-        Returns:
-            [`UniHemaLanguageOutput`]
-        """
-        wanted = {name: getattr(self.config, name) for name in LAYER_OPTIONS} | _wanted(kwargs)
-        if encoder_outputs is None:
-            encoder_outputs = self.get_encoder()(input_ids, attention_mask, pixel_values, pixel_mask, **wanted)
-        elif not isinstance(encoder_outputs, BaseModelOutput):
-            encoder_outputs = BaseModelOutput(*encoder_outputs)
-        fused = encoder_outputs[0]
-        if attention_mask is None:
-            if input_ids is None:
-                attention_mask = fused.new_ones(fused.shape[:2], dtype=torch.long)
-            else:
-                attention_mask = (input_ids != self.config.pad_token_id).long()
-        if decoder_input_ids is None and decoder_inputs_embeds is None:
-            if labels is None:
-                raise ValueError("Give labels or decoder_input_ids, or call generate() for an answer.")
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        decoded = self.model.text_branch.decode(
-            decoder_input_ids,
-            fused,
-            attention_mask,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            decoder_attention_mask=decoder_attention_mask,
-            cache=past_key_values if cache is None else cache,
-            use_cache=use_cache,
-            **wanted,
-        )
-        states = decoded.last_hidden_state
-        if self.config.output_head_is_scaled:
-            states = states * self.config.text_config.d_model**-0.5
-        logits = self.lm_head(states)
-        loss = None if labels is None else text_loss(logits, labels)
-        return UniHemaLanguageOutput(
-            loss=loss,
-            loss_dict=None if loss is None else {"loss_text": loss.detach()},
-            logits=logits,
-            encoder_last_hidden_state=fused,
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
-            decoder_hidden_states=decoded.hidden_states,
-            decoder_attentions=decoded.attentions,
-            cross_attentions=decoded.cross_attentions,
-            **{CACHE_NAME: decoded.get(CACHE_NAME)},
         )
 
 

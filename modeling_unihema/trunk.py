@@ -54,6 +54,14 @@ _HEAD_KEYS = {
 }
 
 
+LAYER_OPTIONS = ("output_hidden_states", "output_attentions")
+
+
+def layer_options(options: dict) -> dict[str, bool]:
+    """Those of a head's further arguments that ask for states or weights of every layer."""
+    return {name: options[name] for name in LAYER_OPTIONS if options.get(name) is not None}
+
+
 def parts_of(tasks: tuple[str, ...]) -> set[str]:
     """Names of the parts that any of `tasks` runs."""
     return set().union(*(TASK_PARTS[task] for task in tasks))

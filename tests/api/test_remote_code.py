@@ -194,7 +194,7 @@ def test_the_installed_classes_are_used_where_there_are_any(lab, trust, monkeypa
     for task in CUSTOM_PIPELINES:
         pipe = pipeline(task, model=folder, **trust)
         assert type(pipe).__module__ == "unihema.processing_unihema.pipelines"
-        assert type(pipe.model).__module__ == "unihema.modeling_unihema.modeling_unihema"
+        assert type(pipe.model).__module__.startswith("unihema.modeling_unihema.")
 
 
 def test_without_its_code_a_checkpoint_still_loads_with_the_package(lab, tmp_path):

@@ -226,30 +226,6 @@ def test_official_maths_pads_text_to_its_limit(task):
     )
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"use_cache": False}, {"do_sample": True}])
-def test_generate(model, settings):
-    inputs = batch("question_answering")
-    inputs.pop("labels")
-    torch.manual_seed(0)
-    answer = model.generate(**inputs, max_new_tokens=5, **settings)
-    assert answer.shape[0] == 2 and answer.shape[1] <= 6
-    assert (answer[:, 0] == model.config.decoder_start_token_id).all()
-
-
-def test_generation_with_cache_equals_without_and_sees_the_image(model):
-    inputs = batch("question_answering", images=1)
-    inputs.pop("labels")
-    with torch.no_grad():
-        cached = model.generate(**inputs, max_new_tokens=6, return_dict_in_generate=True, output_logits=True)
-        uncached = model.generate(
-            **inputs, max_new_tokens=6, use_cache=False, return_dict_in_generate=True, output_logits=True
-        )
-        inputs["pixel_values"] = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(9))
-        other = model.generate(**inputs, max_new_tokens=6, return_dict_in_generate=True, output_logits=True)
-    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), rtol=0, atol=1e-4)
-    assert (cached.logits[0] - other.logits[0]).abs().max() > 1e-4
-
-
 def test_prompt_cache_forgets_when_the_weights_change():
     torch.manual_seed(0)
     model = UniHemaForDetection(very_tiny_config()).eval()
