@@ -6,6 +6,7 @@ from tiny_models import lively, very_tiny_config
 
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 from unihema.modeling_unihema.padding import MaskedGroupNorm
+from unihema.modeling_unihema.visual_backbone import FeatureLevels
 
 
 # Sizes that are no multiples of the strides, one with fewer tokens than there are queries.
@@ -91,3 +92,10 @@ def test_group_norm_of_the_valid_area():
     expected = torch.nn.functional.group_norm(maps[:1, :, :4, :5], 4, norm.weight, norm.bias)
     assert torch.allclose(normed[:1, :, :4, :5], expected, atol=1e-5)
     assert torch.allclose(normed[1:], norm(maps[1:]), atol=1e-5)
+
+
+def test_share_of_padding_is_exact_in_half_precision():
+    valid = torch.zeros(1, 100, 1000, dtype=torch.bool)
+    valid[:, :61, :937] = True
+    levels = FeatureLevels([torch.zeros(1, 4, 100, 1000, dtype=torch.bfloat16)], [valid], [])
+    torch.testing.assert_close(levels.valid_ratios, torch.tensor([[[0.937, 0.61]]]), rtol=0, atol=1e-6)
