@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .configuration_unihema import UniHemaConfig
+from .deformable_gather import fits, gather_rows
 from .initialisation import initialised
 
 
@@ -17,8 +18,8 @@ def multi_scale_deformable_attention(
 ) -> torch.Tensor:
     """Weighted sum of bilinear samples from several feature levels.
 
-    On the CPU the samples are read as a weighted gather of rows, elsewhere and under tracing with `grid_sample`; both
-    give the same values and gradients up to float rounding.
+    On the CPU the samples are read as weighted rows of a table ([`gather_rows`]), elsewhere and in exported graphs with
+    `grid_sample`; both give the same values and gradients up to float rounding.
 
     Args:
         value (`torch.Tensor`): `[B, S, heads, width]`, S the sum of `h * w` over the levels, row-major in each level.
@@ -30,12 +31,19 @@ def multi_scale_deformable_attention(
     Returns:
         `torch.Tensor`: `[B, Q, heads * width]`.
     """
-    tracing = torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.compiler.is_exporting()
-    sample = _gather_rows if value.device.type == "cpu" and not tracing else _sample_grid
-    return sample(value, level_shapes, sampling_points, weights)
+    exporting = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    if value.device.type != "cpu" or exporting or not fits(level_shapes):
+        return sample_grid(value, level_shapes, sampling_points, weights)
+    return gather_rows(value, level_shapes, sampling_points, weights)
 
 
-def _sample_grid(value, level_shapes, sampling_points, weights):
+def sample_grid(
+    value: torch.Tensor,
+    level_shapes: list[tuple[int, int]],
+    sampling_points: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """The plain form, in operators that every device and format has; see [`multi_scale_deformable_attention`]."""
     batch, _, heads, width = value.shape
     queries = sampling_points.shape[1]
     precise = torch.promote_types(value.dtype, sampling_points.dtype)
@@ -52,45 +60,6 @@ def _sample_grid(value, level_shapes, sampling_points, weights):
     weights = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)
     output = (samples * weights).sum(-1).view(batch, heads * width, queries).transpose(1, 2)
     return output.to(value.dtype)
-
-
-def _gather_rows(value, level_shapes, sampling_points, weights):
-    batch, tokens, heads, width = value.shape
-    queries = sampling_points.shape[1]
-    # Per level, shaped to broadcast over [batch, query, head, level, point].
-    columns = torch.tensor([[w] for _, w in level_shapes], dtype=sampling_points.dtype)
-    rows = torch.tensor([[h] for h, _ in level_shapes], dtype=sampling_points.dtype)
-    starts = torch.tensor([[0]] + [[h * w] for h, w in level_shapes[:-1]]).cumsum(0)
-
-    position = sampling_points * torch.cat((columns, rows), -1)[:, None] - 0.5
-    x, y = position.unbind(-1)
-    with torch.no_grad():
-        # Far-away points are moved to one pixel outside, where they read zero as well and fit the integer type.
-        left = torch.minimum(x.floor().clamp_(min=-2), columns)
-        top = torch.minimum(y.floor().clamp_(min=-2), rows)
-        column = [torch.minimum((left + step).clamp_(min=0), columns - 1).int() for step in (0, 1)]
-        row = [torch.minimum((top + step).clamp_(min=0), rows - 1).int() for step in (0, 1)]
-        image_and_head = torch.arange(batch, dtype=torch.int32)[:, None] * (tokens * heads) + torch.arange(
-            heads, dtype=torch.int32
-        )
-        base = starts.int() * heads + image_and_head[:, None, :, None, None]
-        stride = columns.int() * heads
-        table_rows = torch.stack([r * stride + c * heads + base for r in row for c in column], -1)
-        column_inside = [((left >= -step) & (left < columns - step)).to(x.dtype) for step in (0, 1)]
-        row_inside = [((top >= -step) & (top < rows - step)).to(x.dtype) for step in (0, 1)]
-
-    x_fraction, y_fraction = x - left, y - top
-    x_weights = [(1 - x_fraction) * column_inside[0], x_fraction * column_inside[1]]
-    y_weights = [(1 - y_fraction) * row_inside[0] * weights, y_fraction * row_inside[1] * weights]
-    row_weights = torch.stack([v * u for v in y_weights for u in x_weights], -1)
-    bags = batch * queries * heads
-    output = nn.functional.embedding_bag(
-        table_rows.reshape(bags, -1),
-        value.reshape(batch * tokens * heads, width),
-        per_sample_weights=row_weights.reshape(bags, -1).to(value.dtype),
-        mode="sum",
-    )
-    return output.view(batch, queries, heads * width)
 
 
 class MultiScaleDeformableAttention(nn.Module):

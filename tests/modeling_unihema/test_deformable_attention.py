@@ -1,12 +1,20 @@
+"""Every backend of multi-scale deformable attention: its definition, its gradients, and points in odd places."""
+
 import pytest
 import torch
 
-from unihema.modeling_unihema import deformable_attention
+from unihema.modeling_unihema import deformable_gather
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.deformable_attention import (
     MultiScaleDeformableAttention,
     multi_scale_deformable_attention,
+    sample_grid,
 )
+from unihema.modeling_unihema.deformable_gather import gather_rows
+
+
+BACKENDS = {"plain": sample_grid, "rows": gather_rows}
+each_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 
 
 def reference(value, level_shapes, points, weights):
@@ -40,20 +48,94 @@ def problem():
     return value, shapes, points, weights
 
 
-@pytest.mark.parametrize("backend", ["_sample_grid", "_gather_rows"])
+@each_backend
 def test_each_backend_is_bilinear_sampling(problem, backend):
     value, shapes, points, weights = problem
-    output = getattr(deformable_attention, backend)(value, shapes, points, weights)
+    output = backend(value, shapes, points, weights)
     torch.testing.assert_close(output, reference(value, shapes, points, weights), rtol=1e-9, atol=1e-9)
 
 
-def test_backends_agree_in_every_gradient(problem):
-    gradients = []
-    for backend in ("_sample_grid", "_gather_rows"):
-        output = getattr(deformable_attention, backend)(*problem)
-        gradients.append(torch.autograd.grad((output**2).sum(), [problem[0], problem[2], problem[3]]))
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+@each_backend
+def test_gradients_are_those_of_finite_differences(problem, backend):
+    value, shapes, points, weights = problem
+
+    def attend(value, points, weights):
+        return backend(value, shapes, points, weights)
+
+    assert torch.autograd.gradcheck(attend, (value, points, weights), eps=1e-6, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1024])
+@pytest.mark.parametrize("shapes", [[(13, 9), (7, 5), (4, 3), (2, 2)], [(1, 1), (1, 6), (5, 1)]])
+def test_backends_agree_in_float32_whatever_the_chunk(shapes, chunk, monkeypatch):
+    monkeypatch.setattr(deformable_gather, "CHUNK", chunk)
+    torch.manual_seed(0)
+    tokens, levels = sum(h * w for h, w in shapes), len(shapes)
+    value = torch.randn(3, tokens, 4, 8, requires_grad=True)
+    points = (torch.rand(3, 17, 4, levels, 4, 2) * 1.6 - 0.3).requires_grad_()
+    weights = torch.rand(3, 17, 4, levels, 4).flatten(-2).softmax(-1).view(3, 17, 4, levels, 4).requires_grad_()
+    direction = torch.randn(3, 17, 32)
+    found = {}
+    for name, backend in BACKENDS.items():
+        output = backend(value, shapes, points, weights)
+        found[name] = (output, *torch.autograd.grad((output * direction).sum(), [value, points, weights]))
+    for plain, rows in zip(found["plain"], found["rows"], strict=True):
+        torch.testing.assert_close(rows, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("needed", [0, 1, 2])
+def test_only_what_needs_a_gradient_gets_one(problem, needed):
+    value, shapes, points, weights = [part.detach() if torch.is_tensor(part) else part for part in problem]
+    part = (value, points, weights)[needed].requires_grad_()
+    expected = torch.autograd.grad(sample_grid(value, shapes, points, weights).sum(), part)
+    found = torch.autograd.grad(gather_rows(value, shapes, points, weights).sum(), part)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close(problem, dtype):
+    value, shapes, points, weights = problem
+    expected = gather_rows(value, shapes, points, weights)
+    half = value.detach().to(dtype).requires_grad_()
+    output = gather_rows(half, shapes, points.float(), weights.to(dtype))
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.double(), expected, rtol=0.02, atol=0.04)
+    output.sum().backward()
+    assert half.grad.dtype == dtype
+
+
+@each_backend
+def test_what_is_not_a_number_stays_where_it_is(problem, backend):
+    value, shapes, points, weights = [part.detach() if torch.is_tensor(part) else part for part in problem]
+    clean = backend(value, shapes, points, weights)
+    points = points.clone()
+    points[0, 2, 1] = torch.nan
+    spoilt = backend(value, shapes, points, weights)
+    width = value.shape[-1]
+    assert spoilt[0, 2, width:].isnan().all() or backend is sample_grid
+    rest = torch.ones_like(spoilt, dtype=torch.bool)
+    rest[0, 2, width:] = False
+    torch.testing.assert_close(spoilt[rest], clean[rest], rtol=0, atol=0)
+
+
+def test_a_level_with_too_many_pixels_for_float32_takes_the_plain_form(monkeypatch, problem):
+    expected = sample_grid(*problem)
+    monkeypatch.setattr(deformable_gather, "LARGEST_LEVEL", 40)
+    assert not deformable_gather.fits(problem[1])
+    torch.testing.assert_close(multi_scale_deformable_attention(*problem), expected, rtol=0, atol=0)
+
+
+def test_compiled_forward_and_backward_agree(problem):
+    value, shapes, points, weights = [part.detach().float() if torch.is_tensor(part) else part for part in problem]
+    parts = [value.requires_grad_(), points.requires_grad_(), weights.requires_grad_()]
+    expected = multi_scale_deformable_attention(value, shapes, points, weights)
+    gradients = torch.autograd.grad(expected.square().sum(), parts)
+    torch.compiler.reset()
+    compiled = torch.compile(multi_scale_deformable_attention, fullgraph=True, backend="aot_eager")
+    found = compiled(value, shapes, points, weights)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(found.square().sum(), parts), gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_points_far_outside_the_image_read_zero(problem):
