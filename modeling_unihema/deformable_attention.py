@@ -115,10 +115,13 @@ class MultiScaleDeformableAttention(nn.Module):
         offsets = self.sampling_offsets(query).view(batch, queries, *per_level, 2)
         weights = self.attention_weights(query).view(batch, queries, self.num_heads, -1).softmax(-1)
         weights = weights.view(batch, queries, *per_level)
-        centre = reference[:, :, None, :, None, :2]
+        # Spread over levels and points first, so that the loops over heads are long and plain.
+        spread = (-1, -1, -1, -1, self.num_points, -1)
+        centre = reference[:, :, None, :, None, :2].expand(spread).contiguous()
         if reference.shape[-1] == 2:
             size = torch.tensor([(w, h) for h, w in level_shapes], dtype=reference.dtype, device=reference.device)
-            points = centre + offsets / size[:, None]
+            reach = size[:, None].expand(-1, self.num_points, -1).reciprocal()
         else:
-            points = centre + offsets / self.num_points * reference[:, :, None, :, None, 2:] * 0.5
+            reach = reference[:, :, None, :, None, 2:].expand(spread) * (0.5 / self.num_points)
+        points = torch.addcmul(centre, offsets, reach)
         return self.output_proj(multi_scale_deformable_attention(value, level_shapes, points, weights)), weights

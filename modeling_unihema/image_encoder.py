@@ -9,6 +9,10 @@ from .deformable_attention import MultiScaleDeformableAttention
 from .visual_backbone import FeatureLevels
 
 
+# Tokens that go through a feed-forward together where no gradient is needed.
+CHUNK = 1024
+
+
 class FeedForward(nn.Module):
     """Two linears with ReLU between, and dropout."""
 
@@ -20,7 +24,14 @@ class FeedForward(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """`[..., width]` to `[..., width]`."""
-        return self.linear2(self.dropout(nn.functional.relu(self.linear1(states))))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return self._transform(states)
+        # The wide states of so many tokens stay in the processor's cache.
+        parts = states.flatten(0, -2).split(CHUNK)
+        return torch.cat([self._transform(part) for part in parts]).view_as(states)
+
+    def _transform(self, states: torch.Tensor) -> torch.Tensor:
+        return self.linear2(self.dropout(self.linear1(states).relu_()))
 
 
 class ImageEncoderLayer(GradientCheckpointingLayer):

@@ -88,6 +88,8 @@ def ignore_padding(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)) and part.kernel_size not in (1, (1, 1)):
             part.register_forward_pre_hook(_blank_padding)
+        if isinstance(part, nn.MaxPool2d):
+            part.register_forward_hook(_blank_result)
 
 
 def _blank_padding(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
@@ -98,6 +100,12 @@ def _blank_padding(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple
     # Beyond an image's edge a pooling takes no part, and a convolution reads zeros.
     blank = torch.finfo(maps.dtype).min if isinstance(module, nn.MaxPool2d) else 0.0
     return (maps.masked_fill(~valid_at(pixels, maps)[:, None], blank), *inputs[1:])
+
+
+def _blank_result(module: nn.Module, inputs: tuple[torch.Tensor, ...], maps: torch.Tensor) -> torch.Tensor | None:
+    # Where there was padding only, the least of all numbers came out, and would overflow in what adapters add.
+    pixels = _valid_pixels.get()
+    return None if pixels is None else maps.masked_fill(~valid_at(pixels, maps)[:, None], 0.0)
 
 
 class MaskedGroupNorm(nn.GroupNorm):

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoBackbone
 
 from .configuration_unihema import UniHemaConfig
+from .inference_backbone import InferenceBackbone
 from .padding import MaskedGroupNorm, ignore_padding, valid_at, without_padding
 
 
@@ -111,6 +112,7 @@ class VisualBackbone(nn.Module):
             self.input_projection.append(nn.Sequential(convolution, MaskedGroupNorm(groups, config.d_model)))
         ignore_padding(self.backbone)
         ignore_padding(self.input_projection)
+        self._inference_backbone = InferenceBackbone()
         if config.freeze_backbone_norm:
             for module in self._norms():
                 module.requires_grad_(False)
@@ -140,7 +142,7 @@ class VisualBackbone(nn.Module):
         # What counts as valid for the convolutions and norms; the official weights know no padding there.
         counted = None if self.config.attend_to_padding else pixels
         with without_padding(counted):
-            maps = list(self.backbone(pixel_values).feature_maps)
+            maps = list(self._inference_backbone(self.backbone)(pixel_values).feature_maps)
             # The first extra level comes from the last backbone map, further ones from the level before.
             sources = [*maps, maps[-1]]
             projected = []

@@ -182,7 +182,7 @@ def test_device_map_spreads_the_model_and_what_does_not_fit_goes_to_disk(task, t
             tmp_path, device_map="auto", max_memory={"cpu": int(size * share)}, offload_folder=tmp_path / "offload"
         )
         places |= {str(place) for place in spread.hf_device_map.values()}
-        assert_same(spread(**inputs_for(task)), expected, atol=1e-6)
+        assert_same(spread(**inputs_for(task)), expected, atol=2e-5)
     assert places == {"cpu", "disk"}
 
 

@@ -1,0 +1,116 @@
+"""The fast copy of the backbone: same numbers, never out of date, and left out where it would be wrong."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import batch, lively, very_tiny_config
+from torch import nn
+
+from unihema.modeling_unihema.inference_backbone import fold
+from unihema.modeling_unihema.modeling_unihema import UniHemaForImageClassification
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = lively(UniHemaForImageClassification(very_tiny_config()))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
+    return model.eval()
+
+
+def inputs() -> dict:
+    given = batch("single_cell")
+    del given["labels"]
+    return given
+
+
+def plain(model) -> torch.Tensor:
+    """What the backbone gives as it stands: gradients are wanted."""
+    with torch.enable_grad():
+        return model(**inputs()).logits.detach()
+
+
+def fast(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs()).logits
+
+
+def copy_of(model) -> nn.Module | None:
+    return model.model.visual_backbone._inference_backbone.copy
+
+
+def test_every_norm_is_folded_and_nothing_changes(model):
+    torch.testing.assert_close(fast(model), plain(model), rtol=0, atol=1e-5)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in copy_of(model).modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert not any("inference" in name for name in model.state_dict())
+
+
+def test_changed_weights_and_statistics_make_it_anew(model):
+    before = fast(model)
+    first = copy_of(model)
+    assert fast(model).equal(before) and copy_of(model) is first
+    with torch.no_grad():
+        next(p for p in model.model.visual_backbone.backbone.parameters() if p.ndim == 4).mul_(1.5)
+    assert (fast(model) - before).abs().max() > 1e-3
+    torch.testing.assert_close(fast(model), plain(model), rtol=0, atol=1e-5)
+    before = fast(model)
+    model.train()
+    with torch.no_grad():
+        model(**inputs())
+    model.eval()
+    assert (fast(model) - before).abs().max() > 1e-3
+    torch.testing.assert_close(fast(model), plain(model), rtol=0, atol=1e-5)
+
+
+def test_training_and_gradients_use_the_backbone_itself(model):
+    fast(model)
+    model.train()
+    assert torch.is_grad_enabled()
+    model(**batch("single_cell")).loss.backward()
+    assert all(p.grad is not None for p in model.model.visual_backbone.backbone.parameters() if p.requires_grad)
+
+
+def test_a_copied_model_does_not_share_it(model):
+    before = fast(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(p for p in other.model.visual_backbone.backbone.parameters() if p.ndim == 4).mul_(1.5)
+    assert (fast(other) - before).abs().max() > 1e-3
+    assert fast(model).equal(before)
+
+
+def test_adapters_on_its_convolutions_are_seen(model):
+    fast(model)
+    targets = [n for n, m in model.named_modules() if "backbone.backbone" in n and isinstance(m, nn.Conv2d)]
+    adapted = get_peft_model(model, LoraConfig(target_modules=targets, init_lora_weights=False)).eval()
+    with_adapter = fast(adapted)
+    torch.testing.assert_close(with_adapter, plain(adapted), rtol=0, atol=1e-5)
+    with adapted.disable_adapter():
+        assert (fast(adapted) - with_adapter).abs().max() > 1e-3
+
+
+def test_a_norm_that_does_not_follow_its_neighbour_is_left_alone():
+    class Backbone(nn.Module):
+        """Declares a norm after a convolution, and runs it before."""
+
+        def __init__(self):
+            super().__init__()
+            self.convolution = nn.Conv2d(3, 3, 3)
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, pixels):
+            from transformers.modeling_outputs import BackboneOutput
+
+            return BackboneOutput(feature_maps=(self.convolution(self.norm(pixels)),))
+
+    Backbone.__module__ = "torch.nn.made_up"
+    torch.manual_seed(0)
+    backbone = Backbone().eval()
+    backbone.norm.running_mean.fill_(0.7)
+    assert fold(backbone) is None
