@@ -7,6 +7,12 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
+def tensors_state(module: nn.Module) -> tuple:
+    """Changes whenever a parameter or buffer of the module does: where it lies, its version and its type."""
+    tensors = (*module.parameters(), *module.buffers())
+    return tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
+
+
 # Layers whose result depends on nothing but their tensors; an adapter, say, can be switched off without changing one.
 _KNOWN = ("torch.nn.", "transformers.", "timm.")
 # Of the largest value; folding changes the order of float operations, nothing else.
@@ -31,8 +37,7 @@ class InferenceBackbone:
             return backbone
         if any(hasattr(module, "_hf_hook") for module in backbone.modules()):
             return backbone
-        tensors = (*backbone.parameters(), *backbone.buffers())
-        state = tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
+        state = tensors_state(backbone)
         if state != self.made_from:
             self.made_from, self.copy = state, fold(backbone)
         return backbone if self.copy is None else self.copy
@@ -77,4 +82,4 @@ def fold(backbone: nn.Module) -> nn.Module | None:
     return folded
 
 
-__all__ = ["InferenceBackbone", "fold"]
+__all__ = ["InferenceBackbone", "fold", "tensors_state"]

@@ -15,6 +15,7 @@ from .deformable_attention import MultiScaleDeformableAttention
 from .hema_former import CrossModalFusion, HemaFormer, SingleCellFeatureExtraction
 from .image_decoder import ImageDecoder, ImageDecoderLayer, QuerySelection
 from .image_encoder import ImageEncoder, ImageEncoderLayer
+from .image_memory import ImageMemory
 from .outputs import UniHemaModelOutput
 from .text_branch import TextBranch
 from .visual_backbone import FeatureLevels, VisualBackbone
@@ -151,6 +152,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
             self.query_selection = QuerySelection(config)
             self.image_decoder = ImageDecoder(config)
         self.hema_former = HemaFormer(config, parts)
+        self._image_memory = ImageMemory()
         self._keys_to_ignore_on_load_unexpected = [
             pattern for head in _HEAD_KEYS.values() for pattern in (head, head.replace("^", "^model."))
         ]
@@ -291,7 +293,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
         images, texts = pixel_values.shape[0], input_ids.shape[0]
         if texts % images:
             raise ValueError(f"{texts} texts for {images} images: give every image the same number of texts.")
-        levels = self.visual_backbone(pixel_values, pixel_mask)
+        levels = self._image_memory(self.visual_backbone, pixel_values, pixel_mask)
         if texts > images:
             levels = levels.repeat_images(texts // images)
         length = input_ids.shape[1]

@@ -159,3 +159,34 @@ def test_generating_needs_image_and_question(model, missing, message):
     del inputs[missing], inputs["attention_mask"]
     with pytest.raises(ValueError, match=message):
         model.generate(**inputs, max_new_tokens=2)
+
+
+def test_a_conversation_on_one_image_looks_at_it_once(model):
+    backbone = model.model.visual_backbone
+    looks = []
+    counted = backbone.register_forward_hook(lambda *_: looks.append(1))
+    first = question(images=1)
+    second = {**first, "input_ids": first["input_ids"].roll(1), "pixel_values": first["pixel_values"].clone()}
+
+    def ask(inputs) -> list:
+        return model.generate(**inputs, max_new_tokens=NEW).tolist()
+
+    model.model._image_memory.forget()
+    answers = [ask(first), ask(second), ask(first)]
+    assert len(looks) == 1
+    model.model._image_memory.forget()
+    assert [ask(second), ask(first)] == answers[1:]
+    assert len(looks) == 2
+    another = {**first, "pixel_values": first["pixel_values"] + 0.1}
+    ask(another)
+    shorter = {**first, "pixel_mask": first["pixel_mask"].clone()}
+    shorter["pixel_mask"][:, :, 32:] = 0
+    ask(shorter)
+    assert len(looks) == 4
+    with torch.no_grad():
+        parameter = next(backbone.parameters())
+        parameter.mul_(1.5)
+        ask(shorter)
+        parameter.div_(1.5)
+    assert len(looks) == 5
+    counted.remove()
