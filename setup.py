@@ -38,7 +38,11 @@ setup(
     python_requires=">=3.11",
     packages=list(PACKAGE_DIR),
     package_dir=PACKAGE_DIR,
-    package_data={"unihema": ["py.typed"], "unihema.processing_unihema": ["tokenizer/*.json"]},
+    package_data={
+        "unihema": ["py.typed"],
+        "unihema.processing_unihema": ["tokenizer/*.json"],
+        "unihema.training.data": ["catalog.json"],
+    },
     # The lower bounds are the releases the tests ran with (Transformers' removed-pipeline table and configuration
     # classes changed up to 5.23); the upper bounds are the next major release and nothing tighter.
     install_requires=[
@@ -52,10 +56,12 @@ setup(
         "faster-coco-eval>=1.8,<2",
         "sacrebleu>=2.6,<3",
         "safetensors>=0.8,<1",
+        "huggingface_hub>=2.4,<3",
         "numpy>=2.4,<3",
         "scipy>=1.17,<2",
         "pandas>=3.1,<4",
         "pillow>=13,<14",
+        "pyyaml>=6,<7",
         "tqdm>=4.70,<5",
         "typer>=0.29,<1",
     ],

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ import torch
 from tqdm.auto import tqdm
 
 from unihema.hub_cards import checkpoint_card
+from unihema.hub_cards.data_sources import RECORD_FILE
 from unihema.training.acceleration import make_accelerator
 from unihema.training.batches import RunBatches
 from unihema.training.build import build, training_rows, validation_rows
 from unihema.training.checkpoint import Progress, last_checkpoint, save_checkpoint, save_trained
 from unihema.training.data.dataset import SmearDataset
+from unihema.training.data_record import data_record
 from unihema.training.ema import ExponentialMovingAverage
 from unihema.training.evaluation import evaluate_model, headline, write_report
-from unihema.training.files import write_text
+from unihema.training.files import write_json, write_text
 from unihema.training.optimizer import ProgressSchedule, make_optimizer
 from unihema.training.run_config import RunConfig, RunConfigError
 from unihema.training.run_log import RunLog
@@ -41,7 +44,7 @@ def train(config: RunConfig, resume: bool = False, callbacks: Iterable[Callable[
     """Trains a model as a run configuration says.
 
     Writes into `config.output_dir`: `run_config.json`, `log.jsonl`, `checkpoints/`, and at the end the model (averaged
-    weights, calibrated thresholds), its processor, `metrics.json`, `metrics.md` and a card.
+    weights, calibrated thresholds), its processor, `metrics.json`, `metrics.md`, `data.json` and a card.
 
     Args:
         config ([`RunConfig`]): The run.
@@ -370,7 +373,12 @@ class _Run:
         save_trained(model, self.processor, self.folder)
         if report:
             write_report(report, self.folder)
-        write_text(self.folder / "README.md", checkpoint_card(model.config, report))
+        data = self.config.data
+        rows = {data.train_split: self.rows, data.val_split: self.val_rows}
+        record = data_record(data.folders, {split: found for split, found in rows.items() if found}, data.val_split)
+        write_json(self.folder / RECORD_FILE, asdict(record))
+        card = checkpoint_card(model.config, report, data=record, run=self.config.to_dict())
+        write_text(self.folder / "README.md", card)
         self._say(f"Saved {self.folder}. {headline(report)[1]}".strip())
 
 

@@ -42,7 +42,7 @@ class DataConfig:
         rename (`dict[str, str]`): New names of detection classes and single-cell labels.
         attributes_as_detection (`bool` or `list[str]`): Train morphology on labelled single-cell images, as cells that
             fill the image; with the attributes named, or WBCAtt's.
-        on_invalid (`"error"` or `"skip"`): Boxes of zero area or outside their image.
+        on_invalid (`"error"` or `"skip"`): Whether bad rows stop the reading, or are left out with a warning each.
         max_samples (`int`, *optional*): Train on at most this many rows of a task (a seeded draw).
         cache_images (`bool`): Keep decoded images in memory (up to 2 GB a worker).
         workers (`int`): Processes that load images; 0 loads them in between steps.

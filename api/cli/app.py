@@ -6,13 +6,16 @@ import sys
 import typer
 
 from unihema.cli.ask import ask
+from unihema.cli.card import card
 from unihema.cli.convert import convert
+from unihema.cli.data import data
 from unihema.cli.demo import demo
 from unihema.cli.evaluate import evaluate
 from unihema.cli.export import export
 from unihema.cli.info import info
 from unihema.cli.parity import parity
 from unihema.cli.predict import predict
+from unihema.cli.push import push
 from unihema.cli.train import train
 from unihema.version import __version__
 
@@ -50,6 +53,9 @@ app.command()(info)
 app.command()(convert)
 app.command()(export)
 app.command()(parity)
+app.command()(card)
+app.command()(push)
+app.add_typer(data, name="data")
 app.command(hidden=True)(demo)
 
 

@@ -154,7 +154,13 @@ def test_a_run_that_is_cut_off_loses_nothing_that_was_done(checkpoint, draw, tmp
         "-o",
         str(results),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # A test run started in the background of a script ignores the interrupt, and what it starts would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 240
     while len(list((results / "records").glob("*.json"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)

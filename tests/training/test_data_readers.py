@@ -125,6 +125,16 @@ def test_metadata_layout(tmp_path):
     assert whole[0]["annotated_classes"] == ["basophil", "eosinophil"]
 
 
+def test_metadata_beside_its_images(tmp_path):
+    write_image(tmp_path / "train" / "a.png")
+    write_mask(tmp_path / "train" / "masks" / "a.png")
+    write_lines(
+        tmp_path / "train" / "metadata.jsonl", {"file_name": "a.png", "mask_file_name": "masks/a.png", "slide": 3}
+    )
+    row = load_folder(tmp_path, "train")["segmentation"][0]
+    assert (row["file_name"], row["slide"]) == ("train/a.png", "3")
+
+
 def test_metadata_objects(tmp_path):
     folder = tmp_path / "images" / "train"
     write_image(folder / "a.png")
@@ -174,7 +184,7 @@ def test_missing_things_are_named(tmp_path, coco_folder):
     with pytest.raises(DatasetError, match=r"nowhere: no such folder.\nAccepted layouts"):
         load_folder(tmp_path / "nowhere")
     folder = coco_folder(coco("missing.png"))
-    with pytest.raises(DatasetError, match=r"train.json: image 1: no image .*missing.png"):
+    with pytest.raises(DatasetError, match=r"train.json:1: image 1: no image .*missing.png"):
         load_folder(folder, "train")
     with pytest.raises(DatasetError, match=r"no data in split 'val'; the folder holds images, train.json"):
         load_folder(folder, "val")

@@ -1,1 +1,1 @@
-"""Data of training: readers, schema rows, augmentation, data sets, mixing and synthetic smears."""
+"""Data of training: catalog, readers, schema rows, preparing, checking, augmentation, mixing and synthetic smears."""

@@ -1,21 +1,23 @@
-"""Reading and checking of the files that data folders are made of: JSON, JSON lines, COCO, image lists."""
+"""Reading of the files that data folders are made of: JSON, JSON lines, tables, the images they name."""
 
+import csv
 import json
-import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
-from unihema.training.data.rows import DatasetError, Row
+from unihema.training.data.bad_rows import BadRows
+from unihema.training.data.member_names import UnsafeNameError, inside
+from unihema.training.data.rows import DatasetError
 
-
-logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class ImageFolder:
@@ -26,14 +28,12 @@ class ImageFolder:
         self._listings: dict[str, set[str]] = {}
 
     def path(self, file_name: Any, source: str) -> str:
-        """Absolute path of an image.
+        """Path of an image.
 
         Raises:
-            DatasetError: No such file; `source` says who refers to it.
+            DatasetError: No such file, or a name that leads out of the folder; `source` says who refers to it.
         """
-        if not isinstance(file_name, str) or not file_name:
-            raise DatasetError(f"{source}: a file name is needed, got {file_name!r}.")
-        path = os.path.join(self.root, file_name)
+        path = os.path.join(self.root, checked_name(file_name, source))
         folder, name = os.path.split(path)
         if folder not in self._listings:
             self._listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
@@ -42,56 +42,171 @@ class ImageFolder:
         return path
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file.
+def checked_name(file_name: Any, source: str) -> str:
+    """A file name as an annotation gives it, relative and inside its folder.
+
+    Raises:
+        DatasetError: No name, an absolute path, or one that leads out by `..`.
+    """
+    if not isinstance(file_name, str) or not file_name:
+        raise DatasetError(f"{source}: a file name is needed, got {file_name!r}.")
+    try:
+        return inside(file_name)
+    except UnsafeNameError as error:
+        raise DatasetError(f"{source}: {error}. File names are relative to the data folder.") from error
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        DatasetError: Not there, or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        raise DatasetError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
+
+
+def read_located_json(path: Path) -> tuple[Any, dict[str, list[int]]]:
+    """A JSON file and, where it is an object, the line on which each entry of its lists begins.
+
+    Returns:
+        `tuple`: The content, and key -> line numbers of the entries.
 
     Raises:
         DatasetError: Not JSON; the message gives file, line and column.
     """
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        start = _SPACE.match(text).end()
+        if text[start : start + 1] != "{":
+            return json.loads(text), {}
+        return _located_object(text, start)
     except json.JSONDecodeError as error:
         raise DatasetError(f"{path}:{error.lineno}: broken JSON at column {error.colno} ({error.msg}).") from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise DatasetError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
+    except RecursionError as error:
+        raise DatasetError(f"{path}: nested too deeply to be an annotation file.") from error
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _located_object(text: str, at: int) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    decode = json.JSONDecoder().raw_decode
+    content: dict[str, Any] = {}
+    lines: dict[str, list[int]] = {}
+    newlines, counted = 1, 0
+
+    def skip(position: int) -> int:
+        return _SPACE.match(text, position).end()
+
+    def expect(position: int, characters: str) -> int:
+        if text[position : position + 1] not in characters or position >= len(text):
+            raise json.JSONDecodeError(f"Expecting one of {characters}", text, position)
+        return position + 1
+
+    at = skip(at + 1)
+    while text[at : at + 1] != "}":
+        if content:
+            at = skip(expect(at, ","))
+        expect(at, '"')
+        key, at = decode(text, at)
+        at = skip(expect(skip(at), ":"))
+        if text[at : at + 1] != "[":
+            content[key], at = decode(text, at)
+        else:
+            entries, where = [], []
+            at = skip(at + 1)
+            while text[at : at + 1] != "]":
+                if entries:
+                    at = skip(expect(at, ","))
+                newlines, counted = newlines + text.count("\n", counted, at), at
+                where.append(newlines)
+                entry, at = decode(text, at)
+                entries.append(entry)
+                at = skip(at)
+            at += 1
+            content[key], lines[key] = entries, where
+        at = skip(at)
+    if skip(at + 1) != len(text):
+        raise json.JSONDecodeError("Extra data", text, at + 1)
+    return content, lines
+
+
+def read_json_lines(path: Path, bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
     """Records of a JSON-lines file, each with `file:line` for messages; empty lines are skipped.
 
+    Args:
+        path (`Path`): The file.
+        bad (`BadRows`): Gets the lines that are no JSON object.
+
     Raises:
-        DatasetError: A line that is not a JSON object.
+        DatasetError: Not a text file.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (UnicodeDecodeError, OSError) as error:
-        raise DatasetError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DatasetError(f"{path}:{number}: broken JSON ({error.msg} at column {error.colno}).") from error
-        if not isinstance(record, dict):
-            raise DatasetError(f"{path}:{number}: a JSON object {{...}} is needed, got {type(record).__name__}.")
-        yield f"{path}:{number}", record
+        source = f"{path}:{number}"
+        record = None
+        with bad.collecting():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DatasetError(f"{source}: broken JSON ({error.msg} at column {error.colno}).") from error
+            except RecursionError as error:
+                raise DatasetError(f"{source}: nested too deeply to be a record.") from error
+            if not isinstance(record, dict):
+                raise DatasetError(f"{source}: a JSON object {{...}} is needed, got {type(record).__name__}.")
+        if isinstance(record, dict):
+            yield source, record
 
 
-def require(record: Mapping[str, Any], key: str, source: str) -> Any:
-    """A field that must be there.
+def read_table(path: Path, bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Records of a table with a header line (comma, semicolon or tab), each with `file:line`; empty cells are None.
+
+    Args:
+        path (`Path`): The file.
+        bad (`BadRows`): Gets the lines with more or fewer cells than the header.
+
+    Raises:
+        DatasetError: Not a text file, no header, or a column named twice.
+    """
+    lines = read_text(path).splitlines()
+    header = lines[0] if lines else ""
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.reader(lines, delimiter=delimiter)
+    columns = [name.strip() for name in next(reader, [])]
+    if not any(columns):
+        raise DatasetError(f"{path}:1: a header line with the names of the columns is needed.")
+    if len(set(columns)) != len(columns):
+        raise DatasetError(f"{path}:1: a column is named twice: {', '.join(columns)}.")
+    while True:
+        record = None
+        with bad.collecting():
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                raise DatasetError(f"{path}:{reader.line_num}: not a table row ({error}).") from error
+            if cells is None:
+                return
+            if cells and len(cells) != len(columns):
+                raise DatasetError(f"{path}:{reader.line_num}: {len(cells)} cells, but {len(columns)} columns.")
+            record = {name: cell.strip() or None for name, cell in zip(columns, cells)} if any(cells) else None
+        if record is not None:
+            yield f"{path}:{reader.line_num}", record
+
+
+def require(record: Mapping[str, Any], key: str, source: str, *others: str) -> Any:
+    """A field that must be there, under its name or one of its other names.
 
     Raises:
         DatasetError: It is not.
     """
-    if record.get(key) is None:
-        raise DatasetError(f"{source}: field '{key}' is missing; found {', '.join(map(str, record)) or 'nothing'}.")
-    return record[key]
+    for name in (key, *others):
+        if record.get(name) is not None:
+            return record[name]
+    raise DatasetError(f"{source}: field '{key}' is missing; found {', '.join(map(str, record)) or 'nothing'}.")
 
 
-def checked_box(
-    box: Any, width: int, height: int, source: str, on_invalid: Literal["error", "skip"] = "error"
-) -> list[float] | None:
+def checked_box(box: Any, width: int, height: int, source: str) -> list[float]:
     """A box clipped to its image.
 
     Args:
@@ -99,15 +214,13 @@ def checked_box(
         width (`int`): Of the image, pixels.
         height (`int`): Of the image, pixels.
         source (`str`): File and annotation, for the message.
-        on_invalid (`"error"` or `"skip"`): What to do with a box that holds nothing of the image.
 
     Returns:
-        `list[float]` or `None`: The part inside the image; None for a skipped box.
+        `list[float]`: The part inside the image.
 
     Raises:
-        DatasetError: Not four finite numbers, zero area or wholly outside, with `on_invalid="error"`.
+        DatasetError: Not four finite numbers, zero area or wholly outside.
     """
-    problem = None
     try:
         x, y, w, h = (float(value) for value in box)
     except (TypeError, ValueError):
@@ -121,91 +234,23 @@ def checked_box(
         if right - left > 0 and bottom - top > 0:
             return [left, top, right - left, bottom - top]
         problem = f"lies outside the image of {width}x{height} pixels"
-    message = f"{source}: box {box} {problem}."
-    if on_invalid == "skip":
-        logger.warning("%s Skipped.", message)
-        return None
-    raise DatasetError(f'{message} Correct it (boxes are xywh in pixels), or read with on_invalid="skip".')
-
-
-def read_coco(
-    path: Path,
-    image_root: Path,
-    dataset: str,
-    rename: Mapping[str, str],
-    on_invalid: Literal["error", "skip"] = "error",
-) -> list[Row]:
-    """Detection rows of a COCO file.
-
-    Args:
-        path (`Path`): `images`, `annotations`, `categories`; an annotation may have `attributes` {name: value}.
-        image_root (`Path`): Folder that `file_name` is relative to.
-        dataset (`str`): Name of the data set.
-        rename (`Mapping[str, str]`): Category names to replace.
-        on_invalid (`"error"` or `"skip"`): For boxes without area or outside the image.
-
-    Raises:
-        DatasetError: Missing part, unknown id, missing image, or invalid box.
-    """
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise DatasetError(f"{path}: a COCO object with images, annotations and categories is needed.")
-    images = require(content, "images", str(path))
-    categories = require(content, "categories", str(path))
-    if not categories:
-        raise DatasetError(f"{path}: no categories. List the annotated classes as {{'id', 'name'}}.")
-    names = {
-        require(category, "id", f"{path}: category"): _renamed(require(category, "name", f"{path}: category"), rename)
-        for category in categories
-    }
-    annotated = list(dict.fromkeys(names.values()))
-
-    folder = ImageFolder(image_root)
-    rows: dict[Any, Row] = {}
-    sizes: dict[Any, tuple[int, int]] = {}
-    for image in images:
-        source = f"{path}: image {image.get('id')}"
-        identifier = require(image, "id", source)
-        if identifier in rows:
-            raise DatasetError(f"{source}: this id occurs twice.")
-        file_name = require(image, "file_name", source)
-        rows[identifier] = {
-            "image": folder.path(file_name, source),
-            "file_name": file_name,
-            "dataset": dataset,
-            "task": "detection",
-            "objects": {"bbox": [], "category": [], "morphology": [], "iscrowd": []},
-            "annotated_classes": annotated,
-        }
-        sizes[identifier] = recorded_size(image, rows[identifier]["image"])
-        rows[identifier]["size"] = sizes[identifier]
-
-    for annotation in require(content, "annotations", str(path)):
-        source = f"{path}: annotation {annotation.get('id')}"
-        image_id = require(annotation, "image_id", source)
-        if image_id not in rows:
-            raise DatasetError(f"{source}: image_id {image_id} is not among the images.")
-        category = require(annotation, "category_id", source)
-        if category not in names:
-            known = ", ".join(f"{key} {name}" for key, name in names.items())
-            raise DatasetError(f"{source}: category_id {category} is not among the categories ({known}).")
-        row = rows[image_id]
-        source = f"{source} ({row['file_name']})"
-        box = checked_box(require(annotation, "bbox", source), *sizes[image_id], source, on_invalid)
-        if box is None:
-            continue
-        attributes = annotation.get("attributes") or {}
-        row["objects"]["bbox"].append(box)
-        row["objects"]["category"].append(names[category])
-        row["objects"]["morphology"].append({key: str(value) for key, value in attributes.items() if value is not None})
-        row["objects"]["iscrowd"].append(int(annotation.get("iscrowd") or 0))
-    return list(rows.values())
+    raise DatasetError(f"{source}: box {box} {problem} (boxes are xywh in pixels).")
 
 
 def recorded_size(record: Mapping[str, Any], path: str) -> tuple[int, int]:
-    """Width and height as the record has them, else from the file's header."""
+    """Width and height as the record has them, else from the file's header.
+
+    Raises:
+        DatasetError: Recorded, but no numbers above 0; or the file is no image.
+    """
     if record.get("width") and record.get("height"):
-        return int(record["width"]), int(record["height"])
+        try:
+            size = int(record["width"]), int(record["height"])
+        except (TypeError, ValueError):
+            size = (0, 0)
+        if min(size) <= 0:
+            raise DatasetError(f"{path}: its recorded size {record['width']}x{record['height']} is no size in pixels.")
+        return size
     return image_size(path)
 
 
@@ -218,9 +263,12 @@ def image_size(path: str) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.size
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DatasetError(f"{path}: not a readable image ({error}). Copy it again or take it out.") from error
 
 
-def _renamed(name: Any, rename: Mapping[str, str]) -> str:
-    return rename.get(str(name), str(name))
+def image_files(folder: Path) -> list[Path]:
+    """The images directly in a folder, in order; none when there is no such folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)

@@ -2,42 +2,33 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from unihema.training.data.annotation_files import (
-    IMAGE_SUFFIXES,
     ImageFolder,
     checked_box,
-    image_size,
-    read_coco,
+    image_files,
     read_json_lines,
+    read_table,
     recorded_size,
     require,
 )
-from unihema.training.data.rows import TASKS, DatasetError, Row
+from unihema.training.data.attribute_table import WBCATT_ATTRIBUTES, rows_of_cell, with_annotated_classes
+from unihema.training.data.bad_rows import BadRows, OnInvalid
+from unihema.training.data.coco import read_coco
+from unihema.training.data.description import masks_show
+from unihema.training.data.foreign_layouts import FOREIGN_LAYOUTS, read_foreign, recognise_foreign
+from unihema.training.data.rows import TASKS, DatasetError, Row, group_ids
 
 
-# Columns of WBCAtt (Tsutsui et al. 2023), the attribute table of the PBC images.
-WBCATT_ATTRIBUTES = (
-    "cell_size",
-    "cell_shape",
-    "nucleus_shape",
-    "nuclear_cytoplasmic_ratio",
-    "chromatin_density",
-    "cytoplasm_vacuole",
-    "cytoplasm_texture",
-    "cytoplasm_colour",
-    "granule_type",
-    "granule_colour",
-    "granularity",
-)
-
-LAYOUTS = """Accepted layouts, any part of which may be left out:
+LAYOUTS = f"""Accepted layouts, any part of which may be left out:
   <split>/annotations.json (COCO, file_name relative to <split>/), <split>/images/, <split>/masks/<same stem>.png,
-      <split>/crops/<label>/*.png, <split>/qa.jsonl {image, question, answer},
-      <split>/cloze.jsonl {image, masked, completed}
-  <split>.json (COCO) with images/; images/<split>/metadata.jsonl {file_name, label | mask_file_name | objects};
-      qa_<split>.jsonl {image, question, answer}; mlm_<split>.jsonl {image, masked_t5, sentence}"""
+      <split>/crops/<label>/*.png, <split>/qa.jsonl {{image, question, answer}},
+      <split>/cloze.jsonl {{image, masked, completed}}
+  <split>.json (COCO) with images/; images/<split>/ or <split>/metadata.jsonl {{file_name, label | mask_file_name | objects}};
+      attributes_<split>.csv {{file_name, label, attributes}}; qa_<split>.jsonl {{image, question, answer}};
+      mlm_<split>.jsonl {{image, masked_t5, sentence}}
+  {", ".join(FOREIGN_LAYOUTS)}, with the split in a folder's name"""
 
 SPLIT_ALIASES = {"val": ("val", "validation", "valid"), "validation": ("validation", "val", "valid")}
 OWN_PARTS = ("annotations.json", "masks", "crops", "qa.jsonl", "cloze.jsonl")
@@ -51,7 +42,7 @@ def load_folder(
     prompt: str = "white blood cell",
     rename: Mapping[str, str] | None = None,
     attributes_as_detection: bool | Sequence[str] = False,
-    on_invalid: Literal["error", "skip"] = "error",
+    on_invalid: OnInvalid = "error",
 ) -> dict[str, list[Row]]:
     """Reads one split of a data folder; the layout is recognised.
 
@@ -59,17 +50,44 @@ def load_folder(
         path (`str` or `Path`): The folder.
         split (`str`): `"train"`, `"val"` or another name that the folder uses.
         tasks (`Sequence[str]`, *optional*): Read these only; all that the folder has when not given.
-        prompt (`str`): What the masks show.
+        prompt (`str`): What the masks show, where the folder does not say so itself (`dataset.json`).
         rename (`Mapping[str, str]`, *optional*): New names of detection classes and single-cell labels.
         attributes_as_detection (`bool` or `Sequence[str]`): Make detection rows of labelled single-cell images: one box
             over the whole image, its class the label, its morphology the attribute columns (WBCAtt's, or those named).
-        on_invalid (`"error"` or `"skip"`): For boxes without area or wholly outside. Boxes partly outside are clipped.
+        on_invalid (`"error"` or `"skip"`): Whether bad rows (a broken line, a missing image, a box without area or wholly
+            outside) stop the reading, all named at once, or are left out with a warning. Boxes partly outside are clipped.
 
     Returns:
         `dict[str, list[Row]]`: Rows of each task that the folder has.
 
     Raises:
-        DatasetError: Missing folder, split or image, a broken line, an invalid box.
+        DatasetError: Missing folder or split, or a file that cannot be read at all.
+        BadRowsError: Bad rows, with `on_invalid="error"`.
+    """
+    bad = BadRows()
+    rows = read_folder(
+        path, split, bad, tasks=tasks, prompt=prompt, rename=rename, attributes_as_detection=attributes_as_detection
+    )
+    bad.settle(on_invalid)
+    if not rows:
+        raise DatasetError(f"{path}: every row of split '{split}' is bad: {bad.messages[0]}")
+    return rows
+
+
+def read_folder(
+    path: str | Path,
+    split: str,
+    bad: BadRows,
+    *,
+    tasks: Sequence[str] | None = None,
+    prompt: str = "white blood cell",
+    rename: Mapping[str, str] | None = None,
+    attributes_as_detection: bool | Sequence[str] = False,
+) -> dict[str, list[Row]]:
+    """[`load_folder`], with bad rows given to `bad` instead of stopping or warning.
+
+    Raises:
+        DatasetError: Missing folder or split, or a file that cannot be read at all.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -78,151 +96,225 @@ def load_folder(
     if unknown:
         raise DatasetError(f"Unknown task {unknown[0]!r}; tasks are {', '.join(TASKS)}.")
     wanted = tuple(tasks or TASKS)
+    columns = WBCATT_ATTRIBUTES if attributes_as_detection is True else tuple(attributes_as_detection or ())
     options = {
         "wanted": wanted,
         "dataset": folder.resolve().name,
-        "prompt": prompt,
+        "prompt": masks_show(folder) or prompt,
         "rename": dict(rename or {}),
-        "on_invalid": on_invalid,
+        "bad": bad,
     }
+    already_bad = len(bad.messages)
     for name in SPLIT_ALIASES.get(split, (split,)):
-        if any((folder / name / part).exists() for part in OWN_PARTS):
-            found = _read_own(folder / name, **options)
+        if _has_own(folder, name):
+            found = _read_own(folder / name, attributes_as_detection=attributes_as_detection, **options)
         else:
-            found = _read_by_split(folder, name, attributes_as_detection=attributes_as_detection, **options)
+            found = _read_by_split(folder, name, columns=columns, **options)
         found = {task: found[task] for task in TASKS if found.get(task)}
-        if found:
+        if found or len(bad.messages) > already_bad:
+            return found
+    if not _is_ours(folder) and recognise_foreign(folder):
+        found = _read_foreign(folder, split, columns=columns, **options)
+        if found or len(bad.messages) > already_bad:
             return found
     inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12]) or "nothing"
     what = f" for {', '.join(wanted)}" if tasks else ""
     raise DatasetError(f"{folder}: no data{what} in split '{split}'; the folder holds {inside}.\n{LAYOUTS}")
 
 
-def _read_own(folder: Path, wanted, dataset, prompt, rename, on_invalid) -> dict[str, list[Row]]:
+def splits_of(folder: Path) -> list[str]:
+    """The splits among train, val and test that a folder of one of our layouts has."""
+    found = []
+    for split in ("train", "val", "test"):
+        for name in SPLIT_ALIASES.get(split, (split,)):
+            if _has_own(folder, name) or any(path.is_file() for path in _split_files(folder, name)):
+                found.append(split)
+                break
+    return found
+
+
+def _is_ours(folder: Path) -> bool:
+    return bool(splits_of(folder))
+
+
+def _has_own(folder: Path, split: str) -> bool:
+    # An image folder of `datasets` may keep its masks in a folder of that name, too.
+    image_folder = (folder / split / "metadata.jsonl").is_file()
+    return not image_folder and any((folder / split / part).exists() for part in OWN_PARTS)
+
+
+def _split_files(folder: Path, split: str) -> tuple[Path, ...]:
+    metadata = folder / split / "metadata.jsonl"
+    if not metadata.is_file():
+        metadata = folder / "images" / split / "metadata.jsonl"
+    tables = (folder / f"attributes_{split}.csv", folder / f"qa_{split}.jsonl", folder / f"mlm_{split}.jsonl")
+    return folder / f"{split}.json", metadata, *tables
+
+
+def _read_own(
+    folder: Path, wanted, dataset, prompt, rename, bad: BadRows, attributes_as_detection: bool | Sequence[str]
+) -> dict[str, list[Row]]:
     images = ImageFolder(folder)
     rows: dict[str, list[Row]] = {}
     if "detection" in wanted and (folder / "annotations.json").is_file():
-        rows["detection"] = read_coco(folder / "annotations.json", folder, dataset, rename, on_invalid)
+        rows["detection"] = read_coco(folder / "annotations.json", images.path, dataset, rename, bad)
     if "segmentation" in wanted and (folder / "masks").is_dir():
-        stems = {file.stem: file for file in _image_files(folder / "images")}
+        stems = {file.stem: file for file in image_files(folder / "images")}
         rows["segmentation"] = []
-        for mask in _image_files(folder / "masks"):
-            if mask.stem not in stems:
-                raise DatasetError(f"{mask}: no image of this name in {folder / 'images'}.")
-            row = _row(stems[mask.stem], f"images/{stems[mask.stem].name}", dataset, "segmentation")
-            rows["segmentation"].append(row | {"mask": str(mask), "prompt": prompt})
+        for mask in image_files(folder / "masks"):
+            with bad.collecting():
+                if mask.stem not in stems:
+                    raise DatasetError(f"{mask}: no image of this name in {folder / 'images'}.")
+                row = _row(stems[mask.stem], f"images/{stems[mask.stem].name}", dataset, "segmentation")
+                rows["segmentation"].append(row | {"mask": str(mask), "prompt": prompt})
     if "single_cell" in wanted and (folder / "crops").is_dir():
         rows["single_cell"] = [
             _row(file, f"crops/{label.name}/{file.name}", dataset, "single_cell")
             | {"label": rename.get(label.name, label.name)}
             for label in sorted(entry for entry in (folder / "crops").iterdir() if entry.is_dir())
-            for file in _image_files(label)
+            for file in image_files(label)
         ]
     if "question_answering" in wanted and (folder / "qa.jsonl").is_file():
-        rows["question_answering"] = _read_questions(folder / "qa.jsonl", images, dataset)
+        rows["question_answering"] = _read_questions(folder / "qa.jsonl", images, dataset, bad)
     if "cloze" in wanted and (folder / "cloze.jsonl").is_file():
-        rows["cloze"] = _read_cloze(folder / "cloze.jsonl", images, dataset, "masked", "completed")
+        rows["cloze"] = _read_cloze(folder / "cloze.jsonl", images, dataset, bad)
+    if "detection" in wanted and attributes_as_detection and (folder / "attributes.csv").is_file():
+        cells = _read_attributes(folder / "attributes.csv", images, dataset, rename, bad, attributes_as_detection)
+        rows["detection"] = [*rows.get("detection", ()), *cells]
+    _add_groups(folder / "origins.csv", rows, bad)
     return rows
+
+
+def _read_attributes(
+    path: Path, images: ImageFolder, dataset: str, rename, bad: BadRows, wanted: bool | Sequence[str]
+) -> list[Row]:
+    """Detection rows of crops, the folder of each its class: all columns are attributes, or those wanted."""
+    rows: list[Row] = []
+    for source, record in read_table(path, bad):
+        with bad.collecting():
+            name = require(record, "file_name", source)
+            row = {"image": images.path(name, source), "file_name": name, "dataset": dataset}
+            columns = [key for key in record if key != "file_name" and (wanted is True or key in wanted)]
+            label = Path(name).parent.name
+            rows += rows_of_cell(row, rename.get(label, label), record, columns)[1:]
+    return with_annotated_classes(rows)
+
+
+def _add_groups(path: Path, rows: Mapping[str, list[Row]], bad: BadRows) -> None:
+    """Adds patient, slide and source image, which folders of the own layout keep in a table beside their images."""
+    if not path.is_file():
+        return
+    groups = {}
+    for source, record in read_table(path, bad):
+        with bad.collecting():
+            groups[require(record, "file_name", source)] = group_ids(record)
+    for row in (row for found in rows.values() for row in found):
+        row.update(groups.get(row["file_name"], {}))
 
 
 def _read_by_split(
-    folder: Path, split: str, wanted, dataset, prompt, rename, on_invalid, attributes_as_detection
+    folder: Path, split: str, wanted, dataset, prompt, rename, bad: BadRows, columns: Sequence[str]
 ) -> dict[str, list[Row]]:
     images = ImageFolder(folder / "images")
     rows: dict[str, list[Row]] = {}
-    coco = folder / f"{split}.json"
+    coco, metadata, table, questions, cloze = _split_files(folder, split)
     if "detection" in wanted and coco.is_file():
-        rows["detection"] = read_coco(coco, folder / "images", dataset, rename, on_invalid)
-    metadata = folder / "images" / split / "metadata.jsonl"
+        rows["detection"] = read_coco(coco, images.path, dataset, rename, bad)
+    records = None
     if metadata.is_file():
-        columns = WBCATT_ATTRIBUTES if attributes_as_detection is True else tuple(attributes_as_detection or ())
-        for task, found in _read_metadata(metadata, dataset, prompt, rename, on_invalid, columns).items():
-            if task in wanted and task not in rows:
-                rows[task] = found
-    if "question_answering" in wanted and (folder / f"qa_{split}.jsonl").is_file():
-        rows["question_answering"] = _read_questions(folder / f"qa_{split}.jsonl", images, dataset)
-    if "cloze" in wanted and (folder / f"mlm_{split}.jsonl").is_file():
-        rows["cloze"] = _read_cloze(folder / f"mlm_{split}.jsonl", images, dataset, "masked_t5", "sentence")
+        records = read_json_lines(metadata, bad)
+    elif table.is_file():
+        records = read_table(table, bad)
+    if records is not None:
+        # Boxes that the COCO file has already are not read, nor reported, a second time.
+        tasks = [task for task in wanted if task not in rows]
+        beside = metadata.parent if metadata.is_file() else folder / "images" / split
+        found = _read_records(records, ImageFolder(beside), tasks, dataset, prompt, rename, bad, columns)
+        rows |= {task: found[task] for task in tasks if task in found}
+    if "question_answering" in wanted and questions.is_file():
+        rows["question_answering"] = _read_questions(questions, images, dataset, bad)
+    if "cloze" in wanted and cloze.is_file():
+        rows["cloze"] = _read_cloze(cloze, images, dataset, bad)
     return rows
 
 
-def _read_metadata(
-    path: Path, dataset: str, prompt: str, rename: Mapping[str, str], on_invalid, columns: Sequence[str]
+def _read_records(
+    records, images: ImageFolder, tasks: Sequence[str], dataset, prompt, rename, bad: BadRows, columns: Sequence[str]
 ) -> dict[str, list[Row]]:
-    """Rows of an image-folder metadata file: by its columns, each line is a row of one task or of several."""
-    images = ImageFolder(path.parent)
+    """Rows of an image-folder metadata file or table: each line is a row of one task or of several."""
     rows: dict[str, list[Row]] = {"detection": [], "segmentation": [], "single_cell": []}
-    for source, record in read_json_lines(path):
-        name = require(record, "file_name", source)
-        image, shown = images.path(name, source), f"{path.parent.name}/{name}"
-        if record.get("mask_file_name"):
-            mask = images.path(record["mask_file_name"], source)
-            rows["segmentation"].append(_row(image, shown, dataset, "segmentation") | {"mask": mask, "prompt": prompt})
-        if record.get("objects"):
-            size = recorded_size(record, image)
-            row = _row(image, shown, dataset, "detection") | {"size": size}
-            row["objects"] = _read_objects(record, size, source, rename, on_invalid)
-            rows["detection"].append(row)
-        if isinstance(record.get("label"), str):
-            label = rename.get(record["label"], record["label"])
-            rows["single_cell"].append(_row(image, shown, dataset, "single_cell") | {"label": label})
-            if any(key in record for key in columns):
-                morphology = {key: str(record[key]) for key in columns if record.get(key) is not None}
-                objects = {
-                    "bbox": [[0.0, 0.0, *map(float, image_size(image))]],
-                    "category": [label],
-                    "morphology": [morphology],
-                }
-                rows["detection"].append(_row(image, shown, dataset, "detection") | {"objects": objects})
-    annotated = sorted({name for row in rows["detection"] for name in row["objects"]["category"]})
-    for row in rows["detection"]:
-        row["annotated_classes"] = annotated
+    for source, record in records:
+        with bad.collecting():
+            name = require(record, "file_name", source)
+            image, shown = images.path(name, source), f"{images.root.name}/{name}"
+            row = {"image": image, "file_name": shown, "dataset": dataset, **group_ids(record)}
+            if record.get("mask_file_name"):
+                mask = images.path(record["mask_file_name"], source)
+                rows["segmentation"].append(row | {"task": "segmentation", "mask": mask, "prompt": prompt})
+            if record.get("objects") and "detection" in tasks:
+                size = recorded_size(record, image)
+                objects = _read_objects(record["objects"], size, source, rename, bad)
+                rows["detection"].append(row | {"task": "detection", "size": size, "objects": objects})
+            if isinstance(record.get("label"), str):
+                label = rename.get(record["label"], record["label"])
+                for cell in rows_of_cell(row, label, record, columns):
+                    rows[cell["task"]].append(cell)
+    with_annotated_classes(rows["detection"])
     return rows
 
 
-def _read_objects(record, size: tuple[int, int], source: str, rename: Mapping[str, str], on_invalid) -> dict[str, list]:
-    objects = record["objects"]
+def _read_objects(objects: Any, size: tuple[int, int], source: str, rename, bad: BadRows) -> dict[str, list]:
+    if not isinstance(objects, Mapping):
+        raise DatasetError(f"{source}: 'objects' must hold 'bbox' and 'category_name', got {type(objects).__name__}.")
     names = objects.get("category_name") or objects.get("category") or []
     boxes = require(objects, "bbox", source)
     if any(not isinstance(name, str) for name in names):
         raise DatasetError(f"{source}: objects need class names in 'category_name' (or a <split>.json in COCO format).")
     if len(names) != len(boxes):
         raise DatasetError(f"{source}: {len(boxes)} boxes but {len(names)} class names.")
-    kept = {"bbox": [], "category": [], "morphology": []}
+    kept: dict[str, list] = {"bbox": [], "category": [], "morphology": []}
     for index, (box, name) in enumerate(zip(boxes, names)):
-        box = checked_box(box, *size, f"{source}: object {index}", on_invalid)
-        if box is not None:
-            kept["bbox"].append(box)
+        with bad.collecting():
+            kept["bbox"].append(checked_box(box, *size, f"{source}: object {index}"))
             kept["category"].append(rename.get(name, name))
             kept["morphology"].append({})
     return kept
 
 
-def _read_questions(path: Path, images: ImageFolder, dataset: str) -> list[Row]:
-    return [
-        _row(images.path(record.get("image"), source), record["image"], dataset, "question_answering")
-        | {key: str(require(record, key, source)) for key in ("question", "answer")}
-        for source, record in read_json_lines(path)
-    ]
+def _read_foreign(
+    folder: Path, split: str, wanted, dataset, prompt, rename, bad: BadRows, columns: Sequence[str]
+) -> dict[str, list[Row]]:
+    names = SPLIT_ALIASES.get(split, (split,))
+    found = read_foreign(folder, dataset, bad, rename=rename, prompt=prompt, attributes=columns)
+    # A set without splits is one to train on.
+    rows = [row for row in found if (row.get("split") or "train") in names]
+    return {task: kept for task in TASKS if task in wanted and (kept := [row for row in rows if row["task"] == task])}
 
 
-def _read_cloze(path: Path, images: ImageFolder, dataset: str, masked: str, completed: str) -> list[Row]:
+def _read_questions(path: Path, images: ImageFolder, dataset: str, bad: BadRows) -> list[Row]:
     rows = []
-    for source, record in read_json_lines(path):
-        row = _row(images.path(record.get("image"), source), record["image"], dataset, "cloze")
-        row["masked"] = str(require(record, masked, source))
-        row["completed"] = str(require(record, completed, source))
-        if "<extra_id_0>" not in row["masked"]:
-            raise DatasetError(f"{source}: field '{masked}' has no blank; mark the first one <extra_id_0>.")
-        rows.append(row)
+    for source, record in read_json_lines(path, bad):
+        with bad.collecting():
+            row = _row(images.path(record.get("image"), source), record["image"], dataset, "question_answering")
+            row["question"] = str(require(record, "question", source, "Question"))
+            row["answer"] = str(require(record, "answer", source, "Answer"))
+            rows.append(row | group_ids(record))
+    return rows
+
+
+def _read_cloze(path: Path, images: ImageFolder, dataset: str, bad: BadRows) -> list[Row]:
+    rows = []
+    for source, record in read_json_lines(path, bad):
+        with bad.collecting():
+            row = _row(images.path(record.get("image"), source), record["image"], dataset, "cloze")
+            masked = "masked_t5" if record.get("masked_t5") is not None else "masked"
+            row["masked"] = str(require(record, masked, source))
+            row["completed"] = str(require(record, "completed", source, "sentence"))
+            if "<extra_id_0>" not in row["masked"]:
+                raise DatasetError(f"{source}: field '{masked}' has no blank; mark the first one <extra_id_0>.")
+            rows.append(row | group_ids(record))
     return rows
 
 
 def _row(image: str | Path, file_name: str, dataset: str, task: str) -> Row:
     return {"image": str(image), "file_name": file_name, "dataset": dataset, "task": task}
-
-
-def _image_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)

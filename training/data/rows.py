@@ -4,11 +4,14 @@ Common keys: `image` (path or PIL image), `file_name`, `dataset`, `task`. Task k
 
 - detection: `objects` (`bbox` xywh pixels, `category` names, `morphology` {attribute: value}; `iscrowd` where present)
   and `annotated_classes` (names, or None when all are); `size` (width, height) of the image that the boxes refer to,
-  where known;
+  where known; `from_attributes` marks a single cell whose box is the whole image, made to teach its attributes;
 - segmentation: `mask` (path or array, nonzero = cell), `prompt` (what the mask shows);
 - single_cell: `label`;
 - question_answering: `question`, `answer`;
 - cloze: `masked` (sentinels in T5's order), `completed` (the whole sentence).
+
+Rows of any task may say whom or what an image comes from: `patient`, `slide` or `source_image` (the field that a crop was
+cut from). Images that share one belong into one split.
 """
 
 import difflib
@@ -16,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from unihema.processing_unihema.prompts import TASKS
+from unihema.training.data.bad_rows import BadRows, BadRowsError, DatasetError
 
 
 Row = dict[str, Any]
@@ -26,10 +30,21 @@ REQUIRED_KEYS = {
     "question_answering": ("question", "answer"),
     "cloze": ("masked", "completed"),
 }
+# Where an image comes from -> the names that data sets give it.
+GROUP_KEYS = {
+    "patient": ("patient", "patient_id"),
+    "slide": ("slide", "slide_id"),
+    "source_image": ("source_image",),
+}
 
 
-class DatasetError(ValueError):
-    """A data folder, file or row that cannot be used; the message names it and the remedy."""
+def group_ids(record: Mapping[str, Any]) -> dict[str, str]:
+    """Patient, slide and source image of a record, as far as it has them."""
+    found = {
+        group: next((record[key] for key in keys if record.get(key) not in (None, "")), None)
+        for group, keys in GROUP_KEYS.items()
+    }
+    return {group: str(value) for group, value in found.items() if value is not None}
 
 
 def class_names(rows: Iterable[Row]) -> list[str]:
@@ -78,31 +93,44 @@ def check_rows(
             is ignored; an unlisted value of a listed attribute is an error.
 
     Raises:
-        DatasetError: Unknown task, missing key, or a class, label or value that is not listed; the message names the
-            file and lists what is known.
+        BadRowsError: Unknown task, missing key, or a class, label or value that is not listed; the message names every
+            such row and lists what is known.
     """
+    bad = BadRows()
     for row in rows:
-        where = f"{row.get('dataset', 'data')}: {row.get('file_name', '(no file_name)')}"
-        task = row.get("task")
-        if task not in TASKS:
-            raise DatasetError(f"{where}: unknown task {task!r}; tasks are {', '.join(TASKS)}.")
-        missing = [key for key in ("image", *REQUIRED_KEYS[task]) if row.get(key) is None]
-        if missing:
-            raise DatasetError(f"{where}: a {task} row needs {', '.join(missing)}.")
-        if task == "detection":
-            objects = row["objects"]
-            lengths = {key: len(objects[key]) for key in ("bbox", "category", "morphology") if key in objects}
-            if len(set(lengths.values())) > 1:
-                raise DatasetError(f"{where}: lists of different lengths in objects: {lengths}. One entry a cell.")
-            if class_names is not None:
-                for name in dict.fromkeys(objects["category"]):
-                    _check_known(name, class_names, where, "class")
-            for attributes in objects.get("morphology", ()) if morphology else ():
-                for name, value in attributes.items():
-                    if name in morphology:
-                        _check_known(value, morphology[name], where, f"value of {name}")
-        elif task == "single_cell" and single_cell_labels is not None:
-            _check_known(row["label"], single_cell_labels, where, "single-cell label")
+        with bad.collecting():
+            _check_row(row, class_names, single_cell_labels, morphology)
+    if bad.messages:
+        raise BadRowsError(bad.messages)
+
+
+def _check_row(
+    row: Row,
+    class_names: Sequence[str] | None,
+    single_cell_labels: Sequence[str] | None,
+    morphology: Mapping[str, Sequence[str]] | None,
+) -> None:
+    where = f"{row.get('dataset', 'data')}: {row.get('file_name', '(no file_name)')}"
+    task = row.get("task")
+    if task not in TASKS:
+        raise DatasetError(f"{where}: unknown task {task!r}; tasks are {', '.join(TASKS)}.")
+    missing = [key for key in ("image", *REQUIRED_KEYS[task]) if row.get(key) is None]
+    if missing:
+        raise DatasetError(f"{where}: a {task} row needs {', '.join(missing)}.")
+    if task == "detection":
+        objects = row["objects"]
+        lengths = {key: len(objects[key]) for key in ("bbox", "category", "morphology") if key in objects}
+        if len(set(lengths.values())) > 1:
+            raise DatasetError(f"{where}: lists of different lengths in objects: {lengths}. One entry a cell.")
+        if class_names is not None:
+            for name in dict.fromkeys(objects["category"]):
+                _check_known(name, class_names, where, "class")
+        for attributes in objects.get("morphology", ()) if morphology else ():
+            for name, value in attributes.items():
+                if name in morphology:
+                    _check_known(value, morphology[name], where, f"value of {name}")
+    elif task == "single_cell" and single_cell_labels is not None:
+        _check_known(row["label"], single_cell_labels, where, "single-cell label")
 
 
 def _check_known(name: str, known: Sequence[str], where: str, what: str) -> None:

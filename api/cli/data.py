@@ -1,0 +1,154 @@
+"""`unihema data`: the catalog of data sets, and preparing and checking data folders."""
+
+from pathlib import Path
+
+import typer
+
+
+data = typer.Typer(help="List, prepare and check data sets.", no_args_is_help=True)
+
+
+@data.command("list")
+def list_data(
+    task: str = typer.Option(None, "--task", "-t", help="Data sets of this task only."),
+    disease: str = typer.Option(None, help="Data sets of this disease only; a part of its name is enough."),
+    json_lines: bool = typer.Option(False, "--json", help="A JSON object a line."),
+) -> None:
+    """List the data sets of the Uni-Hema paper. An empty field is one that nobody has stated."""
+    import json
+    from dataclasses import asdict
+
+    from unihema.training.data.catalog import find_entries
+
+    entries = find_entries(task, disease)
+    if json_lines:
+        for entry in entries:
+            typer.echo(json.dumps(asdict(entry), ensure_ascii=False))
+        return
+    lines = [("data set", "disease", "images", "licence", "link")]
+    lines += [(entry.key, entry.disease, str(entry.images or ""), entry.licence, entry.data_link) for entry in entries]
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    for line in lines:
+        typer.echo("  ".join([*(cell.ljust(width) for cell, width in zip(line, widths)), line[4]]).rstrip())
+
+
+@data.command()
+def show(name: str = typer.Argument(..., help="Key or name of a data set, as `unihema data list` shows it.")) -> None:
+    """Show what is known of a data set of the catalog."""
+    from unihema.training.data.catalog import find_entry
+
+    entry = find_entry(name)
+    fields = {
+        "data set": entry.key,
+        "name": entry.name,
+        "task": entry.task,
+        "disease": entry.disease,
+        "images": f"{entry.images} ({entry.images_source})" if entry.images else "",
+        "licence": f"{entry.licence} ({entry.licence_source})" if entry.licence else "",
+        "data": entry.data_link,
+        "paper": entry.paper_link,
+        "layout": entry.layout,
+        "reader": entry.reader or "recognised by `unihema data prepare`",
+        "labels": ", ".join(f"{ours} -> {official}" for ours, official in entry.labels.items()),
+        "note": entry.note,
+    }
+    for field, value in fields.items():
+        if value or field != "note":
+            typer.echo(f"{field + ':':10}{value or '(not stated)'}")
+
+
+@data.command()
+def prepare(
+    source: Path = typer.Argument(..., help="A downloaded zip or tar file, or a folder."),
+    output: Path = typer.Option(..., "--output", "-o", help="New data folder."),
+    name: str = typer.Option(None, "--dataset", "-d", help="The data set's key in the catalog."),
+    layout: str = typer.Option(
+        None, help="coco, yolo, voc, attribute_table, mask_pairs or class_folders; recognised by default."
+    ),
+    rename: list[str] = typer.Option([], help="Class to rename, such as 'ig=myelocyte'; may be repeated."),
+    keep_names: bool = typer.Option(False, help="Leave class names as they are instead of giving them official ones."),
+    masks_show: str = typer.Option("white blood cell", help="What the masks show."),
+    attribute: list[str] = typer.Option([], help="Column that is an attribute, if not WBCAtt's; may be repeated."),
+    licence: str = typer.Option(None, help="Licence of the data set, such as CC-BY-4.0."),
+    val_share: float = typer.Option(0.1, help="Part of the training images for validation, if there is no such split."),
+    patient_pattern: str = typer.Option(None, help="Regular expression with the patient in brackets, for file names."),
+    slide_pattern: str = typer.Option(None, help="The same for the slide."),
+    skip_bad: bool = typer.Option(False, help="Leave bad rows out instead of stopping."),
+) -> None:
+    """Turn a downloaded data set into a data folder. Exit code 1: bad rows were left out; they are listed."""
+    from unihema.training.data.catalog import find_entry
+    from unihema.training.data.prepare import prepare_data
+
+    prepared = prepare_data(
+        source,
+        output,
+        entry=find_entry(name) if name else None,
+        layout=layout,
+        official_names=not keep_names,
+        rename=_pairs(rename, "--rename"),
+        masks_show=masks_show,
+        **({"attributes": attribute} if attribute else {}),
+        licence=licence,
+        val_share=val_share,
+        patterns=_patterns(patient_pattern, slide_pattern),
+        on_invalid="skip" if skip_bad else "error",
+        progress=True,
+    )
+    for split, counts in prepared.counts.items():
+        typer.echo(f"{split}: " + ", ".join(f"{task} {count}" for task, count in counts.items()))
+    for task, names in prepared.unmapped.items():
+        typer.echo(f"{task}: no official name for {', '.join(names)}; kept as they are (--rename gives others).")
+    typer.echo(f"Written to {output}, read as {prepared.layout}.")
+    if prepared.left_out:
+        for message in prepared.left_out:
+            typer.echo(f"left out: {message}", err=True)
+        raise typer.Exit(1)
+
+
+@data.command()
+def check(
+    paths: list[Path] = typer.Argument(..., help="Data folders to use together, and archives to look into."),
+    output: Path = typer.Option(None, "--output", "-o", help="JSON file for the whole report."),
+    licence: list[str] = typer.Option([], help="Licence of a data set, such as 'bccd=MIT'; may be repeated."),
+    patient_pattern: str = typer.Option(None, help="Regular expression with the patient in brackets, for file names."),
+    slide_pattern: str = typer.Option(None, help="The same for the slide."),
+    similarity: float = typer.Option(None, help="Smallest similarity, 0..1, of the same photograph; 0.8 by default."),
+    exact_only: bool = typer.Option(False, help="Compare bytes only, not looks."),
+) -> None:
+    """Find bad rows, photographs that are there twice, patients in two splits, unsafe archives; count classes.
+
+    Exit code 1: something has to be put right.
+    """
+    from unihema.cli.data_report import report_lines
+    from unihema.training.data.check import check_data
+    from unihema.training.files import write_json
+
+    report = check_data(
+        paths,
+        licences=_pairs(licence, "--licence"),
+        patterns=_patterns(patient_pattern, slide_pattern),
+        near=not exact_only,
+        **({} if similarity is None else {"min_similarity": similarity}),
+        progress=True,
+    )
+    for line in report_lines(report):
+        typer.echo(line)
+    if output is not None:
+        write_json(output, report.to_dict())
+        typer.echo(f"Everything in {output}.")
+    if not report.clean:
+        raise typer.Exit(1)
+
+
+def _patterns(patient: str | None, slide: str | None) -> dict[str, str]:
+    return {group: pattern for group, pattern in (("patient", patient), ("slide", slide)) if pattern}
+
+
+def _pairs(values: list[str], option: str) -> dict[str, str]:
+    pairs = {}
+    for value in values:
+        name, equals, new = value.rpartition("=")
+        if not equals or not name or not new:
+            raise ValueError(f"{option} {value!r}: write it as name=value.")
+        pairs[name] = new
+    return pairs
