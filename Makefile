@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find api modeling_unihema processing_unihema training hub_cards \( -name '*.py' -o -name '*.json' \) -not -path '*/__pycache__/*')
 
-.PHONY: install test test-slow lint format demo clean
+.PHONY: install test test-slow lint format demo bench clean
 
 install: $(VENV)/installed
 
@@ -40,6 +40,10 @@ format: $(VENV)/dependencies
 
 demo: install
 	$(BIN)/unihema demo demo
+
+# About twenty minutes on two cores; writes docs/speed.md and docs/benchmarks.
+bench: install
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf build demo *.egg-info .pytest_cache .ruff_cache

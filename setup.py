@@ -25,6 +25,7 @@ PACKAGE_DIR = {
 }
 
 CONVERT = ["sentencepiece>=0.2.3,<1", "protobuf>=7,<8"]
+BENCH = ["matplotlib>=3.10,<4"]
 ONNX = ["onnx>=1.23,<2", "onnxscript>=0.7.2,<1", "onnxruntime>=1.32,<2"]
 
 setup(
@@ -66,9 +67,10 @@ setup(
         "typer>=0.29,<1",
     ],
     extras_require={
-        "dev": ["pytest>=9,<10", "pytest-socket>=0.8,<1", "pytest-xdist>=3.8,<4", "ruff>=0.17,<1", *CONVERT, *ONNX],
+        "dev": ["pytest>=9,<10", "pytest-socket>=0.8,<1", "pytest-xdist>=3.8,<4", "ruff>=0.17,<1", *CONVERT, *ONNX, *BENCH],
         "convert": CONVERT,
         "onnx": ONNX,
+        "bench": BENCH,
         "timm": ["timm>=1.0.31,<2"],
         "tokenizer-training": ["sentencepiece>=0.2.3,<1"],
     },

@@ -67,12 +67,14 @@ class _Table:
     def fill(self, value: torch.Tensor) -> torch.Tensor:
         """`[B, S, heads, width]` to the rows `[B * tokens * heads, width]`."""
         batch, _, heads, width = value.shape
+        table = value.new_empty(batch, self.tokens, heads * width)
         levels = value.flatten(2).split([h * w for h, w in self.shapes], 1)
-        padded = [
-            nn.functional.pad(level.view(batch, h, w, heads * width), (0, 0, 1, 1, 1, 1)).flatten(1, 2)
-            for level, (h, w) in zip(levels, self.shapes)
-        ]
-        return torch.cat(padded, 1).view(-1, width)
+        for level, padded, (h, w) in zip(levels, table.split(self.sizes, 1), self.shapes):
+            padded = padded.unflatten(1, (h + 2, w + 2))
+            padded[:, 1:-1, 1:-1] = level.unflatten(1, (h, w))
+            for edge in (padded[:, :1], padded[:, -1:], padded[:, :, :1], padded[:, :, -1:]):
+                edge.zero_()
+        return table.view(-1, width)
 
     def read(self, rows: torch.Tensor, batch: int) -> torch.Tensor:
         """What [`fill`] put in: rows to `[B, S, heads, width]`."""
@@ -218,6 +220,8 @@ def _spread(
     of the four corners, and the corners' sums are shifted into place.
     """
     total = batch * table.tokens * table.heads
+    if len(rows) < total:
+        return table.read(_add_up(gradient, rows, counts, samples, total, table), batch)
     rows, order = torch.sort(rows)
     starts = torch.searchsorted(rows, torch.arange(total, dtype=rows.dtype, device=rows.device), out_int32=True)
     bags = torch.div(order, samples, rounding_mode="floor").int()
@@ -238,6 +242,19 @@ def _spread(
         down = (w + 2) * heads
         upper[:, down:] += lower[:, :-down]
     return table.read(corner[0], batch)
+
+
+def _add_up(
+    gradient: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor, samples: int, total: int, table: _Table
+) -> torch.Tensor:
+    """The same for fewer points than pixels, row by row."""
+    collected = gradient.new_zeros(total, gradient.shape[1])
+    down = table.down.flatten(1).expand(len(rows) // samples // table.heads, -1, -1).reshape(-1)
+    corners = (rows, rows + table.heads, rows + down, rows + down + table.heads)
+    for corner, count in zip(corners, counts):
+        shares = count.view(-1, samples, 1) * gradient[:, None]
+        collected.scatter_add_(0, corner.long()[:, None].expand(-1, gradient.shape[1]), shares.flatten(0, 1))
+    return collected
 
 
 __all__ = ["fits", "gather_rows"]

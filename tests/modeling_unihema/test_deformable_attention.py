@@ -66,7 +66,8 @@ def test_gradients_are_those_of_finite_differences(problem, backend):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1024])
-@pytest.mark.parametrize("shapes", [[(13, 9), (7, 5), (4, 3), (2, 2)], [(1, 1), (1, 6), (5, 1)]])
+# More points than pixels, fewer (another way back), and levels of one row, column or pixel.
+@pytest.mark.parametrize("shapes", [[(13, 9), (7, 5), (4, 3), (2, 2)], [(40, 50), (20, 25)], [(1, 1), (1, 6), (5, 1)]])
 def test_backends_agree_in_float32_whatever_the_chunk(shapes, chunk, monkeypatch):
     monkeypatch.setattr(deformable_gather, "CHUNK", chunk)
     torch.manual_seed(0)
@@ -80,7 +81,8 @@ def test_backends_agree_in_float32_whatever_the_chunk(shapes, chunk, monkeypatch
         output = backend(value, shapes, points, weights)
         found[name] = (output, *torch.autograd.grad((output * direction).sum(), [value, points, weights]))
     for plain, rows in zip(found["plain"], found["rows"], strict=True):
-        torch.testing.assert_close(rows, plain, rtol=1e-5, atol=1e-5)
+        # Gradients of points are as large as their level is wide.
+        torch.testing.assert_close(rows, plain, rtol=1e-5, atol=1e-5 * max(1, plain.abs().max().item()))
 
 
 @pytest.mark.parametrize("needed", [0, 1, 2])

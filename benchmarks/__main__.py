@@ -1,0 +1,67 @@
+"""`python -m benchmarks`: measures, section by section, and writes a page, a plot and JSON."""
+
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+import typer
+
+from benchmarks import attention, detection, tasks, training_step
+from benchmarks.measuring import gemm_rate
+from benchmarks.report import page, plot
+from unihema.files import write_text
+
+
+SIZES = [(512, 512), (800, 1066)]
+
+
+def bench(
+    output: Path = typer.Option(Path("docs"), help="Folder for speed.md and benchmarks/."),
+    rounds: int = typer.Option(5, help="Timed rounds of each case."),
+    compiled: bool = typer.Option(True, help="Also measure with torch.compile, which takes minutes to compile."),
+    section: list[str] = typer.Option([], help="Measure only these again; the others stay as they are in the JSON."),
+) -> None:
+    """Measure UniHema beside its peers; a section that is done is written at once."""
+    record = output / "benchmarks" / "results.json"
+    results = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    rate = gemm_rate()
+    results["machine"] = {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "gflops": rate / 1e9,
+    }
+    sections: dict[str, Callable[[], list[dict]]] = {
+        "loss": lambda: training_step.loss(rounds),
+        "tasks": lambda: tasks.measure(SIZES[0], rounds),
+        "memory": lambda: detection.memory(SIZES[1]),
+        "growth": lambda: detection.growth(rounds),
+        "step": lambda: training_step.step(rounds),
+        "attention": lambda: attention.measure(SIZES, rounds, compiled),
+        "detection": lambda: detection.measure(SIZES, rounds, compiled, rate),
+    }
+    for name, measure in sections.items():
+        if not section or name in section:
+            results[name] = measure()
+            write_text(record, [json.dumps(results, indent=1), "\n"])
+    exponents = detection.exponents(results.get("growth", []))
+    if exponents:
+        plot(results["growth"], output / "benchmarks" / "growth.png")
+    write_text(output / "speed.md", [page(results, exponents)])
+    typer.echo(f"{output / 'speed.md'}")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    typer.run(bench)

@@ -1,0 +1,77 @@
+"""The measurements as a page of tables and a plot of growth."""
+
+from pathlib import Path
+
+import pandas as pd
+
+
+TITLES = {
+    "attention": "Deformable attention alone",
+    "detection": "One image through a detector",
+    "tasks": "Each task beside everything",
+    "step": "A training step",
+    "loss": "The detection loss alone",
+    "memory": "Largest resident memory",
+}
+
+
+def page(results: dict, exponents: dict[str, float]) -> str:
+    """Markdown of all sections that were measured.
+
+    Args:
+        results (`dict`): Section -> rows, and `machine`.
+        exponents (`dict[str, float]`): Exponent of time in pixels, by model.
+    """
+    machine = results["machine"]
+    lines = [
+        "# Speed and memory",
+        "",
+        f"Measured by `make bench` on {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"Transformers {machine['transformers']}: {machine['gflops']:.0f} GFLOP in a processor second of a float32 matrix "
+        "product. Random weights, float32 unless said, batch 1; medians of processor seconds over interleaved rounds.",
+        "",
+    ]
+    for section, title in TITLES.items():
+        if results.get(section):
+            table = pd.DataFrame(results[section])
+            table = table.map(lambda value: " x ".join(map(str, value)) if isinstance(value, list | tuple) else value)
+            lines += [f"## {title}", "", _markdown(table), ""]
+    if exponents:
+        lines += ["## Growth", "", "![time by pixels](benchmarks/growth.png)", ""]
+        lines += ["Exponent of time in pixels (1 is linear):", ""]
+        lines += [f"- {name}: {value:.2f}" for name, value in exponents.items()] + [""]
+        others = pd.DataFrame([row for row in results["growth"] if row["by"] != "pixels"])
+        lines += [_markdown(others), ""]
+    return "\n".join(lines)
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            return "" if value != value else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+        return str(value)
+
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.values.tolist()]
+    return "\n".join("| " + " | ".join(cell(value) for value in row) + " |" for row in rows)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Time by pixels, for each model.
+
+    Args:
+        rows (`list[dict]`): Of `detection.growth`.
+        path (`Path`): The picture.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
+    for name in dict.fromkeys(row["model"] for row in rows if row["by"] == "pixels"):
+        points = [(row["value"], row["s"]) for row in rows if row["by"] == "pixels" and row["model"] == name]
+        axes.loglog(*zip(*points), "o-", label=name)
+    axes.set_xlabel("pixels")
+    axes.set_ylabel("processor seconds")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,68 @@
+"""Each task beside the same model with every task's parts on, which is what the official code runs on every call."""
+
+import torch
+
+from benchmarks import models
+from benchmarks.measuring import interleaved
+
+
+NEW_TOKENS = 32
+QUESTION = torch.tensor([[5, 9, 17, 33, 65, 12, 7, 1]])
+
+
+def measure(size: tuple[int, int], rounds: int) -> list[dict]:
+    """Rows of the table: processor seconds of each task, and their share of everything with an answer."""
+    model, image = models.unihema("multitask"), torch.randn(1, 3, *size)
+    trunk = model.model
+    looks = [0]
+    trunk.visual_backbone.register_forward_hook(lambda *_: looks.__setitem__(0, looks[0] + 1))
+
+    def answer() -> None:
+        model.generate(
+            input_ids=QUESTION, pixel_values=image, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, num_beams=1
+        )
+
+    def new_image() -> None:
+        trunk._image_memory.forget()
+        answer()
+
+    def everything() -> None:
+        """Every part once, nothing twice: the image's feature levels are shared, as in the official forward pass."""
+        trunk._image_memory.forget()
+        levels = trunk._image_memory(trunk.visual_backbone, image, None)
+        tokens = trunk.image_encoder(levels.tokens, levels)
+        model.single_cell_head(trunk.hema_former.single_cell_feature_extraction(tokens, levels))
+        mask = torch.ones_like(QUESTION)
+        text = trunk.text_branch.encode(QUESTION, mask).last_hidden_state
+        chosen = trunk.query_selection(tokens, levels)
+        content = trunk.hema_former.text_guided_visual_refinement(chosen.content, text, mask)
+        states, _ = trunk.image_decoder(content, chosen.reference_logits, tokens, levels)
+        model.detection_head(states)
+        model.mask_head(*trunk.hema_former.query_guided_mask_finder(states[-1, :, :1], tokens, levels), size)
+        answer()
+
+    cases = {
+        "everything, with an answer": everything,
+        "detection": lambda: model(task="detection", pixel_values=image),
+        "segmentation": lambda: model(task="segmentation", pixel_values=image),
+        "single cell": lambda: model(task="single_cell", pixel_values=image),
+        "question": new_image,
+        "second question": answer,
+    }
+    with torch.no_grad():
+        timings = interleaved(cases, rounds, f"tasks {size}")
+        before = looks[0]
+        cases["second question"]()
+        again = looks[0] - before
+    base = timings["everything, with an answer"].processor
+    return [
+        {
+            "size": size,
+            "task": name,
+            "processor s": timing.processor,
+            "share": timing.processor / base,
+            "wall s": timing.wall,
+            "image looked at": again if name == "second question" else 1,
+        }
+        for name, timing in timings.items()
+    ]

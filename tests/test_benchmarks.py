@@ -1,0 +1,83 @@
+"""The benchmarks' own arithmetic, and that what they compare computes the same."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import attention, detection, models, training_step
+from benchmarks.measuring import interleaved
+from benchmarks.report import page, plot
+
+
+ROOT = Path(__file__).parents[1]
+MACHINE = {"processor": "none", "threads": 1, "torch": "2", "transformers": "5", "gflops": 1.0}
+
+
+def test_rounds_take_turns_and_the_first_is_not_counted():
+    order = []
+    timings = interleaved({name: lambda name=name: order.append(name) for name in "ab"}, 3, "")
+    assert order == list("abababab")
+    assert timings["a"].rounds == 3 and timings["a"].processor >= 0
+
+
+def test_exponent_is_the_slope_of_a_power_law():
+    rows = [{"by": "pixels", "value": n, "model": "it", "s": 3 * n**1.3} for n in (100, 200, 500)]
+    rows += [{"by": "queries", "value": 5, "model": "it", "s": 1.0}]
+    assert detection.exponents(rows)["it"] == pytest.approx(1.3, abs=1e-9)
+
+
+def test_page_has_a_table_for_what_was_measured_and_nothing_else(tmp_path):
+    rows = [{"size": (4, 6), "model": "it", "s": 0.123456, "to GEMM floor": math.nan}]
+    growth = [{"by": kind, "value": n, "model": "it", "s": float(n)} for kind in ("pixels", "queries") for n in (1, 2)]
+    text = page({"machine": MACHINE, "detection": rows, "growth": growth}, {"it": 1.0})
+    assert "| 4 x 6 | it | 0.123 |  |" in text and "A training step" not in text
+    assert "- it: 1.00" in text and "| queries | 2 | it | 2 |" in text
+    plot(growth, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 1000
+
+
+def test_attention_forms_compute_the_same():
+    rows = attention.measure([(96, 128)], rounds=1, compiled=False)
+    assert {(row["place"], row["kind"]) for row in rows} == {
+        (place, kind) for place in ("encoder", "decoder") for kind in ("forward", "forward + backward")
+    }
+    assert all(row["largest difference"] < 1e-5 for row in rows)
+
+
+def test_peak_memory_is_that_of_the_process_itself():
+    ballast = torch.ones(2**27)  # half a gigabyte here must not show there
+    command = [sys.executable, "-c", "from benchmarks.measuring import say_peak; say_peak()"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert 10 < float(output) < 10 + ballast.numel() * 4 / 2**20 + 400
+    small = float(output)
+    big = [
+        sys.executable,
+        "-c",
+        "import torch; x = torch.ones(2**28)\nfrom benchmarks.measuring import say_peak; say_peak()",
+    ]
+    assert float(subprocess.run(big, capture_output=True, text=True, check=True, cwd=ROOT).stdout) > small + 900
+
+
+def test_cells_lie_in_the_image():
+    labels = models.cells(50, 3)
+    assert len(labels) == 3 and all(image["boxes"].shape == (50, 4) for image in labels)
+    assert all((image["boxes"] >= 0).all() and (image["boxes"] <= 1).all() for image in labels)
+
+
+def test_recorded_page_is_what_the_recorded_figures_say():
+    record = ROOT / "docs" / "benchmarks" / "results.json"
+    results = json.loads(record.read_text(encoding="utf-8"))
+    text = page(results, detection.exponents(results.get("growth", [])))
+    assert (ROOT / "docs" / "speed.md").read_text(encoding="utf-8") == text
+
+
+def test_loss_of_the_two_libraries_is_measured_on_the_same_problem(monkeypatch):
+    monkeypatch.setattr(models, "QUERIES", 30)
+    monkeypatch.setattr(training_step, "LOSS_CASES", ((2, 5),))
+    rows = training_step.loss(rounds=1)
+    assert [row["loss"] for row in rows] == ["Transformers", "ours"] and rows[0]["to Transformers"] == 1
