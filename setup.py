@@ -67,7 +67,15 @@ setup(
         "typer>=0.29,<1",
     ],
     extras_require={
-        "dev": ["pytest>=9,<10", "pytest-socket>=0.8,<1", "pytest-xdist>=3.8,<4", "ruff>=0.17,<1", *CONVERT, *ONNX, *BENCH],
+        "dev": [
+            "pytest>=9,<10",
+            "pytest-socket>=0.8,<1",
+            "pytest-xdist>=3.8,<4",
+            "ruff>=0.17,<1",
+            *CONVERT,
+            *ONNX,
+            *BENCH,
+        ],
         "convert": CONVERT,
         "onnx": ONNX,
         "bench": BENCH,
