@@ -1,5 +1,6 @@
 """A checkpoint's detection or single-cell path as one ONNX file that `unihema predict` and any ONNX runtime can run."""
 
+import importlib
 import tempfile
 import warnings
 from pathlib import Path
@@ -63,7 +64,7 @@ def export_onnx(checkpoint: str | Path, output: str | Path, task: str = "detecti
         raise ValueError(f"{output} is there already: choose another name or delete it.")
     for package in ("onnx", "onnxscript"):
         try:
-            __import__(package)
+            importlib.import_module(package)
         except ImportError as error:
             raise MissingOnnxError(package) from error
     model, processor = load_checkpoint(checkpoint, device="cpu")
@@ -120,15 +121,11 @@ def _trace(model: "UniHemaPreTrainedModel", task: str):
 
 def _metadata(model: "UniHemaPreTrainedModel", processor: "UniHemaProcessor", task: str) -> dict[str, str]:
     # An image alone needs no padding, and the file has no mask to tell padding from image.
-    padding = processor.image_processor.pad_multiple
     processor.image_processor.pad_multiple = 1
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            model.config.save_pretrained(folder)
-            processor.save_pretrained(folder)
-            files = {name: (Path(folder) / name).read_text(encoding="utf-8") for name in METADATA_FILES}
-    finally:
-        processor.image_processor.pad_multiple = padding
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        files = {name: (Path(folder) / name).read_text(encoding="utf-8") for name in METADATA_FILES}
     return {METADATA_TASK: task} | {METADATA_PREFIX + name: text for name, text in files.items()}
 
 

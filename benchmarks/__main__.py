@@ -20,7 +20,7 @@ SIZES = [(512, 512), (800, 1066)]
 
 def bench(
     output: Path = typer.Option(Path("docs"), help="Folder for speed.md and benchmarks/."),
-    rounds: int = typer.Option(5, help="Timed rounds of each case."),
+    rounds: int = typer.Option(3, help="Timed rounds of each case."),
     compiled: bool = typer.Option(True, help="Also measure with torch.compile, which takes minutes to compile."),
     section: list[str] = typer.Option([], help="Measure only these again; the others stay as they are in the JSON."),
 ) -> None:

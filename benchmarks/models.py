@@ -83,15 +83,6 @@ def grounding_dino() -> nn.Module:
     return GroundingDinoForObjectDetection(GroundingDinoConfig(backbone_config=swin)).eval()
 
 
-def blip_vqa(size: int) -> nn.Module:
-    """BLIP of the VQA base class, for square images of `size`."""
-    from transformers import BlipConfig, BlipForQuestionAnswering
-
-    config = BlipConfig()
-    config.vision_config.image_size = size
-    return BlipForQuestionAnswering(config).eval()
-
-
 def detectors() -> dict[str, Callable[[tuple[int, int]], Callable[[], object]]]:
     """By name, from an image size to a function that runs the model on one image of it, padded where it has to be."""
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .inference_backbone import tensors_state
+from .kept_results import keeping_state
 from .visual_backbone import FeatureLevels
 
 
@@ -33,10 +33,9 @@ class ImageMemory:
             pixel_values (`torch.Tensor`): `[B, 3, H, W]`.
             pixel_mask (`torch.Tensor`, *optional*): `[B, H, W]`.
         """
-        special = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
-        if special or torch.is_grad_enabled() or visual_backbone.training or _is_offloaded(visual_backbone):
+        key = keeping_state(visual_backbone)
+        if key is None:
             return visual_backbone(pixel_values, pixel_mask)
-        key = tensors_state(visual_backbone)
         if key != self._key or not _same(self._images, (pixel_values, pixel_mask)):
             self._levels = visual_backbone(pixel_values, pixel_mask)
             self._key = key
@@ -45,10 +44,6 @@ class ImageMemory:
 
     def __deepcopy__(self, memo) -> "ImageMemory":
         return ImageMemory()
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    return any(parameter.device.type == "meta" for parameter in module.parameters())
 
 
 def _same(a: tuple | None, b: tuple) -> bool:

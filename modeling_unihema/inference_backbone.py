@@ -6,15 +6,10 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-
-def tensors_state(module: nn.Module) -> tuple:
-    """Changes whenever a parameter or buffer of the module does: where it lies, its version and its type."""
-    tensors = (*module.parameters(), *module.buffers())
-    return tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
+from .kept_results import keeping_state
+from .padding import PADDING_HOOKS
 
 
-# Layers whose result depends on nothing but their tensors; an adapter, say, can be switched off without changing one.
-_KNOWN = ("torch.nn.", "transformers.", "timm.")
 # Of the largest value; folding changes the order of float operations, nothing else.
 _TOLERANCE = 1e-3
 
@@ -32,12 +27,9 @@ class InferenceBackbone:
         Args:
             backbone (`nn.Module`): Called with images, returns `feature_maps`.
         """
-        special = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
-        if special or torch.is_grad_enabled() or any(module.training for module in backbone.modules()):
+        state = keeping_state(backbone)
+        if state is None or _is_watched(backbone):
             return backbone
-        if any(hasattr(module, "_hf_hook") for module in backbone.modules()):
-            return backbone
-        state = tensors_state(backbone)
         if state != self.made_from:
             self.made_from, self.copy = state, fold(backbone)
         return backbone if self.copy is None else self.copy
@@ -46,6 +38,16 @@ class InferenceBackbone:
         copied = copy.copy(self)
         copied.made_from = copied.copy = None
         return copied
+
+
+def _is_watched(backbone: nn.Module) -> bool:
+    """Whether someone's hook waits for a layer to run, which in the copy would not."""
+    hooks = (
+        hook
+        for part in backbone.modules()
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    )
+    return any(hook not in PADDING_HOOKS for hook in hooks)
 
 
 @torch.no_grad()
@@ -58,11 +60,8 @@ def fold(backbone: nn.Module) -> nn.Module | None:
         backbone (`nn.Module`): In evaluation mode.
 
     Returns:
-        `nn.Module`: The copy; `None` when its result is another, or when the backbone has layers that do not depend on
-        their tensors alone.
+        `nn.Module`: The copy; `None` when its result is another.
     """
-    if not all(type(module).__module__.startswith(_KNOWN) for module in backbone.modules()):
-        return None
     folded = copy.deepcopy(backbone)
     for parent in folded.modules():
         children = list(parent.named_children())
@@ -82,4 +81,4 @@ def fold(backbone: nn.Module) -> nn.Module | None:
     return folded
 
 
-__all__ = ["InferenceBackbone", "fold", "tensors_state"]
+__all__ = ["InferenceBackbone", "fold"]

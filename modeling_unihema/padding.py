@@ -108,6 +108,9 @@ def _blank_result(module: nn.Module, inputs: tuple[torch.Tensor, ...], maps: tor
     return None if pixels is None else maps.masked_fill(~valid_at(pixels, maps)[:, None], 0.0)
 
 
+PADDING_HOOKS = (_blank_padding, _blank_result)
+
+
 class MaskedGroupNorm(nn.GroupNorm):
     """GroupNorm whose mean and variance are those of the image, not of its padding."""
 

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPa
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from .configuration_unihema import UniHemaConfig
+from .kept_results import keeping_state
 
 
 CACHED_PROMPTS = 32
@@ -65,13 +66,11 @@ class TextBranch(nn.Module):
         return self.encoder(inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False, **kwargs)
 
     def encode_prompt(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Last states `[B, L, text width]` of a text; those of a prompt seen before are not computed again.
-
-        Only in evaluation mode without gradients; a changed weight, dtype or device forgets the cache.
-        """
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        """Last states `[B, L, text width]` of a text; those of a prompt seen before are not computed again, where
+        [`keeping_state`] allows it."""
+        weights = keeping_state(self.shared), keeping_state(self.encoder)
+        if None in weights:
             return self.encode(input_ids, attention_mask).last_hidden_state
-        weights = tuple((p.data_ptr(), p._version, p.dtype) for p in (self.shared.weight, *self.encoder.parameters()))
         if self._prompt_states.get("weights") != weights:
             self._prompt_states = OrderedDict(weights=weights)
         key = (tuple(map(tuple, input_ids.tolist())), tuple(map(tuple, attention_mask.tolist())))

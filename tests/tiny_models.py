@@ -3,6 +3,20 @@
 import torch
 
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
+from unihema.modeling_unihema.modeling_unihema import (
+    UniHemaForDetection,
+    UniHemaForImageClassification,
+    UniHemaForQA,
+    UniHemaForSegmentation,
+)
+
+
+HEADS = {
+    "detection": UniHemaForDetection,
+    "segmentation": UniHemaForSegmentation,
+    "single_cell": UniHemaForImageClassification,
+    "question_answering": UniHemaForQA,
+}
 
 
 # Every part of the model at a width that runs in milliseconds.

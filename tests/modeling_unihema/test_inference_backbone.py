@@ -9,7 +9,7 @@ from tiny_models import batch, lively, very_tiny_config
 from torch import nn
 
 from unihema.modeling_unihema.inference_backbone import fold
-from unihema.modeling_unihema.modeling_unihema import UniHemaForImageClassification
+from unihema.modeling_unihema.modeling_unihema import UniHemaForDetection, UniHemaForImageClassification
 
 
 @pytest.fixture
@@ -83,6 +83,31 @@ def test_a_copied_model_does_not_share_it(model):
         next(p for p in other.model.visual_backbone.backbone.parameters() if p.ndim == 4).mul_(1.5)
     assert (fast(other) - before).abs().max() > 1e-3
     assert fast(model).equal(before)
+
+
+def test_a_hook_on_one_of_its_layers_is_called(model):
+    fast(model)
+    seen = []
+    layer = next(m for m in model.model.visual_backbone.backbone.modules() if isinstance(m, nn.Conv2d))
+    hook = layer.register_forward_hook(lambda *_: seen.append(1))
+    fast(model)
+    assert seen == [1]
+    hook.remove()
+    fast(model)
+    assert seen == [1]
+
+
+@torch.no_grad()
+def test_asking_for_states_does_not_end_its_use():
+    torch.manual_seed(0)
+    model = UniHemaForDetection(very_tiny_config()).eval()
+    given = batch("detection")
+    del given["labels"]
+    model(**given, output_hidden_states=True)
+    ran = []
+    copy_of(model).register_forward_hook(lambda *_: ran.append(1))
+    model(**given)
+    assert ran == [1]
 
 
 def test_adapters_on_its_convolutions_are_seen(model):

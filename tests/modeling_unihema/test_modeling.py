@@ -2,25 +2,16 @@
 
 import pytest
 import torch
-from tiny_models import batch, very_tiny_config
+from tiny_models import HEADS, batch, very_tiny_config
 
 from unihema.modeling_unihema.modeling_unihema import (
     TASKS,
     UniHemaForDetection,
     UniHemaForImageClassification,
     UniHemaForMultiTask,
-    UniHemaForQA,
-    UniHemaForSegmentation,
     UniHemaModel,
 )
 
-
-HEADS = {
-    "detection": UniHemaForDetection,
-    "segmentation": UniHemaForSegmentation,
-    "single_cell": UniHemaForImageClassification,
-    "question_answering": UniHemaForQA,
-}
 
 OPTIONS = {
     "paper": {"fusion_order": "text_image", "refinement": "concat"},

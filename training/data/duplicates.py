@@ -83,22 +83,13 @@ def find_repeats(
         with tqdm(total=len(different), desc="comparing", unit="image", disable=not progress) as bar:
             pairs = near_pairs([same[0].fingerprint for same in different], max_distance, min_similarity, bar.update)
 
-    leader = list(range(len(different)))
-
-    def root(index: int) -> int:
-        while leader[index] != index:
-            leader[index] = leader[leader[index]]
-            index = leader[index]
-        return index
-
-    for first, second, _ in pairs:
-        leader[root(second)] = root(first)
+    group = _connected(len(different), pairs)
     similarity: dict[int, float] = {}
     for first, _, value in pairs:
-        similarity[root(first)] = min(value, similarity.get(root(first), 1.0))
+        similarity[group[first]] = min(value, similarity.get(group[first], 1.0))
     members: dict[int, list[CheckedImage]] = {}
-    for index, same in enumerate(different):
-        members.setdefault(root(index), []).extend(same)
+    for index, same in zip(group, different):
+        members.setdefault(index, []).extend(same)
     repeats = [
         Repeat(
             kind="near" if index in similarity else "exact",
@@ -112,6 +103,16 @@ def find_repeats(
         if len(found) > 1
     ]
     return sorted(repeats, key=lambda repeat: (not repeat.leak, repeat.kind, repeat.files))
+
+
+def _connected(number: int, pairs: Sequence[tuple[int, int, float]]) -> list[int]:
+    """A number for each of so many things, the same for those that pairs lead from one to the other."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    first, second = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    links = coo_array(([1] * len(pairs), (first, second)), shape=(number, number))
+    return connected_components(links, directed=False)[1].tolist()
 
 
 def _one_for_all_tasks(same: list[CheckedImage]) -> list[CheckedImage]:
