@@ -13,7 +13,7 @@ install: $(VENV)/installed
 $(VENV)/dependencies: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS) ".[dev,timm]"
+	$(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS) ".[dev]"
 	touch $@
 
 # The package itself: after every change, so that what is tested is what is checked out.

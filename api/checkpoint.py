@@ -62,6 +62,10 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
 
 def fingerprint(folder: str | Path) -> dict[str, str]:
     """SHA-256 of each file that decides what a checkpoint answers, by file name."""
+    if is_adapter(folder):
+        from .adapters import adapter_fingerprint
+
+        return adapter_fingerprint(folder)
     files = [Path(folder)] if is_onnx(folder) else checkpoint_files(folder)
     return {path.name: sha256(path) for path in files}
 
@@ -71,12 +75,18 @@ def is_onnx(path: str | Path) -> bool:
     return Path(path).suffix == ".onnx" and Path(path).is_file()
 
 
+def is_adapter(folder: str | Path) -> bool:
+    """Whether this is the folder of an adapter, which belongs to a checkpoint in another place."""
+    return (Path(folder) / "adapter_config.json").is_file() and not (Path(folder) / "config.json").is_file()
+
+
 def load_checkpoint(folder: str | Path, device: str | None = None) -> "tuple[UniHemaPreTrainedModel, UniHemaProcessor]":
     """Model and processor of a local checkpoint folder, ready to analyse images; never touches the network.
 
     Args:
         folder (`str` or `Path`): The checkpoint. A full one loads with all its heads, one saved by a single head's
-            class with that head. Or an ONNX file made by `unihema export`, which is called like the model.
+            class with that head. Or the folder of an adapter, whose base must be on this machine (see [`load_adapted`]);
+            or an ONNX file made by `unihema export`, which is called like the model.
         device (`str`, *optional*): Such as `"cpu"` or `"cuda:0"`; the first GPU where there is one when missing.
 
     Returns:
@@ -89,6 +99,15 @@ def load_checkpoint(folder: str | Path, device: str | None = None) -> "tuple[Uni
         from .onnx_model import load_onnx
 
         return load_onnx(folder)
+    if is_adapter(folder):
+        from .adapters import load_adapted
+
+        return load_adapted(folder, device=device)
+    return _load_plain(folder, device)
+
+
+def _load_plain(folder: str | Path, device: str | None, **options):
+    """Model and processor of a checkpoint folder; `options` go to `from_pretrained`."""
     files = checkpoint_files(folder)
     import torch
 
@@ -104,7 +123,7 @@ def load_checkpoint(folder: str | Path, device: str | None = None) -> "tuple[Uni
             "UniHemaForMultiTask, ForDetection, ForSegmentation, ForImageClassification or ForQA."
         )
     try:
-        model, report = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        model, report = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
         processor = UniHemaProcessor.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         names = ", ".join(path.name for path in files)
@@ -116,7 +135,8 @@ def load_checkpoint(folder: str | Path, device: str | None = None) -> "tuple[Uni
         )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), processor
+    # A model that was quantized while loading is where it should be, and cannot be moved.
+    return (model if options else model.to(device)).eval(), processor
 
 
 def available_tasks(model: "UniHemaPreTrainedModel") -> tuple[str, ...]:
@@ -157,6 +177,7 @@ __all__ = [
     "available_tasks",
     "checkpoint_files",
     "fingerprint",
+    "is_adapter",
     "is_onnx",
     "load_checkpoint",
     "require_tasks",

@@ -3,9 +3,10 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .checkpoint import available_tasks, require_tasks
+from .int8 import is_int8
 from .processing_unihema.results import Cell, SmearResult
 from .version import __version__
 
@@ -27,6 +28,22 @@ _ANUCLEATE = {"red blood cell", "red cell", "rbc", "erythrocyte", "platelet", "t
 
 class QueryCapWarning(UserWarning):
     """The field holds about as many cells as the model has queries, so some are probably not counted."""
+
+
+class OpenedImage(NamedTuple):
+    """An image that was read.
+
+    Args:
+        pixels (`PIL.Image.Image`): RGB, perhaps reduced.
+        width (`int`): Of the file.
+        height (`int`): Of the file.
+        name (`str`, *optional*): Its path, where it came from one.
+    """
+
+    pixels: "Image.Image"
+    width: int
+    height: int
+    name: str | None
 
 
 def default_tasks(model: "UniHemaPreTrainedModel") -> tuple[str, ...]:
@@ -54,6 +71,7 @@ def analyze(
         tasks (`Sequence[str]`, *optional*): Among `detection`, `segmentation` and `single_cell`; those of a field that
             the checkpoint was trained on when missing. An empty list asks the questions only.
         prompt (`str` or `Sequence[str]`, *optional*): Class names, or a disease, to look for; all classes when missing.
+            Where it names detection classes and nothing else, only these are answered and counted.
         questions (`Sequence[str]`): Questions about the image, or sentences with blanks (`___`) to fill in.
         threshold (`float`, *optional*): Smallest detection score for all classes, instead of the checkpoint's
             calibrated one for each class.
@@ -66,30 +84,64 @@ def analyze(
         CheckpointError: The checkpoint lacks a head.
         ValueError: Unknown task, a threshold outside 0..1, or a question longer than the limit.
     """
-    import torch
+    tasks = check_request(model, processor, tasks, prompt, questions, threshold)
+    return analyze_opened(model, processor, [open_image(image)], tasks, prompt, questions, threshold)[0]
 
+
+def open_image(image: "str | Path | Image.Image | numpy.ndarray") -> "OpenedImage":
+    """Reads an image, as [`analyze`] does.
+
+    Raises:
+        UnreadableImageError: The image cannot be read.
+    """
     from .processing_unihema.image_io import image_size, load_image
 
-    tasks = check_request(model, processor, tasks, prompt, questions, threshold)
     opened = load_image(image)
     height, width = image_size(image if isinstance(image, (str, Path)) else opened)
-    result = SmearResult(width, height, image=str(image) if isinstance(image, (str, Path)) else None)
-    result.provenance = _provenance(model, tasks, prompt, threshold)
+    return OpenedImage(opened, width, height, str(image) if isinstance(image, (str, Path)) else None)
+
+
+def analyze_opened(
+    model: "UniHemaPreTrainedModel",
+    processor: "UniHemaProcessor",
+    images: "Sequence[OpenedImage]",
+    tasks: Sequence[str],
+    prompt: str | Sequence[str] | None = None,
+    questions: Sequence[str] = (),
+    threshold: float | None = None,
+) -> list[SmearResult]:
+    """Analyses several images at once; each has the result it has alone, up to float rounding.
+
+    Args:
+        model, processor, prompt, questions, threshold: As for [`analyze`].
+        images (`Sequence[OpenedImage]`): Of [`open_image`], best of one size: they are padded to the largest.
+        tasks (`Sequence[str]`): What [`check_request`] gave.
+
+    Returns:
+        `list[SmearResult]`: One for each image.
+    """
+    import torch
+
+    pictures = [image.pixels for image in images]
+    results = [SmearResult(image.width, image.height, image=image.name) for image in images]
+    for result in results:
+        result.provenance = _provenance(model, tasks, prompt, threshold)
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             if "detection" in tasks:
-                _detect(model, processor, opened, prompt, threshold, result)
+                _detect(model, processor, pictures, prompt, threshold, results)
             if "segmentation" in tasks:
-                _segment(model, processor, opened, prompt, result)
+                _segment(model, processor, pictures, prompt, results)
             if "single_cell" in tasks:
-                _classify(model, processor, opened, result)
+                _classify(model, processor, pictures, results)
             for question in questions:
-                result.answers.append({"question": question, "answer": _answer(model, processor, opened, question)})
+                for result, answer in zip(results, _answers(model, processor, pictures, question), strict=True):
+                    result.answers.append({"question": question, "answer": answer})
     finally:
         model.train(was_training)
-    return result
+    return results
 
 
 def check_threshold(threshold: float | None) -> None:
@@ -142,8 +194,10 @@ def _language_task(text: str) -> str:
     return "cloze" if "___" in text or "<extra_id_" in text else "question_answering"
 
 
-def _inputs(model, processor, image, **options):
-    batch = processor(images=image, return_tensors="pt", **options).to(model.device)
+def _inputs(model, processor, images, text=None, **options):
+    if text is not None:
+        text = [text] * len(images)
+    batch = processor(images=images, text=text, return_tensors="pt", **options).to(model.device)
     return batch.to(model.dtype) if model.dtype.is_floating_point else batch
 
 
@@ -155,69 +209,80 @@ def _thresholds(model, threshold: float | None) -> dict[str, float]:
     return {label: calibrated.get(label, DEFAULT_THRESHOLD) if threshold is None else threshold for label in labels}
 
 
-def _detect(model, processor, image, prompt, threshold, result: SmearResult) -> None:
+def _detect(model, processor, images, prompt, threshold, results: list[SmearResult]) -> None:
     import torch
 
-    from .processing_unihema.post_processing import NMS_IOU, NMS_WITHIN
+    from .processing_unihema.post_processing import NMS_IOU, NMS_WITHIN, ancestors_of, asked_classes
 
     thresholds = _thresholds(model, threshold)
-    outputs = model(**_inputs(model, processor, image, task="detection", text=prompt), task="detection")
+    asked = asked_classes(model.config, prompt)
+    outputs = model(**_inputs(model, processor, images, task="detection", text=prompt), task="detection")
     threshold_of_class = torch.tensor(list(thresholds.values()), device=outputs.logits.device)
     found = processor.image_processor.post_process_object_detection(
         outputs,
         threshold=threshold_of_class,
-        target_sizes=[(result.height, result.width)],
+        target_sizes=[(result.height, result.width) for result in results],
         nms_iou=NMS_IOU,
         nms_within=NMS_WITHIN,
+        classes=asked,
+        ancestors=ancestors_of(model.config),
     )
-    morphology = processor.image_processor.post_process_morphology(outputs, found, model.config.morphology)[0]
-    detections = found[0]
-    result.classes = list(thresholds)
+    morphology = processor.image_processor.post_process_morphology(outputs, found, model.config.morphology)
+    classes = [name for index, name in enumerate(thresholds) if asked is None or asked[index]]
+    for result, detections, attributes, logits in zip(results, found, morphology, outputs.logits, strict=True):
+        result.classes = list(classes)
+        _collect(model, detections, attributes, result)
+        _warn_if_crowded(logits, threshold_of_class, result)
+
+
+def _collect(model, detections, morphology, result: SmearResult) -> None:
     rows = zip(*(detections[name].tolist() for name in ("boxes", "labels", "scores")), morphology, strict=True)
     for number, (box, label, score, attributes) in enumerate(rows, 1):
         name = model.config.id2label[label]
         described = name.strip().lower().removesuffix("s") not in _ANUCLEATE
         result.cells.append(Cell(number, box, name, score, attributes if described else {}))
+
+
+def _warn_if_crowded(logits, threshold_of_class, result: SmearResult) -> None:
     # Counted before overlapping boxes are merged: a query that repeats a cell is not free for another one.
-    best = outputs.logits[0].float().sigmoid().max(-1)
+    best = logits.float().sigmoid().max(-1)
     used = int((best.values > threshold_of_class[best.indices]).sum())
-    queries = outputs.logits.shape[1]
+    queries = len(logits)
     if used >= _CROWDED * queries:
         message = (
             f"{used} of {queries} queries found a cell: there are probably more cells than queries, and the counts are "
             "too low. Cut the image into smaller fields."
         )
         result.warnings.append(message)
-        warnings.warn(f"{result.image or 'image'}: {message}", QueryCapWarning, stacklevel=3)
+        warnings.warn(f"{result.image or 'image'}: {message}", QueryCapWarning, stacklevel=5)
 
 
-def _segment(model, processor, image, prompt, result: SmearResult) -> None:
-    inputs = _inputs(model, processor, image, task="segmentation", text=prompt)
+def _segment(model, processor, images, prompt, results: list[SmearResult]) -> None:
+    inputs = _inputs(model, processor, images, task="segmentation", text=prompt)
     outputs = model(**inputs, task="segmentation")
     masks = processor.image_processor.post_process_semantic_segmentation(
         outputs,
-        target_sizes=[image.size[::-1]],
+        target_sizes=[image.size[::-1] for image in images],
         pixel_mask=inputs["pixel_mask"],
         threshold=model.config.segmentation_threshold,
     )
-    result.mask = masks[0].to("cpu").numpy().astype("uint8")
     asked = prompt or processor.default_prompts.get("segmentation")
-    result.mask_label = ", ".join([asked] if isinstance(asked, str) else asked or ["cell"])
+    for result, mask in zip(results, masks, strict=True):
+        result.mask = mask.to("cpu").numpy().astype("uint8")
+        result.mask_label = ", ".join([asked] if isinstance(asked, str) else asked or ["cell"])
 
 
-def _classify(model, processor, image, result: SmearResult) -> None:
-    outputs = model(**_inputs(model, processor, image, task="single_cell"), task="single_cell")
-    best = outputs.logits[0].float().softmax(-1).max(-1)
-    result.single_cell = {
-        "label": model.config.single_cell_labels[int(best.indices)],
-        "score": float(best.values),
-    }
+def _classify(model, processor, images, results: list[SmearResult]) -> None:
+    outputs = model(**_inputs(model, processor, images, task="single_cell"), task="single_cell")
+    best = outputs.logits.float().softmax(-1).max(-1)
+    for result, label, score in zip(results, best.indices.tolist(), best.values.tolist(), strict=True):
+        result.single_cell = {"label": model.config.single_cell_labels[label], "score": score}
 
 
-def _answer(model, processor, image, question: str) -> str:
-    inputs = _inputs(model, processor, image, task=_language_task(question), text=question)
+def _answers(model, processor, images, question: str) -> list[str]:
+    inputs = _inputs(model, processor, images, task=_language_task(question), text=question)
     tokens = model.generate(**inputs, max_new_tokens=model.config.max_text_length)
-    return processor.decode_answers(tokens)[0]
+    return processor.decode_answers(tokens)
 
 
 def _provenance(model, tasks, prompt, threshold) -> dict[str, Any]:
@@ -231,8 +296,9 @@ def _provenance(model, tasks, prompt, threshold) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "model": model.config.name_or_path or None,
+        "adapters": list(getattr(model, "adapters_in_use", ())),
         "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": "int8" if is_int8(model) else str(model.dtype).removeprefix("torch."),
         "tasks": list(tasks),
         "prompt": prompt if isinstance(prompt, str) or prompt is None else list(prompt),
         "detection_thresholds": _thresholds(model, threshold) if "detection" in tasks else None,
@@ -242,4 +308,12 @@ def _provenance(model, tasks, prompt, threshold) -> dict[str, Any]:
     }
 
 
-__all__ = ["QueryCapWarning", "analyze", "check_request", "check_threshold"]
+__all__ = [
+    "OpenedImage",
+    "QueryCapWarning",
+    "analyze",
+    "analyze_opened",
+    "check_request",
+    "check_threshold",
+    "open_image",
+]

@@ -23,6 +23,10 @@ from .terms import (
 from .usage import adapter_usage, class_of_task, pipeline_of
 
 
+# Longer patterns nobody reads.
+_SHOWN_PATTERN = 100
+
+
 def adapter_card(
     adapter: Mapping[str, Any],
     base_model: str,
@@ -114,7 +118,11 @@ def _changes(adapter: Mapping[str, Any]) -> Sequence[str]:
     kind = str(adapter["peft_type"])
     targets = adapter.get("target_modules") or []
     # PEFT takes a pattern or a list of names.
-    shown = [f"`{targets}`"] if isinstance(targets, str) else [f"`{target}`" for target in sorted(targets)]
+    if isinstance(targets, str):
+        short = len(targets) <= _SHOWN_PATTERN
+        shown = [f"`{targets}`" if short else "the layers that `target_modules` in `adapter_config.json` matches"]
+    else:
+        shown = [f"`{target}`" for target in sorted(targets)]
     rank = f", rank {adapter['r']}" if adapter.get("r") else ""
     trained = [f"`{name}`" for name in adapter.get("modules_to_save") or []]
     lines = [f"{kind}{rank}, on {', '.join(shown)}." if shown else f"{kind}{rank}."]

@@ -29,6 +29,8 @@ _PROCESSOR = (
 _TOLD = (
     "metrics.json",
     "metrics.md",
+    "before_after.json",
+    "before_after.md",
     "run_config.json",
     "data.json",
     "conversion.tsv",

@@ -38,22 +38,32 @@ def whole_figures(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def result_lines(metrics: Mapping[str, Any] | None) -> list[str]:
-    """A table with a row for each measured task; no lines where nothing was measured.
+    """A table with a row for each measured task, and for each data set of several; no lines where nothing was measured.
 
     Args:
         metrics (`Mapping`, *optional*): `metrics.json`: task -> figures. `rows` says on how many; `intervals` may have
-            the interval of a figure, `{"mAP50": [0.65, 0.77]}`.
+            the interval of a figure, `{"mAP50": [0.65, 0.77]}`; `datasets` the same for each data set.
     """
-    rows = []
+    rows, with_intervals = [], False
     for task, values in (metrics or {}).items():
-        intervals = values.get("intervals") or {}
-        shown = []
-        for name, value in whole_figures(values):
-            between = intervals.get(name)
-            shown.append(f"{name} {value:.3f}" + (f" ({between[0]:.3f} to {between[1]:.3f})" if between else ""))
-        if shown:
-            rows.append(f"| {task} | {values.get('rows', 'not counted')} | {', '.join(shown)} |")
-    return ["| task | rows | figures |", "|---|---|---|", *rows] if rows else []
+        parts = values.get("datasets") or {}
+        for name, part in {task: values, **{f"{task}, {data}": part for data, part in parts.items()}}.items():
+            if shown := _shown(part):
+                rows.append(f"| {name} | {part.get('rows', 'not counted')} | {shown} |")
+                with_intervals |= bool(part.get("intervals"))
+    if not rows:
+        return []
+    note = ["", "In brackets: 95 % interval, from resamples of the images."] if with_intervals else []
+    return ["| task | rows | figures |", "|---|---|---|", *rows, *note]
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    intervals = values.get("intervals") or {}
+    shown = []
+    for name, value in whole_figures(values):
+        between = intervals.get(name)
+        shown.append(f"{name} {value:.3f}" + (f" ({between[0]:.3f} to {between[1]:.3f})" if between else ""))
+    return ", ".join(shown)
 
 
 def eval_results(metrics: Mapping[str, Any] | None, record: DataRecord, split: str) -> list[EvalResult] | None:

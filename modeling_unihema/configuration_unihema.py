@@ -53,10 +53,13 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         decoder_ffn_dim (`int`): Feed-forward width of the decoder.
         num_sampling_points (`int`): Deformable sampling points per head and level.
         dropout (`float`): Dropout of the visual transformer.
+        single_cell_dropout (`float`): Dropout of the single-cell classifier.
         num_queries (`int`): Proposals selected for the decoder, so at most this many cells a field.
         position_temperature (`float`): Temperature of the sine position maps.
         freeze_backbone_norm (`bool`): Keep the backbone's BatchNorm statistics and affine parameters fixed, which a
             pretrained backbone with small batches wants. A backbone trained from scratch needs `False`.
+        cross_modal_fusion (`bool`): Whether what the text decoder attends to has seen the image. `False` is the paper's
+            ablation E_W = E_T: answers are of the text alone.
         fusion_order (`"text_image"` or `"image_text"`): What the CrossModalFusion queries attend to first: the paper's
             order, or that of the official weights.
         fusion_queries (`int`): Learned queries of CrossModalFusion, and so the longest text.
@@ -65,11 +68,15 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         attend_to_padding (`bool`): Let padded text and pixels take part (in convolutions, norms, CrossModalFusion,
             TextGuidedVisualRefinement and SingleCellFeatureExtraction), and stretch masks to the input, as the official
             weights do. An image then gives other results in a padded batch than alone.
+        text_guided_refinement (`bool`): Whether the prompt refines the content queries. Without it detection and
+            segmentation read no text, and find whatever they were trained to find.
         refinement (`"gated"` or `"concat"`): TextGuidedVisualRefinement of the official weights, or the paper's formula.
         scfe_backbone_features (`bool`): Add the pooled backbone level to the single-cell feature (the paper's ablation).
         upsampler (`"bilinear"` or `"learnable"`): How mask logits get from stride 8 to the image's size.
         tie_word_embeddings (`bool`): Share the output layer of the text decoder with its embedding, and rescale the
             decoder's states as T5 v1.0 does. `False` is flan-T5.
+        label_parents (`dict[str, str]`, *optional*): Detection class -> the coarser class that its cells belong to as
+            well, such as neutrophil -> WBC. Classes that are not in `id2label` may stand in between.
         single_cell_labels (`list[str]`): Classes of the single-cell head.
         morphology (`dict[str, list[str]]`): Attributes read off each cell, each with its values.
         morphology_order (`list[str]`, *optional*): Order of the attributes in labels and logits; that of `morphology`
@@ -141,19 +148,23 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
     decoder_ffn_dim: int = 2048
     num_sampling_points: int = 4
     dropout: float | int = 0.0
+    single_cell_dropout: float | int = 0.1
     num_queries: int = 900
     position_temperature: float | int = 20
     freeze_backbone_norm: bool = True
 
+    cross_modal_fusion: bool = True
     fusion_order: Literal["text_image", "image_text"] = "text_image"
     fusion_queries: int = 64
     fusion_layers: int = 2
     fusion_ffn_dim: int = 1024
     attend_to_padding: bool = False
+    text_guided_refinement: bool = True
     refinement: Literal["gated", "concat"] = "gated"
     scfe_backbone_features: bool = False
     upsampler: Literal["bilinear", "learnable"] = "learnable"
 
+    label_parents: dict[str, str] | None = None
     single_cell_labels: list[str] | None = None
     morphology: dict[str, list[str]] | None = None
     morphology_order: list[str] | None = None
@@ -209,7 +220,7 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
 
         Raises:
             ValueError: The width does not divide into heads or sine halves, a morphology attribute has fewer than
-                two values, or there are fewer feature levels than the backbone gives.
+                two values, a class is its own ancestor, or there are fewer feature levels than the backbone gives.
         """
         if self.d_model % self.num_attention_heads or self.d_model % 4:
             raise ValueError(
@@ -218,6 +229,9 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         for name, values in (self.morphology or {}).items():
             if len(values) < 2:
                 raise ValueError(f"Morphology attribute '{name}' needs at least two values, got {values}.")
+        for name in self.label_parents or {}:
+            if name in self._ancestor_names(name):
+                raise ValueError(f"label_parents makes '{name}' its own ancestor: {self.label_parents}.")
         backbone_levels = len(getattr(self.backbone_config, "out_indices", None) or [None])
         if self.num_feature_levels < backbone_levels:
             raise ValueError(
@@ -265,6 +279,23 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         fields = super().to_dict()
         fields.pop("given_labels", None)
         return fields
+
+    def _ancestor_names(self, name: str) -> list[str]:
+        found: list[str] = []
+        while (parent := (self.label_parents or {}).get(name)) is not None and parent not in found:
+            found.append(parent)
+            name = parent
+        return found
+
+    @property
+    def class_ancestors(self) -> list[list[int]] | None:
+        """The ids of the coarser classes of each detection class, by `label_parents`; `None` where there are none."""
+        ids = {name: index for index, name in self.id2label.items()}
+        found = [
+            [ids[name] for name in self._ancestor_names(self.id2label[index]) if name in ids]
+            for index in range(self.num_labels)
+        ]
+        return found if any(found) else None
 
     @property
     def morphology_sizes(self) -> list[int]:

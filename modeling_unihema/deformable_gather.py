@@ -5,6 +5,9 @@ Each level is laid into the table with a border of zeros, so that points outside
 through in chunks whose indices and weights stay in the processor's cache.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -32,6 +35,30 @@ def gather_rows(
     return _GatherRows.apply(level_shapes, *arguments).to(value.dtype)
 
 
+class Places(NamedTuple):
+    """Where each level is in the table; every tensor spread over heads, levels and points.
+
+    Innermost loops then run over all of a query's samples, not over the points of one level.
+
+    Args:
+        width (`torch.Tensor`): Pixels of a level in a row.
+        height (`torch.Tensor`): And in a column.
+        row (`torch.Tensor`): Pixels from one row to the next, border included.
+        last_column (`torch.Tensor`): `width - 1`.
+        last_row (`torch.Tensor`): `height - 1`.
+        origin (`torch.Tensor`): Row of the table with the first pixel, int32.
+        down (`torch.Tensor`): Rows of the table from a pixel to the one below, int32.
+    """
+
+    width: torch.Tensor
+    height: torch.Tensor
+    row: torch.Tensor
+    last_column: torch.Tensor
+    last_row: torch.Tensor
+    origin: torch.Tensor
+    down: torch.Tensor
+
+
 class _Table:
     """Where the pixels of each level are in the table, spread over heads, levels and points.
 
@@ -48,21 +75,25 @@ class _Table:
         self.sizes = [(h + 2) * (w + 2) for h, w in level_shapes]
         self.tokens = sum(self.sizes)
         starts = [sum(self.sizes[:level]) for level in range(len(level_shapes))]
-        # Innermost loops then run over all of a query's samples, not over the points of one level.
         spread = (heads, len(level_shapes), points)
 
         def of_levels(numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor(numbers, dtype=dtype, device=like.device)[:, None].expand(spread).contiguous()
 
-        self.width = of_levels([w for _, w in level_shapes], like.dtype)
-        self.height = of_levels([h for h, _ in level_shapes], like.dtype)
-        self.row = of_levels([w + 2 for _, w in level_shapes], like.dtype)
-        self.last_column, self.last_row = self.width - 1, self.height - 1
+        width = of_levels([w for _, w in level_shapes], like.dtype)
+        height = of_levels([h for h, _ in level_shapes], like.dtype)
         # The first pixel lies one row and one column inside the border.
         head = torch.arange(heads, dtype=torch.int32, device=like.device)[:, None, None]
         origin = [(start + w + 3) * heads for start, (_, w) in zip(starts, level_shapes)]
-        self.origin = of_levels(origin, torch.int32) + head
-        self.down = of_levels([(w + 2) * heads for _, w in level_shapes], torch.int32)
+        self.places = Places(
+            width=width,
+            height=height,
+            row=width + 2,
+            last_column=width - 1,
+            last_row=height - 1,
+            origin=of_levels(origin, torch.int32) + head,
+            down=of_levels([(w + 2) * heads for _, w in level_shapes], torch.int32),
+        )
 
     def fill(self, value: torch.Tensor) -> torch.Tensor:
         """`[B, S, heads, width]` to the rows `[B * tokens * heads, width]`."""
@@ -85,50 +116,49 @@ class _Table:
         ]
         return torch.cat(inner, 1)
 
-    def locate(self, points: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The row of the pixel up and left of each point, and how far the point is beyond it.
-
-        Args:
-            points (`torch.Tensor`): `[Q, heads, levels, points, 2]`.
-            images (`torch.Tensor`): First row of each query's image, int32 `[Q, 1, 1, 1]`.
-
-        Returns:
-            `tuple`: Rows int32, and fractions of a pixel to the right and down, `[Q, heads, levels, points]` each.
-        """
-        x, y = self.pixels(points)
-        x = torch.minimum(x.clamp_(min=-1), self.width)
-        y = torch.minimum(y.clamp_(min=-1), self.height)
-        left, top = torch.minimum(x.floor(), self.last_column), torch.minimum(y.floor(), self.last_row)
-        rows = torch.addcmul(left, top, self.row).int().mul_(self.heads).add_(self.origin)
-        # A point that is not a number must not read outside the table; its weight is not a number either.
-        rows = rows.clamp_(0, self.tokens * self.heads - 1).add_(images)
-        return rows, x.sub_(left), y.sub_(top)
-
-    def pixels(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, y) in pixels of each level, 0 being the centre of the first."""
-        return points[..., 0] * self.width - 0.5, points[..., 1] * self.height - 0.5
-
-    def corners(self, rows: torch.Tensor) -> torch.Tensor:
-        """The four pixels around each point, `[Q * heads, 4 * levels * points]`."""
-        down = rows + self.down
-        return _bags([rows, rows + self.heads, down, down + self.heads])
-
     def queries(self, batch: int, number: int, device: torch.device) -> torch.Tensor:
         """First row of each query's image, int32 `[B * Q, 1, 1, 1]`."""
         images = torch.arange(batch, dtype=torch.int32, device=device) * (self.tokens * self.heads)
         return images.repeat_interleave(number)[:, None, None, None]
 
 
-def _bags(corners: list[torch.Tensor]) -> torch.Tensor:
-    """Four of `[Q, heads, levels, points]` side by side, `[Q * heads, 4 * levels * points]`."""
-    queries, heads, *samples = corners[0].shape
-    bags = corners[0].new_empty(queries, heads, 4, *samples)
-    for number, corner in enumerate(corners):
-        bags[:, :, number] = corner
-    return bags.view(queries * heads, -1)
+def locate(
+    points: torch.Tensor, images: torch.Tensor, places: Places, heads: int, rows_of_image: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The row of the pixel up and left of each point, and how far the point is beyond it.
+
+    Args:
+        points (`torch.Tensor`): `[Q, heads, levels, points, 2]`.
+        images (`torch.Tensor`): First row of each query's image, int32 `[Q, 1, 1, 1]`.
+        places ([`Places`]): Of the levels.
+        heads (`int`): Attention heads.
+        rows_of_image (`int`): Rows of the table that an image has.
+
+    Returns:
+        `tuple`: Rows int32, and fractions of a pixel to the right and down, `[Q, heads, levels, points]` each.
+    """
+    x, y = _pixels(points, places)
+    x = torch.minimum(x.clamp_(min=-1), places.width)
+    y = torch.minimum(y.clamp_(min=-1), places.height)
+    left, top = torch.minimum(x.floor(), places.last_column), torch.minimum(y.floor(), places.last_row)
+    rows = torch.addcmul(left, top, places.row).int().mul_(heads).add_(places.origin)
+    # A point that is not a number must not read outside the table; its weight is not a number either.
+    rows = rows.clamp_(0, rows_of_image - 1).add_(images)
+    return rows, x.sub_(left), y.sub_(top)
 
 
-def _corner_weights(right: torch.Tensor, down: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
+def _pixels(points: torch.Tensor, places: Places) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x, y) in pixels of each level, 0 being the centre of the first."""
+    return points[..., 0] * places.width - 0.5, points[..., 1] * places.height - 0.5
+
+
+def corners(rows: torch.Tensor, places: Places, heads: int) -> torch.Tensor:
+    """The four pixels around each point, `[Q * heads, 4 * levels * points]`."""
+    down = rows + places.down
+    return _bags([rows, rows + heads, down, down + heads])
+
+
+def corner_weights(right: torch.Tensor, down: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
     """What each of the four pixels counts."""
     at_right = weights * right
     at_left = weights - at_right
@@ -136,10 +166,130 @@ def _corner_weights(right: torch.Tensor, down: torch.Tensor, weights: torch.Tens
     return [at_left - low_left, at_right - low_right, low_left, low_right]
 
 
-def _chunks(number: int):
-    # A compiled graph needs no chunks: it makes no tensors in between.
-    step = number if torch.compiler.is_compiling() else CHUNK
-    return [slice(start, start + step) for start in range(0, number, step)]
+def _bags(of_corners: list[torch.Tensor]) -> torch.Tensor:
+    """Four of `[Q, heads, levels, points]` side by side, `[Q * heads, 4 * levels * points]`."""
+    queries, heads, *samples = of_corners[0].shape
+    if torch.compiler.is_compiling():
+        return torch.stack(of_corners, 2).view(queries * heads, -1)
+    bags = of_corners[0].new_empty(queries, heads, 4, *samples)
+    for number, corner in enumerate(of_corners):
+        bags[:, :, number] = corner
+    return bags.view(queries * heads, -1)
+
+
+def bags_of_queries(points, weights, images, places: Places, heads: int, rows_of_image: int):
+    """Rows to read and their weights, `[Q * heads, 4 * levels * points]` each; arguments as of [`locate`]."""
+    rows, right, down = locate(points, images, places, heads, rows_of_image)
+    return corners(rows, places, heads), _bags(corner_weights(right, down, weights))
+
+
+def located_bags(points, images, places: Places, heads: int, rows_of_image: int):
+    """What [`locate`] gives, and the rows to read."""
+    located = locate(points, images, places, heads, rows_of_image)
+    return *located, corners(located[0], places, heads)
+
+
+def slopes(
+    products: torch.Tensor,
+    right: torch.Tensor,
+    down: torch.Tensor,
+    points: torch.Tensor,
+    weights: torch.Tensor,
+    places: Places,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of points and weights.
+
+    Args:
+        products (`torch.Tensor`): Of the output's gradient and each pixel read, `[Q * heads, 4 * levels * points]`.
+        right, down (`torch.Tensor`): Of [`locate`].
+        points (`torch.Tensor`): `[Q, heads, levels, points, 2]`.
+        weights (`torch.Tensor`): `[Q, heads, levels, points]`.
+        places ([`Places`]): Of the levels.
+
+    Returns:
+        `tuple`: Gradients of `points` and `weights`, and what each pixel counts, `[4, Q * heads * levels * points]`.
+    """
+    heads, samples = weights.shape[1], weights.shape[2:]
+    upper_left, upper_right, lower_left, lower_right = (
+        products.unflatten(0, (-1, heads)).unflatten(2, (4, *samples)).unbind(2)
+    )
+    to_right, below_to_right = upper_right - upper_left, lower_right - lower_left
+    upper = torch.addcmul(upper_left, right, to_right)
+    to_below = torch.addcmul(lower_left, right, below_to_right) - upper
+    of_weights = torch.addcmul(upper, down, to_below)
+    to_right = torch.addcmul(to_right, down, below_to_right - to_right)
+    # Where a point outside was moved to the border, moving it on changes nothing.
+    x, y = _pixels(points, places)
+    x_moves = (x > -1) & (x < places.width)
+    y_moves = (y > -1) & (y < places.height)
+    along_x = to_right * weights * places.width * x_moves
+    along_y = to_below * weights * places.height * y_moves
+    counts = torch.stack([count.flatten() for count in corner_weights(right, down, weights)])
+    return torch.stack((along_x, along_y), -1), of_weights, counts
+
+
+class Arithmetic(NamedTuple):
+    """The parts between the reads, which a compiler can fuse: [`bags_of_queries`], [`located_bags`], [`slopes`]."""
+
+    bags_of_queries: Callable = bags_of_queries
+    located_bags: Callable = located_bags
+    slopes: Callable = slopes
+
+
+def _chunks(number: int) -> list[slice]:
+    return [slice(start, start + CHUNK) for start in range(0, number, CHUNK)]
+
+
+def read(
+    level_shapes: list[tuple[int, int]],
+    value: torch.Tensor,
+    points: torch.Tensor,
+    weights: torch.Tensor,
+    arithmetic: Arithmetic = Arithmetic(),
+) -> torch.Tensor:
+    """[`gather_rows`] of tensors of one dtype, without gradient."""
+    batch, _, heads, width = value.shape
+    number = points.shape[1]
+    table = _Table(level_shapes, heads, points.shape[4], points)
+    pixels, images = table.fill(value), table.queries(batch, number, value.device)
+    points, weights = points.flatten(0, 1), weights.flatten(0, 1)
+    sums = []
+    for part in _chunks(batch * number):
+        rows, counts = arithmetic.bags_of_queries(
+            points[part], weights[part], images[part], table.places, heads, table.tokens * heads
+        )
+        sums.append(nn.functional.embedding_bag(rows, pixels, per_sample_weights=counts, mode="sum"))
+    return torch.cat(sums).view(batch, number, heads * width)
+
+
+def gradients(
+    level_shapes: list[tuple[int, int]],
+    gradient: torch.Tensor,
+    value: torch.Tensor,
+    all_points: torch.Tensor,
+    all_weights: torch.Tensor,
+    arithmetic: Arithmetic = Arithmetic(),
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of value, points and weights, from that of [`read`]'s result."""
+    batch, _, heads, width = value.shape
+    number, samples = all_points.shape[1], all_points.shape[3] * all_points.shape[4]
+    table = _Table(level_shapes, heads, all_points.shape[4], all_points)
+    pixels, images = table.fill(value), table.queries(batch, number, value.device)
+    points, weights = all_points.flatten(0, 1), all_weights.flatten(0, 1)
+    gradient = gradient.reshape(-1, width)
+    of_points, of_weights, all_rows, all_counts = [], [], [], []
+    for part in _chunks(batch * number):
+        rows, right, down, bags = arithmetic.located_bags(
+            points[part], images[part], table.places, heads, table.tokens * heads
+        )
+        products = _dot_products(gradient[part.start * heads : part.stop * heads], pixels, bags)
+        along, steep, counts = arithmetic.slopes(products, right, down, points[part], weights[part], table.places)
+        of_points.append(along)
+        of_weights.append(steep)
+        all_rows.append(rows.flatten())
+        all_counts.append(counts)
+    of_value = _spread(gradient, torch.cat(all_rows), torch.cat(all_counts, 1), samples, batch, table)
+    return of_value, torch.cat(of_points).view_as(all_points), torch.cat(of_weights).view_as(all_weights)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -149,51 +299,11 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx, level_shapes, value, points, weights):
         ctx.save_for_backward(value, points, weights)
         ctx.level_shapes = level_shapes
-        batch, _, heads, width = value.shape
-        number = points.shape[1]
-        table = _Table(level_shapes, heads, points.shape[4], points)
-        pixels, images = table.fill(value), table.queries(batch, number, value.device)
-        points, weights = points.flatten(0, 1), weights.flatten(0, 1)
-        sums = []
-        for part in _chunks(batch * number):
-            rows, right, down = table.locate(points[part], images[part])
-            counts = _bags(_corner_weights(right, down, weights[part]))
-            sums.append(nn.functional.embedding_bag(table.corners(rows), pixels, per_sample_weights=counts, mode="sum"))
-        return torch.cat(sums).view(batch, number, heads * width)
+        return read(level_shapes, value, points, weights)
 
     @staticmethod
     def backward(ctx, gradient):
-        value, all_points, all_weights = ctx.saved_tensors
-        batch, _, heads, width = value.shape
-        number, samples = all_points.shape[1], all_points.shape[3] * all_points.shape[4]
-        table = _Table(ctx.level_shapes, heads, all_points.shape[4], all_points)
-        pixels, images = table.fill(value), table.queries(batch, number, value.device)
-        points, weights = all_points.flatten(0, 1), all_weights.flatten(0, 1)
-        gradient = gradient.reshape(-1, width)
-        point_gradients, weight_gradients, all_rows, all_counts = [], [], [], []
-        for part in _chunks(batch * number):
-            rows, right, down = table.locate(points[part], images[part])
-            products = _dot_products(gradient[part.start * heads : part.stop * heads], pixels, table.corners(rows))
-            upper_left, upper_right, lower_left, lower_right = (
-                products.unflatten(0, (-1, heads)).unflatten(2, (4, *points.shape[2:4])).unbind(2)
-            )
-            to_right, below_to_right = upper_right - upper_left, lower_right - lower_left
-            upper = torch.addcmul(upper_left, right, to_right)
-            to_below = torch.addcmul(lower_left, right, below_to_right) - upper
-            weight_gradients.append(torch.addcmul(upper, down, to_below))
-            to_right = torch.addcmul(to_right, down, below_to_right - to_right)
-            # Where a point outside was moved to the border, moving it on changes nothing.
-            x, y = table.pixels(points[part])
-            x_moves = (x > -1) & (x < table.width)
-            y_moves = (y > -1) & (y < table.height)
-            along_x = to_right * weights[part] * table.width * x_moves
-            along_y = to_below * weights[part] * table.height * y_moves
-            point_gradients.append(torch.stack((along_x, along_y), -1))
-            all_rows.append(rows.flatten())
-            all_counts.append(torch.stack([c.flatten() for c in _corner_weights(right, down, weights[part])]))
-        value_gradient = _spread(gradient, torch.cat(all_rows), torch.cat(all_counts, 1), samples, batch, table)
-        point_gradient = torch.cat(point_gradients).view_as(all_points)
-        return None, value_gradient, point_gradient, torch.cat(weight_gradients).view_as(all_weights)
+        return None, *gradients(ctx.level_shapes, gradient, *ctx.saved_tensors)
 
 
 def _dot_products(gradient: torch.Tensor, pixels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -249,7 +359,7 @@ def _add_up(
 ) -> torch.Tensor:
     """The same for fewer points than pixels, row by row."""
     collected = gradient.new_zeros(total, gradient.shape[1])
-    down = table.down.flatten(1).expand(len(rows) // samples // table.heads, -1, -1).reshape(-1)
+    down = table.places.down.flatten(1).expand(len(rows) // samples // table.heads, -1, -1).reshape(-1)
     corners = (rows, rows + table.heads, rows + down, rows + down + table.heads)
     for corner, count in zip(corners, counts):
         shares = count.view(-1, samples, 1) * gradient[:, None]
@@ -257,4 +367,4 @@ def _add_up(
     return collected
 
 
-__all__ = ["fits", "gather_rows"]
+__all__ = ["Arithmetic", "fits", "gather_rows", "gradients", "read"]

@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from .box_geometry import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, inverse_sigmoid
+from .class_rows import ClassEmbedding
 from .configuration_unihema import UniHemaConfig
-from .detection_labels import check_detection_labels, is_target
+from .detection_labels import check_detection_labels
+from .label_spaces import ancestor_matrix, is_target
 
 
 @dataclass
@@ -45,13 +47,19 @@ class ContrastiveDenoising(nn.Module):
 
     def __init__(self, config: UniHemaConfig):
         super().__init__()
-        self.num_labels = config.num_labels
         self.num_attributes = len(config.morphology or {})
         self.denoising_queries = config.denoising_queries
         self.label_noise_ratio = config.label_noise_ratio
         self.box_noise_scale = config.box_noise_scale
+        # Not a copy: a run may give the configuration of a loaded model another hierarchy.
+        self.config = config
         # The last row stands for "no cell" and fills empty slots.
-        self.label_embedding = nn.Embedding(config.num_labels + 1, config.d_model)
+        self.label_embedding = ClassEmbedding(config.num_labels + 1, config.d_model)
+
+    @property
+    def num_labels(self) -> int:
+        """Classes, those of the adapter in use where it has its own."""
+        return len(self.label_embedding.weight) - 1
 
     def forward(self, labels: list[dict[str, torch.Tensor]], num_queries: int) -> DenoisingQueries | None:
         """
@@ -102,7 +110,8 @@ class ContrastiveDenoising(nn.Module):
 
     def _choose(self, image: dict[str, torch.Tensor]) -> torch.Tensor:
         """Indices of the cells to denoise, ascending: of annotated classes, at most `denoising_queries`."""
-        cells = is_target(image).nonzero().flatten()
+        ancestors = ancestor_matrix(getattr(self.config, "class_ancestors", None))
+        cells = is_target(image, ancestors).nonzero().flatten()
         if len(cells) <= self.denoising_queries:
             return cells
         return cells[torch.randperm(len(cells), device=cells.device)[: self.denoising_queries]].sort().values

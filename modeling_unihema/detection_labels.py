@@ -8,6 +8,7 @@ import torch
 MISSING = -100
 # Boxes come from divisions in float32, so an edge may pass the image's by rounding.
 BOX_TOLERANCE = 1e-4
+CLASS_MASKS = ("annotated_classes", "taught_classes")
 
 
 def check_detection_labels(
@@ -22,7 +23,7 @@ def check_detection_labels(
     Args:
         labels (`Sequence[dict[str, torch.Tensor]]`): One dict an image with `class_labels` int64 `[n]`, `boxes`
             cxcywh `[n, 4]` in 0..1 of the image itself, optionally `morphology` int64 `[n, num_attributes]` (-100
-            missing) and `annotated_classes` bool `[num_labels]`.
+            missing), `annotated_classes` and `taught_classes` bool `[num_labels]`.
         batch_size (`int`, *optional*): Number of images; not checked when `None`.
         num_labels (`int`): Detection classes of the model.
         num_attributes (`int`): Morphology attributes of the model.
@@ -43,29 +44,13 @@ def check_detection_labels(
     _check_values(labels, num_labels, value_counts)
 
 
-def is_target(image: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Which cells of an image are targets: those of a class that its dataset annotates.
-
-    Args:
-        image (`dict[str, torch.Tensor]`): Labels of one image.
-
-    Returns:
-        `torch.Tensor`: Boolean `[n]`.
-    """
-    classes = image["class_labels"]
-    annotated = image.get("annotated_classes")
-    if annotated is None:
-        return torch.ones_like(classes, dtype=torch.bool)
-    return annotated.to(classes.device)[classes]
-
-
 def _check_image(image: dict[str, torch.Tensor], index: int, num_labels: int, num_attributes: int) -> None:
     if not hasattr(image, "keys"):
         raise TypeError(f"Labels of image {index} must be a dict, got {type(image).__name__}.")
     missing = [key for key in ("class_labels", "boxes") if key not in image]
     if missing:
         raise ValueError(f"Labels of image {index} lack {' and '.join(missing)}; got {sorted(image.keys())}.")
-    for key in ("class_labels", "boxes", "morphology", "annotated_classes"):
+    for key in ("class_labels", "boxes", "morphology", *CLASS_MASKS):
         value = image.get(key)
         if value is not None and not isinstance(value, torch.Tensor):
             raise TypeError(f"{key} of image {index} must be a tensor, got {type(value).__name__}.")
@@ -90,12 +75,12 @@ def _check_image(image: dict[str, torch.Tensor], index: int, num_labels: int, nu
             )
         if morphology.is_floating_point():
             raise TypeError(f"morphology of image {index} must be integers, got {morphology.dtype}.")
-    annotated = image.get("annotated_classes")
-    if annotated is not None and (annotated.dtype != torch.bool or annotated.shape != (num_labels,)):
-        raise ValueError(
-            f"annotated_classes of image {index} must be bool [{num_labels}], got {annotated.dtype} "
-            f"{list(annotated.shape)}."
-        )
+    for key in CLASS_MASKS:
+        mask = image.get(key)
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (num_labels,)):
+            raise ValueError(
+                f"{key} of image {index} must be bool [{num_labels}], got {mask.dtype} {list(mask.shape)}."
+            )
 
 
 def _check_values(

@@ -9,7 +9,7 @@ from .deformable_attention import MultiScaleDeformableAttention
 from .visual_backbone import FeatureLevels
 
 
-# Tokens that go through a feed-forward together where no gradient is needed.
+# Tokens that go through a feed-forward together.
 CHUNK = 1024
 
 
@@ -24,9 +24,9 @@ class FeedForward(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """`[..., width]` to `[..., width]`."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return self._transform(states)
-        # The wide states of so many tokens stay in the processor's cache.
+        # The wide states of so many tokens stay in the processor's cache, and their memory is used again.
         parts = states.flatten(0, -2).split(CHUNK)
         return torch.cat([self._transform(part) for part in parts]).view_as(states)
 

@@ -11,6 +11,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from .class_rows import ClassLinear
+
 
 def initialised(layer: nn.Linear, gain: float = 1.0, bias: Callable[[], torch.Tensor] | None = None) -> nn.Linear:
     """Marks a linear layer with its own start.
@@ -31,4 +33,4 @@ def initialised(layer: nn.Linear, gain: float = 1.0, bias: Callable[[], torch.Te
 def class_scores(width: int, classes: int, probability: float = 0.01) -> nn.Linear:
     """A sigmoid classifier that starts at `probability` for every class (focal loss, arXiv 1708.02002, section 4.1)."""
     start = -math.log((1 - probability) / probability)
-    return initialised(nn.Linear(width, classes), bias=partial(torch.full, (classes,), start))
+    return initialised(ClassLinear(width, classes), bias=partial(torch.full, (classes,), start))

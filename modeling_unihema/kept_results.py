@@ -5,7 +5,7 @@ from torch import nn
 
 
 # An adapter, say, can be switched off without a tensor changing, so other layers are not trusted.
-_KNOWN = ("torch.nn.", "transformers.", "timm.", f"{__name__.rpartition('.')[0]}.")
+_KNOWN = ("torch.nn.", "torch.ao.nn.quantized.", "transformers.", "timm.", f"{__name__.rpartition('.')[0]}.")
 
 
 def keeping_state(module: nn.Module) -> tuple | None:

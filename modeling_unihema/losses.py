@@ -8,7 +8,9 @@ from torch.nn import functional
 from .box_geometry import box_cxcywh_to_xyxy, generalized_box_iou_pairs
 from .configuration_unihema import UniHemaConfig
 from .denoising import DenoisingQueries
-from .detection_labels import MISSING, check_detection_labels, is_target
+from .detection_labels import MISSING, check_detection_labels
+from .label_spaces import ancestor_matrix, class_targets, is_target
+from .loss_counts import average_over_processes
 from .matching import match_queries
 from .morphology_losses import asymmetric_morphology_loss, morphology_loss
 
@@ -51,7 +53,8 @@ def detection_loss(
 
     Class and box losses are sums over the batch divided by its number of cells (for denoising: of positive queries),
     averaged over the processes of a distributed run, so every process has to call this in the same step. A class that
-    is `False` in an image's `annotated_classes` costs nothing there, and its cells are not targets.
+    is `False` in an image's `annotated_classes` costs nothing there, and its cells are not targets. A cell has its
+    coarser classes (`config.class_ancestors`) as well, and leaves the finer ones open, see `class_targets`.
 
     Args:
         layer_logits (`torch.Tensor`): Class logits of each decoder layer, `[L, B, Q, num_labels]`.
@@ -60,7 +63,8 @@ def detection_loss(
         selection_logits (`torch.Tensor`): Class logits of the selected encoder tokens, `[B, Q, num_labels]`.
         selection_boxes (`torch.Tensor`): Their boxes, with gradient, `[B, Q, 4]`.
         labels (`Sequence[dict[str, torch.Tensor]]`): See `check_detection_labels`; without `morphology` all is missing.
-        config ([`UniHemaConfig`]): Costs, coefficients, `focal_alpha`, `auxiliary_loss`, `num_labels`, `morphology`.
+        config ([`UniHemaConfig`]): Costs, coefficients, `focal_alpha`, `auxiliary_loss`, `num_labels`, `morphology`,
+            `class_ancestors`.
         denoising ([`DenoisingQueries`], *optional*): How the denoising queries were made.
         denoising_logits (`torch.Tensor`, *optional*): Class logits of the denoising queries, `[L, B, P, num_labels]`.
         denoising_boxes (`torch.Tensor`, *optional*): Their boxes, `[L, B, P, 4]`.
@@ -78,15 +82,16 @@ def detection_loss(
     device, batch_size = layer_logits.device, layer_logits.shape[1]
     value_counts = [len(values) for values in (config.morphology or {}).values()]
     check_detection_labels(labels, batch_size, config.num_labels, len(value_counts), value_counts)
-    targets = [_to_targets(image, len(value_counts), device) for image in labels]
+    ancestors = ancestor_matrix(getattr(config, "class_ancestors", None))
+    targets = [_to_targets(image, len(value_counts), config.num_labels, ancestors, device) for image in labels]
     class_weight = _annotated_class_weight(labels, config.num_labels, device)
     num_cells = sum(len(image["class_labels"]) for image in targets)
     has_target = is_positive = None
     if denoising is not None:
-        has_target = _has_target(denoising.target_indices, labels)
+        has_target = _has_target(denoising.target_indices, labels, ancestors)
         is_positive = denoising.positive & has_target
     num_positives = 0 if is_positive is None else is_positive.sum()
-    num_cells, num_positives = _average_over_processes(num_cells, num_positives, device)
+    num_cells, num_positives = average_over_processes(num_cells, num_positives, device=device)
 
     last = layer_logits.shape[0] - 1
     layers = range(last + 1) if config.auxiliary_loss else [last]
@@ -117,7 +122,7 @@ def detection_loss(
         pairs = (image, query, denoising.target_indices[image, query])
         # A slot without a target is neither positive nor background.
         weight = class_weight * has_target[..., None]
-        everything = [_to_device(image, device) for image in labels]
+        everything = [_to_device(image, config.num_labels, ancestors, device) for image in labels]
         for layer in layers:
             suffix = "_dn" if layer == last else f"_dn_{layer}"
             logits, boxes = denoising_logits[layer].float(), denoising_boxes[layer].float()
@@ -187,7 +192,7 @@ def segmentation_loss(
     pixels = weight.sum(1)
     focal = focal.sum(1) / pixels.clamp(min=1)
     counts = (pixels > 0).to(logits.dtype)
-    images = counts.sum().clamp(min=1)
+    (images,) = average_over_processes(counts.sum(), device=logits.device)
     dice, focal = (dice * counts).sum() / images, (focal * counts).sum() / images
     loss = dice_loss_coefficient * dice + focal_loss_coefficient * focal
     return loss, {"loss_dice": dice.detach(), "loss_focal": focal.detach()}
@@ -244,19 +249,32 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: 
     total = functional.cross_entropy(
         logits.float(), labels, ignore_index=MISSING, reduction="sum", label_smoothing=label_smoothing
     )
-    return total / (labels != MISSING).sum().clamp(min=1)
+    (count,) = average_over_processes((labels != MISSING).sum(), device=logits.device)
+    return total / count
 
 
-def _to_device(image: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    return {
+def _to_device(
+    image: dict[str, torch.Tensor], num_labels: int, ancestors: torch.Tensor | None, device: torch.device
+) -> dict[str, torch.Tensor]:
+    moved = {
         "class_labels": image["class_labels"].to(device, torch.int64),
         "boxes": image["boxes"].to(device, torch.float32),
     }
+    if ancestors is not None:
+        positive, counted = class_targets(image, num_labels, ancestors)
+        moved |= {"positive": positive.to(device), "counted": counted.to(device)}
+    return moved
 
 
-def _to_targets(image: dict[str, torch.Tensor], num_attributes: int, device: torch.device) -> dict[str, torch.Tensor]:
+def _to_targets(
+    image: dict[str, torch.Tensor],
+    num_attributes: int,
+    num_labels: int,
+    ancestors: torch.Tensor | None,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
     """Labels of one image without the cells of classes that are not annotated, morphology filled in."""
-    target = _to_device(image, device)
+    target = _to_device(image, num_labels, ancestors, device)
     morphology = image.get("morphology")
     if morphology is None:
         target["morphology"] = torch.full((len(target["boxes"]), num_attributes), MISSING, device=device)
@@ -264,16 +282,18 @@ def _to_targets(image: dict[str, torch.Tensor], num_attributes: int, device: tor
         target["morphology"] = morphology.to(device, torch.int64)
     if image.get("annotated_classes") is None:
         return target
-    kept = is_target(image).to(device)
+    kept = is_target(image, ancestors).to(device)
     return {key: value[kept] for key, value in target.items()}
 
 
-def _has_target(target_indices: torch.Tensor, labels: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+def _has_target(
+    target_indices: torch.Tensor, labels: Sequence[dict[str, torch.Tensor]], ancestors: torch.Tensor | None
+) -> torch.Tensor:
     """Which denoising slots `[B, P]` hold a cell whose class is annotated; indices are into all labels of an image."""
     kept = target_indices >= 0
     for row, image in enumerate(labels):
         if image.get("annotated_classes") is not None and len(image["class_labels"]):
-            kept[row] &= is_target(image).to(kept.device)[target_indices[row].clamp(min=0)]
+            kept[row] &= is_target(image, ancestors).to(kept.device)[target_indices[row].clamp(min=0)]
     return kept
 
 
@@ -286,19 +306,6 @@ def _annotated_class_weight(
         if image.get("annotated_classes") is not None:
             weight[row, 0] = image["annotated_classes"].to(device, weight.dtype)
     return weight
-
-
-def _average_over_processes(
-    num_cells: int, num_positives: int | torch.Tensor, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both counts averaged over the processes, at least 1; in one exchange, which every process takes part in."""
-    counts = torch.zeros(2, device=device)
-    counts[0] = num_cells
-    counts[1] = num_positives
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(counts)
-        counts = counts / torch.distributed.get_world_size()
-    return tuple(counts.clamp(min=1))
 
 
 def _match(
@@ -330,14 +337,19 @@ def _class_and_box_losses(
 ) -> dict[str, torch.Tensor]:
     """`class_weight` broadcasts to `logits`; a query without a pair is background."""
     image, query, cell = pairs
-    one_hot = torch.zeros_like(logits)
-    one_hot[image, query, _gather(targets, "class_labels", image, cell)] = 1
-    focal = sigmoid_focal_loss(logits, one_hot, config.focal_alpha) * class_weight
-    predicted, wanted = boxes[image, query], _gather(targets, "boxes", image, cell)
-    overlap = generalized_box_iou_pairs(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(wanted))
+    wanted = torch.zeros_like(logits)
+    if targets and "positive" in targets[0]:
+        wanted[image, query] = _gather(targets, "positive", image, cell).to(logits.dtype)
+        class_weight = class_weight.expand_as(logits).clone()
+        class_weight[image, query] = _gather(targets, "counted", image, cell).to(class_weight.dtype)
+    else:
+        wanted[image, query, _gather(targets, "class_labels", image, cell)] = 1
+    focal = sigmoid_focal_loss(logits, wanted, config.focal_alpha) * class_weight
+    predicted, true = boxes[image, query], _gather(targets, "boxes", image, cell)
+    overlap = generalized_box_iou_pairs(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(true))
     return {
         "loss_ce": focal.sum() / normaliser,
-        "loss_bbox": (predicted - wanted).abs().sum() / normaliser,
+        "loss_bbox": (predicted - true).abs().sum() / normaliser,
         "loss_giou": (1 - overlap).sum() / normaliser,
     }
 

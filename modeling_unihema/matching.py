@@ -24,7 +24,8 @@ def match_queries(
     Args:
         logits (`torch.Tensor`): Class logits `[B, Q, C]`.
         boxes (`torch.Tensor`): Boxes cxcywh `[B, Q, 4]`.
-        labels (`list[dict[str, torch.Tensor]]`): `class_labels` `[n]` and `boxes` `[n, 4]` of each image.
+        labels (`list[dict[str, torch.Tensor]]`): `class_labels` `[n]` and `boxes` `[n, 4]` of each image. Where there is
+            `positive`, bool `[n, C]`, the classification cost is the mean over the classes of a cell.
         class_cost (`float`): Weight of the classification cost.
         bbox_cost (`float`): Weight of the L1 cost.
         giou_cost (`float`): Weight of the generalised IoU cost.
@@ -48,17 +49,11 @@ def match_queries(
             empty = torch.zeros(0, dtype=torch.long, device=logits.device)
             matches.append((empty, empty))
             continue
-        chosen = image_logits.float()[:, image_labels["class_labels"]]
-        probability = chosen.sigmoid()
-        # softplus(-x) is -log(sigmoid(x)) and softplus(x) is -log(1 - sigmoid(x)), without overflow.
-        positive = alpha * (1 - probability) ** gamma * torch.nn.functional.softplus(-chosen)
-        negative = (1 - alpha) * probability**gamma * torch.nn.functional.softplus(chosen)
+        classification = _class_costs(image_logits.float(), image_labels, alpha, gamma)
         image_boxes = image_boxes.float()
         overlap = generalized_box_iou(box_cxcywh_to_xyxy(image_boxes), box_cxcywh_to_xyxy(target_boxes))
         cost = (
-            class_cost * (positive - negative)
-            + bbox_cost * torch.cdist(image_boxes, target_boxes, p=1)
-            - giou_cost * overlap
+            class_cost * classification + bbox_cost * torch.cdist(image_boxes, target_boxes, p=1) - giou_cost * overlap
         ).cpu()
         if not cost.isfinite().all():
             raise RuntimeError(
@@ -68,3 +63,23 @@ def match_queries(
         queries, targets = linear_sum_assignment(cost.numpy())
         matches.append((torch.as_tensor(queries, device=logits.device), torch.as_tensor(targets, device=logits.device)))
     return matches
+
+
+def _class_costs(logits: torch.Tensor, labels: dict[str, torch.Tensor], alpha: float, gamma: float) -> torch.Tensor:
+    """Focal cost `[Q, n]` of calling query q what cell n is."""
+    positive = labels.get("positive")
+    if positive is None or not len(positive):
+        return _focal_cost(logits[:, labels["class_labels"]], alpha, gamma)
+    counts = positive.sum(-1)
+    # The few classes of each cell first, so that not every class of every pair is looked at.
+    classes = positive.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, : int(counts.max())]
+    costs = _focal_cost(logits[:, classes], alpha, gamma)
+    return (costs * positive.gather(-1, classes)).sum(-1) / counts
+
+
+def _focal_cost(logits: torch.Tensor, alpha: float, gamma: float) -> torch.Tensor:
+    probability = logits.sigmoid()
+    # softplus(-x) is -log(sigmoid(x)) and softplus(x) is -log(1 - sigmoid(x)), without overflow.
+    positive = alpha * (1 - probability) ** gamma * torch.nn.functional.softplus(-logits)
+    negative = (1 - alpha) * probability**gamma * torch.nn.functional.softplus(logits)
+    return positive - negative

@@ -69,6 +69,7 @@ class UniHemaForDetection(UniHemaPreTrainedModel):
         Returns:
             [`UniHemaDetectionOutput`]
         """
+        self.follow_adapter()
         make_denoising = partial(self.denoising, labels) if self.training and labels is not None else None
         trunk = self.model(
             pixel_values,
@@ -158,6 +159,7 @@ class UniHemaForSegmentation(UniHemaPreTrainedModel):
         Returns:
             [`UniHemaSegmentationOutput`]
         """
+        self.follow_adapter()
         trunk = self.model(
             pixel_values,
             pixel_mask,
@@ -225,6 +227,7 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
         Returns:
             [`UniHemaClassificationOutput`]
         """
+        self.follow_adapter()
         trunk = self.model(pixel_values, pixel_mask, task="single_cell", return_dict=True, **layer_options(kwargs))
         features = trunk.last_hidden_state[:, 0]
         logits = self.single_cell_head(features)

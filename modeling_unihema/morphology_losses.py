@@ -6,10 +6,11 @@ import torch
 from torch.nn import functional
 
 from .detection_labels import MISSING
+from .loss_counts import average_over_processes
 
 
 def morphology_loss(logits: torch.Tensor, targets: torch.Tensor, value_counts: Sequence[int]) -> torch.Tensor:
-    """Softmax cross-entropy of each attribute over its own values, averaged over the labelled entries.
+    """Softmax cross-entropy of each attribute over its own values, averaged over the labelled entries of all processes.
 
     Args:
         logits (`torch.Tensor`): `[N, sum(value_counts)]`, attributes one after another.
@@ -33,7 +34,8 @@ def morphology_loss(logits: torch.Tensor, targets: torch.Tensor, value_counts: S
     total = logits.sum() * 0
     for attribute, values in enumerate(logits.split(list(value_counts), -1)):
         total = total + functional.cross_entropy(values, targets[:, attribute], ignore_index=MISSING, reduction="sum")
-    return total / (targets != MISSING).sum().clamp(min=1)
+    (count,) = average_over_processes((targets != MISSING).sum(), device=logits.device)
+    return total / count
 
 
 def asymmetric_morphology_loss(

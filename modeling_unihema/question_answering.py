@@ -49,6 +49,9 @@ class UniHemaForQA(UniHemaPreTrainedModel, GenerationMixin):
         self.model = UniHemaModel(config, self.tasks)
         UniHemaForQA._build_head(self, config)
         self.post_init()
+        if not config.cross_modal_fusion:
+            self._frozen_parts = ("model.visual_backbone",)
+            self._freeze_parts()
 
     def _build_head(self, config: UniHemaConfig) -> None:
         self.lm_head = nn.Linear(config.text_config.d_model, config.text_config.vocab_size, bias=False)

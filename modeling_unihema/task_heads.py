@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from .class_rows import ClassLinear
 from .configuration_unihema import UniHemaConfig
 from .initialisation import class_scores
 from .padding import hold_edge, ignore_padding, without_padding
@@ -33,11 +34,11 @@ class SingleCellHead(nn.Module):
         self.layers = nn.Sequential(
             nn.Linear(width, width),
             nn.LeakyReLU(0.01),
-            nn.Dropout(0.1),
+            nn.Dropout(config.single_cell_dropout),
             nn.Linear(width, width // 2),
             nn.LeakyReLU(0.01),
-            nn.Dropout(0.1),
-            nn.Linear(width // 2, len(config.single_cell_labels)),
+            nn.Dropout(config.single_cell_dropout),
+            ClassLinear(width // 2, len(config.single_cell_labels)),
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

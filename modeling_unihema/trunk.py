@@ -9,6 +9,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .adapters import WithAdapters
 from .attention import MultiHeadAttention
 from .configuration_unihema import UniHemaConfig
 from .deformable_attention import MultiScaleDeformableAttention
@@ -63,19 +64,28 @@ def layer_options(options: dict) -> dict[str, bool]:
     return {name: options[name] for name in LAYER_OPTIONS if options.get(name) is not None}
 
 
-def parts_of(tasks: tuple[str, ...]) -> set[str]:
-    """Names of the parts that any of `tasks` runs."""
-    return set().union(*(TASK_PARTS[task] for task in tasks))
+def parts_of(tasks: tuple[str, ...], config: UniHemaConfig | None = None) -> set[str]:
+    """Names of the parts that any of `tasks` runs, without those that `config` turns off."""
+    parts = set().union(*(TASK_PARTS[task] for task in tasks))
+    if config is not None and not config.cross_modal_fusion:
+        parts -= {"cross_modal_fusion"}
+    if config is not None and not config.text_guided_refinement:
+        # Nothing else of a visual task reads the prompt.
+        parts -= {"text_guided_visual_refinement"} | (set() if set(tasks) & set(LANGUAGE_TASKS) else {"text_encoder"})
+    return parts
 
 
 def skippable_keys(tasks: tuple[str, ...]) -> list[str]:
     """Patterns of the checkpoint keys that a class for `tasks` does not build."""
     parts = parts_of(tasks)
+    if not set(tasks) & set(LANGUAGE_TASKS):
+        # Without refinement by the prompt a visual task has no text encoder.
+        parts -= {"text_encoder"}
     missing_parts = [pattern for part, pattern in _PART_KEYS.items() if part not in parts]
     return missing_parts + [pattern for task, pattern in _HEAD_KEYS.items() if task not in tasks]
 
 
-class UniHemaPreTrainedModel(PreTrainedModel):
+class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
     """Initialisation and loading, common to all UniHema models."""
 
     config: UniHemaConfig
@@ -100,6 +110,9 @@ class UniHemaPreTrainedModel(PreTrainedModel):
     def _freeze_parts(self) -> None:
         for part in self._frozen_parts:
             self.get_submodule(part).requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, VisualBackbone):
+                module.freeze_norms()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -142,7 +155,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
 
     def __init__(self, config: UniHemaConfig, tasks: tuple[str, ...] = TASKS):
         super().__init__(config)
-        parts = parts_of(tasks)
+        parts = parts_of(tasks, config)
         self.visual_backbone = VisualBackbone(config)
         if "text_encoder" in parts:
             self.text_branch = TextBranch(config, with_decoder="text_decoder" in parts)
@@ -153,6 +166,8 @@ class UniHemaModel(UniHemaPreTrainedModel):
             self.image_decoder = ImageDecoder(config)
         self.hema_former = HemaFormer(config, parts)
         self._image_memory = ImageMemory()
+        # The second stage of training teaches the text branch alone: E_W is E_T then. Never saved.
+        self.reads_text_alone = False
         self._keys_to_ignore_on_load_unexpected = [
             pattern for head in _HEAD_KEYS.values() for pattern in (head, head.replace("^", "^model."))
         ]
@@ -207,7 +222,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
         """
         if task not in TASK_PARTS:
             raise ValueError(f"Unknown task '{task}'; choose one of {', '.join(TASKS)}.")
-        if pixel_values is None:
+        if pixel_values is None and not (self.reads_text_alone and task in LANGUAGE_TASKS):
             raise ValueError("pixel_values is missing: every task of UniHema looks at an image.")
         states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         weights = self.config.output_attentions if output_attentions is None else output_attentions
@@ -248,16 +263,19 @@ class UniHemaModel(UniHemaPreTrainedModel):
             feature = self.hema_former.single_cell_feature_extraction(tokens, levels)
             return UniHemaModelOutput(last_hidden_state=feature[:, None], encoder_last_hidden_state=tokens)
 
-        input_ids, attention_mask = self._prompt(task, input_ids, attention_mask, tokens.shape[0])
-        input_ids, attention_mask = self._official_length(input_ids, attention_mask)
-        text = self.text_branch.encode_prompt(input_ids, attention_mask)
+        text = None
+        if self.config.text_guided_refinement:
+            input_ids, attention_mask = self._prompt(task, input_ids, attention_mask, tokens.shape[0])
+            input_ids, attention_mask = self._official_length(input_ids, attention_mask)
+            text = self.text_branch.encode_prompt(input_ids, attention_mask)
         proposals = self.query_selection(tokens, levels)
         content, reference = proposals.content, proposals.reference_logits
         denoising = make_denoising(content.shape[1]) if make_denoising is not None else None
         if denoising is not None:
             content = torch.cat((denoising.content.to(content.dtype), content), 1)
             reference = torch.cat((denoising.reference_logits.to(reference.dtype), reference), 1)
-        content = self.hema_former.text_guided_visual_refinement(content, text, attention_mask)
+        if text is not None:
+            content = self.hema_former.text_guided_visual_refinement(content, text, attention_mask)
         states, boxes = self.image_decoder(content, reference, tokens, levels, denoising, proposals.padding)
         noisy = 0 if denoising is None else denoising.content.shape[1]
         output = UniHemaModelOutput(
@@ -290,24 +308,29 @@ class UniHemaModel(UniHemaPreTrainedModel):
             raise ValueError("input_ids is missing: a question or a masked sentence is needed to generate text.")
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
-        images, texts = pixel_values.shape[0], input_ids.shape[0]
-        if texts % images:
-            raise ValueError(f"{texts} texts for {images} images: give every image the same number of texts.")
-        levels = self._image_memory(self.visual_backbone, pixel_values, pixel_mask)
-        if texts > images:
-            levels = levels.repeat_images(texts // images)
         length = input_ids.shape[1]
         input_ids, attention_mask = self._official_length(input_ids, attention_mask)
         text = self.text_branch.encode(
             input_ids, attention_mask, output_hidden_states=output_hidden_states, output_attentions=output_attentions
         )
-        fused = self.hema_former.cross_modal_fusion(text.last_hidden_state, attention_mask, levels)
+        fused = text.last_hidden_state
+        if self.config.cross_modal_fusion and not self.reads_text_alone:
+            levels = self._levels_for(len(input_ids), pixel_values, pixel_mask)
+            fused = self.hema_former.cross_modal_fusion(fused, attention_mask, levels)
         return UniHemaModelOutput(
             last_hidden_state=fused[:, :length],
             text_hidden_state=text.last_hidden_state[:, :length],
             encoder_hidden_states=text.hidden_states,
             encoder_attentions=text.attentions,
         )
+
+    def _levels_for(self, texts: int, pixel_values, pixel_mask) -> FeatureLevels:
+        """The image's feature levels, once for each text."""
+        images = pixel_values.shape[0]
+        if texts % images:
+            raise ValueError(f"{texts} texts for {images} images: give every image the same number of texts.")
+        levels = self._image_memory(self.visual_backbone, pixel_values, pixel_mask)
+        return levels.repeat_images(texts // images) if texts > images else levels
 
     def _official_length(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
         """The official model pads every text to its limit, and its padding takes part."""

@@ -113,7 +113,11 @@ class VisualBackbone(nn.Module):
         ignore_padding(self.backbone)
         ignore_padding(self.input_projection)
         self._inference_backbone = InferenceBackbone()
-        if config.freeze_backbone_norm:
+        self.freeze_norms()
+
+    def freeze_norms(self) -> None:
+        """Where the configuration freezes BatchNorms, their weights get no gradient."""
+        if self.config.freeze_backbone_norm:
             for module in self._norms():
                 module.requires_grad_(False)
 
@@ -141,6 +145,9 @@ class VisualBackbone(nn.Module):
         pixels = pixel_mask.bool() if padded else None
         # What counts as valid for the convolutions and norms; the official weights know no padding there.
         counted = None if self.config.attend_to_padding else pixels
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Depthwise and 1x1 convolutions, and above all their backward, are faster with channels last.
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         with without_padding(counted):
             maps = list(self._inference_backbone(self.backbone)(pixel_values).feature_maps)
             # The first extra level comes from the last backbone map, further ones from the level before.

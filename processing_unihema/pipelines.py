@@ -29,6 +29,8 @@ from .image_io import image_size, load_image
 from .post_processing import (
     NMS_IOU,
     NMS_WITHIN,
+    ancestors_of,
+    asked_classes,
     post_process_morphology,
     post_process_object_detection,
     post_process_semantic_segmentation,
@@ -130,7 +132,8 @@ class UniHemaObjectDetectionPipeline(ObjectDetectionPipeline):
     """Object detection: `[{"score", "label", "box": {"xmin", "ymin", "xmax", "ymax"}, "morphology"}]`, pixels.
 
     For UniHema models `prompt` or `candidate_labels` (class names or a disease) says what to look for, and the threshold is
-    the calibrated one of each class unless given. `morphology` maps each attribute to its value.
+    the calibrated one of each class unless given. Where the prompt names classes, only these are answered. `morphology`
+    maps each attribute to its value.
     """
 
     def _sanitize_parameters(self, prompt=None, candidate_labels=None, **kwargs):
@@ -139,7 +142,7 @@ class UniHemaObjectDetectionPipeline(ObjectDetectionPipeline):
             raise ValueError("Give prompt or candidate_labels, not both: they are the same.")
         prompt = candidate_labels if prompt is None else prompt
         if prompt is not None:
-            preprocess["prompt"] = prompt
+            preprocess["prompt"] = postprocess["prompt"] = prompt
         return preprocess, forward, postprocess
 
     def preprocess(self, image, timeout=None, prompt=None):
@@ -152,7 +155,7 @@ class UniHemaObjectDetectionPipeline(ObjectDetectionPipeline):
             return super()._forward(model_inputs)
         return _run_head(self, model_inputs, ("logits", "pred_boxes", "pred_morphology"))
 
-    def postprocess(self, model_outputs, threshold=None):
+    def postprocess(self, model_outputs, threshold=None, prompt=None):
         if not _is_unihema(self):
             return super().postprocess(model_outputs, **({} if threshold is None else {"threshold": threshold}))
         model_outputs = _one(model_outputs)
@@ -160,7 +163,13 @@ class UniHemaObjectDetectionPipeline(ObjectDetectionPipeline):
         if threshold is None:
             threshold = thresholds_of(config)
         found = post_process_object_detection(
-            outputs, threshold, model_outputs["target_size"], nms_iou=NMS_IOU, nms_within=NMS_WITHIN
+            outputs,
+            threshold,
+            model_outputs["target_size"],
+            nms_iou=NMS_IOU,
+            nms_within=NMS_WITHIN,
+            classes=asked_classes(config, prompt),
+            ancestors=ancestors_of(config),
         )
         morphology = post_process_morphology(outputs, found, config.morphology)[0]
         return [

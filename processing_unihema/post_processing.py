@@ -22,6 +22,43 @@ def thresholds_of(config, default: float = DEFAULT_THRESHOLD) -> torch.Tensor:
     return torch.tensor([config.detection_thresholds.get(name, default) for _, name in sorted(config.id2label.items())])
 
 
+def ancestors_of(config) -> torch.Tensor | None:
+    """Which detection classes of a checkpoint are coarser than which, bool `[num_labels, num_labels]`: `[i, j]` where
+    class j is coarser than class i. `None` where no class is.
+
+    Args:
+        config (`UniHemaConfig`): With `class_ancestors`.
+    """
+    coarser = config.class_ancestors
+    if coarser is None:
+        return None
+    return torch.tensor([[other in own for other in range(config.num_labels)] for own in coarser])
+
+
+def asked_classes(config, prompt: str | Sequence[str] | None) -> torch.Tensor | None:
+    """The detection classes that a prompt names, bool `[num_labels]`.
+
+    Args:
+        config (`UniHemaConfig`): With `id2label`.
+        prompt (`str` or `Sequence[str]`, *optional*): Class names, one text with commas or a list; case and plural do not
+            count.
+
+    Returns:
+        `torch.Tensor` or `None`: `None`, which is all of them, without a prompt, or where some part of it is no class: a
+        disease or a description.
+    """
+    parts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+    asked = [_spelling(name) for part in parts for name in part.split(",") if name.strip()]
+    known = [_spelling(name) for _, name in sorted(config.id2label.items())]
+    if not asked or not set(asked) <= set(known):
+        return None
+    return torch.tensor([name in asked for name in known])
+
+
+def _spelling(name: str) -> str:
+    return " ".join(name.lower().replace("_", " ").split()).removesuffix("s")
+
+
 def post_process_object_detection(
     outputs,
     threshold: float | torch.Tensor = DEFAULT_THRESHOLD,
@@ -31,6 +68,9 @@ def post_process_object_detection(
     nms_within: float | None = None,
     one_class_per_query: bool = True,
     clip: bool = True,
+    classes: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+    ancestors: torch.Tensor | None = None,
+    finest: float | torch.Tensor | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Cells above the threshold, best first.
 
@@ -45,6 +85,13 @@ def post_process_object_detection(
         one_class_per_query (`bool`): A cell has one name. `False` lets every query stand once for each class above the
             threshold, as mAP is computed, and overlap is then judged within a class.
         clip (`bool`): Cut boxes at the edge of the image.
+        classes (`torch.Tensor` or `Sequence[torch.Tensor | None]`, *optional*): Classes to answer with, bool `[C]` for all
+            images, or one (or `None`: all) for each; see [`asked_classes`].
+        ancestors (`torch.Tensor`, *optional*): See [`ancestors_of`]. Where a cell has one name, it is then the finest one
+            above the threshold: not WBC where it may be called neutrophil; and a cell that two queries call WBC and
+            neutrophil is one neutrophil.
+        finest (`float` or `torch.Tensor`, *optional*): Score above which the finer name is taken; `threshold` when not
+            given.
 
     Returns:
         `list[dict[str, torch.Tensor]]`: `scores` `[n]`, `labels` `[n]`, `boxes` `[n, 4]` xyxy and `queries` `[n]`, the
@@ -56,6 +103,9 @@ def post_process_object_detection(
     probabilities = outputs.logits.float().sigmoid()
     _check_target_sizes(target_sizes, len(probabilities))
     threshold = torch.as_tensor(threshold, dtype=probabilities.dtype, device=probabilities.device)
+    finest = threshold if finest is None else torch.as_tensor(finest, dtype=threshold.dtype, device=threshold.device)
+    ancestors = None if ancestors is None else ancestors.to(probabilities.device)
+    per_image = not isinstance(classes, torch.Tensor) and classes is not None
     results = []
     for image, scores in enumerate(probabilities):
         centre, size = outputs.pred_boxes[image].float().split(2, dim=-1)
@@ -65,8 +115,12 @@ def post_process_object_detection(
         if target_sizes is not None:
             height, width = (float(side) for side in target_sizes[image])
             boxes = boxes * boxes.new_tensor([width, height, width, height])
+        asked = classes[image] if per_image else classes
+        if asked is not None:
+            # Below every threshold, 0 included.
+            scores = scores.masked_fill(~asked.to(scores.device), -1.0)
         if one_class_per_query:
-            score, label = scores.max(-1)
+            score, label = (scores if ancestors is None else _finest_names(scores, ancestors, finest)).max(-1)
             query = torch.arange(len(score), device=score.device)
         else:
             score = scores.flatten()
@@ -76,12 +130,23 @@ def post_process_object_detection(
         order = score.masked_fill(~keep, -1).argsort(descending=True, stable=True)[: int(keep.sum())]
         if nms_iou is not None or nms_within is not None:
             found = boxes[query[order]]
-            order = order[distinct_cells(found, label[order], nms_iou, nms_within, across_classes=one_class_per_query)]
+            distinct = distinct_cells(
+                found, label[order], nms_iou, nms_within, across_classes=one_class_per_query, ancestors=ancestors
+            )
+            order = order[distinct]
         order = order[:top_k]
         results.append(
             {"scores": score[order], "labels": label[order], "boxes": boxes[query[order]], "queries": query[order]}
         )
     return results
+
+
+def _finest_names(scores: torch.Tensor, ancestors: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """Scores `[Q, C]` without the coarser names of what has a finer one above the threshold, nor finer ones below it."""
+    above = scores > threshold
+    has_finer = (above[:, :, None] & ancestors).any(1)
+    has_coarser = (above[:, None, :] & ancestors).any(2)
+    return scores.masked_fill(has_finer | (has_coarser & ~above), -1.0)
 
 
 def distinct_cells(
@@ -90,6 +155,7 @@ def distinct_cells(
     iou: float | None = NMS_IOU,
     within: float | None = NMS_WITHIN,
     across_classes: bool = True,
+    ancestors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Which cells stay when a cell that is boxed more than once is to count once.
 
@@ -101,6 +167,8 @@ def distinct_cells(
         iou (`float`, *optional*): A cell goes when its intersection over union with a better one is more than this.
         within (`float`, *optional*): And when more than this part of the smaller lies in the larger, of one class.
         across_classes (`bool`): Whether `iou` is judged between classes as well.
+        ancestors (`torch.Tensor`, *optional*): See [`ancestors_of`]. Of a cell under a finer and a coarser class the finer
+            one is kept, whatever their scores; `within` counts between them as it does within a class.
 
     Returns:
         `torch.Tensor`: bool `[n]`.
@@ -113,6 +181,10 @@ def distinct_cells(
             keep[own.cpu()] = distinct_cells(boxes[own], labels[own], iou, within).cpu()
         return keep.to(boxes.device)
     same = labels[:, None] == labels
+    finer = torch.zeros_like(same)
+    if ancestors is not None:
+        finer = ancestors.to(labels.device)[labels[:, None], labels]
+        same = same | finer | finer.T
     overlap = box_iou(boxes, boxes)
     repeats = torch.zeros_like(same)
     if iou is not None:
@@ -121,8 +193,10 @@ def distinct_cells(
         area = box_area(boxes)
         intersection = overlap * (area[:, None] + area) / (1 + overlap)
         repeats |= (intersection > within * torch.minimum(area[:, None], area)) & same
+    coarser_copies = (repeats & finer).any(0).cpu()
     # One transfer, not one for each cell; only a cell that stays takes others with it.
     repeats = repeats.triu(1).cpu()
+    keep &= ~coarser_copies
     for cell in range(len(boxes)):
         if keep[cell]:
             keep &= ~repeats[cell]

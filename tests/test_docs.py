@@ -50,13 +50,15 @@ def lab(tmp_path_factory):
     for folder in ("demo/unihema", "runs/mine"):
         unihema.UniHemaForMultiTask(config).save_pretrained(root / folder)
         processor.save_pretrained(root / folder)
+    (mix,) = blocks(ROOT / "docs" / "stages.md", "yaml")
+    (root / "mix.yaml").write_text(mix, encoding="utf-8")
     write_synthetic(root / "my_data", 2, 2, crops_per_field=1, width=224, height=168, crop_size=96, progress=False)
     return root
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_code_runs(page, lab, monkeypatch):
-    monkeypatch.chdir(lab if page.name == "training.md" else lab / "demo")
+    monkeypatch.chdir(lab if page.name in ("training.md", "adapters.md") else lab / "demo")
     exec(compile("\n".join(blocks(page, "python")), str(page), "exec"), {})
 
 
@@ -74,13 +76,20 @@ COMMANDS = [
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}-{c.split()[1]}" for page, c in COMMANDS])
 def test_commands_run(page, command, lab):
     arguments = shlex.split(command)[1:]
-    if arguments[0] == "train":
+    if arguments[0] == "train" and "--resume" not in arguments:
         # The same command on the smallest model that has all parts, for two steps, into a folder not used before.
         shutil.rmtree(lab / arguments[arguments.index("-o") + 1], ignore_errors=True)
         arguments += ["--max-steps", "2", "--workers", "0"]
         if "--init" not in arguments:
             small = {**VERY_TINY, "fusion_queries": 64}
             arguments += ["--set", f"model.overrides={json.dumps(small)}"]
+    if arguments[0] == "ablate":
+        shutil.rmtree(lab / arguments[arguments.index("-o") + 1], ignore_errors=True)
+        small = {**VERY_TINY, "fusion_queries": 64}
+        arguments += ["--max-steps", "1", "--set", "data.workers=0", "--set", f"model.overrides={json.dumps(small)}"]
+    if arguments[0] == "adapt":
+        shutil.rmtree(lab / arguments[arguments.index("-o") + 1], ignore_errors=True)
+        arguments += ["--max-steps", "2"]
     result = subprocess.run(
         [sys.executable, "-m", "unihema", *arguments], cwd=lab, capture_output=True, text=True, timeout=300
     )

@@ -67,6 +67,9 @@ class RunBatches:
             temperature=config.temperature,
             steps_per_epoch=config.steps_per_epoch,
             seed=seed,
+            sources={task: data.sources for task, data in datasets.items()},
+            dataset_weights=config.dataset_weights,
+            dataset_temperature=config.dataset_temperature,
         )
         self.per_epoch = len(self.mixer)
         self.loader = DataLoader(

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from unihema.training.adapters import CONFIG, load_adapter_weights, save_adapter
 from unihema.training.files import write_json
 
 
@@ -22,6 +23,8 @@ class Progress:
         batch (`int`): Batches done, over all epochs.
         seconds (`float`): Time spent training.
         best (`float`, *optional*): Best score of the evaluations so far.
+        best_step (`int`): Optimizer steps done at that one.
+        waited (`int`): Evaluations since then.
         evaluated (`int`): Last epoch after which the model was evaluated.
         processes (`int`): How many processes share each batch.
     """
@@ -30,6 +33,8 @@ class Progress:
     batch: int = 0
     seconds: float = 0.0
     best: float | None = None
+    best_step: int = 0
+    waited: int = 0
     evaluated: int = 0
     processes: int = 1
 
@@ -79,7 +84,7 @@ def save_trained(model, processor, folder: str | Path) -> None:
     """Saves a model and its processor, whole files only; an older model in the folder is replaced.
 
     Args:
-        model (`PreTrainedModel`): The model.
+        model (`PreTrainedModel`): The model; of one with an adapter, the adapter is saved.
         processor (`UniHemaProcessor`, *optional*): Its processor.
         folder (`str` or `Path`): Where.
     """
@@ -88,14 +93,33 @@ def save_trained(model, processor, folder: str | Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        model.save_pretrained(partial)
+        if getattr(model, "peft_config", None):
+            save_adapter(model, partial)
+        else:
+            model.save_pretrained(partial)
         if processor is not None:
             processor.save_pretrained(partial)
         # The configuration goes last: a folder that has one is a model.
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+        for file in sorted(partial.iterdir(), key=lambda file: file.name in ("config.json", CONFIG)):
             os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_trained(model, folder: str | Path):
+    """A model saved by [`save_trained`]; of an adapter, its weights in the model that has it.
+
+    Args:
+        model (`PreTrainedModel`): A model like the one that was saved.
+        folder (`str` or `Path`): Where it was saved.
+
+    Returns:
+        `PreTrainedModel`: A new model on the same device, or for adapters the same one.
+    """
+    if getattr(model, "peft_config", None):
+        load_adapter_weights(model, folder)
+        return model
+    return type(model).from_pretrained(folder).to(model.device)
 
 
 def _step_folders(folder: str | Path) -> list[Path]:

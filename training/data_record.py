@@ -9,6 +9,7 @@ from unihema.hub_cards import DataRecord, DataSource, dataset_card
 from unihema.training.data.description import folder_licence, read_description
 from unihema.training.data.readers import load_folder
 from unihema.training.data.rows import TASKS, DatasetError, Row, class_names, single_cell_names
+from unihema.training.data.stored_rows import StoredFile
 
 
 def data_record(
@@ -33,7 +34,10 @@ def data_record(
     for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
         counts = {split: len(found.get(folder.name, ())) for split, found in images.items()}
         sources.append(_source(folder, {split: count for split, count in counts.items() if count}))
-    files = {split: [path for paths in found.values() for path in paths] for split, found in images.items()}
+    files = {
+        split: [path for paths in found.values() for path in paths if isinstance(path, Path)]
+        for split, found in images.items()
+    }
     files = {split: paths for split, paths in files.items() if paths}
     if val_split not in files or len(files) < 2:
         return DataRecord(tuple(sources))
@@ -111,13 +115,14 @@ def same_files(files: Sequence[Path], others: Sequence[Path]) -> list[Path]:
     return [path for path in files if (s := path.stat().st_size) in digests and sha256(path) in digests[s]]
 
 
-def _images(rows_by_task: Mapping[str, Sequence[Row]]) -> dict[str, list[Path]]:
-    """Image files of each data set, each once."""
-    found: dict[str, dict[Path, None]] = {}
+def _images(rows_by_task: Mapping[str, Sequence[Row]]) -> dict[str, list[Path | StoredFile]]:
+    """Image files of each data set, each once; those inside shards are only counted."""
+    found: dict[str, dict[Path | StoredFile, None]] = {}
     for rows in rows_by_task.values():
         for row in rows:
             if isinstance(row["image"], (str, Path)):
-                found.setdefault(row["dataset"], {})[Path(row["image"])] = None
+                image = row["image"] if isinstance(row["image"], StoredFile) else Path(row["image"])
+                found.setdefault(row["dataset"], {})[image] = None
     return {name: list(paths) for name, paths in found.items()}
 
 

@@ -18,18 +18,24 @@ from unihema.hub_cards.data_sources import RECORD_FILE
 from unihema.training.acceleration import make_accelerator
 from unihema.training.batches import RunBatches
 from unihema.training.build import build, training_rows, validation_rows
-from unihema.training.checkpoint import Progress, last_checkpoint, save_checkpoint, save_trained
+from unihema.training.checkpoint import Progress, last_checkpoint, load_trained, save_checkpoint, save_trained
 from unihema.training.data.dataset import SmearDataset
 from unihema.training.data_record import data_record
+from unihema.training.early_stopping import EarlyStopping
 from unihema.training.ema import ExponentialMovingAverage
 from unihema.training.evaluation import evaluate_model, headline, write_report
 from unihema.training.files import write_json, write_text
 from unihema.training.optimizer import ProgressSchedule, make_optimizer
 from unihema.training.run_config import RunConfig, RunConfigError
 from unihema.training.run_log import RunLog
+from unihema.training.shared_batch_norm import share_batch_norms
+from unihema.training.trackers import tracker_callback
+from unihema.training.trained_parts import TrainedParts
 
 
 DEFAULT_EPOCHS = 24
+# What is left of a run whose loss was no number.
+DIVERGED_FILE = "diverged.json"
 
 
 class TrainingError(RuntimeError):
@@ -58,7 +64,7 @@ def train(config: RunConfig, resume: bool = False, callbacks: Iterable[Callable[
         RunConfigError: Settings that cannot be, a resumed run with other settings, or, without `resume`, an output
             folder that holds a run or a model already.
         DatasetError: Data that cannot be used.
-        TrainingError: The loss or its gradient is no number; the last checkpoint is from before that.
+        TrainingError: The loss or its gradient is no number; a checkpoint of the step before and `diverged.json` are left.
         TrainingInterrupted: SIGINT or SIGTERM.
     """
     config.check()
@@ -72,7 +78,10 @@ class _Run:
         self.config = config
         self.settings = config.optimisation
         self.folder = Path(config.output_dir)
-        self.accelerator = make_accelerator(self.settings)
+        trackers = config.logging.trackers
+        self.accelerator = make_accelerator(self.settings, trackers, self.folder)
+        if trackers:
+            callbacks = (*callbacks, tracker_callback(self.accelerator, config))
         self.log = RunLog(self.folder / "log.jsonl", callbacks, self.accelerator.is_main_process)
         set_seed(self.settings.seed)
         found = last_checkpoint(self.folder) if resume else None
@@ -81,8 +90,12 @@ class _Run:
         elif not resume:
             self._check_unused_folder()
         self.rows = training_rows(config)
-        self.val_rows = validation_rows(config, self.rows)
+        self.val_rows = validation_rows(config, config.data.evaluation_tasks or self.rows)
         model, self.processor = build(config, self.rows)
+        self.parts = TrainedParts(model, config.model.trained_parts)
+        model.model.reads_text_alone = config.data.text_only
+        if self.accelerator.num_processes > 1:
+            share_batch_norms(model)
         if self.accelerator.process_index:
             # Weights start alike in every process; noise and dropout need not be the same.
             set_seed(self.settings.seed + self.accelerator.process_index)
@@ -95,6 +108,7 @@ class _Run:
             self.ema = ExponentialMovingAverage(self._plain(), self.settings.ema_decay, self.settings.ema_warmup)
             self.accelerator.register_for_checkpointing(self.ema)
         self.progress = Progress(processes=self.accelerator.num_processes)
+        self.stopping = EarlyStopping(self.settings.patience)
         if found is not None:
             path, self.progress = found
             self.accelerator.load_state(str(path))
@@ -103,6 +117,7 @@ class _Run:
             self.log.forget_after(self.progress.step)
         elif resume:
             self._say(f"No checkpoint in {self.folder / 'checkpoints'}: starting from the beginning.")
+            self.log.forget_after(0)
         if self.accelerator.is_main_process:
             config.save(self.folder)
         self.stopped_by: int | None = None
@@ -110,7 +125,7 @@ class _Run:
 
     def _check_unused_folder(self) -> None:
         """A new run beside an old one's checkpoints would be mixed up with it on resuming."""
-        taken = [*(self.folder / "checkpoints").glob("step-*"), *self.folder.glob("model*.safetensors")]
+        taken = [*(self.folder / "checkpoints").glob("step-*"), *self.folder.glob("*model*.safetensors")]
         if taken:
             raise RunConfigError(
                 f"output_dir {self.folder} holds {taken[0].relative_to(self.folder)} of an earlier run. Go on with it "
@@ -148,6 +163,7 @@ class _Run:
                 seed=self.settings.seed,
                 questions_per_image=self.config.data.questions_per_image,
                 cache_images=self.config.data.cache_images,
+                text_only=self.config.data.text_only,
             )
             for task, rows in self.rows.items()
         }
@@ -223,10 +239,10 @@ class _Run:
             unit="step",
             disable=not (logging.progress and self.accelerator.is_main_process),
         )
-        self.model.train()
+        self.parts.train(self._plain())
         with bar:
             for number, batch in self.batches.stream(self.progress.batch):
-                if self._fraction_done() >= 1:
+                if self._fraction_done() >= 1 or self.stopping.is_over(self.progress):
                     return
                 stepped = self._step(batch, bar)
                 self.progress.batch = number + 1
@@ -253,7 +269,8 @@ class _Run:
     def _step(self, batch: dict[str, Any], bar: tqdm) -> bool:
         """One batch; `True` when the optimizer has stepped."""
         progress, task = self.progress, batch.pop("task")
-        self.files += batch.pop("file_names")
+        files = batch.pop("file_names")
+        self.files += files
         rate = self.schedule.set(progress.step, self._fraction_done())
         with self.accelerator.accumulate(self.model):
             output, problem = self._forward(task, batch)
@@ -269,7 +286,7 @@ class _Run:
                     self._diverged(f"the gradient of the {task} loss is {float(norm)}")
             self.optimizer.step()
             self.optimizer.zero_grad()
-        self.log.add(task, loss)
+        self.log.add(task, loss, len(files))
         if not self.accelerator.sync_gradients:
             return False
         progress.step += 1
@@ -278,19 +295,26 @@ class _Run:
             self.ema.update(self._plain())
         bar.update(1)
         if progress.step % self.config.logging.log_every == 0 or progress.step == 1:
-            bar.set_postfix(task=task, loss=f"{loss.item():.3f}", done=f"{self._fraction_done():.0%}", refresh=False)
+            # Each process has the loss of its part of the batch only; the terms below are those of the first.
+            whole = self.accelerator.reduce(loss.detach(), reduction="mean")
+            rate_of_images = self.log.images_per_second() * self.accelerator.num_processes
+            means = self.log.take_means()
+            shown = {name: f"{mean['loss']:.3f}" for name, mean in means.items()}
+            shown |= {"img/s": f"{rate_of_images:.1f}", "done": f"{self._fraction_done():.0%}"}
+            bar.set_postfix(shown, refresh=False)
             self.log.write(
                 {
                     "event": "step",
                     "step": progress.step,
                     "epoch": round(progress.batch / self.batches.per_epoch, 3),
                     "task": task,
-                    "loss": loss.item(),
+                    "loss": whole.item(),
                     "learning_rate": rate,
                     "seconds": progress.seconds,
+                    "images_per_second": rate_of_images,
                     "losses": output.loss_dict,
                     # Every task of a mix, since the line before.
-                    "means": self.log.take_means(),
+                    "means": means,
                 }
             )
         return True
@@ -308,10 +332,23 @@ class _Run:
         return output, None if math.isfinite(value) else f"the {task} loss is {value}"
 
     def _diverged(self, problem: str) -> None:
+        """Keeps what is sound, writes down what happened, and stops."""
+        progress, folder = self.progress, self.folder
+        sound = all(bool(torch.isfinite(value).all()) for value in self._plain().parameters())
+        if sound and progress.batch % self.settings.accumulation == 0:
+            # The weights are those before this batch: nothing is lost, and resuming meets the same batch again.
+            saved = save_checkpoint(folder, self.accelerator, progress, self.config.logging.keep_checkpoints)
+        else:
+            found = last_checkpoint(folder)
+            saved = found[0] if found else None
+        if self.accelerator.is_main_process:
+            account = {"step": progress.step, "problem": problem, "files": self.files, "checkpoint": saved}
+            account |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "recent": self.log.take_means()}
+            write_json(folder / DIVERGED_FILE, account)
         raise TrainingError(
-            f"Training stopped at step {self.progress.step}: {problem}, with {', '.join(self.files)}. What is in "
-            f"{self.folder / 'checkpoints'} is from before. Look at these files, lower the learning rate, or train "
-            "without mixed precision."
+            f"Training stopped at step {progress.step}: {problem}, with {', '.join(self.files)}. The state before this "
+            f"step is in {saved or 'no checkpoint yet'}, an account in {folder / DIVERGED_FILE}. Look at these files, lower "
+            "the learning rate, or train without mixed precision."
         )
 
     def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -334,13 +371,13 @@ class _Run:
             with self._averaged():
                 report = self._evaluate(logging.evaluation_samples)
                 score, text = headline(report)
-                if logging.keep_best and (self.progress.best is None or score > self.progress.best):
-                    self.progress.best = score
+                if self.stopping.take(score, self.progress) and logging.keep_best:
                     save_trained(self._plain(), None, self.folder / "best")
             self.log.write({"event": "evaluation", "epoch": epoch, "step": self.progress.step, **report})
             self._say(f"epoch {epoch}: {text}")
         self.accelerator.wait_for_everyone()
-        self.model.train()
+        self.progress.waited = int(self._agree(self.progress.waited)[0])
+        self.parts.train(self._plain())
 
     def _evaluate(self, samples: int | None) -> dict[str, Any]:
         progress = self.config.logging.progress
@@ -355,7 +392,7 @@ class _Run:
             model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             with self._averaged():
                 if logging.keep_best and self.progress.best is not None:
-                    model = type(model).from_pretrained(self.folder / "best").to(self.accelerator.device)
+                    model = load_trained(model, self.folder / "best")
                 if self.val_rows:
                     report = evaluate_model(
                         model.eval(),
@@ -374,11 +411,14 @@ class _Run:
         if report:
             write_report(report, self.folder)
         data = self.config.data
-        rows = {data.train_split: self.rows, data.val_split: self.val_rows}
-        record = data_record(data.folders, {split: found for split, found in rows.items() if found}, data.val_split)
+        val_split = data.val_split if data.folds is None else "held out"
+        rows = {data.train_split: self.rows, val_split: self.val_rows}
+        record = data_record(data.folders, {split: found for split, found in rows.items() if found}, val_split)
         write_json(self.folder / RECORD_FILE, asdict(record))
-        card = checkpoint_card(model.config, report, data=record, run=self.config.to_dict())
-        write_text(self.folder / "README.md", card)
+        # What an adapter's card has to say, nobody but its maker knows: `unihema adapt` and `unihema card` ask.
+        if self.config.adapter.method == "none":
+            card = checkpoint_card(model.config, report, data=record, run=self.config.to_dict())
+            write_text(self.folder / "README.md", card)
         self._say(f"Saved {self.folder}. {headline(report)[1]}".strip())
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unihema.processing_unihema.prompts import TASKS
+from unihema.training.adapter_config import AdapterConfig
 from unihema.training.data.augmentation import AugmentationConfig
 from unihema.training.files import write_json
 
 
-PACKAGES = ("unihema", "torch", "torchvision", "transformers", "accelerate", "numpy", "tokenizers", "safetensors")
+PACKAGES = ("unihema", "torch", "torchvision", "transformers", "accelerate", "peft", "numpy", "tokenizers", "safetensors")
 
 
 class RunConfigError(ValueError):
@@ -32,18 +33,31 @@ class DataConfig:
         train_split (`str`): Split to train on.
         val_split (`str`): Split to evaluate and calibrate on; empty: none.
         tasks (`list[str]`, *optional*): Tasks to train; all that the folders have when not given.
+        evaluation_tasks (`list[str]`, *optional*): Tasks to evaluate; those that are trained when not given.
         task_weights (`dict[str, float]`): Share of the batches of a task; others share what `temperature` gives them.
         temperature (`float`): Exponent of the tasks' sizes in the mix: 1 by size, 0 all alike.
+        dataset_weights (`dict[str, float]`): Share of a task's samples that a data set (the name of its folder) has; others
+            share what `dataset_temperature` gives them.
+        dataset_temperature (`float`): Exponent of the sizes of a task's data sets: 1 by size, 0 all alike.
         steps_per_epoch (`int`, *optional*): Batches of an epoch; one pass over everything when not given.
         batch_size (`dict[str, int]`): Images of a batch, for each task (on each process).
         questions_per_image (`int`): Questions asked of an image in a batch of a language task.
+        text_only (`bool`): Language tasks without their images: the model reads and writes text alone.
         image_sizes (`dict[str, dict[str, int]]`): Task -> `shortest_edge` and/or `longest_edge` in pixels.
         segmentation_prompt (`str`): What the masks show.
         rename (`dict[str, str]`): New names of detection classes and single-cell labels.
+        hold_out (`dict[str, list[str]]`): `patient`, `slide` or `source_image` -> those whose images take no part, neither
+            in training nor in validation.
+        canonical_names (`bool`): Give a class that the folders spell in several ways (`Platelets`, `thrombocyte`) one name.
+        label_parents (`dict[str, str]`, *optional*): Detection class -> the coarser class that its cells belong to as well;
+            what `unihema.training.data.class_hierarchy` knows (the types of white cells -> WBC) when not given.
         attributes_as_detection (`bool` or `list[str]`): Train morphology on labelled single-cell images, as cells that
             fill the image; with the attributes named, or WBCAtt's.
         on_invalid (`"error"` or `"skip"`): Whether bad rows stop the reading, or are left out with a warning each.
         max_samples (`int`, *optional*): Train on at most this many rows of a task (a seeded draw).
+        folds (`int`, *optional*): Divide the training rows into this many parts, and validate on one of them instead of
+            on `val_split`.
+        fold (`int`): Which one, from 0.
         cache_images (`bool`): Keep decoded images in memory (up to 2 GB a worker).
         workers (`int`): Processes that load images; 0 loads them in between steps.
     """
@@ -52,8 +66,11 @@ class DataConfig:
     train_split: str = "train"
     val_split: str = "val"
     tasks: list[str] | None = None
+    evaluation_tasks: list[str] | None = None
     task_weights: dict[str, float] = field(default_factory=dict)
     temperature: float = 1.0
+    dataset_weights: dict[str, float] = field(default_factory=dict)
+    dataset_temperature: float = 1.0
     steps_per_epoch: int | None = None
     batch_size: dict[str, int] = field(
         default_factory=lambda: {
@@ -65,12 +82,18 @@ class DataConfig:
         }
     )
     questions_per_image: int = 4
+    text_only: bool = False
     image_sizes: dict[str, dict[str, int]] = field(default_factory=dict)
     segmentation_prompt: str = "white blood cell"
     rename: dict[str, str] = field(default_factory=dict)
+    hold_out: dict[str, list[str]] = field(default_factory=dict)
+    canonical_names: bool = True
+    label_parents: dict[str, str] | None = None
     attributes_as_detection: bool | list[str] = False
     on_invalid: Literal["error", "skip"] = "error"
     max_samples: int | None = None
+    folds: int | None = None
+    fold: int = 0
     cache_images: bool = True
     workers: int = 1
 
@@ -85,12 +108,18 @@ class ModelConfig:
         initial_checkpoint (`str`, *optional*): Folder of a trained model to go on from, instead of a preset. Its class
             lists stay; data with other classes are an error.
         tokenizer (`str`, *optional*): Name or folder of a T5 tokenizer for a new model; our own when not given.
+        backbone_weights (`str`, *optional*): ImageNet weights that the backbone of a new model starts from, see
+            `load_pretrained_backbone`. `"efficientnet-lite0"` makes the backbone one of that kind.
+        trained_parts (`list[str]`, *optional*): Parts to train (of `PARTS` in trained_parts.py), the others stay as they
+            are; all when not given.
     """
 
     preset: Literal["tiny", "base"] = "tiny"
     overrides: dict[str, Any] = field(default_factory=dict)
     initial_checkpoint: str | None = None
     tokenizer: str | None = None
+    backbone_weights: str | None = None
+    trained_parts: list[str] | None = None
 
 
 @dataclass
@@ -112,6 +141,8 @@ class OptimisationConfig:
         final_fraction (`float`): Learning rate at the end of the cosine, relative to its start.
         weight_decay (`float`): Of matrices; norms and biases have none.
         betas (`list[float]`): Of AdamW.
+        patience (`int`, *optional*): Stop after this many evaluations without a better one; needs
+            `logging.evaluate_every` and a validation split.
         gradient_clipping (`float`): Largest norm of the gradient; 0 for none.
         accumulation (`int`): Batches of an optimizer step.
         loss_weights (`dict[str, float]`): Factor of a task's loss.
@@ -135,6 +166,7 @@ class OptimisationConfig:
     final_fraction: float = 0.01
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    patience: int | None = None
     gradient_clipping: float = 0.1
     accumulation: int = 1
     loss_weights: dict[str, float] = field(default_factory=dict)
@@ -179,6 +211,7 @@ class LoggingConfig:
         final_samples (`int`, *optional*): The same for the evaluation at the end; all when not given.
         keep_best (`bool`): Save the weights of the best evaluation rather than the last.
         progress (`bool`): Show a progress bar.
+        trackers (`list[str]`): Accelerate's trackers to log to as well, such as `"tensorboard"`.
     """
 
     log_every: int = 20
@@ -190,6 +223,7 @@ class LoggingConfig:
     final_samples: int | None = None
     keep_best: bool = False
     progress: bool = True
+    trackers: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -203,6 +237,7 @@ class RunConfig:
         optimisation ([`OptimisationConfig`]): How to train.
         augmentation ([`AugmentationSettings`]): Random views of training images.
         logging ([`LoggingConfig`]): What to write while training.
+        adapter ([`AdapterConfig`]): An adapter to train instead of the model.
         provenance (`dict[str, Any]`): Versions the run was made with; filled in by `save`.
 
     Example:
@@ -219,6 +254,7 @@ class RunConfig:
     optimisation: OptimisationConfig = field(default_factory=OptimisationConfig)
     augmentation: AugmentationSettings = field(default_factory=AugmentationSettings)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -295,7 +331,7 @@ class RunConfig:
         """
         if not self.data.folders:
             raise RunConfigError("data.folders is empty: name at least one data folder.")
-        for name in ("tasks", "task_weights", "batch_size", "image_sizes"):
+        for name in ("tasks", "evaluation_tasks", "task_weights", "batch_size", "image_sizes"):
             _check_tasks(getattr(self.data, name) or (), f"data.{name}")
         _check_tasks(self.augmentation.overrides, "augmentation.overrides")
         _check_tasks(self.optimisation.loss_weights, "optimisation.loss_weights")
@@ -308,7 +344,7 @@ class RunConfig:
         positive = ("optimisation.epochs", "optimisation.max_steps", "optimisation.time_limit_minutes")
         positive += ("optimisation.learning_rate", "optimisation.accumulation", "data.questions_per_image")
         positive += ("logging.log_every", "logging.keep_checkpoints", "data.max_samples", "data.steps_per_epoch")
-        positive += ("logging.checkpoint_minutes", "logging.checkpoint_steps")
+        positive += ("logging.checkpoint_minutes", "logging.checkpoint_steps", "optimisation.patience", "adapter.rank")
         for dotted in positive:
             section, name = dotted.split(".")
             value = getattr(getattr(self, section), name)
@@ -317,6 +353,14 @@ class RunConfig:
         decay = self.optimisation.ema_decay
         if decay is not None and not 0 < decay < 1:
             raise RunConfigError(f"optimisation.ema_decay={decay} must lie between 0 and 1, such as 0.999.")
+        folds = self.data.folds
+        if folds is not None and not (folds >= 2 and 0 <= self.data.fold < folds):
+            raise RunConfigError(f"data.fold={self.data.fold} of data.folds={folds}: at least 2, counted from 0.")
+        if self.adapter.method != "none":
+            if not self.model.initial_checkpoint:
+                raise RunConfigError("adapter.method needs a base: set model.initial_checkpoint.")
+            if self.model.trained_parts is not None:
+                raise RunConfigError("adapter.method trains the adapter only; leave model.trained_parts out.")
 
 
 def provenance() -> dict[str, Any]:

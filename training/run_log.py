@@ -1,6 +1,7 @@
 """`log.jsonl`: what happened in a run, a line an event."""
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,20 @@ class RunLog:
         self.callbacks = callbacks
         self.active = active
         self._losses: dict[str, list[torch.Tensor]] = {}
+        self._images = 0
+        self._since = time.monotonic()
 
-    def add(self, task: str, loss: torch.Tensor) -> None:
-        """Takes in the loss of a batch; nothing waits for the device."""
+    def add(self, task: str, loss: torch.Tensor, images: int = 0) -> None:
+        """Takes in the loss of a batch of so many images; nothing waits for the device."""
         self._losses.setdefault(task, []).append(loss.detach())
+        self._images += images
+
+    def images_per_second(self) -> float:
+        """Images since the last call, a second."""
+        now = time.monotonic()
+        rate = self._images / max(now - self._since, 1e-9)
+        self._images, self._since = 0, now
+        return rate
 
     def take_means(self) -> dict[str, dict[str, Any]]:
         """Mean loss and batches of each task since the last call."""

@@ -5,6 +5,8 @@ import sys
 
 import typer
 
+from unihema.cli.ablate import ablate
+from unihema.cli.adapt import adapt
 from unihema.cli.ask import ask
 from unihema.cli.card import card
 from unihema.cli.convert import convert
@@ -48,7 +50,9 @@ def options(
 app.command()(predict)
 app.command()(ask)
 app.command()(train)
+app.command()(adapt)
 app.command()(evaluate)
+app.command()(ablate)
 app.command()(info)
 app.command()(convert)
 app.command()(export)

@@ -1,11 +1,11 @@
-"""`unihema data`: the catalog of data sets, and preparing and checking data folders."""
+"""`unihema data`: the catalog of data sets, and preparing, checking and sharding data folders."""
 
 from pathlib import Path
 
 import typer
 
 
-data = typer.Typer(help="List, prepare and check data sets.", no_args_is_help=True)
+data = typer.Typer(help="List, prepare, check and shard data sets.", no_args_is_help=True)
 
 
 @data.command("list")
@@ -138,6 +138,38 @@ def check(
         typer.echo(f"Everything in {output}.")
     if not report.clean:
         raise typer.Exit(1)
+
+
+@data.command()
+def shard(
+    source: Path = typer.Argument(..., help="A data folder."),
+    output: Path = typer.Option(
+        ..., "--output", "-o", help="Folder for the shards; goes on with one that is half written."
+    ),
+    task: list[str] = typer.Option([], "--task", "-t", help="Task to write; may be repeated. All by default."),
+    split: list[str] = typer.Option([], help="Split to write; may be repeated. Those there are by default."),
+    attributes: bool = typer.Option(
+        False, help="Also write labelled single cells as detection rows with their attributes."
+    ),
+    skip_bad: bool = typer.Option(False, help="Leave bad rows out instead of stopping."),
+    shard_samples: int = typer.Option(512, help="Samples of a shard."),
+) -> None:
+    """Write a data folder as Parquet shards, which `unihema train` reads a few samples at a time."""
+    from unihema.training.data.shard_writer import shard_folder
+
+    written = shard_folder(
+        source,
+        output,
+        splits=split,
+        tasks=task or None,
+        attributes_as_detection=attributes,
+        on_invalid="skip" if skip_bad else "error",
+        shard_samples=shard_samples,
+        progress=True,
+    )
+    for name, counts in written.items():
+        typer.echo(f"{name}: " + ", ".join(f"{of_task} {count}" for of_task, count in counts.items()))
+    typer.echo(f"Written to {output}.")
 
 
 def _patterns(patient: str | None, slide: str | None) -> dict[str, str]:

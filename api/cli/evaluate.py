@@ -1,5 +1,6 @@
 """`unihema evaluate`: a checkpoint measured on data folders."""
 
+from functools import partial
 from pathlib import Path
 
 import typer
@@ -9,7 +10,7 @@ from unihema.cli.figures import figures_text
 
 def evaluate(
     checkpoint: Path = typer.Argument(..., help="Checkpoint folder."),
-    data: list[Path] = typer.Argument(..., help="Data folders."),
+    data: list[Path] = typer.Argument(..., help="Data folders; of several, each is also reported by itself."),
     split: str = typer.Option("val", help="Split to measure on."),
     task: list[str] = typer.Option([], "--task", "-t", help="Measure this task only; may be repeated."),
     output: Path = typer.Option(None, "--output", "-o", help="Folder for metrics.json and metrics.md."),
@@ -19,30 +20,61 @@ def evaluate(
         False, help="The image-blind control: every question is asked of another image."
     ),
     attributes: bool = typer.Option(False, help="Measure attribute tables of single-cell images as morphology."),
+    rename: list[str] = typer.Option(
+        [], help="Name of a class in the data and in the checkpoint, RBC='red blood cell'; may be repeated."
+    ),
+    bootstrap: int = typer.Option(1000, min=0, help="Resamples of the images for 95 % intervals; 0 for none."),
+    int8: bool = typer.Option(
+        False, "--int8", help="Measure with 8-bit linear layers on the CPU, and what that costs in accuracy."
+    ),
 ) -> None:
     """Measure a checkpoint on data folders."""
     from unihema.checkpoint import available_tasks, load_checkpoint, require_tasks
+    from unihema.int8 import to_int8
     from unihema.training.build import load_rows
     from unihema.training.evaluation import evaluate_model, write_report
     from unihema.training.run_config import DataConfig
 
-    model, processor = load_checkpoint(checkpoint)
+    model, processor = load_checkpoint(checkpoint, "cpu" if int8 else None)
     require_tasks(model, task)
     rows = load_rows(
         DataConfig(
             folders=[str(folder) for folder in data],
             tasks=list(task) or list(available_tasks(model)),
             attributes_as_detection=attributes,
+            rename=dict(_pair(value) for value in rename),
         ),
         split,
     )
-    report = evaluate_model(
-        model, processor, rows, batch_size=batch_size, max_samples=max_samples, shuffle_images=shuffle_images
+    measure = partial(
+        evaluate_model,
+        model,
+        processor,
+        rows,
+        batch_size=batch_size,
+        max_samples=max_samples,
+        shuffle_images=shuffle_images,
+        bootstrap=bootstrap,
     )
+    report, exact = measure(), {}
+    if int8:
+        to_int8(model)
+        report, exact = measure(), report
     if not report:
         raise ValueError("Nothing to measure: the image-blind control is for question_answering and cloze.")
     for name, figures in report.items():
         typer.echo(f"{name} ({figures['rows']} rows): {figures_text(figures)}")
+        if exact:
+            typer.echo(f"  without int8: {figures_text(exact[name])}")
+        for data_set, part in figures.get("datasets", {}).items():
+            typer.echo(f"  {data_set} ({part['rows']} rows): {figures_text(part)}")
     if output is not None:
         write_report(report, output)
         typer.echo(f"Written to {output / 'metrics.json'}.")
+
+
+def _pair(value: str) -> tuple[str, str]:
+    name, separator, other = value.partition("=")
+    if not (separator and name and other):
+        raise typer.BadParameter(f"--rename {value!r} must look like RBC='red blood cell'.")
+    return name, other

@@ -32,11 +32,17 @@ def info(checkpoint: Path = typer.Argument(None, help="Checkpoint folder.")) -> 
     if checkpoint is None:
         return
 
-    from unihema.checkpoint import available_tasks, fingerprint, load_checkpoint
+    from unihema.checkpoint import available_tasks, fingerprint, is_adapter, load_checkpoint
 
     model, processor = load_checkpoint(checkpoint, device="cpu")
     config = model.config
     typer.echo(f"\n{checkpoint}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters")
+    if is_adapter(checkpoint):
+        from unihema.adapters import adapter_base
+
+        (adapter,) = model.peft_config.values()
+        rank = f", rank {adapter.r}" if hasattr(adapter, "r") else ""
+        typer.echo(f"adapter ({adapter.peft_type.value}{rank}) of {adapter_base(checkpoint)}")
     for name, digest in fingerprint(checkpoint).items():
         if name.endswith(".safetensors"):
             typer.echo(f"{name}: sha256 {digest}")

@@ -16,6 +16,8 @@ def predict(
     geojson: bool = typer.Option(False, help="Also write GeoJSON for QuPath."),
     overwrite: bool = typer.Option(False, help="Analyse again what was analysed before."),
     device: str = typer.Option(None, help="Such as cpu or cuda:0."),
+    batch_size: int = typer.Option(1, min=1, help="Images of one size analysed together; more is faster on a GPU."),
+    int8: bool = typer.Option(False, "--int8", help="8-bit linear layers on the CPU: faster, less exact."),
 ) -> None:
     """Find and describe the cells of images: overlays, cells.csv, counts.csv and results.json.
 
@@ -55,6 +57,8 @@ def predict(
             geojson=geojson,
             overwrite=overwrite,
             device=device,
+            batch_size=batch_size,
+            int8=int8,
             on_image=on_image,
         )
     finally:

@@ -36,7 +36,10 @@ def _setting(value: str) -> tuple[str, Any]:
 
 
 def train(
-    data: list[Path] = typer.Argument(None, help="Data folders (their layouts are in docs/data.md)."),
+    folders: list[Path] = typer.Argument(None, help="Data folders (their layouts are in docs/data.md)."),
+    data: Path = typer.Option(None, help="A mix: a YAML file of data folders and settings (docs/training.md)."),
+    recipe: str = typer.Option(None, help="Train in stages: six-stages."),
+    stage: int = typer.Option(None, help="With --recipe: run the stage of this number only."),
     output: Path = typer.Option(None, "--output", "-o", help="Folder for the model, its log and its checkpoints."),
     task: list[str] = typer.Option([], "--task", "-t", help="Train this task only; may be repeated. All by default."),
     preset: str = typer.Option(None, help="Size of a new model: tiny or base."),
@@ -59,20 +62,29 @@ def train(
     config: Path = typer.Option(None, help="A run_config.json to start from; options override it."),
     resume: bool = typer.Option(False, "--resume", help="Go on from the last checkpoint in --output."),
 ) -> None:
-    """Train a model on data folders; metrics, thresholds and a card are saved with it.
+    """Train a model on data folders, at once or in stages; metrics, thresholds and a card are saved with it.
 
     Exit code 3: stopped by Ctrl-C or a signal, with a checkpoint saved.
     """
     from unihema.training.loop import TrainingInterrupted
-    from unihema.training.loop import train as run
+    from unihema.training.mix import MIX_FILE, Mix, read_mix
     from unihema.training.run_config import RunConfig
 
-    if resume and config is None and output is not None and (output / "run_config.json").is_file():
-        config = output
-    settings = RunConfig.load(config) if config is not None else RunConfig()
+    _check_recipe(recipe, stage)
+    if data is not None and config is not None:
+        raise typer.BadParameter("--data and --config both bring settings: give one of them.")
+    if resume and config is None and data is None and output is not None:
+        if recipe is not None and (output / MIX_FILE).is_file():
+            data = output / MIX_FILE
+        elif recipe is None and (output / "run_config.json").is_file():
+            config = output
+    mix = read_mix(data) if data is not None else Mix(RunConfig.load(config) if config is not None else RunConfig())
+    if mix.stages and recipe is None:
+        raise typer.BadParameter(f"{data} has settings for stages: train with --recipe six-stages.")
+    settings = mix.run
     given = {
         "output_dir": None if output is None else str(output),
-        "data.folders": [str(folder) for folder in data or ()] or None,
+        "data.folders": [str(folder) for folder in folders or ()] or None,
         "data.tasks": list(task) or None,
         "data.batch_size": {**settings.data.batch_size, **_pairs(batch_size, "--batch-size", int)},
         "data.image_sizes": {
@@ -97,9 +109,31 @@ def train(
     overrides = {name: value for name, value in given.items() if value is not None}
     overrides |= dict(_setting(value) for value in setting)
     try:
-        report = run(settings.with_overrides(overrides), resume=resume)
+        _run(settings.with_overrides(overrides), recipe, mix.stages, stage, resume)
     except TrainingInterrupted as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(3) from None
-    for name, figures in report.items():
-        typer.echo(f"{name}: {figures_text(figures)}")
+
+
+def _check_recipe(recipe: str | None, stage: int | None) -> None:
+    from unihema.training.stages import RECIPES
+
+    if recipe is not None and recipe not in RECIPES:
+        raise typer.BadParameter(f"--recipe {recipe!r} is not known; there is {', '.join(RECIPES)}.")
+    if stage is not None and recipe is None:
+        raise typer.BadParameter("--stage is a stage of a recipe: add --recipe six-stages.")
+
+
+def _run(config: Any, recipe: str | None, stages: dict[str, dict[str, Any]], stage: int | None, resume: bool) -> None:
+    """Trains, and prints the figures."""
+    if recipe is None:
+        from unihema.training.loop import train as train_at_once
+
+        for name, figures in train_at_once(config, resume=resume).items():
+            typer.echo(f"{name}: {figures_text(figures)}")
+        return
+    from unihema.training.recipe import train_stages
+    from unihema.training.stages import RECIPES
+
+    train_stages(config, RECIPES[recipe], stages, only=stage, resume=resume)
+    typer.echo((Path(config.output_dir) / "stages.md").read_text(encoding="utf-8"))

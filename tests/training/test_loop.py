@@ -8,53 +8,19 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import VERY_TINY
+from tiny_runs import TASKS, run_config
 
 import unihema
 from unihema.training.build import validation_rows
 from unihema.training.checkpoint import last_checkpoint
 from unihema.training.data.rows import DatasetError
-from unihema.training.data.synthetic_folder import write_synthetic
 from unihema.training.evaluation import evaluate_model
 from unihema.training.loop import TrainingError, TrainingInterrupted, train
-from unihema.training.run_config import (
-    DataConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimisationConfig,
-    RunConfig,
-    RunConfigError,
-)
+from unihema.training.run_config import DataConfig, RunConfig, RunConfigError
 
 
 # Most runs are about the steps; measuring every task at the end would only cost time.
 UNMEASURED = {"data.val_split": ""}
-TASKS = ("detection", "segmentation", "single_cell", "question_answering", "cloze")
-
-
-@pytest.fixture(scope="module")
-def smears(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("smears")
-    return write_synthetic(folder, 4, 2, seed=0, crops_per_field=2, width=224, height=168, crop_size=96, progress=False)
-
-
-def run_config(smears, output, **changes) -> RunConfig:
-    """A run of a few steps on all five tasks."""
-    text = {**VERY_TINY["text_config"], "dropout_rate": 0.1}
-    config = RunConfig(
-        output_dir=str(output),
-        data=DataConfig(
-            folders=[str(smears)],
-            image_sizes={task: {"longest_edge": 64} for task in TASKS},
-            batch_size=dict.fromkeys(TASKS, 2),
-            questions_per_image=2,
-            workers=0,
-        ),
-        model=ModelConfig(overrides={**VERY_TINY, "text_config": text, "fusion_queries": 64}),
-        optimisation=OptimisationConfig(max_steps=6, ema_decay=0.9, warmup_steps=2, learning_rate=1e-3),
-        logging=LoggingConfig(progress=False, log_every=1, checkpoint_minutes=None),
-    )
-    return config.with_overrides(changes)
 
 
 def step_losses(folder) -> list[float]:
@@ -232,11 +198,11 @@ def test_a_class_the_checkpoint_does_not_know_is_named(smears, tmp_path):
         tmp_path / "second",
         **{
             "data.tasks": ["detection"],
-            "data.rename": {"red blood cell": "RBC"},
+            "data.rename": {"red blood cell": "sickle cell"},
             "model.initial_checkpoint": str(tmp_path / "first"),
         },
     ).with_overrides({"model.overrides": {}})
-    with pytest.raises(DatasetError, match="unknown class 'RBC'"):
+    with pytest.raises(DatasetError, match="unknown class 'sickle cell'"):
         train(again)
 
 

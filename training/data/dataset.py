@@ -11,7 +11,10 @@ from torch.utils.data import Dataset
 from unihema.processing_unihema.image_io import load_image
 from unihema.processing_unihema.prompts import LANGUAGE_TASKS
 from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng
+from unihema.training.data.label_names import as_known
+from unihema.training.data.lazy_rows import LazyRows, largest_group, rows_by_sample, witnesses
 from unihema.training.data.rows import DatasetError, Row, check_rows
+from unihema.training.data.stored_rows import StoredFile
 
 
 CACHE_BYTES = 2_000_000_000
@@ -26,7 +29,8 @@ class SmearDataset(Dataset):
     an image with fewer questions than others of its batch repeats its first under row index -1.
 
     Args:
-        rows (`Sequence[Row]`): Rows of `task` (see rows.py).
+        rows (`Sequence[Row]`): Rows of `task` (see rows.py). Another spelling of a listed class or label is taken for it.
+            Rows that are not in memory (`LazyRows`) are read when a sample is asked for.
         processor (`UniHemaProcessor`): Makes model inputs; its `default_prompts` tell which prompts need no text.
         task (`str`): One of the five tasks.
         augmentation (`AugmentationConfig`, *optional*): Random views; images stay as they are when not given.
@@ -39,6 +43,7 @@ class SmearDataset(Dataset):
         questions_per_image (`int`): Questions of a language sample.
         evaluation (`bool`): No random views; batches have `target_sizes`, `file_names`, `row_indices` and raw texts.
         cache_images (`bool`): Keep decoded images in memory, up to `CACHE_BYTES` (each loader process has its own).
+        text_only (`bool`): A language task without its images; they are not read.
 
     Raises:
         DatasetError: No rows, rows of another task, or names that are not listed.
@@ -57,18 +62,21 @@ class SmearDataset(Dataset):
         questions_per_image: int = 1,
         evaluation: bool = False,
         cache_images: bool = False,
+        text_only: bool = False,
     ):
-        if not rows:
+        if not len(rows):
             raise DatasetError(f"No rows for {task}: check the folder and the split.")
-        others = {row.get("task") for row in rows} - {task}
+        others = {row.get("task") for row in witnesses(rows)} - {task}
         if others:
             raise DatasetError(f"Rows of {', '.join(map(str, others))} in a data set for {task}: one task a data set.")
         if task == "detection" and not class_names:
             raise DatasetError("Detection needs class_names, in the order of the model's ids.")
         if task == "single_cell" and not single_cell_labels:
             raise DatasetError("Single cells need single_cell_labels, in the model's order.")
-        check_rows(rows, class_names, single_cell_labels, morphology)
-        self.rows = list(rows)
+        if task in ("detection", "single_cell"):
+            rows = as_known(rows, (class_names if task == "detection" else single_cell_labels) or ())
+        check_rows(witnesses(rows), class_names, single_cell_labels, morphology)
+        self.rows = rows if isinstance(rows, LazyRows) and not evaluation else list(rows)
         self.processor = processor
         self.task = task
         self.augmentation = None if evaluation else augmentation
@@ -80,22 +88,39 @@ class SmearDataset(Dataset):
         self.epoch = 0
         self._cache: dict[str, torch.Tensor] | None = {} if cache_images else None
         self._cached_bytes = 0
+        self.text_only = text_only and task in LANGUAGE_TASKS
         self._groups = self._group_rows(questions_per_image)
+        self._taught = self._taught_classes()
 
-    def _group_rows(self, questions_per_image: int) -> list[list[int]]:
+    def _group_rows(self, questions_per_image: int) -> Sequence[Sequence[int]]:
         """Row indices of each sample: one, but for language tasks all of an image (in evaluation, a few at a time)."""
+        groups = self.rows.groups if isinstance(self.rows, LazyRows) else rows_by_sample(self.rows)
         if self.task not in LANGUAGE_TASKS:
             self.questions_per_image = 1
-            return [[index] for index in range(len(self.rows))]
-        images: dict[Any, list[int]] = {}
-        for index, row in enumerate(self.rows):
-            images.setdefault(row["image"] if isinstance(row["image"], str) else id(row["image"]), []).append(index)
+            return groups
         if questions_per_image < 1:
             raise ValueError(f"questions_per_image={questions_per_image} must be at least 1.")
-        self.questions_per_image = count = min(questions_per_image, max(map(len, images.values())))
+        self.questions_per_image = count = min(questions_per_image, largest_group(groups))
         if not self.evaluation:
-            return list(images.values())
-        return [group[start : start + count] for group in images.values() for start in range(0, len(group), count)]
+            return groups
+        return [group[start : start + count] for group in groups for start in range(0, len(group), count)]
+
+    @property
+    def sources(self) -> list[tuple[str, list[Sequence[int]]]]:
+        """For each data set its name and its blocks: numbers of samples that are read together (all, if in memory)."""
+        if isinstance(self.rows, LazyRows):
+            return self.rows.sources
+        samples: dict[str, list[int]] = {}
+        for number, group in enumerate(self._groups):
+            samples.setdefault(self.rows[group[0]]["dataset"], []).append(number)
+        return [(name, [numbers]) for name, numbers in samples.items()]
+
+    def _taught_classes(self) -> torch.Tensor | None:
+        """Which classes some row annotates, bool `[classes]`; None for all."""
+        if self.task != "detection" or any(row.get("annotated_classes") is None for row in witnesses(self.rows)):
+            return None
+        taught = {name for row in witnesses(self.rows) for name in row["annotated_classes"]}
+        return torch.tensor([name in taught for name in self.class_names])
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -116,13 +141,20 @@ class SmearDataset(Dataset):
         """
         index, epoch = index if isinstance(index, tuple) else (index, self.epoch)
         rng = augmentation_rng(self.seed, epoch, index)
-        indices = self._groups[index]
+        indices = list(self._groups[index])
         if self.task in LANGUAGE_TASKS and not self.evaluation:
             # Every question once before any a second time.
             rounds = -(-self.questions_per_image // len(indices))
             drawn = np.concatenate([rng.permutation(indices) for _ in range(rounds)])
             indices = [int(drawn_index) for drawn_index in drawn[: self.questions_per_image]]
         row = self.rows[indices[0]]
+        if self.text_only:
+            return {
+                "index": index,
+                "row_indices": indices,
+                "file_name": row["file_name"],
+                **self._question_texts(indices),
+            }
         image = self._image(row["image"])
         height, width = image.shape[-2:]
         sample: dict[str, Any] = {
@@ -147,17 +179,23 @@ class SmearDataset(Dataset):
         elif self.task == "single_cell":
             sample["label"] = self.single_cell_labels.index(row["label"])
         else:
-            asked, answered = _TEXT_KEYS[self.task]
-            sample["texts"] = [self.rows[other][asked] for other in indices]
-            sample["answers"] = [self.rows[other][answered] for other in indices]
+            sample |= self._question_texts(indices)
         return sample
+
+    def _question_texts(self, indices: Sequence[int]) -> dict[str, list[str]]:
+        asked, answered = _TEXT_KEYS[self.task]
+        return {
+            "texts": [self.rows[index][asked] for index in indices],
+            "answers": [self.rows[index][answered] for index in indices],
+        }
 
     def _image(self, source: Any) -> torch.Tensor:
         if self._cache is not None and isinstance(source, str) and source in self._cache:
             return self._cache[source]
-        pixels = np.asarray(load_image(source))
+        pixels = np.asarray(load_image(source.opened() if isinstance(source, StoredFile) else source))
         image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        if self._cache is not None and isinstance(source, str) and self._cached_bytes + image.numel() <= CACHE_BYTES:
+        keep = self._cache is not None and isinstance(source, str) and not isinstance(source, StoredFile)
+        if keep and self._cached_bytes + image.numel() <= CACHE_BYTES:
             self._cache[source] = image
             self._cached_bytes += image.numel()
         return image
@@ -211,8 +249,9 @@ class SmearDataset(Dataset):
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Samples to a batch: the processor's tensors, `labels` and `task`; in evaluation the raw truth as well."""
-        images = [sample["image"] for sample in samples]
-        inputs: dict[str, Any] = {"images": images, "task": self.task, "return_tensors": "pt"}
+        inputs: dict[str, Any] = {"task": self.task, "return_tensors": "pt"}
+        if not self.text_only:
+            inputs["images"] = [sample["image"] for sample in samples]
         if self.task == "detection":
             inputs["annotations"] = [sample["annotations"] for sample in samples]
             inputs["text"] = self._texts([sample["annotated_classes"] or self.class_names for sample in samples])
@@ -231,9 +270,12 @@ class SmearDataset(Dataset):
                 if sample["annotated_classes"] is not None:
                     annotated = set(sample["annotated_classes"])
                     labels["annotated_classes"] = torch.tensor([name in annotated for name in self.class_names])
+                    if self._taught is not None:
+                        labels["taught_classes"] = self._taught
         batch["task"] = self.task
         if self.evaluation:
-            batch["target_sizes"] = torch.tensor([sample["original_size"] for sample in samples])
+            if not self.text_only:
+                batch["target_sizes"] = torch.tensor([sample["original_size"] for sample in samples])
             batch["file_names"] = [sample["file_name"] for sample in samples]
             most = max(len(sample["row_indices"]) for sample in samples)
             batch["row_indices"] = _filled(samples, "row_indices", most, filler=-1)
@@ -257,6 +299,8 @@ def read_mask(source: Any) -> np.ndarray:
     Raises:
         DatasetError: Not readable, or not of one channel.
     """
+    if isinstance(source, StoredFile):
+        source = source.opened()
     if isinstance(source, np.ndarray):
         values = source
     elif isinstance(source, Image.Image):

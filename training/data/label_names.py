@@ -1,8 +1,9 @@
-"""Class names of data sets to the 29 + 45 names of the official model."""
+"""Class names of data sets: the 29 + 45 names of the official model, and one name for a class spelled in several ways."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 from unihema.modeling_unihema.official_labels import OFFICIAL_CELLS, OFFICIAL_CLASSES
 
@@ -11,6 +12,22 @@ from unihema.modeling_unihema.official_labels import OFFICIAL_CELLS, OFFICIAL_CL
 DETECTION_NAMES = tuple(name for name in OFFICIAL_CLASSES if name != "unused")
 OFFICIAL_NAMES = {"detection": DETECTION_NAMES, "single_cell": tuple(OFFICIAL_CELLS)}
 _WRITTEN_OUT = {"red blood cell": "rbc", "white blood cell": "wbc"}
+# Words for the same cell. The official lists have some of them as classes of their own, so `official_name` keeps these
+# apart; in a mix of data sets they are one class.
+_SAME_CELL = {
+    "red cell": "rbc",
+    "erythrocyte": "rbc",
+    "white cell": "wbc",
+    "leukocyte": "wbc",
+    "leucocyte": "wbc",
+    "thrombocyte": "platelet",
+    "neutrophil granulocyte": "neutrophil",
+    "eosinophil granulocyte": "eosinophil",
+    "basophil granulocyte": "basophil",
+    "neutrophil band": "band neutrophil",
+    "neutrophil segmented": "segmented neutrophil",
+    "sickle": "sickle cell",
+}
 
 
 def official_name(name: str, task: str) -> str | None:
@@ -37,6 +54,92 @@ def label_map(names: Iterable[str], task: str, known: Mapping[str, str] | None =
     known = known or {}
     found = {name: known.get(name) or official_name(name, task) for name in names}
     return {name: official for name, official in found.items() if official is not None}
+
+
+def spelling_key(name: str) -> str:
+    """What all spellings of one class have in common, synonyms (`leukocyte`, `WBC`) included."""
+    plain = _plain(name)
+    return _SAME_CELL.get(plain, plain)
+
+
+def unify_names(rows_by_task: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows in which a class that is spelled in several ways has one name, so that it is learned once.
+
+    That is the official name, else the spelling that comes first. A class that all rows spell alike keeps its name.
+
+    Args:
+        rows_by_task (`Mapping[str, Sequence[Row]]`): Task -> rows of all data sets (see rows.py).
+
+    Returns:
+        `dict[str, list[Row]]`: The same; rows with another name are copies.
+    """
+    unified = {}
+    for task, rows in rows_by_task.items():
+        spellings: dict[str, list[str]] = {}
+        for name in dict.fromkeys(name for row in _witnesses(rows) for name in row_names(row)):
+            spellings.setdefault(spelling_key(name), []).append(name)
+        new_names = {}
+        for key, names in spellings.items():
+            if len(names) > 1:
+                chosen = _official_by_key(task).get(key, names[0])
+                new_names |= {name: chosen for name in names if name != chosen}
+        unified[task] = rename_rows(rows, new_names)
+    return unified
+
+
+def as_known(rows: Sequence[dict[str, Any]], known: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of one task with the names that a model has: a name it does not know becomes the known one spelled otherwise.
+
+    Args:
+        rows (`Sequence[Row]`): Rows of one task.
+        known (`Sequence[str]`): The model's classes or labels.
+
+    Returns:
+        `list[Row]`: The same; rows with another name are copies. Names without a counterpart stay.
+    """
+    plain = {_plain(name): name for name in reversed(known)}
+    by_key = {spelling_key(name): name for name in reversed(known)}
+    names = dict.fromkeys(name for row in _witnesses(rows) for name in row_names(row))
+    found = {name: plain.get(_plain(name)) or by_key.get(spelling_key(name)) for name in names if name not in known}
+    return rename_rows(rows, {name: other for name, other in found.items() if other is not None})
+
+
+def row_names(row: Mapping[str, Any]) -> list[str]:
+    """Class names that a row has or whose annotation it declares."""
+    if row.get("task") == "single_cell":
+        return [row["label"]] if isinstance(row.get("label"), str) else []
+    objects = row.get("objects") or {}
+    return [*(row.get("annotated_classes") or ()), *objects.get("category", ())]
+
+
+def rename_rows(rows: Sequence[dict[str, Any]], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Rows with some classes renamed: copies of those that have them, the others themselves."""
+    if hasattr(rows, "renamed"):
+        return rows.renamed(names) if names else rows
+    if not names:
+        return list(rows)
+    return [_renamed(row, names) if any(name in names for name in row_names(row)) else row for row in rows]
+
+
+def _witnesses(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    # Rows that are not in memory say which names occur (`LazyRows`, which imports this file).
+    return getattr(rows, "witnesses", rows)
+
+
+def _renamed(row: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    if row.get("task") == "single_cell":
+        return row | {"label": names.get(row["label"], row["label"])}
+    objects = row["objects"]
+    row = row | {"objects": {**objects, "category": [names.get(name, name) for name in objects["category"]]}}
+    if row.get("annotated_classes") is not None:
+        row["annotated_classes"] = list(dict.fromkeys(names.get(name, name) for name in row["annotated_classes"]))
+    return row
+
+
+@cache
+def _official_by_key(task: str) -> dict[str, str]:
+    # Of two official words for the same cell the first is taken.
+    return {spelling_key(name): name for name in reversed(OFFICIAL_NAMES.get(task, ()))}
 
 
 @cache

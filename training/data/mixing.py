@@ -1,16 +1,20 @@
-"""Mixing of tasks: the sampler decides what each batch is about, so that a batch holds one task."""
+"""Mixing of tasks and data sets: the sampler decides what each batch is about, so that a batch holds one task."""
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from unihema.training.data.dataset import SmearDataset
+from unihema.training.data.lazy_rows import WINDOW
 
 
 Key = tuple[str, int, int]
+# For each data set of a task its name and blocks: numbers of samples that are read together.
+Sources = Sequence[tuple[str, Sequence[Sequence[int]]]]
 
 
 class TaskMixer(Sampler[list[Key]]):
@@ -29,10 +33,15 @@ class TaskMixer(Sampler[list[Key]]):
         steps_per_epoch (`int`, *optional*): Batches of an epoch; by default as many as one pass over everything has.
         seed (`int`): Of the schedule.
         shuffle (`bool`): False: the tasks one after another, their samples in order, each once (evaluation).
+        sources (`Mapping[str, Sources]`, *optional*): Task -> its data sets (`SmearDataset.sources`). Without it the samples
+            of a task are those of one.
+        dataset_weights (`Mapping[str, float]`, *optional*): Share of a task's samples that a data set has, relative to the
+            others; those left out share what the temperature gives them.
+        dataset_temperature (`float`): Exponent of the sizes of a task's data sets: 1 by size, 0 all alike.
 
     Raises:
-        ValueError: No task, an empty one, a weight that is negative or of a task that is not there, or fewer steps than
-            tasks.
+        ValueError: No task, an empty one, a weight that is negative or of a task or data set that is not there, or fewer
+            steps than tasks.
     """
 
     def __init__(
@@ -44,18 +53,19 @@ class TaskMixer(Sampler[list[Key]]):
         steps_per_epoch: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
+        sources: Mapping[str, Sources] | None = None,
+        dataset_weights: Mapping[str, float] | None = None,
+        dataset_temperature: float = 1.0,
     ):
         if not lengths:
             raise ValueError("No task to mix.")
         empty = [task for task, length in lengths.items() if length < 1]
         if empty:
             raise ValueError(f"No samples for {', '.join(empty)}: leave the task out or give it data.")
-        weights = dict(weights or {})
-        unknown = set(weights) - set(lengths)
-        if unknown:
-            raise ValueError(f"Weight for {', '.join(sorted(unknown))}, but the tasks are {', '.join(lengths)}.")
-        if any(weight < 0 or not math.isfinite(weight) for weight in weights.values()):
-            raise ValueError(f"Weights must be 0 or more: {weights}.")
+        weights = _checked_weights(weights, lengths, "tasks")
+        sources = dict(sources or {})
+        names = dict.fromkeys(name for parts in sources.values() for name, _ in parts)
+        dataset_weights = _checked_weights(dataset_weights, names, "data sets")
         self.lengths = dict(lengths)
         sizes = {task: batch_size if isinstance(batch_size, int) else batch_size[task] for task in lengths}
         if min(sizes.values()) < 1:
@@ -72,6 +82,23 @@ class TaskMixer(Sampler[list[Key]]):
         shares = {task: weights.get(task, powers[task] / total) for task in lengths}
         plain = temperature == 1.0 and not weights and self.steps_per_epoch == sum(one_pass.values())
         self.steps = one_pass if plain or not shuffle else _allocate(shares, self.steps_per_epoch)
+        by_size = dataset_temperature == 1.0 and not dataset_weights
+        self._mixed_sources = {
+            task: (parts, self._share_out(task, parts, dataset_weights, dataset_temperature))
+            for task, parts in sources.items()
+            if shuffle and not (by_size and all(len(blocks) == 1 for _, blocks in parts))
+        }
+
+    def _share_out(self, task: str, parts: Sources, weights: Mapping[str, float], temperature: float) -> dict[int, int]:
+        """How many samples of a round come from each data set of a task, by its number."""
+        sizes = [sum(map(len, blocks)) for _, blocks in parts]
+        powers = [float(size) ** temperature for size in sizes]
+        shares = {number: weights.get(name, powers[number] / sum(powers)) for number, (name, _) in enumerate(parts)}
+        if not any(shares.values()):
+            raise ValueError(f"The weights leave {task} without any data set: {dict(weights)}.")
+        if temperature == 1.0 and not weights:
+            return dict(enumerate(sizes))
+        return _allocate(shares, max(self.lengths[task], len(parts)))
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Chooses the epoch, and the batch to start from when a run is resumed."""
@@ -102,12 +129,28 @@ class TaskMixer(Sampler[list[Key]]):
 
         The last batch of a round is short, as it is in an ordinary loader.
         """
-        rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, number + 1]))
         size = self.batch_sizes[task]
+        seed = [self.seed, epoch, number + 1]
+        rounds = self._mixed_rounds(task, seed) if task in self._mixed_sources else self._plain_rounds(task, seed)
+        for order in rounds:
+            samples = iter(order)
+            while batch := list(itertools.islice(samples, size)):
+                yield batch
+
+    def _plain_rounds(self, task: str, seed: list[int]) -> Iterator[Iterable[int]]:
+        rng = np.random.default_rng(np.random.SeedSequence(seed))
         while True:
             order = rng.permutation(self.lengths[task]) if self.shuffle else np.arange(self.lengths[task])
-            for start in range(0, len(order), size):
-                yield order[start : start + size].tolist()
+            yield order.tolist()
+
+    def _mixed_rounds(self, task: str, seed: list[int]) -> Iterator[Iterable[int]]:
+        """Rounds that draw from each data set as often as its share says; each goes on where the round before left it."""
+        parts, counts = self._mixed_sources[task]
+        rng = np.random.default_rng(np.random.SeedSequence(seed))
+        streams = {number: _shuffled(parts[number][1], [*seed, number + 1]) for number in counts if counts[number]}
+        turns = np.repeat(np.array(list(counts), dtype=np.int32), list(counts.values()))
+        while True:
+            yield (next(streams[int(number)]) for number in rng.permutation(turns))
 
 
 class MixedSmears(Dataset):
@@ -143,8 +186,29 @@ class MixedSmears(Dataset):
         return self.datasets[tasks.pop()].collate([sample for _, sample in samples])
 
 
-def _allocate(shares: Mapping[str, float], steps: int) -> dict[str, int]:
-    """Whole batches of each task in proportion to its share (largest remainder), at least one each."""
+def _shuffled(blocks: Sequence[Sequence[int]], seed: list[int]) -> Iterator[int]:
+    """Samples of all blocks again and again: blocks in random order, and the samples of `WINDOW` of them shuffled together,
+    so that no more are in use at once."""
+    rng = np.random.default_rng(np.random.SeedSequence(seed))
+    while True:
+        order = rng.permutation(len(blocks))
+        for start in range(0, len(order), WINDOW):
+            window = np.concatenate([np.asarray(blocks[block]) for block in order[start : start + WINDOW]])
+            yield from rng.permutation(window).tolist()
+
+
+def _checked_weights(weights: Mapping[str, float] | None, known: Iterable[str], what: str) -> dict[str, float]:
+    weights = dict(weights or {})
+    unknown = set(weights) - set(known)
+    if unknown:
+        raise ValueError(f"Weight for {', '.join(sorted(unknown))}, but the {what} are {', '.join(known)}.")
+    if any(weight < 0 or not math.isfinite(weight) for weight in weights.values()):
+        raise ValueError(f"Weights must be 0 or more: {weights}.")
+    return weights
+
+
+def _allocate(shares: Mapping[Any, float], steps: int) -> dict[Any, int]:
+    """Whole numbers in proportion to the shares (largest remainder), at least one for each that has any."""
     wanted = [task for task, share in shares.items() if share > 0]
     if steps < len(wanted) or not wanted:
         raise ValueError(f"{steps} steps an epoch for {len(wanted)} tasks with a weight: each needs at least one.")

@@ -19,6 +19,7 @@ from unihema.training.data.coco import read_coco
 from unihema.training.data.description import masks_show
 from unihema.training.data.foreign_layouts import FOREIGN_LAYOUTS, read_foreign, recognise_foreign
 from unihema.training.data.rows import TASKS, DatasetError, Row, group_ids
+from unihema.training.data.stored_rows import INDEX_FILE, read_stored
 
 
 LAYOUTS = f"""Accepted layouts, any part of which may be left out:
@@ -28,7 +29,8 @@ LAYOUTS = f"""Accepted layouts, any part of which may be left out:
   <split>.json (COCO) with images/; images/<split>/ or <split>/metadata.jsonl {{file_name, label | mask_file_name | objects}};
       attributes_<split>.csv {{file_name, label, attributes}}; qa_<split>.jsonl {{image, question, answer}};
       mlm_<split>.jsonl {{image, masked_t5, sentence}}
-  {", ".join(FOREIGN_LAYOUTS)}, with the split in a folder's name"""
+  {", ".join(FOREIGN_LAYOUTS)}, with the split in a folder's name
+  <split>/{INDEX_FILE}, written by `unihema data shard`"""
 
 SPLIT_ALIASES = {"val": ("val", "validation", "valid"), "validation": ("validation", "val", "valid")}
 OWN_PARTS = ("annotations.json", "masks", "crops", "qa.jsonl", "cloze.jsonl")
@@ -58,7 +60,8 @@ def load_folder(
             outside) stop the reading, all named at once, or are left out with a warning. Boxes partly outside are clipped.
 
     Returns:
-        `dict[str, list[Row]]`: Rows of each task that the folder has.
+        `dict[str, list[Row]]`: Rows of each task that the folder has; of shards (`unihema data shard`) [`StoredRows`],
+            which are read when they are asked for.
 
     Raises:
         DatasetError: Missing folder or split, or a file that cannot be read at all.
@@ -106,7 +109,9 @@ def read_folder(
     }
     already_bad = len(bad.messages)
     for name in SPLIT_ALIASES.get(split, (split,)):
-        if _has_own(folder, name):
+        if (folder / name / INDEX_FILE).is_file():
+            found = read_stored(folder / name, wanted, options["rename"])
+        elif _has_own(folder, name):
             found = _read_own(folder / name, attributes_as_detection=attributes_as_detection, **options)
         else:
             found = _read_by_split(folder, name, columns=columns, **options)

@@ -42,9 +42,9 @@ def mean_average_precision(
     cells = np.zeros(len(class_names), dtype=int)
     for index, (predicted, reference) in enumerate(zip(predictions, references)):
         images.append({"id": index + 1, "width": 1, "height": 1})
-        allowed = _annotated(reference, len(class_names))
+        allowed = annotated_classes(reference, len(class_names))
         crowd = reference.get("iscrowd")
-        for number, (box, label) in enumerate(zip(_boxes(reference), np.asarray(reference["labels"], dtype=int))):
+        for number, (box, label) in enumerate(zip(boxes_of(reference), np.asarray(reference["labels"], dtype=int))):
             if not allowed[label]:
                 continue
             is_crowd = 0 if crowd is None else int(crowd[number])
@@ -61,7 +61,7 @@ def mean_average_precision(
                 }
             )
         labels = np.asarray(predicted["labels"], dtype=int)
-        for box, score, label in zip(_boxes(predicted), np.asarray(predicted["scores"], dtype=float), labels):
+        for box, score, label in zip(boxes_of(predicted), np.asarray(predicted["scores"], dtype=float), labels):
             if allowed[label]:
                 x1, y1, x2, y2 = map(float, box)
                 found.append(
@@ -119,9 +119,9 @@ def score_matches(
     _check_lengths(predictions, references)
     scores, right, cells = [], [], 0
     for predicted, reference in zip(predictions, references):
-        if not _annotated(reference, num_classes)[label]:
+        if not annotated_classes(reference, num_classes)[label]:
             continue
-        truth = _boxes(reference)
+        truth = boxes_of(reference)
         of_class = np.asarray(reference["labels"], dtype=int) == label
         crowd = np.asarray(reference.get("iscrowd") or np.zeros(len(truth)), dtype=bool)
         crowds, truth = truth[of_class & crowd], truth[of_class & ~crowd]
@@ -129,9 +129,9 @@ def score_matches(
         mine = np.asarray(predicted["labels"], dtype=int) == label
         own_scores = np.asarray(predicted["scores"], dtype=float)[mine]
         order = np.argsort(-own_scores, kind="stable")
-        boxes = _boxes(predicted)[mine][order]
+        boxes = boxes_of(predicted)[mine][order]
         overlap = box_iou(boxes, truth)
-        on_crowd = (box_iou(boxes, crowds) >= iou_threshold).any(axis=1) if len(crowds) else np.zeros(len(boxes), bool)
+        on_crowd = (share_inside(boxes, crowds) >= iou_threshold).any(axis=1)
         free = np.ones(len(truth), dtype=bool)
         for number, score in enumerate(own_scores[order]):
             candidates = np.where(free, overlap[number], -1.0)
@@ -204,7 +204,18 @@ def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
 
 
-def _annotated(reference: Mapping[str, Any], num_classes: int) -> np.ndarray:
+def share_inside(boxes: np.ndarray, crowds: np.ndarray) -> np.ndarray:
+    """The part of each box `[n, 4]` that lies in each crowd `[m, 4]`: `[n, m]`, which is COCO's overlap with a crowd."""
+    boxes, crowds = np.asarray(boxes, float).reshape(-1, 4), np.asarray(crowds, float).reshape(-1, 4)
+    corner = np.maximum(boxes[:, None, :2], crowds[None, :, :2])
+    opposite = np.minimum(boxes[:, None, 2:], crowds[None, :, 2:])
+    overlap = np.clip(opposite - corner, 0, None).prod(axis=-1)
+    area = (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(axis=-1)[:, None]
+    return np.divide(overlap, area, out=np.zeros_like(overlap), where=area > 0)
+
+
+def annotated_classes(reference: Mapping[str, Any], num_classes: int) -> np.ndarray:
+    """bool `[num_classes]`: the classes that the data set of an image annotates."""
     annotated = reference.get("annotated_classes")
     if annotated is None:
         return np.ones(num_classes, dtype=bool)
@@ -213,7 +224,8 @@ def _annotated(reference: Mapping[str, Any], num_classes: int) -> np.ndarray:
     return allowed
 
 
-def _boxes(entry: Mapping[str, Any]) -> np.ndarray:
+def boxes_of(entry: Mapping[str, Any]) -> np.ndarray:
+    """Boxes `[n, 4]` of a prediction or reference."""
     return np.asarray(entry["boxes"], dtype=float).reshape(-1, 4)
 
 

@@ -60,7 +60,7 @@ class DetectionMetric(_OfflineMetric):
 class DiceMetric(_OfflineMetric):
     """See `dice_scores`; masks `[H, W]`, nonzero = cell."""
 
-    summary = "Dice of masks, mean over images and pooled over pixels."
+    summary = "Dice and intersection over union of masks, means over images and pooled over pixels."
 
     def _features(self) -> datasets.Features:
         mask = datasets.List(datasets.List(datasets.Value("uint8")))
@@ -73,7 +73,7 @@ class DiceMetric(_OfflineMetric):
 class SingleCellMetric(_OfflineMetric):
     """See `classification_scores`; `compute` takes `class_names`."""
 
-    summary = "Accuracy and F1 of a classification."
+    summary = "Accuracy, macro-F1 and weighted F1 of a classification."
 
     def _features(self) -> datasets.Features:
         return datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
@@ -98,7 +98,7 @@ class MorphologyMetric(_OfflineMetric):
 class TextMetric(_OfflineMetric):
     """See `text_scores`."""
 
-    summary = "Exact match, BLEU-4 and ROUGE-L of generated text."
+    summary = "Exact match, BLEU-1 to 4 and ROUGE-L of generated text."
 
     def _features(self) -> datasets.Features:
         return datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})

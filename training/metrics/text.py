@@ -4,7 +4,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 
+
+BLEU_ORDERS = (1, 2, 3, 4)
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 
 
@@ -15,34 +18,74 @@ def normalise(text: str) -> str:
 
 
 def text_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
-    """Exact match, BLEU-4 and ROUGE-L.
+    """Exact match, BLEU-1 to 4 and ROUGE-L.
 
     Args:
         predictions (`Sequence[str]`): Generated texts.
         references (`Sequence[str]`): True ones.
 
     Returns:
-        `dict`: `exact_match` in 0..1, after `normalise`; `bleu4` in 0..100, sacrebleu's, of the whole corpus, lower
-        case; `rougeL` in 0..1, mean F1; `texts`. `None` without texts.
+        `dict`: `exact_match` in 0..1, after `normalise`; `bleu1` to `bleu4` in 0..100, sacrebleu's, of the whole corpus,
+        lower case, of the n-grams up to that length; `rougeL` in 0..1, mean F1; `texts`. `None` without texts.
+
+    Raises:
+        ValueError: Lists of different lengths.
+    """
+    statistics = text_statistics(predictions, references)
+    return {**weighted_text_scores(statistics, np.ones(len(statistics))), "texts": len(statistics)}
+
+
+def text_statistics(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """What each text adds to the figures of a corpus.
+
+    Returns:
+        `np.ndarray`: `[n, 12]`: exact match, ROUGE-L, right n-grams of 1 to 4 words, all predicted ones, lengths of
+        prediction and reference.
 
     Raises:
         ValueError: Lists of different lengths.
     """
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references.")
-    if not predictions:
-        return {"exact_match": None, "bleu4": None, "rougeL": None, "texts": 0}
     from sacrebleu.metrics import BLEU
 
-    exact = [normalise(a) == normalise(b) for a, b in zip(predictions, references)]
-    bleu = BLEU(lowercase=True).corpus_score(list(predictions), [list(references)])
-    rouge = [rouge_l(a, b) for a, b in zip(predictions, references)]
-    return {
-        "exact_match": sum(exact) / len(exact),
-        "bleu4": float(bleu.score),
-        "rougeL": sum(rouge) / len(rouge),
-        "texts": len(exact),
+    bleu = BLEU(lowercase=True, effective_order=True)
+    found: dict[tuple[str, str], list[float]] = {}
+    for pair in zip(predictions, references):
+        # Answers repeat: a question has few of them.
+        if pair not in found:
+            predicted, true = pair
+            score = bleu.sentence_score(predicted, [true])
+            exact = float(normalise(predicted) == normalise(true))
+            lengths = (score.sys_len, score.ref_len)
+            found[pair] = [exact, rouge_l(predicted, true), *score.counts, *score.totals, *lengths]
+    return np.array([found[pair] for pair in zip(predictions, references)]).reshape(-1, 12)
+
+
+def weighted_text_scores(statistics: np.ndarray, weights: np.ndarray) -> dict[str, float | None]:
+    """The figures of `text_scores` where each text counts as often as its weight says.
+
+    Args:
+        statistics (`np.ndarray`): Of `text_statistics`, `[n, 12]`.
+        weights (`np.ndarray`): Whole numbers, `[n]`.
+    """
+    texts = float(weights.sum())
+    if not texts:
+        return dict.fromkeys(("exact_match", *(f"bleu{order}" for order in BLEU_ORDERS), "rougeL"))
+    from sacrebleu.metrics import BLEU
+
+    sums = weights @ statistics
+    right, total = (sums[start : start + 4].astype(int).tolist() for start in (2, 6))
+    predicted, true = sums[10:].astype(int).tolist()
+    bleu = {
+        f"bleu{order}": float(
+            BLEU.compute_bleu(
+                right[:order], total[:order], predicted, true, smooth_method="exp", max_ngram_order=order
+            ).score
+        )
+        for order in BLEU_ORDERS
     }
+    return {"exact_match": float(sums[0] / texts), **bleu, "rougeL": float(sums[1] / texts)}
 
 
 def rouge_l(prediction: str, reference: str) -> float:
@@ -71,18 +114,23 @@ def blank_accuracy(predictions: Sequence[str], references: Sequence[str], masked
     Returns:
         `float` or `None`: In 0..1; `None` without blanks.
     """
-    right = total = 0
-    for predicted, true, blanks in zip(predictions, references, masked, strict=True):
+    right, total = np.sum(blank_counts(predictions, references, masked), axis=0)
+    return float(right / total) if total else None
+
+
+def blank_counts(predictions: Sequence[str], references: Sequence[str], masked: Sequence[str]) -> np.ndarray:
+    """Blanks of each sentence that are filled with the true words, and all of them: `[n, 2]`; see `blank_accuracy`."""
+    counts = np.zeros((len(predictions), 2), dtype=int)
+    for number, (predicted, true, blanks) in enumerate(zip(predictions, references, masked, strict=True)):
         parts = [normalise_inside(part) for part in _SENTINEL.split(blanks)]
         pattern = re.compile(r"\s*(.+?)\s*".join(re.escape(part) for part in parts), re.DOTALL)
         wanted = pattern.fullmatch(normalise_inside(true))
         if wanted is None:
             continue
         given = pattern.fullmatch(normalise_inside(predicted))
-        total += len(wanted.groups())
-        if given is not None:
-            right += sum(a == b for a, b in zip(given.groups(), wanted.groups()))
-    return right / total if total else None
+        filled = 0 if given is None else sum(a == b for a, b in zip(given.groups(), wanted.groups()))
+        counts[number] = filled, len(wanted.groups())
+    return counts
 
 
 def normalise_inside(text: str) -> str:

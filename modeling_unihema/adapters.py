@@ -1,0 +1,280 @@
+"""PEFT adapters in a model: several side by side, each with its own heads and classes, switched by name."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+
+# Fields of the configuration that an adapter may have its own values of, in its `adapter_config.json`.
+ADAPTER_FIELDS = (
+    "id2label",
+    "label_parents",
+    "single_cell_labels",
+    "detection_thresholds",
+    "default_prompt_ids",
+    "segmentation_label",
+    "segmentation_threshold",
+    "trained_tasks",
+)
+# Their place there: PEFT reads and writes `auto_mapping` as it stands.
+FIELDS_KEY = "unihema"
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "force_download", "proxies", "local_files_only")
+
+
+class WithAdapters:
+    """Part of every UniHema model: what Transformers' adapter methods leave open where adapters have heads of their own.
+
+    [`PeftModel`] works on these models as well. Either way the configuration (`id2label`, `single_cell_labels`, thresholds,
+    ...) is that of the adapter in use, and the model's own again where none is.
+    """
+
+    # The model's own values of ADAPTER_FIELDS, once there are adapters, and whose values it has now.
+    _base_fields: dict[str, Any] | None = None
+    _followed: tuple[str, ...] | None = ()
+
+    def load_adapter(self, peft_model_id=None, adapter_name: str | None = None, *args, **kwargs):
+        """Loads an adapter beside those that are there, and switches to it.
+
+        Args:
+            peft_model_id (`str`, *optional*): Folder, or repository on the Hub.
+            adapter_name (`str`, *optional*): Its name in this model; `"default"` when missing.
+            *args, **kwargs: See [`~PreTrainedModel.load_adapter`].
+
+        Returns:
+            `LoadStateDictInfo`: Keys that were missing or not expected.
+
+        Raises:
+            ImportError: PEFT is not installed.
+            ValueError: The name is taken, or the adapter does not fit this model.
+        """
+        special = {"peft_config", "adapter_state_dict"} & {name for name, value in kwargs.items() if value is not None}
+        if args or special or kwargs.get("hotswap") is True or peft_model_id is None:
+            return super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        return _load_beside(self, str(peft_model_id), adapter_name or "default", kwargs)
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Switches to an adapter, or to several together: their changes add up, heads and classes are those of the first
+        that has any.
+
+        Args:
+            adapter_name (`str` or `Sequence[str]`): Names of loaded adapters.
+
+        Raises:
+            ValueError: No such adapter.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        loaded = getattr(self, "peft_config", None) or {}
+        missing = [name for name in names if name not in loaded]
+        if missing or not names:
+            raise ValueError(f"No adapter {', '.join(missing) or 'named'}; loaded are {', '.join(loaded) or 'none'}.")
+        inference = all(loaded[name].inference_mode for name in names)
+        for module in _adapted_modules(self):
+            if hasattr(module, "modules_to_save"):
+                own = [name for name in names if name in module.modules_to_save]
+                module.set_adapter(own[:1], inference_mode=inference)
+            else:
+                if module.merged:
+                    module.unmerge()
+                module.set_adapter(names, inference_mode=inference)
+            module.enable_adapters(True)
+            if inference:
+                module.requires_grad_(False)
+        self.follow_adapter()
+
+    def enable_adapters(self) -> None:
+        """Switches the adapters on again after `disable_adapters`."""
+        for module in _adapted_modules(self):
+            module.enable_adapters(True)
+        self.follow_adapter()
+
+    def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:
+        """Forgets adapters.
+
+        Args:
+            adapter_names (`str` or `Sequence[str]`): Names of loaded adapters.
+        """
+        super().delete_adapter(adapter_names)
+        self.follow_adapter()
+
+    def disable_adapters(self) -> None:
+        """Switches all adapters off: the model is the base again."""
+        super().disable_adapters()
+        self.follow_adapter()
+
+    @property
+    def adapters_in_use(self) -> tuple[str, ...]:
+        """Names of the adapters that are switched on."""
+        return _active_names(self) if getattr(self, "peft_config", None) else ()
+
+    def merge_adapter(self) -> None:
+        """Adds the changes of the adapters in use to the weights, which makes them cost nothing; see `unmerge_adapter`."""
+        for module in _adapted_modules(self):
+            if not hasattr(module, "modules_to_save"):
+                module.merge()
+
+    def unmerge_adapter(self) -> None:
+        """Takes the merged changes out of the weights again, up to rounding."""
+        for module in _adapted_modules(self):
+            if not hasattr(module, "modules_to_save") and module.merged:
+                module.unmerge()
+
+    def merge_and_unload(self):
+        """Makes the adapters in use part of the model, for good, and forgets the others.
+
+        Returns:
+            The model itself, without adapters, to be saved as a checkpoint.
+        """
+        self.follow_adapter()
+        for name, module in list(self.named_modules()):
+            if "_active_adapter" not in module.__dict__:
+                continue
+            if hasattr(module, "modules_to_save"):
+                plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            else:
+                if not module.disable_adapters:
+                    module.merge()
+                plain = module.get_base_layer()
+            parent, _, child = name.rpartition(".")
+            setattr(self.get_submodule(parent), child, plain)
+        del self.peft_config
+        self._hf_peft_config_loaded = False
+        self._base_fields, self._followed = None, ()
+        return self
+
+    def train(self, mode: bool = True):
+        """Sets the training mode. While an adapter is trained the base stays as it is, so its BatchNorms keep the
+        statistics they have."""
+        super().train(mode)
+        if mode and getattr(self, "peft_config", None):
+            for module in self.modules():
+                frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and frozen:
+                    module.eval()
+        self.follow_adapter()
+        return self
+
+    def follow_adapter(self) -> None:
+        """Gives the configuration the classes, thresholds and prompts of the adapter in use; called in every forward."""
+        adapters = getattr(self, "peft_config", None) or {}
+        if not adapters and self._base_fields is None:
+            return
+        if self._base_fields is None:
+            self._base_fields = {name: getattr(self.config, name, None) for name in ADAPTER_FIELDS}
+            self._followed = ()
+        names = _active_names(self) if adapters else None
+        if names == self._followed:
+            return
+        self._followed = names
+        if names is None and _fits(self, self.config.num_labels):
+            # Merged: the classes stay.
+            return
+        fields = dict(self._base_fields)
+        # Of several adapters the first has the say.
+        for name in reversed(names or ()):
+            fields |= adapter_fields(adapters[name]) if name in adapters else {}
+        set_fields(self, fields)
+
+    def refresh_adapter_fields(self, adapter_name: str) -> None:
+        """Writes what the configuration says now into an adapter, before it is saved."""
+        own = {name: getattr(self.config, name, None) for name in adapter_fields(self.peft_config[adapter_name])}
+        self.peft_config[adapter_name].auto_mapping[FIELDS_KEY] = own
+
+
+def adapter_fields(peft_config: Any) -> dict[str, Any]:
+    """The fields of `UniHemaConfig` that an adapter has its own values of.
+
+    Args:
+        peft_config (`PeftConfig`): The adapter's configuration.
+    """
+    stored = (getattr(peft_config, "auto_mapping", None) or {}).get(FIELDS_KEY) or {}
+    fields = {name: stored[name] for name in ADAPTER_FIELDS if name in stored}
+    if fields.get("id2label"):
+        fields["id2label"] = {int(index): name for index, name in fields["id2label"].items()}
+    return fields
+
+
+def set_fields(model: nn.Module, fields: dict[str, Any]) -> None:
+    """Sets fields of a model's configuration, and what follows from them.
+
+    Args:
+        model (`UniHemaPreTrainedModel`): The model.
+        fields (`dict[str, Any]`): Of [`ADAPTER_FIELDS`].
+    """
+    config = model.config
+    for name, value in fields.items():
+        setattr(config, name, value)
+    if not _fits(model, config.num_labels):
+        # An adapter that was saved without its classes, or whose heads are still to be loaded.
+        config.id2label = {index: f"LABEL_{index}" for index in range(len(model.detection_head.class_head.weight))}
+        model._followed = None
+    config.label2id = {name: index for index, name in config.id2label.items()}
+
+
+def _fits(model: nn.Module, classes: int) -> bool:
+    head = getattr(model, "detection_head", None)
+    return head is None or len(head.class_head.weight) == classes
+
+
+def _adapted_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Layers that PEFT has put in; the model must do without PEFT where there are none, so they are told by a mark."""
+    return (module for module in list(model.modules()) if "_active_adapter" in module.__dict__)
+
+
+def _active_names(model: nn.Module) -> tuple[str, ...]:
+    module = next((m for m in model.modules() if "_active_adapter" in m.__dict__ and hasattr(m, "base_layer")), None)
+    if module is None or module._disable_adapters:
+        return ()
+    names = module._active_adapter
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, Any]):
+    try:
+        import peft
+        from peft.utils import load_peft_weights, set_peft_model_state_dict
+    except ImportError as error:
+        raise ImportError("Adapters need PEFT: pip install peft.") from error
+    import warnings
+
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    if name in (getattr(model, "peft_config", None) or {}):
+        raise ValueError(
+            f"An adapter named {name!r} is loaded already; give another adapter_name, or delete that first."
+        )
+    given = {
+        **getattr(options.get("load_config"), "download_kwargs", {}),
+        **options,
+        **(options.get("adapter_kwargs") or {}),
+    }
+    hub = {option: given[option] for option in _HUB_OPTIONS if given.get(option) is not None}
+    config = peft.PeftConfig.from_pretrained(source, **hub)
+    config.inference_mode = not options.get("is_trainable", False)
+    # The first parameter of an 8-bit model tells where it is as well.
+    weights = load_peft_weights(source, device=str(next(model.parameters()).device), **hub)
+    # PEFT names what it saves from its wrapper around the model.
+    weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        peft.inject_adapter_in_model(config, model, name)
+    model._hf_peft_config_loaded = True
+    try:
+        result = set_peft_model_state_dict(model, weights, adapter_name=name)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{source}: the adapter does not fit this {type(model).__name__} ({error}). Load its own base."
+        ) from error
+    absent = {key for key in result.missing_keys if f".{name}." in f"{key}." and name in key.split(".")}
+    if result.unexpected_keys:
+        raise ValueError(
+            f"{source}: the adapter does not fit this {type(model).__name__}, which has no "
+            f"{result.unexpected_keys[0]!r} ({len(result.unexpected_keys)} such weights). Load its own base."
+        )
+    if config.inference_mode:
+        model.eval()
+    model.set_adapter(name)
+    return LoadStateDictInfo(absent, set(), set(), [], {}, set())
+
+
+__all__ = ["ADAPTER_FIELDS", "FIELDS_KEY", "WithAdapters", "adapter_fields", "set_fields"]

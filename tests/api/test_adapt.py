@@ -1,0 +1,189 @@
+"""`unihema adapt`, and what can be done with the folder that it leaves."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from card_code import code_of
+from local_hub import LocalHub
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_checkpoint import save_tiny_checkpoint
+from typer.testing import CliRunner
+
+import unihema
+from unihema.checkpoint import CheckpointError
+from unihema.cli.app import app
+from unihema.hub_cards import check_card, folder_card
+from unihema.training.adapt import adapt, adapt_config, find_base
+from unihema.training.data.rows import DatasetError
+from unihema.training.data.synthetic import SyntheticSmears
+from unihema.training.data.synthetic_cells import CLASSES
+from unihema.training.data.synthetic_folder import write_synthetic
+from unihema.training.run_config import RunConfigError
+
+
+BASE, ADAPTER = "lab/base", "lab/our-stain"
+SHORT = {"optimisation.max_steps": 2, "optimisation.warmup_steps": 1, "logging.progress": False}
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A base, a lab's data, one image, and the adapter that `unihema adapt` made of them, with a card."""
+    root = tmp_path_factory.mktemp("lab")
+    names = dict(enumerate(CLASSES))
+    base = save_tiny_checkpoint(root / "base", num_queries=12, id2label=names, trained_tasks=["detection"])
+    card = folder_card(base, licence="cc-by-4.0", data_licences={"old": "cc-by-4.0"}, name="Base")
+    (base / "README.md").write_text(card, encoding="utf-8")
+    write_synthetic(root / "smears", 4, 2, crops_per_field=1, width=224, height=168, crop_size=96, progress=False)
+    Image.fromarray(SyntheticSmears(seed=2)[1].image).save(root / "smear.png")
+    made = run(
+        "adapt", base, "--data", root / "smears", "--task", "detection", "-o", root / "adapter", "--max-steps", 2,
+        "--image-size", 64, "--batch-size", 2, "--set", "logging.evaluate_every=1", "--rank", 4,
+        "--set", 'data.rename={"neutrophil": "PMN"}', "--from", "PMN=neutrophil", "--base-data", root / "smears",
+        "--license", "cc-by-4.0", "--data-license", "smears=cc0-1.0", "--base-repo", BASE,
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    return root, made.stdout
+
+
+def test_it_leaves_an_adapter_with_figures_and_a_card(lab):
+    root, shown = lab
+    folder = root / "adapter"
+    values = json.loads((folder / "before_after.json").read_text())
+    assert "boxes, whatever their class" in shown and "detection mAP50" in shown
+    assert "adapter of" in shown and (folder / "before_after.md").read_text().splitlines()[0] in shown
+    # The base does not know one of the lab's classes, and the adapter not one of the base's.
+    lab_figures, base_figures = values["lab"]["figures"], values["base"]["figures"]
+    assert lab_figures["detection"]["before"] is None and lab_figures["detection"]["after"] is not None
+    assert base_figures["detection"]["adapter on"] is None
+    for figures in base_figures.values():
+        assert figures["adapter off"] == figures["before"] is not None
+    card = check_card((folder / "README.md").read_text())
+    assert card.data.base_model == BASE and "lora" in card.data.tags and card.data.license == "cc-by-4.0"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["r"] == 4 and config["base_model_name_or_path"] == str(root / "base")
+    assert "PMN" in config["auto_mapping"]["unihema"]["id2label"].values()
+    assert not [path for path in folder.rglob("*.bin") if "checkpoints" not in path.parts]
+
+
+def test_the_code_of_its_card_runs(lab, monkeypatch, tmp_path, capsys):
+    root, _ = lab
+    card = (root / "adapter" / "README.md").read_text()
+    folder = shutil.copytree(root / "adapter", tmp_path / "adapter")
+    shutil.copy(root / "smear.png", folder)
+    monkeypatch.chdir(folder)
+    # The base of the card is on no Hub.
+    exec(compile(code_of(card).replace(f'"{BASE}"', repr(str(root / "base"))), "card", "exec"), {})
+    assert "boxes" in capsys.readouterr().out
+
+
+def test_the_commands_take_the_adapter_for_a_checkpoint(lab, tmp_path):
+    root, _ = lab
+    folder = root / "adapter"
+    predicted = run("predict", folder, root / "smear.png", "-o", tmp_path / "results", "--threshold", 0)
+    assert predicted.exit_code == 0 and "PMN" in predicted.stdout
+    provenance = json.loads(next((tmp_path / "results" / "records").glob("*.json")).read_text())["provenance"]
+    assert provenance["adapters"] == ["adapter"] and "base/model.safetensors" in provenance["checkpoint_sha256"]
+    told = run("info", folder)
+    assert told.exit_code == 0 and f"adapter (LORA, rank 4) of {root / 'base'}" in told.stdout and "PMN" in told.stdout
+    listed = run("push", folder, ADAPTER, "--base", BASE, "--dry-run")
+    assert listed.exit_code == 0, listed.output
+    assert "before_after.md" in listed.stdout and "adapter_model.safetensors" in listed.stdout
+
+
+def test_a_fresh_interpreter_loads_base_and_adapter_from_a_hub(lab, tmp_path):
+    root, _ = lab
+    hub = LocalHub()
+    code = f"""
+import torch, unihema
+from peft import AutoPeftModel, PeftModel
+from safetensors.torch import save_file
+from unihema.hub_cards import push_folder
+push_folder({str(root / "base")!r}, "{BASE}")
+push_folder({str(root / "adapter")!r}, "{ADAPTER}", base_model="{BASE}")
+pixels = {{"pixel_values": torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)}}
+base = unihema.UniHemaForDetection.from_pretrained("{BASE}")
+beside = unihema.UniHemaForDetection.from_pretrained("{BASE}")
+beside.load_adapter("{ADAPTER}", "stain")
+models = {{
+    "wrapped": PeftModel.from_pretrained(base, "{ADAPTER}"),
+    "beside": beside,
+    "auto": AutoPeftModel.from_pretrained("{ADAPTER}", import_allowlist=["unihema"]),
+    "direct": unihema.UniHemaForDetection.from_pretrained("{ADAPTER}"),
+}}
+with torch.no_grad():
+    found = {{name: model.eval()(**pixels).logits.clone() for name, model in models.items()}}
+assert all("PMN" in model.config.label2id for model in models.values())
+assert unihema.UniHemaProcessor.from_pretrained("{ADAPTER}").default_prompts["detection"].count("PMN") == 1
+# Both were downloaded above; an adapter that lies on this disk finds its base there.
+import huggingface_hub
+folder = huggingface_hub.snapshot_download("{ADAPTER}", local_files_only=True)
+assert unihema.load_checkpoint(folder, "cpu")[0].config.label2id.keys() == beside.config.label2id.keys()
+save_file(found, {str(tmp_path / "found.safetensors")!r})
+"""
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=hub.environment(tmp_path)
+        )
+        assert result.returncode == 0, result.stderr
+    finally:
+        hub.close()
+    model = unihema.load_checkpoint(root / "adapter", "cpu")[0]
+    pixels = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(task="detection", pixel_values=pixels).logits
+    for name, value in load_file(tmp_path / "found.safetensors").items():
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_folds_without_validation_data_and_then_all_images(lab, tmp_path):
+    root, _ = lab
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "train").symlink_to(root / "smears" / "train")
+    report = adapt(
+        root / "base", tmp_path / "few", "classification", tmp_path / "run", folds=2, method="ia3",
+        overrides={**SHORT, "data.image_sizes": {"single_cell": {"longest_edge": 32}}, "data.batch_size": {"single_cell": 2},
+                   "logging.evaluate_every": 1},
+    )  # fmt: skip
+    assert [run["fold"] for run in report["folds"]] == [1, 2] and report["lab"]["rows"] == {}
+    assert all(0 <= run["single_cell macro_f1"] <= 1 for run in report["folds"])
+    settings = json.loads((tmp_path / "run" / "run_config.json").read_text())
+    assert settings["data"]["folds"] is None and settings["optimisation"]["max_steps"] <= 2
+    model, _ = unihema.load_checkpoint(tmp_path / "run", "cpu")
+    assert model.config.trained_tasks == ["detection", "single_cell"]
+
+
+def test_settings_follow_the_number_of_images(lab, tmp_path):
+    root, _ = lab
+    config = adapt_config(root / "base", [root / "smears"], "qa", tmp_path / "run")
+    assert config.data.tasks == ["question_answering", "cloze"] and config.data.folds is None
+    assert config.optimisation.patience and config.logging.keep_best
+    # 4 fields make a batch of each of the two tasks: an evaluation every 25 epochs is one every 50 steps.
+    assert config.logging.evaluate_every == 25
+    fields = adapt_config(root / "base", [root / "smears"], "detection", tmp_path / "run")
+    assert fields.augmentation.for_task("detection").stain > 0.15
+
+
+def test_what_cannot_be_adapted_is_said(lab, tmp_path):
+    root, _ = lab
+    with pytest.raises(RunConfigError, match="Unknown task 'counting'; choose among detection, segmentation"):
+        adapt(root / "base", root / "smears", "counting", tmp_path)
+    with pytest.raises(RunConfigError, match="Unknown method 'prompt'"):
+        adapt(root / "base", root / "smears", "detection", tmp_path, method="prompt")
+    with pytest.raises(CheckpointError, match="is an adapter itself; adapt its base"):
+        find_base(root / "adapter")
+    with pytest.raises(CheckpointError, match="no such checkpoint folder, and no name of a repository"):
+        find_base(tmp_path / "nothing" / "here")
+    with pytest.raises(CheckpointError, match="lab/none: no such checkpoint folder, and not to be had from the Hub"):
+        find_base("lab/none")
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    with pytest.raises(DatasetError):
+        adapt(root / "base", tmp_path / "empty", "detection", tmp_path / "run")

@@ -1,0 +1,55 @@
+"""`unihema evaluate` on several folders: what is said and written."""
+
+import json
+
+import pytest
+from tiny_checkpoint import save_tiny_checkpoint
+from typer.testing import CliRunner
+
+from unihema.cli import app
+from unihema.training.data.synthetic_folder import write_synthetic
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A checkpoint and two data folders, `one` and `two`."""
+    root = tmp_path_factory.mktemp("lab")
+    labels = [
+        "neutrophil", "lymphocyte", "monocyte", "eosinophil", "basophil", "red blood cell", "platelet",
+    ]  # fmt: skip
+    save_tiny_checkpoint(root / "unihema", single_cell_labels=labels, text_length=64)
+    for seed, name in enumerate(("one", "two")):
+        write_synthetic(
+            root / name, 1, 3, seed=seed, crops_per_field=2, width=224, height=168, crop_size=96, progress=False
+        )
+    return root
+
+
+def test_two_folders_in_one_report(lab, tmp_path):
+    arguments = ["evaluate", lab / "unihema", lab / "one", lab / "two", "-t", "single_cell", "-t", "segmentation"]
+    result = CliRunner().invoke(app, [*map(str, arguments), "-o", str(tmp_path / "out"), "--bootstrap", "50"])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {name: part["rows"] for name, part in report["single_cell"]["datasets"].items()} == {"one": 6, "two": 6}
+    assert report["single_cell"]["rows"] == 12 and report["segmentation"]["bootstrap"]["draws"] == 50
+    low, high = report["segmentation"]["intervals"]["dice"]
+    assert f"dice {report['segmentation']['dice']:.3f} ({low:.3f} to {high:.3f})" in result.output
+    for line in ("single_cell (12 rows)", "  one (6 rows): accuracy", "  two (6 rows): accuracy"):
+        assert f"\n{line}" in f"\n{result.output}"
+    assert "| segmentation | two | 3 |" in (tmp_path / "out" / "metrics.md").read_text()
+
+
+def test_names_of_the_data_become_those_of_the_checkpoint(lab, tmp_path):
+    data = tmp_path / "renamed"
+    for label, count in (("RBC", 2), ("NEU", 1)):
+        folder = data / "val" / "crops" / label
+        folder.mkdir(parents=True)
+        crops = sorted((lab / "one" / "val" / "crops").rglob("*.png"))
+        for number in range(count):
+            (folder / f"{number}.png").write_bytes(crops[number].read_bytes())
+    arguments = ["evaluate", str(lab / "unihema"), str(data), "-t", "single_cell"]
+    names = ["--rename", "RBC=red blood cell", "--rename", "NEU=neutrophil"]
+    result = CliRunner().invoke(app, [*arguments, *names])
+    assert result.exit_code == 0, result.output
+    wrong = CliRunner().invoke(app, [*arguments, "--rename", "RBC"])
+    assert wrong.exit_code == 2 and "must look like RBC='red blood cell'" in " ".join(wrong.output.split())

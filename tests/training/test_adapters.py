@@ -1,0 +1,439 @@
+"""Adapters: what they change, what their heads start from, and switching between several on one base."""
+
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from peft import AutoPeftModel, PeftModel
+from safetensors.torch import load_file
+from tiny_checkpoint import save_tiny_checkpoint
+from tiny_models import batch, lively, very_tiny_config
+from tiny_runs import run_config
+from transformers import AutoModelForObjectDetection
+
+import unihema
+from unihema.adapters import adapter_base, load_adapted
+from unihema.checkpoint import CheckpointError
+from unihema.modeling_unihema.class_rows import ClassEmbedding, ClassLinear
+from unihema.modeling_unihema.outputs import UniHemaDetectionOutput
+from unihema.training.adapter_config import AdapterConfig
+from unihema.training.adapters import attach_adapter, load_adapter_weights, save_adapter, save_merged, start_classes
+from unihema.training.checkpoint import Progress
+from unihema.training.class_agnostic import class_agnostic_precision
+from unihema.training.data.folds import fold_rows
+from unihema.training.data.rows import DatasetError
+from unihema.training.early_stopping import EarlyStopping
+from unihema.training.loop import train
+from unihema.training.run_config import RunConfig, RunConfigError
+
+
+LAB = ["neutrophil", "eosinophil", "band", "red cell"]
+TASKS = ("detection", "segmentation", "single_cell", "question_answering")
+
+
+def rows_of(task: str, labels=LAB) -> dict:
+    row = {"task": task, "image": "a.png", "file_name": "a.png", "dataset": "lab"}
+    if task == "detection":
+        cells = [{"vacuoles": "absent"} for _ in labels]
+        row["objects"] = {"bbox": [[0, 0, 1, 1]] * len(labels), "category": list(labels), "morphology": cells}
+    rows = [{**row, "label": name} for name in labels] if task == "single_cell" else [row]
+    return {task: rows}
+
+
+def adapted(task: str, seed: int = 0, folder=None, labels=LAB, **settings):
+    """A model with a fresh adapter, whose changes are no longer zero."""
+    torch.manual_seed(seed)
+    if folder is None:
+        model = lively(unihema.UniHemaForMultiTask(very_tiny_config(num_queries=12)))
+    else:
+        model = unihema.UniHemaForMultiTask.from_pretrained(folder)
+    processor = unihema.UniHemaProcessor.from_default(max_text_length=16)
+    attach_adapter(model, processor, AdapterConfig(**{"method": "lora", **settings}), rows_of(task, labels))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ("lora_B" in name or "ia3_l" in name or "modules_to_save" in name):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def plain_inputs(task: str) -> dict:
+    inputs = batch(task)
+    inputs.pop("labels")
+    return inputs
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = save_tiny_checkpoint(tmp_path_factory.mktemp("models") / "base", num_queries=12)
+    model = lively(unihema.UniHemaForMultiTask.from_pretrained(folder))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(base):
+    """Two adapters of one base, with four and with two detection classes, and a third for single cells."""
+    made = {}
+    for name, task, labels in (
+        ("four", "detection", LAB),
+        ("two", "detection", LAB[:2]),
+        ("cells", "single_cell", LAB),
+    ):
+        model = adapted(task, seed=len(labels), folder=base, labels=labels)
+        save_adapter(model, base.parent / name)
+        made[name] = base.parent / name
+    return made
+
+
+@torch.no_grad()
+def outputs(model, task: str = "detection") -> torch.Tensor:
+    model.eval()
+    arguments = {} if isinstance(model, unihema.UniHemaForDetection) and len(model.tasks) == 1 else {"task": task}
+    return model(**arguments, **plain_inputs(task)).logits
+
+
+@pytest.mark.parametrize(
+    ("task", "method"), [*((task, "lora") for task in TASKS), ("detection", "dora"), ("single_cell", "ia3")]
+)
+def test_every_adapter_weight_is_trained_and_moves_the_output(task, method):
+    model = adapted(task, method=method, rank=2)
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    prefix = {"lora": "lora_", "dora": "lora_magnitude", "ia3": "ia3_l"}[method]
+    assert sum(prefix in name for name in trained) >= 4
+    assert all("lora_" in name or "ia3_l" in name or "modules_to_save" in name for name in trained)
+    model.train()
+    model(task=task, **batch(task)).loss.backward()
+    without = [name for name, value in trained.items() if value.grad is None or not value.grad.any()]
+    assert without == []
+    assert all(value.grad is None for name, value in model.named_parameters() if name not in trained)
+
+    model.eval()
+    inputs = batch(task)
+    if task != "question_answering":
+        inputs.pop("labels")
+
+    def result() -> torch.Tensor:
+        output = model(task=task, **inputs)
+        parts = ("mask_logits",) if task == "segmentation" else ("logits", "pred_boxes", "pred_morphology")
+        return torch.cat([output[part].flatten() for part in parts if output.get(part) is not None])
+
+    with torch.no_grad():
+        expected, inert = result(), []
+        for name, value in trained.items():
+            if "label_embedding" in name:
+                # Denoising queries exist in training only.
+                continue
+            kept = value.clone()
+            # The head of the selection is seen only where it selects other tokens.
+            value.add_((20 if "query_selection.class_head" in name else 0.5) * torch.randn_like(value))
+            if torch.equal(result(), expected):
+                inert.append(name)
+            value.copy_(kept)
+    assert inert == []
+
+
+def test_classes_start_from_their_namesakes_then_from_their_kind():
+    old = ["RBC", "WBC", "platelets"]
+    assert start_classes(["neutrophil", "Red blood cell", "debris", "Platelet"], old) == [1, 0, None, 2]
+    assert start_classes(["debris"], old, {"debris": "platelets"}) == [2]
+    with pytest.raises(ValueError, match=r"the base has no class 'blood'; it has RBC, WBC, platelets"):
+        start_classes(["debris"], old, {"debris": "blood"})
+    with pytest.raises(ValueError, match=r"the adapter has no class 'dust'; it has debris"):
+        start_classes(["debris"], old, {"dust": "RBC"})
+
+
+def test_new_heads_have_the_rows_they_start_from():
+    model = lively(unihema.UniHemaForMultiTask(very_tiny_config()))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    processor = unihema.UniHemaProcessor.from_default(max_text_length=64)
+    rows = rows_of("detection") | rows_of("single_cell")
+    attach_adapter(model, processor, AdapterConfig(method="lora", start_from={"band": "neutrophil"}), rows)
+    # The base: red blood cell, platelet, neutrophil.
+    expected = [2, None, 2, 0]
+    for head in ("detection_head.class_head", "model.query_selection.class_head"):
+        old, new = model.get_submodule(head).original_module, model.get_submodule(head).modules_to_save["default"]
+        for row, source in enumerate(expected):
+            start = old.weight.mean(0) if source is None else old.weight[source]
+            torch.testing.assert_close(new.weight[row], start, rtol=0, atol=1e-7)
+    embedding = model.denoising.label_embedding
+    assert embedding.modules_to_save["default"].weight.shape == (5, 32)
+    assert torch.equal(embedding.modules_to_save["default"].weight[-1], embedding.original_module.weight[-1])
+    cells = model.single_cell_head.modules_to_save["default"].layers[-1]
+    # The base: neutrophil, lymphocyte. Sorted in the data: band, eosinophil, neutrophil, red cell.
+    assert cells.out_features == 4
+    old = before["single_cell_head.layers.6.weight"]
+    assert torch.equal(cells.weight[2], old[0]) and not torch.equal(cells.weight[1], cells.weight[3])
+    config = model.config
+    assert list(config.id2label.values()) == LAB and config.num_labels == 4
+    assert config.single_cell_labels == sorted(LAB)
+    assert processor.default_prompts["detection"] == ", ".join(LAB)
+    model.disable_adapters()
+    assert list(model.config.id2label.values()) == ["red blood cell", "platelet", "neutrophil"]
+    for name, value in model.state_dict().items():
+        plain = name.replace("base_layer.", "").replace("original_module.", "")
+        if plain in before:
+            assert torch.equal(value, before[plain]), name
+
+
+def test_labels_that_lack_a_class_of_the_data_are_refused():
+    model = unihema.UniHemaForMultiTask(very_tiny_config())
+    processor = unihema.UniHemaProcessor.from_default(max_text_length=64)
+    settings = AdapterConfig(method="lora", labels=["neutrophil", "eosinophil"])
+    with pytest.raises(ValueError, match=r"class 'band', which is not among the labels neutrophil, eosinophil"):
+        attach_adapter(model, processor, settings, rows_of("detection"))
+
+
+def test_a_pattern_without_layers_or_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"target_modules 'nothing' matches no layer"):
+        adapted("detection", target_modules="nothing")
+    with pytest.raises(ValueError, match=r"target_modules '\(' is not a pattern"):
+        adapted("detection", target_modules="(")
+
+
+def test_two_adapters_switch_fast_and_equal_each_alone(base, two):
+    plain = outputs(unihema.UniHemaForMultiTask.from_pretrained(base))
+    alone = {name: load_adapted(two[name], device="cpu")[0] for name in ("four", "two")}
+    expected = {name: outputs(model) for name, model in alone.items()}
+    assert expected["four"].shape[-1] == 4 and expected["two"].shape[-1] == 2
+    model, _ = load_adapted(two["four"], two["two"], two["cells"], device="cpu")
+    assert model.adapters_in_use == ("four",)
+    for name in ("four", "two", "four"):
+        start = time.perf_counter()
+        model.set_adapter(name)
+        assert time.perf_counter() - start < 0.05
+        assert list(model.config.id2label.values()) == LAB[: expected[name].shape[-1]]
+        torch.testing.assert_close(outputs(model), expected[name], rtol=0, atol=0)
+    model.disable_adapters()
+    torch.testing.assert_close(outputs(model), plain, rtol=0, atol=0)
+    assert model.config.num_labels == 3 and model.adapters_in_use == ()
+    model.enable_adapters()
+    torch.testing.assert_close(outputs(model), expected["four"], rtol=0, atol=0)
+    # An adapter for another task leaves the detector's head alone.
+    model.set_adapter("cells")
+    assert outputs(model).shape[-1] == 3 and model.config.single_cell_labels == sorted(LAB)
+    model.set_adapter(["two", "four"])
+    both = outputs(model)
+    assert both.shape[-1] == 2 and (both - expected["two"]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="No adapter five; loaded are four, two, cells"):
+        model.set_adapter("five")
+    with pytest.raises(ValueError, match="An adapter named 'two' is loaded already"):
+        model.load_adapter(two["two"], "two")
+    model.delete_adapter("two")
+    assert set(model.peft_config) == {"four", "cells"}
+
+
+def test_every_way_of_loading_gives_the_same(base, two):
+    expected = outputs(load_adapted(two["four"], device="cpu")[0])
+    wrapped = PeftModel.from_pretrained(unihema.UniHemaForDetection.from_pretrained(base), two["four"])
+    # Before anything was computed.
+    assert list(wrapped.config.id2label.values()) == LAB
+    found = {
+        "PeftModel": wrapped,
+        "AutoPeftModel": AutoPeftModel.from_pretrained(two["four"], import_allowlist=["unihema"]),
+        "from_pretrained": AutoModelForObjectDetection.from_pretrained(two["four"]),
+        "load_checkpoint": unihema.load_checkpoint(two["four"], "cpu")[0],
+    }
+    direct = unihema.UniHemaForDetection.from_pretrained(base)
+    assert not direct.load_adapter(two["four"]).missing_keys
+    for name, model in {**found, "load_adapter": direct}.items():
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        torch.testing.assert_close(outputs(plain), expected, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        assert list(plain.config.id2label.values()) == LAB
+    wrapped.load_adapter(two["two"], "two")
+    wrapped.set_adapter("two")
+    assert outputs(wrapped.get_base_model()).shape[-1] == 2 and wrapped.config.num_labels == 2
+    with wrapped.disable_adapter():
+        assert outputs(wrapped.get_base_model()).shape[-1] == 3 and wrapped.config.num_labels == 3
+
+
+def test_merged_it_gives_the_same_and_is_a_checkpoint_of_its_own(two, tmp_path):
+    model, processor = load_adapted(two["four"], device="cpu")
+    expected = outputs(model)
+    model.merge_adapter()
+    torch.testing.assert_close(outputs(model), expected, rtol=0, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(outputs(model), expected, rtol=0, atol=1e-4)
+    save_merged(model, processor, tmp_path / "merged")
+    merged, _ = unihema.load_checkpoint(tmp_path / "merged", "cpu")
+    assert not hasattr(merged, "peft_config") and list(merged.config.id2label.values()) == LAB
+    torch.testing.assert_close(outputs(merged), expected, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="is not empty"):
+        save_merged(merged, processor, tmp_path / "merged")
+
+
+def test_an_adapter_without_its_base_says_where_it_was_looked_for(two, base, tmp_path):
+    lonely = shutil.copytree(two["four"], tmp_path / "lonely")
+    values = json.loads((lonely / "adapter_config.json").read_text())
+    values["base_model_name_or_path"] = str(tmp_path / "elsewhere" / "base")
+    (lonely / "adapter_config.json").write_text(json.dumps(values))
+    with pytest.raises(
+        CheckpointError, match=r"an adapter of '.*elsewhere/base', which is neither a folder here.*hf download"
+    ):
+        unihema.load_checkpoint(lonely)
+    # A base of that name beside the adapter is taken.
+    shutil.copytree(base, tmp_path / "base")
+    assert adapter_base(lonely) == tmp_path / "base"
+    (lonely / "adapter_model.safetensors").rename(lonely / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"without adapter_model.safetensors.*Pickled weights"):
+        unihema.load_checkpoint(lonely)
+
+
+def test_eight_bit_without_a_gpu_is_refused(two):
+    with pytest.raises(CheckpointError, match="8 bit needs an NVIDIA GPU"):
+        load_adapted(two["four"], device="cpu", load_in_8bit=True)
+
+
+def adapter_run(smears, base, output, **changes) -> RunConfig:
+    settings = {
+        "model.overrides": {},
+        "model.initial_checkpoint": str(base),
+        "data.tasks": ["detection"],
+        "adapter.method": "lora",
+        "optimisation.ema_decay": None,
+        "optimisation.max_steps": 4,
+    }
+    return run_config(smears, output, **settings).with_overrides(changes)
+
+
+def test_a_run_leaves_the_adapter_and_not_a_byte_of_the_base_is_changed(smears, base, tmp_path):
+    before = {path.name: path.read_bytes() for path in base.iterdir() if path.is_file()}
+    more = {"logging.evaluate_every": 1, "logging.keep_best": True}
+    report = train(adapter_run(smears, base, tmp_path / "run", **more))
+    assert {path.name: path.read_bytes() for path in base.iterdir() if path.is_file()} == before
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "processor_config.json", "metrics.json"} <= names
+    assert not {"config.json", "model.safetensors", "README.md"} & names
+    assert all(
+        "lora_" in key or "head" in key or "embedding" in key
+        for key in load_file(tmp_path / "run" / "adapter_model.safetensors")
+    )
+    model, processor = unihema.load_checkpoint(tmp_path / "run", "cpu")
+    assert list(model.config.id2label.values()) == list(report["detection"]["per_class"])
+    assert model.config.detection_thresholds.keys() <= set(model.config.label2id)
+    assert processor.default_prompts["detection"] == ", ".join(model.config.label2id)
+    # BatchNorm statistics are weights of the base as well.
+    model.disable_adapters()
+    kept = {
+        name.replace("base_layer.", "").replace("original_module.", ""): v for name, v in model.state_dict().items()
+    }
+    saved = load_file(base / "model.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in saved.items())
+
+
+def test_a_resumed_adapter_equals_one_that_was_never_stopped(smears, base, tmp_path):
+    unmeasured = {"data.val_split": ""}
+    train(adapter_run(smears, base, tmp_path / "whole", **unmeasured, **{"optimisation.schedule": "constant"}))
+    config = adapter_run(smears, base, tmp_path / "parts", **unmeasured, **{"optimisation.schedule": "constant"})
+    train(config.with_overrides({"optimisation.max_steps": 2}))
+    train(config, resume=True)
+    whole, parts = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "parts"))
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=0, atol=1e-6)
+
+
+def test_it_stops_when_it_no_longer_gets_better(smears, base, tmp_path):
+    more = {"logging.evaluate_every": 1, "optimisation.patience": 2, "optimisation.learning_rate": 1e-12}
+    lines = []
+    train(
+        adapter_run(smears, base, tmp_path / "run", **more, **{"optimisation.max_steps": 50}), callbacks=[lines.append]
+    )
+    # The first is the best, and two more are waited for; an epoch has two steps.
+    assert [line["epoch"] for line in lines if line["event"] == "evaluation"] == [1, 2, 3]
+
+
+def test_early_stopping_counts_evaluations_and_takes_no_nan():
+    stopping, progress = EarlyStopping(2), Progress()
+    taken = []
+    for step, score in enumerate((0.1, float("nan"), 0.3, 0.3), 1):
+        progress.step = step
+        taken.append(stopping.take(score, progress))
+    assert taken == [True, False, True, False]
+    assert (progress.best, progress.best_step, progress.waited) == (0.3, 3, 1) and not stopping.is_over(progress)
+    assert not stopping.take(0.2, progress) and stopping.is_over(progress)
+    assert not EarlyStopping(None).is_over(progress)
+
+
+def test_old_runs_are_read_and_an_adapter_needs_a_base(smears, base, tmp_path):
+    values = run_config(smears, tmp_path).to_dict()
+    del values["adapter"], values["optimisation"]["patience"], values["data"]["folds"]
+    assert RunConfig.from_dict(values).adapter.method == "none"
+    with pytest.raises(RunConfigError, match="adapter.method needs a base"):
+        adapter_run(smears, base, tmp_path).with_overrides({"model.initial_checkpoint": None}).check()
+    with pytest.raises(RunConfigError, match=r"data.fold=3 of data.folds=3"):
+        adapter_run(smears, base, tmp_path, **{"data.folds": 3, "data.fold": 3}).check()
+    with pytest.raises(RunConfigError, match="leave model.trained_parts out"):
+        adapter_run(smears, base, tmp_path, **{"model.trained_parts": ["detection_head"]}).check()
+
+
+def test_folds_hold_out_every_image_once_and_keep_slides_together():
+    rows = [
+        {"task": "detection", "image": f"{n}.png", "dataset": "lab", **({"slide": n // 3} if n < 6 else {})}
+        for n in range(9)
+    ]
+    rows[0]["slide"] = "0"
+    rows[1]["slide"] = rows[2]["slide"] = "0"
+    held = [fold_rows({"detection": rows}, 3, fold, 0, held_out=True).get("detection", []) for fold in range(3)]
+    kept = [fold_rows({"detection": rows}, 3, fold, 0, held_out=False)["detection"] for fold in range(3)]
+    names = [[row["image"] for row in part] for part in held]
+    assert sorted(sum(names, [])) == [f"{n}.png" for n in range(9)]
+    assert all(len(a) + len(b) == 9 for a, b in zip(held, kept))
+    assert any({"0.png", "1.png", "2.png"} <= set(part) for part in names)
+    with pytest.raises(DatasetError, match=r"2 images .* cannot be divided into 3 folds"):
+        fold_rows({"detection": rows[:3] + rows[8:]}, 3, 0, 0, held_out=True)
+    with pytest.raises(ValueError, match="Fold 3 of 3"):
+        fold_rows({"detection": rows}, 3, 3, 0, held_out=True)
+
+
+class _Painter(torch.nn.Module):
+    """Finds the cells it is told, calling each by another class."""
+
+    def __init__(self, boxes: torch.Tensor):
+        super().__init__()
+        self.boxes, self.device = boxes, torch.device("cpu")
+
+    def forward(self, task, pixel_values, pixel_mask):
+        logits = torch.full((1, len(self.boxes), 2), -5.0)
+        logits[0, torch.arange(len(self.boxes)), torch.arange(len(self.boxes)) % 2] = 3.0
+        return UniHemaDetectionOutput(logits=logits, pred_boxes=self.boxes[None])
+
+
+def test_boxes_count_whatever_their_class():
+    image = np.zeros((100, 200, 3), np.uint8)
+    boxes = torch.tensor([[0.25, 0.5, 0.2, 0.4], [0.75, 0.5, 0.1, 0.2], [0.1, 0.1, 0.05, 0.05]])
+    truth = [[30, 30, 40, 40], [140, 40, 20, 20]]
+    row = {
+        "task": "detection", "image": image, "file_name": "a", "dataset": "lab", "annotated_classes": ["x"],
+        "objects": {"bbox": truth, "category": ["x", "x"]},
+    }  # fmt: skip
+    processor = unihema.UniHemaProcessor.from_default(detection={"longest_edge": 64})
+    found = class_agnostic_precision(_Painter(boxes[:2]), processor, [row], progress=False)
+    assert found["mAP50"] == pytest.approx(1.0) and (found["rows"], found["cells"]) == (1, 2)
+    half = class_agnostic_precision(_Painter(boxes[1:]), processor, [row], progress=False)
+    # One of two cells is found: precision 1 up to half the recall, 51 of 101 points.
+    assert half["mAP50"] == pytest.approx(51 / 101, abs=1e-6)
+
+
+def test_best_weights_are_put_back(base, tmp_path):
+    model = adapted("detection", folder=base)
+    expected = outputs(model)
+    save_adapter(model, tmp_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    load_adapter_weights(model, tmp_path)
+    torch.testing.assert_close(outputs(model), expected, rtol=0, atol=0)
+
+
+def test_class_layers_take_other_rows_only_in_an_adapter():
+    layer = ClassLinear(4, 3)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        layer.load_state_dict(ClassLinear(4, 5).state_dict())
+    embedding = ClassEmbedding(3, 4)
+    old = embedding.weight.detach().clone()
+    embedding.set_rows([2, 0, None, 2])
+    assert embedding.num_embeddings == 4
+    assert torch.equal(embedding.weight, torch.stack([old[2], old[0], old.mean(0), old[2]]))

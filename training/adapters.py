@@ -1,0 +1,302 @@
+"""Adapters made for training: which layers they change, which heads they bring, and what these start from."""
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unihema.hub_cards.usage import class_of_task
+from unihema.modeling_unihema.adapters import FIELDS_KEY, adapter_fields
+from unihema.modeling_unihema.class_rows import ClassEmbedding, ClassLinear
+from unihema.processing_unihema.prompts import TASKS, task_prompt
+from unihema.training.adapter_config import AdapterConfig
+from unihema.training.data.class_hierarchy import known_parents
+from unihema.training.data.label_names import spelling_key
+from unihema.training.data.rows import Row, class_names, single_cell_names
+from unihema.training.files import write_json
+
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+NAME = "default"
+_QUERY_ATTENTION = r"attention\.(?:[qkvo]_proj|sampling_offsets|attention_weights|value_proj|output_proj)"
+_IMAGE_LAYER = rf"layers\.\d+\.(?:(?:self|cross)_{_QUERY_ATTENTION}|feed_forward\.linear[12])"
+_IMAGE_ENCODER = rf"image_encoder\.{_IMAGE_LAYER}"
+_IMAGE_DECODER = rf"image_decoder\.{_IMAGE_LAYER}"
+_REFINEMENT = r"hema_former\.text_guided_visual_refinement\.(?:attention\.[qkvo]_proj|text_projection)"
+_BOXES = r"(?:query_selection|image_decoder)\.box_head\.layers\.\d|query_selection\.token_projection"
+_MASKS = r"hema_former\.query_guided_mask_finder\.(?:encoder_projection|query_head\.layers\.\d)"
+_FUSION = (
+    r"hema_former\.cross_modal_fusion\.(?:blocks\.\d+\.(?:(?:text|image)_attention\.[qkvo]_proj|feed_forward\.[02])"
+    r"|(?:text|image|output)_projection)"
+)
+_T5 = r"text_branch\.(?:encoder|decoder)\.block\.\d+\.layer\.\d+\.(?:(?:Self|EncDec)Attention\.[qkvo]|DenseReluDense\.w[io](?:_[01])?)"
+
+# The layers that an adapter of each task changes. All are plain linears. Not the convolutions: they are made to pass over
+# padding, which a change beside them would not be.
+TARGETS = {
+    "detection": (_IMAGE_ENCODER, _IMAGE_DECODER, _REFINEMENT, _BOXES),
+    "segmentation": (_IMAGE_ENCODER, _IMAGE_DECODER, _REFINEMENT, _MASKS),
+    "single_cell": (_IMAGE_ENCODER,),
+    "question_answering": (_FUSION, _T5),
+    "cloze": (_FUSION, _T5),
+}
+# Where IA3 scales the input of a layer rather than its output.
+_IA3_INPUTS = r".*(?:linear2|feed_forward\.2|DenseReluDense\.wo|layers\.\d)"
+# What has a row for each class, or is small and stands behind all that is adapted.
+HEADS = {
+    "detection": ("class_head", "label_embedding"),
+    "single_cell": ("single_cell_head", "single_cell_feature_extraction"),
+}
+
+
+def target_pattern(tasks: Sequence[str]) -> str:
+    """The pattern of the layers that an adapter for `tasks` changes, matched against whole module names."""
+    parts = dict.fromkeys(part for task in tasks for part in TARGETS[task])
+    return rf"(?:model\.)?(?:{'|'.join(parts)})"
+
+
+def attach_adapter(
+    model: nn.Module, processor: Any, settings: AdapterConfig, rows: Mapping[str, Sequence[Row]]
+) -> None:
+    """Puts a new adapter with heads for the classes of the data into a model, whose own weights are frozen.
+
+    Args:
+        model (`UniHemaForMultiTask`): The base; changed in place. Its configuration is from now on that of the adapter.
+        processor (`UniHemaProcessor`): Its default prompts become those of the adapter.
+        settings ([`AdapterConfig`]): Kind and size.
+        rows (`Mapping[str, Sequence[Row]]`): Task -> training rows.
+
+    Raises:
+        ValueError: A class to start from that the base does not have, more classes in the data than in `labels`, or a
+            pattern that matches no layer.
+    """
+    tasks = [task for task in TASKS if task in rows]
+    fields, sources = _classes(model.config, processor, settings, rows)
+    heads = settings.heads
+    if heads is None:
+        heads = [name for task in tasks for name in HEADS.get(task, ())]
+    if "detection" in rows and settings.heads is None and _has_morphology(rows["detection"], model.config.morphology):
+        heads.append("morphology_head")
+    config = _peft_config(settings, tasks, heads)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Unexpectedly found already")
+            model.add_adapter(config, NAME)
+    except ValueError as error:
+        if "arget modules" not in str(error):
+            raise
+        raise ValueError(f"adapter.target_modules {config.target_modules!r} matches no layer of the model.") from error
+    for name, module in model.named_modules():
+        if isinstance(module, (ClassEmbedding, ClassLinear)) and f"modules_to_save.{NAME}" in name:
+            _set_classes(module, sources["single_cell" if "single_cell_head" in name else "detection"])
+    config.base_model_name_or_path = settings.base_name or model.config.name_or_path
+    config.auto_mapping = {
+        "base_model_class": class_of_task(tasks[0]),
+        "parent_library": "unihema",
+        FIELDS_KEY: fields,
+    }
+    model._followed = None
+    model.follow_adapter()
+
+
+def save_adapter(model: nn.Module, folder: str | Path, name: str = NAME) -> None:
+    """Writes an adapter, as [`PeftModel.save_pretrained`] does, with the classes and thresholds that the model has now.
+
+    Args:
+        model (`UniHemaPreTrainedModel`): A model with this adapter in use.
+        folder (`str` or `Path`): Where; made when missing.
+        name (`str`): The adapter.
+    """
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.refresh_adapter_fields(name)
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    state = {f"base_model.model.{key}": value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    save_file(state, folder / f".{WEIGHTS}.partial", metadata={"format": "pt"})
+    os.replace(folder / f".{WEIGHTS}.partial", folder / WEIGHTS)
+    values = {**model.peft_config[name].to_dict(), "inference_mode": True}
+    write_json(folder / CONFIG, {key: sorted(v) if isinstance(v, set) else v for key, v in values.items()})
+
+
+def load_adapter_weights(model: nn.Module, folder: str | Path, name: str = NAME) -> None:
+    """Puts the weights of a saved adapter into one that is in the model already.
+
+    Args:
+        model (`UniHemaPreTrainedModel`): The model.
+        folder (`str` or `Path`): Written by [`save_adapter`] from the same adapter.
+        name (`str`): The adapter.
+    """
+    from peft.utils import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    state = load_file(Path(folder) / WEIGHTS)
+    state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    set_peft_model_state_dict(model, state, adapter_name=name)
+
+
+def save_merged(model: nn.Module, processor: Any, folder: str | Path) -> None:
+    """Makes the adapter in use part of the model and writes a checkpoint that needs neither adapter nor PEFT.
+
+    Args:
+        model (`UniHemaPreTrainedModel`): The model; without adapters afterwards.
+        processor (`UniHemaProcessor`): Its processor.
+        folder (`str` or `Path`): A new folder.
+
+    Raises:
+        ValueError: The folder holds something already.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; merge into a new folder.")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.merge_and_unload().save_pretrained(partial)
+    processor.save_pretrained(partial)
+    if folder.exists():
+        folder.rmdir()
+    os.replace(partial, folder)
+
+
+def saved_classes(folder: str | Path) -> dict[str, Any]:
+    """The fields of the configuration that a saved adapter has its own values of, such as `id2label`."""
+    values = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    return adapter_fields(type("Saved", (), {"auto_mapping": values.get("auto_mapping")}))
+
+
+def start_classes(
+    new: Sequence[str], old: Sequence[str], start_from: Mapping[str, str] | None = None
+) -> list[int | None]:
+    """The base's class that each new class starts from.
+
+    Args:
+        new (`Sequence[str]`): The adapter's classes.
+        old (`Sequence[str]`): The base's.
+        start_from (`Mapping[str, str]`, *optional*): New class -> class of the base; comes first.
+
+    Returns:
+        `list[int | None]`: Index in `old`: of the class in `start_from`, else of the one spelled alike, else of the
+        closest one that the new class is a kind of; `None` where there is none.
+
+    Raises:
+        ValueError: `start_from` names a class that is in neither list.
+    """
+    start_from = dict(start_from or {})
+    for name, source in start_from.items():
+        if name not in new or source not in old:
+            where, known = ("adapter", new) if name not in new else ("base", old)
+            wrong = name if name not in new else source
+            raise ValueError(f"adapter.start_from: the {where} has no class {wrong!r}; it has {', '.join(known)}.")
+    by_key = {spelling_key(name): index for index, name in reversed(list(enumerate(old)))}
+    found: list[int | None] = []
+    for name in new:
+        index = old.index(start_from[name]) if name in start_from else by_key.get(spelling_key(name))
+        if index is None:
+            parent = known_parents([name, *old]).get(name)
+            index = None if parent is None else old.index(parent)
+        found.append(index)
+    return found
+
+
+def _classes(config: Any, processor: Any, settings: AdapterConfig, rows: Mapping[str, Sequence[Row]]):
+    """The adapter's fields of the configuration, and for each head what its classes start from."""
+    fields: dict[str, Any] = {}
+    sources: dict[str, list[int | None]] = {}
+    prompts = {}
+    if "detection" in rows:
+        names = _labels(settings, class_names(rows["detection"]))
+        old = [config.id2label[index] for index in range(config.num_labels)]
+        sources["detection"] = start_classes(names, old, _named(settings.start_from, names))
+        fields |= {"id2label": dict(enumerate(names)), "label_parents": known_parents(names)}
+        thresholds = config.detection_thresholds or {}
+        fields["detection_thresholds"] = {name: thresholds[name] for name in names if name in thresholds}
+        prompts["detection"] = ", ".join(names)
+    if "single_cell" in rows:
+        names = _labels(settings, single_cell_names(rows["single_cell"]))
+        sources["single_cell"] = start_classes(names, config.single_cell_labels, _named(settings.start_from, names))
+        fields["single_cell_labels"] = names
+    if prompt := next((row["prompt"] for row in rows.get("segmentation", ()) if row.get("prompt")), None):
+        prompts["segmentation"] = fields["segmentation_label"] = prompt
+    processor.default_prompts |= prompts
+    if prompts:
+        ids = {task: processor.tokenizer(task_prompt(task, text))["input_ids"] for task, text in prompts.items()}
+        fields["default_prompt_ids"] = {**(config.default_prompt_ids or {}), **ids}
+    trained = {*(config.trained_tasks or ()), *rows}
+    fields["trained_tasks"] = [task for task in TASKS if task in trained]
+    return fields, sources
+
+
+def _labels(settings: AdapterConfig, found: Sequence[str]) -> list[str]:
+    if settings.labels is None:
+        return list(found)
+    missing = [name for name in found if name not in settings.labels]
+    if missing:
+        raise ValueError(
+            f"The data have the class {missing[0]!r}, which is not among the labels {', '.join(settings.labels)}. Add it, "
+            "or rename it with data.rename."
+        )
+    return list(settings.labels)
+
+
+def _named(start_from: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    unknown = [name for name in start_from if name not in names]
+    if unknown:
+        raise ValueError(f"adapter.start_from: the adapter has no class {unknown[0]!r}; it has {', '.join(names)}.")
+    return dict(start_from)
+
+
+def _set_classes(layer: ClassLinear | ClassEmbedding, sources: list[int | None]) -> None:
+    if isinstance(layer, ClassEmbedding):
+        # The last row stands for "no cell".
+        layer.set_rows([*sources, layer.num_embeddings - 1])
+    elif getattr(layer, "initial_bias", None) is None:
+        # Classes that exclude each other: a start that all have in common would tell nothing apart.
+        layer.set_rows(sources, nn.init.xavier_uniform_(torch.empty(len(sources), layer.in_features)))
+    else:
+        layer.set_rows(sources)
+
+
+def _peft_config(settings: AdapterConfig, tasks: Sequence[str], heads: list[str]) -> Any:
+    import peft
+
+    pattern = settings.target_modules or target_pattern(tasks)
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"adapter.target_modules {pattern!r} is not a pattern: {error}.") from error
+    common = {"target_modules": pattern, "modules_to_save": heads or None}
+    if settings.method == "ia3":
+        return peft.IA3Config(feedforward_modules=rf"(?={pattern}$){_IA3_INPUTS}", **common)
+    return peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        use_dora=settings.method == "dora",
+        **common,
+    )
+
+
+def _has_morphology(rows: Sequence[Row], known: Mapping[str, Any]) -> bool:
+    return any(name in known for row in rows for cell in row["objects"].get("morphology", ()) for name in cell)
+
+
+__all__ = [
+    "HEADS",
+    "TARGETS",
+    "attach_adapter",
+    "load_adapter_weights",
+    "save_adapter",
+    "save_merged",
+    "saved_classes",
+    "start_classes",
+    "target_pattern",
+]

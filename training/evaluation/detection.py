@@ -1,0 +1,217 @@
+"""Cells and their attributes, measured in pixels of the original image."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from unihema.processing_unihema.post_processing import (
+    DEFAULT_THRESHOLD,
+    ancestors_of,
+    distinct_cells,
+    thresholds_of,
+)
+from unihema.training.data.rows import Row
+from unihema.training.evaluation.measured import Measured, Resampler, class_names
+from unihema.training.metrics.coarse_classes import with_coarser_names, with_coarser_truth
+from unihema.training.metrics.counting import count_error
+from unihema.training.metrics.detection import (
+    MAX_DETECTIONS,
+    best_threshold,
+    mean_average_precision,
+    operating_point,
+    score_matches,
+)
+from unihema.training.metrics.morphology import MISSING, match_cells, morphology_scores
+from unihema.training.metrics.resampled_precision import MatchedDetections
+from unihema.training.metrics.single_cell import one_hot_counts, scores_of_counts
+
+
+class _Field(NamedTuple):
+    """One image: the queries ranked under every class, as mAP counts them; each under its best class, as results are
+    shown; the true cells; and the attributes that were read, and that are right, of the cells that have some."""
+
+    ranked: dict[str, np.ndarray]
+    cells: dict[str, np.ndarray]
+    truth: dict[str, Any]
+    read: np.ndarray
+    attributes: np.ndarray
+    described: int
+
+
+class MeasuredDetections(Measured):
+    """Cells of each image. A class that the image's data set does not annotate is not asked for: it takes no query from
+    one that is. Where it annotates a class and a coarser one, a cell counts under both."""
+
+    def __init__(self, model: Any, processor: Any):
+        super().__init__(model, processor)
+        self.names = class_names(model)
+        self.ancestors = ancestors_of(model.config)
+
+    def add(self, batch: dict[str, Any], rows: Sequence[Row]) -> None:
+        output = self.model(task="detection", **self.inputs(batch))
+        output.logits = _asked_for(output.logits, batch["labels"])
+        process, sizes = self.processor.image_processor.post_process_object_detection, batch["target_sizes"]
+        ranked = process(output, threshold=0.0, target_sizes=sizes, top_k=MAX_DETECTIONS, one_class_per_query=False)
+        # Finer names are taken at the thresholds that the model has now, as no cell is left out yet.
+        names = {"ancestors": self.ancestors, "finest": thresholds_of(self.model.config)}
+        cells = process(output, threshold=0.0, target_sizes=sizes, **names)
+        for image, index in enumerate(batch["row_indices"]):
+            truth = _reference(rows[index], sizes[image].tolist(), self.names)
+            found = _arrays(cells[image])
+            attributes = self._attributes(output, image, found, truth, batch["labels"][image].get("morphology"))
+            self.keep(rows[index], _Field(_arrays(ranked[image]), found, truth, *attributes))
+
+    def _attributes(self, output, image: int, found, truth, labels) -> tuple[np.ndarray, np.ndarray, int]:
+        sizes = self.model.config.morphology_sizes
+        if labels is None:
+            return np.zeros((0, len(sizes)), int), np.zeros((0, len(sizes)), int), 0
+        values = labels.numpy()
+        described = (values != MISSING).any(-1)
+        scores = output.logits[image].float().sigmoid().cpu().numpy()[found["queries"]][:, truth["labels"]]
+        queries, matched = match_cells(found["boxes"], truth["boxes"], scores)
+        queries, matched = queries[described[matched]], matched[described[matched]]
+        parts = output.pred_morphology[image].split(sizes, dim=-1)
+        read = torch.stack([part.argmax(-1) for part in parts], -1).cpu().numpy()
+        return read[found["queries"][queries]], values[matched], int(described.sum())
+
+    def best_thresholds(self) -> dict[str, float]:
+        """The score of each class at which its F1 is best, see `best_threshold`; classes never found are left out."""
+        predictions = self._shown(0.0)
+        thresholds = {}
+        for label, name in enumerate(self.names):
+            best = best_threshold(*score_matches(predictions, self._truth(), label, len(self.names)))
+            if best is not None:
+                thresholds[name] = round(min(max(best[0], 0.01), 0.99), 4)
+        return thresholds
+
+    def figures(self, part: bool = False) -> dict[str, Any]:
+        figures = mean_average_precision([field.ranked for field in self.records], self._truth(), self.names)
+        if part:
+            annotated = self._annotated_names()
+            figures["per_class"] = {name: figures["per_class"][name] for name in annotated}
+        figures["at_threshold"] = self._at_threshold()
+        if self._described():
+            figures["morphology"] = morphology_scores(
+                *self._read_and_true(), self.model.config.morphology, cells=self._described()
+            )
+        return figures
+
+    def _at_threshold(self) -> dict[str, dict[str, Any]]:
+        known = self.model.config.detection_thresholds
+        thresholds = np.array([known.get(name, DEFAULT_THRESHOLD) for name in self.names])
+        shown = self._shown(thresholds)
+        truth, found = self._truth(), {}
+        for label, name in enumerate(self.names):
+            scores, right, count = score_matches(shown, truth, label, len(self.names))
+            if count or len(scores):
+                point = operating_point(scores, right, count, thresholds[label])
+                found[name] = point | count_error(shown, truth, label, len(self.names))
+        return found
+
+    def resampler(self) -> Resampler:
+        matched = MatchedDetections([field.ranked for field in self.records], self._truth(), len(self.names))
+        attributes = self._attribute_counts() if self._described() else {}
+
+        def figures(weights: np.ndarray) -> dict[str, float | None]:
+            precision = matched.average_precision(weights)
+            seen = ~np.isnan(precision[0])
+            scores: dict[str, float | None] = {
+                "mAP": float(precision[:, seen].mean()) if seen.any() else None,
+                "mAP50": float(precision[0, seen].mean()) if seen.any() else None,
+                "mAP75": float(precision[5, seen].mean()) if seen.any() else None,
+            }
+            for label in np.flatnonzero(seen):
+                scores[f"per_class {self.names[label]} AP50"] = float(precision[0, label])
+                scores[f"per_class {self.names[label]} AP"] = float(precision[:, label].mean())
+            return scores | _attribute_scores(attributes, weights)
+
+        return figures
+
+    def _attribute_counts(self) -> dict[str, np.ndarray]:
+        """For each attribute what each image adds to its counts, `[images, 3, values]`."""
+        images = np.repeat(np.arange(len(self.records)), [len(field.read) for field in self.records])
+        read, true = self._read_and_true()
+        counts = {}
+        for number, (name, values) in enumerate(self.model.config.morphology.items()):
+            counts[name] = np.zeros((len(self.records), 3, len(values)))
+            np.add.at(counts[name], images, one_hot_counts(read[:, number], true[:, number], len(values)))
+        return counts
+
+    def _truth(self) -> list[dict[str, Any]]:
+        coarser = None if self.ancestors is None else self.ancestors.numpy()
+        return [with_coarser_truth(field.truth, coarser) for field in self.records]
+
+    def _shown(self, thresholds: np.ndarray | float) -> list[dict[str, np.ndarray]]:
+        coarser = None if self.ancestors is None else self.ancestors.numpy()
+        return [
+            with_coarser_names(_shown(field.cells, thresholds, self.ancestors), field.truth, coarser)
+            for field in self.records
+        ]
+
+    def _described(self) -> int:
+        return sum(field.described for field in self.records)
+
+    def _read_and_true(self) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(
+            np.concatenate([getattr(field, name) for field in self.records]) for name in ("read", "attributes")
+        )
+
+    def _annotated_names(self) -> list[str]:
+        declared = [field.truth.get("annotated_classes") for field in self.records]
+        labels = {label for part in declared for label in (range(len(self.names)) if part is None else part)}
+        return [self.names[label] for label in sorted(labels)]
+
+
+def _asked_for(logits: torch.Tensor, labels: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+    """Logits `[B, Q, classes]` without those of classes that an image's data set does not annotate."""
+    annotated = [label.get("annotated_classes") for label in labels]
+    if all(classes is None or classes.all() for classes in annotated):
+        return logits
+    everything = torch.ones(logits.shape[-1], dtype=torch.bool)
+    asked = torch.stack([everything if classes is None else classes.cpu().bool() for classes in annotated])
+    return logits.masked_fill(~asked[:, None].to(logits.device), float("-inf"))
+
+
+def _attribute_scores(counts: Mapping[str, np.ndarray], weights: np.ndarray) -> dict[str, float | None]:
+    found = [scores_of_counts(*np.tensordot(weights, of_one, 1))[0] for of_one in counts.values()]
+    labelled = [scores for scores in found if scores["accuracy"] is not None]
+    return {
+        f"morphology {name}": float(np.mean([scores[name] for scores in labelled]))
+        for name in ("accuracy", "macro_f1")
+        if labelled
+    }
+
+
+def _shown(
+    cells: Mapping[str, np.ndarray], thresholds: np.ndarray | float, ancestors: torch.Tensor | None
+) -> dict[str, np.ndarray]:
+    """Cells above their class's threshold, each once."""
+    limit = thresholds[cells["labels"]] if isinstance(thresholds, np.ndarray) else thresholds
+    above = np.flatnonzero(cells["scores"] > limit)
+    # `cells` come best first.
+    boxes, labels = torch.from_numpy(cells["boxes"][above]), torch.from_numpy(cells["labels"][above])
+    kept = distinct_cells(boxes, labels, ancestors=ancestors).numpy()
+    return {name: values[above[kept]] for name, values in cells.items()}
+
+
+def _arrays(detections: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: values.cpu().numpy() for name, values in detections.items()}
+
+
+def _reference(row: Row, size: Sequence[int], names: list[str]) -> dict[str, Any]:
+    height, width = size
+    boxes = np.asarray(row["objects"]["bbox"], dtype=float).reshape(-1, 4)
+    boxes = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), 1)
+    if row.get("size"):
+        boxes *= width / row["size"][0]
+    reference = {
+        "boxes": boxes.clip(0, [width, height, width, height]),
+        "labels": [names.index(name) for name in row["objects"]["category"]],
+    }
+    if "iscrowd" in row["objects"]:
+        reference["iscrowd"] = row["objects"]["iscrowd"]
+    if row.get("annotated_classes") is not None:
+        reference["annotated_classes"] = [names.index(name) for name in row["annotated_classes"]]
+    return reference

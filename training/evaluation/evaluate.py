@@ -1,0 +1,166 @@
+"""One evaluation for all tasks: predictions through the same post-processing as `unihema predict`, figures in one report."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from unihema.processing_unihema.prompts import LANGUAGE_TASKS
+from unihema.training.data.dataset import SmearDataset
+from unihema.training.data.label_names import as_known
+from unihema.training.data.rows import Row
+from unihema.training.evaluation.detection import MeasuredDetections
+from unihema.training.evaluation.intervals import DRAWS, LEVEL, bootstrap_intervals
+from unihema.training.evaluation.language import MeasuredTexts
+from unihema.training.evaluation.measured import Measured, class_names
+from unihema.training.evaluation.segmentation import MeasuredMasks
+from unihema.training.evaluation.selection import draw_rows, exchange_images, image_numbers
+from unihema.training.evaluation.single_cell import MeasuredCells
+
+
+QUESTIONS_AT_ONCE = 12
+
+
+def evaluate_model(
+    model,
+    processor,
+    rows_by_task: Mapping[str, Sequence[Row]],
+    batch_size: int = 8,
+    max_samples: int | None = None,
+    progress: bool = True,
+    generate_kwargs: Mapping[str, Any] | None = None,
+    shuffle_images: bool = False,
+    seed: int = 0,
+    calibrate: bool = False,
+    bootstrap: int = DRAWS,
+) -> dict[str, Any]:
+    """Measures a model on rows of any tasks, in evaluation mode.
+
+    Boxes are measured in pixels of the original image, masks at its size. `at_threshold` has what `unihema predict` shows:
+    cells above the model's thresholds, overlapping ones removed.
+
+    Args:
+        model (`UniHemaForMultiTask`): The model.
+        processor (`UniHemaProcessor`): Its processor.
+        rows_by_task (`Mapping[str, Sequence[Row]]`): Task -> rows.
+        batch_size (`int`): Images at once.
+        max_samples (`int`, *optional*): Measure on about this many rows of a task, whole images, drawn by `seed`.
+        progress (`bool`): Show progress bars.
+        generate_kwargs (`Mapping[str, Any]`, *optional*): For `generate`; greedy by default.
+        shuffle_images (`bool`): The image-blind control of language tasks: the same questions and answers, but every
+            image exchanged for another of the set. Other tasks are left out.
+        seed (`int`): Of the draw, the exchange and the resamples.
+        calibrate (`bool`): First set `model.config.detection_thresholds` to the best of these rows; the figures
+            `at_threshold` are then those of the rows the thresholds were chosen on.
+        bootstrap (`int`): Resamples of the images for the `intervals` (see `bootstrap_intervals`); 0 for none.
+
+    Returns:
+        `dict[str, Any]`: Task -> figures, with the number of `rows` and `images`, `intervals` and how they were made
+        (`bootstrap`), `image_blind` for that control, and where the rows are of several data sets `datasets`: for each
+        its own figures, of the classes it annotates.
+
+    Raises:
+        ValueError: The image-blind control of fewer than two images.
+    """
+    was_training = model.training
+    model.eval()
+    report = {}
+    try:
+        for task, rows in rows_by_task.items():
+            if shuffle_images:
+                if task not in LANGUAGE_TASKS:
+                    continue
+                rows = exchange_images(rows, seed)
+            rows = draw_rows(rows, max_samples, seed)
+            measured = _measured(model, processor, task, generate_kwargs or {})
+            _look(measured, task, rows, batch_size, progress)
+            if calibrate and task == "detection":
+                model.config.detection_thresholds = measured.best_thresholds()
+            report[task] = _task_report(measured, bootstrap, seed)
+            if shuffle_images:
+                report[task]["image_blind"] = True
+            if task in LANGUAGE_TASKS and model.model.reads_text_alone:
+                report[task]["text_only"] = True
+    finally:
+        model.train(was_training)
+    return report
+
+
+def calibrate_thresholds(
+    model, processor, rows: Sequence[Row], batch_size: int = 8, progress: bool = True
+) -> dict[str, float]:
+    """The score of each class at which its F1 (overlap at least 0.5) on these rows is best, see `best_threshold`.
+
+    Args:
+        model (`UniHemaForMultiTask`): The model.
+        processor (`UniHemaProcessor`): Its processor.
+        rows (`Sequence[Row]`): Detection rows that the model was not trained on.
+        batch_size (`int`): Images at once.
+        progress (`bool`): Show a progress bar.
+
+    Returns:
+        `dict[str, float]`: Class name -> threshold; classes that are not in the rows or never found are left out.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        measured = MeasuredDetections(model, processor)
+        _look(measured, "detection", rows, batch_size, progress)
+    finally:
+        model.train(was_training)
+    return measured.best_thresholds()
+
+
+def _measured(model, processor, task: str, generate_kwargs: Mapping[str, Any]) -> Measured:
+    if task in LANGUAGE_TASKS:
+        return MeasuredTexts(model, processor, task, generate_kwargs)
+    kinds = {"detection": MeasuredDetections, "segmentation": MeasuredMasks, "single_cell": MeasuredCells}
+    return kinds[task](model, processor)
+
+
+def _look(measured: Measured, task: str, rows: Sequence[Row], batch_size: int, progress: bool) -> None:
+    known = {"detection": class_names(measured.model), "single_cell": measured.model.config.single_cell_labels}
+    rows = as_known(rows, known[task]) if task in known else rows
+    with torch.inference_mode():
+        for batch in _batches(measured.model, measured.processor, task, rows, batch_size, progress):
+            measured.add(batch, rows)
+
+
+def _batches(model, processor, task: str, rows: Sequence[Row], batch_size: int, progress: bool) -> Iterator[dict]:
+    config = model.config
+    dataset = SmearDataset(
+        rows,
+        processor,
+        task,
+        class_names=class_names(model),
+        single_cell_labels=config.single_cell_labels,
+        morphology=config.morphology,
+        questions_per_image=QUESTIONS_AT_ONCE,
+        evaluation=True,
+        text_only=model.model.reads_text_alone,
+    )
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=dataset.collate)
+    return tqdm(loader, desc=f"evaluate {task}", unit="batch", disable=not progress, leave=False)
+
+
+def _task_report(measured: Measured, bootstrap: int, seed: int) -> dict[str, Any]:
+    report = measured.figures() | _numbers(measured, bootstrap, seed)
+    if report["intervals"]:
+        report["bootstrap"] = {"draws": bootstrap, "level": LEVEL, "seed": seed, "resampled": "images"}
+    names = list(dict.fromkeys(row["dataset"] for row in measured.rows))
+    if len(names) > 1:
+        parts = {name: measured.of_dataset(name) for name in names}
+        report["datasets"] = {
+            name: part.figures(part=True) | _numbers(part, bootstrap, seed) for name, part in parts.items()
+        }
+    return report
+
+
+def _numbers(measured: Measured, bootstrap: int, seed: int) -> dict[str, Any]:
+    return {
+        "rows": len(measured.rows),
+        "images": int(image_numbers(measured.rows).max(initial=-1)) + 1,
+        "intervals": bootstrap_intervals(measured, bootstrap, seed),
+    }

@@ -1,0 +1,67 @@
+"""What every task's measurement has in common: results row by row, of which any part can be scored."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from unihema.training.data.rows import Row
+
+
+# From how often each row counts to figures; `None` where there is nothing to measure.
+Resampler = Callable[[np.ndarray], Mapping[str, float | None]]
+
+
+class Measured:
+    """What a model said of rows of one task.
+
+    Args:
+        model (`UniHemaForMultiTask`): The model.
+        processor (`UniHemaProcessor`): Its processor.
+    """
+
+    def __init__(self, model: Any, processor: Any):
+        self.model, self.processor = model, processor
+        self.rows: list[Row] = []
+        self.records: list[Any] = []
+
+    def add(self, batch: dict[str, Any], rows: Sequence[Row]) -> None:
+        """Asks the model about a batch of a `SmearDataset` of `rows`, and keeps what it says."""
+        raise NotImplementedError
+
+    def figures(self, part: bool = False) -> dict[str, Any]:
+        """The scores.
+
+        Args:
+            part (`bool`): These are the rows of one data set among several: only the classes that it annotates are
+                listed, and no long lists.
+        """
+        raise NotImplementedError
+
+    def resampler(self) -> Resampler:
+        """What gives the main figures of any resample of the rows, quickly."""
+        raise NotImplementedError
+
+    def keep(self, row: Row, record: Any) -> None:
+        """Keeps the result of a row."""
+        self.rows.append(row)
+        self.records.append(record)
+
+    def of_dataset(self, name: str) -> Self:
+        """The results of one data set."""
+        part = copy.copy(self)
+        chosen = [number for number, row in enumerate(self.rows) if row["dataset"] == name]
+        part.rows, part.records = [self.rows[n] for n in chosen], [self.records[n] for n in chosen]
+        return part
+
+    def inputs(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The model's inputs of a batch, on its device."""
+        names = ("pixel_values", "pixel_mask", "input_ids", "attention_mask")
+        return {name: batch[name].to(self.model.device) for name in names if name in batch}
+
+
+def class_names(model: Any) -> list[str]:
+    """The detection classes of a model, in the order of their ids."""
+    return [model.config.id2label[index] for index in range(model.config.num_labels)]

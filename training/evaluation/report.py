@@ -1,0 +1,85 @@
+"""A report in files, and its main figures in a line."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unihema.training.files import write_json, write_text
+
+
+# The figure that stands for a task: in progress messages, and to choose the best evaluation of a run.
+HEADLINES = {
+    "detection": "mAP50",
+    "segmentation": "dice",
+    "single_cell": "macro_f1",
+    "question_answering": "exact_match",
+    "cloze": "exact_match",
+}
+_BESIDES = ("intervals", "datasets", "bootstrap")
+
+
+def headline(report: Mapping[str, Any]) -> tuple[float, str]:
+    """Mean of the tasks' main figures, and those figures as text."""
+    figures = {task: report[task].get(name) for task, name in HEADLINES.items() if task in report}
+    known = [value for value in figures.values() if value is not None]
+    text = ", ".join(
+        f"{task} {HEADLINES[task]} {'none' if value is None else format(value, '.3f')}"
+        for task, value in figures.items()
+    )
+    return (float(np.mean(known)) if known else float("-inf")), text
+
+
+def write_report(report: Mapping[str, Any], folder: str | Path, name: str = "metrics") -> None:
+    """Writes a report as JSON and as Markdown: the main figures of each task and data set, then every figure.
+
+    Args:
+        report (`Mapping[str, Any]`): Of `evaluate_model`.
+        folder (`str` or `Path`): Where.
+        name (`str`): File name without its ending.
+    """
+    folder = Path(folder)
+    write_json(folder / f"{name}.json", report)
+    write_text(folder / f"{name}.md", "\n".join(report_lines(report)) + "\n")
+
+
+def report_lines(report: Mapping[str, Any]) -> list[str]:
+    """The lines of a report in Markdown."""
+    lines = ["| task | data | images | rows | main figure | value | interval |", "|---|---|---|---|---|---|---|"]
+    details = ["| task | figure | value | interval |", "|---|---|---|---|"]
+    notes = []
+    for task, figures in report.items():
+        for data, part in {"all": figures, **figures.get("datasets", {})}.items():
+            figure = HEADLINES.get(task, "")
+            shown = (data, part.get("images", ""), part.get("rows", ""), figure, _shown(part.get(figure)))
+            lines.append(f"| {task} | {' | '.join(map(str, shown))} | {_interval(part, figure)} |")
+            where = task if part is figures else f"{task}, {data}"
+            for path, value in _flat(part):
+                interval = _interval(part, path.replace(" / ", " "))
+                details.append(f"| {where} | {path} | {_shown(value)} | {interval} |")
+        if made := figures.get("bootstrap"):
+            notes.append(
+                f"Intervals of {task}: {made['level']:.0%}, percentiles of {made['draws']} resamples of its images "
+                f"(seed {made['seed']})."
+            )
+    return [*lines, "", *(line for note in notes for line in (note, "")), *details]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _interval(figures: Mapping[str, Any], name: str) -> str:
+    limits = (figures.get("intervals") or {}).get(name)
+    return f"{limits[0]:.4f} to {limits[1]:.4f}" if limits else ""
+
+
+def _flat(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in figures.items():
+        if not prefix and name in _BESIDES:
+            continue
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name} / ")
+        elif not isinstance(value, (list, tuple, np.ndarray)):
+            yield f"{prefix}{name}", value

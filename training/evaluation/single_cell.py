@@ -1,0 +1,39 @@
+"""Classes of single-cell images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from unihema.training.data.rows import Row
+from unihema.training.evaluation.measured import Measured, Resampler
+from unihema.training.metrics.single_cell import classification_scores, one_hot_counts, scores_of_counts
+
+
+class MeasuredCells(Measured):
+    """Predicted and true class of each image."""
+
+    def add(self, batch: dict[str, Any], rows: Sequence[Row]) -> None:
+        predicted = self.model(task="single_cell", **self.inputs(batch)).logits.argmax(-1).tolist()
+        for index, found, true in zip(batch["row_indices"], predicted, batch["labels"].tolist()):
+            self.keep(rows[index], (found, true))
+
+    def figures(self, part: bool = False) -> dict[str, Any]:
+        predicted, true = zip(*self.records)
+        figures = classification_scores(predicted, true, self.model.config.single_cell_labels)
+        if part:
+            figures["per_class"] = {name: values for name, values in figures["per_class"].items() if values["cells"]}
+            del figures["confusion"]
+        return figures
+
+    def resampler(self) -> Resampler:
+        names = self.model.config.single_cell_labels
+        predicted, true = zip(*self.records)
+        counts = one_hot_counts(predicted, true, len(names))
+
+        def figures(weights: np.ndarray) -> dict[str, float | None]:
+            right, cells, found = np.tensordot(weights, counts, 1)
+            scores, f1 = scores_of_counts(right, cells, found)
+            return scores | {f"per_class {name} f1": f1[n] for n, name in enumerate(names) if cells[n]}
+
+        return figures

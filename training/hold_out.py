@@ -1,0 +1,27 @@
+"""Images that a run must not see: those of a patient, a slide or a field."""
+
+from collections.abc import Mapping, Sequence
+
+from unihema.training.data.rows import GROUP_KEYS, Row
+from unihema.training.run_config import RunConfigError
+
+
+def is_held_out(row: Row, hold_out: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a row is of one of the groups.
+
+    Args:
+        row (`Row`): A schema row, see rows.py.
+        hold_out (`Mapping[str, Sequence[str]]`): `patient`, `slide` or `source_image` -> those held out.
+
+    Raises:
+        RunConfigError: Another kind of group.
+    """
+    for group, names in hold_out.items():
+        if group not in GROUP_KEYS:
+            raise RunConfigError(f"data.hold_out: unknown group '{group}'; groups are {', '.join(GROUP_KEYS)}.")
+        if str(row.get(group)) in names:
+            return True
+    return False
+
+
+__all__ = ["is_held_out"]

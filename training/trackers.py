@@ -1,0 +1,39 @@
+"""The figures of a run in the trackers that Accelerate knows (TensorBoard and others), beside its own log."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from unihema.training.run_config import RunConfig
+
+
+def tracker_callback(accelerator: Any, config: RunConfig) -> Callable[[dict], None]:
+    """Starts the trackers of a run; what it returns takes the lines of the run's log.
+
+    Args:
+        accelerator (`accelerate.Accelerator`): Was made with `log_with` these trackers.
+        config ([`RunConfig`]): Recorded as the run's settings.
+    """
+    settings = {
+        name: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for name, value in _flat(config.to_dict())
+    }
+    accelerator.init_trackers("unihema", config=settings)
+
+    def track(line: dict) -> None:
+        figures = {
+            name: value for name, value in _flat(line) if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        accelerator.log(figures, step=line.get("step"))
+
+    return track
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+__all__ = ["tracker_callback"]
