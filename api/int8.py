@@ -65,7 +65,8 @@ def to_int8(model: "UniHemaPreTrainedModel") -> "UniHemaPreTrainedModel":
         model.eval().requires_grad_(False)
         quantize_dynamic(model, dict.fromkeys(names, default_dynamic_qconfig), dtype=torch.qint8, inplace=True)
     setattr(model, _MARK, True)
-    return model
+    # The new layers start in training mode.
+    return model.eval()
 
 
 def is_int8(model: object) -> bool:

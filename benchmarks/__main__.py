@@ -1,6 +1,7 @@
 """`python -m benchmarks`: measures, section by section, and writes a page, a plot and JSON."""
 
 import json
+import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +29,15 @@ def bench(
     record = output / "benchmarks" / "results.json"
     results = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     rate = gemm_rate()
-    results["machine"] = {
+    machine = {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "gflops": rate / 1e9,
     }
+    if not section or "machine" not in results:
+        results["machine"], results["again"] = machine, {}
     sections: dict[str, Callable[[], list[dict]]] = {
         "loss": lambda: training_step.loss(rounds),
         "tasks": lambda: tasks.measure(SIZES[0], rounds),
@@ -46,6 +49,9 @@ def bench(
     }
     for name, measure in sections.items():
         if not section or name in section:
+            if section:
+                # What ran beside it shows in the load.
+                results.setdefault("again", {})[name] = machine | {"load": os.getloadavg()[0]}
             results[name] = measure()
             write_text(record, [json.dumps(results, indent=1), "\n"])
     exponents = detection.exponents(results.get("growth", []))

@@ -83,6 +83,14 @@ def grounding_dino() -> nn.Module:
     return GroundingDinoForObjectDetection(GroundingDinoConfig(backbone_config=swin)).eval()
 
 
+def blip_vqa() -> nn.Module:
+    """BLIP that answers questions, of the base size: ViT-B/16 at 512 pixels, a BERT-like encoder and decoder."""
+    from transformers import BlipConfig, BlipForQuestionAnswering
+
+    config = BlipConfig(vision_config={"image_size": 512}, image_text_hidden_size=256)
+    return BlipForQuestionAnswering(config).eval()
+
+
 def detectors() -> dict[str, Callable[[tuple[int, int]], Callable[[], object]]]:
     """By name, from an image size to a function that runs the model on one image of it, padded where it has to be."""
 

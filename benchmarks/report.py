@@ -35,7 +35,15 @@ def page(results: dict, exponents: dict[str, float]) -> str:
         if results.get(section):
             table = pd.DataFrame(results[section])
             table = table.map(lambda value: " x ".join(map(str, value)) if isinstance(value, list | tuple) else value)
-            lines += [f"## {title}", "", _markdown(table), ""]
+            lines += [f"## {title}", ""]
+            again = results.get("again", {}).get(section)
+            if again:
+                lines += [
+                    f"Measured again by itself: {again['threads']} threads, {again['gflops']:.0f} GFLOP in a processor "
+                    f"second; the machine's load was {again['load']:.1f} when it began.",
+                    "",
+                ]
+            lines += [_markdown(table), ""]
     if exponents:
         lines += ["## Growth", "", "![time by pixels](benchmarks/growth.png)", ""]
         lines += ["Exponent of time in pixels (1 is linear):", ""]

@@ -4,6 +4,7 @@ import torch
 
 from benchmarks import models
 from benchmarks.measuring import interleaved
+from unihema.int8 import to_int8
 
 
 NEW_TOKENS = 32
@@ -17,16 +18,28 @@ def measure(size: tuple[int, int], rounds: int) -> list[dict]:
     looks = [0]
     trunk.visual_backbone.register_forward_hook(lambda *_: looks.__setitem__(0, looks[0] + 1))
 
-    def answer() -> None:
-        model.generate(
-            input_ids=QUESTION, pixel_values=image, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, num_beams=1
+    peer = models.blip_vqa()
+    # Another model of the same kind: quantising changes it for good.
+    small = to_int8(models.unihema("question_answering"))
+
+    def answer(asked=model, beams: int = 1) -> None:
+        asked.generate(
+            input_ids=QUESTION,
+            pixel_values=image,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            num_beams=beams,
         )
 
     def new_image() -> None:
         trunk._image_memory.forget()
         answer()
 
-    def everything() -> None:
+    def new_image_int8() -> None:
+        small.model._image_memory.forget()
+        answer(small)
+
+    def everything(beams: int = 1) -> None:
         """Every part once, nothing twice: the image's feature levels are shared, as in the official forward pass."""
         trunk._image_memory.forget()
         levels = trunk._image_memory(trunk.visual_backbone, image, None)
@@ -39,15 +52,26 @@ def measure(size: tuple[int, int], rounds: int) -> list[dict]:
         states, _ = trunk.image_decoder(content, chosen.reference_logits, tokens, levels)
         model.detection_head(states)
         model.mask_head(*trunk.hema_former.query_guided_mask_finder(states[-1, :, :1], tokens, levels), size)
-        answer()
+        answer(beams=beams)
+
+    def blip_answer() -> None:
+        peer.generate(
+            input_ids=QUESTION, pixel_values=image, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, num_beams=1
+        )
+
+    def everything_with_beams() -> None:
+        everything(beams=4)
 
     cases = {
         "everything, with an answer": everything,
+        "everything, with an answer of 4 beams": everything_with_beams,
         "detection": lambda: model(task="detection", pixel_values=image),
         "segmentation": lambda: model(task="segmentation", pixel_values=image),
         "single cell": lambda: model(task="single_cell", pixel_values=image),
         "question": new_image,
         "second question": answer,
+        "question, int8": new_image_int8,
+        "question to BLIP": blip_answer,
     }
     with torch.no_grad():
         timings = interleaved(cases, rounds, f"tasks {size}")

@@ -249,6 +249,9 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
         **(options.get("adapter_kwargs") or {}),
     }
     hub = {option: given[option] for option in _HUB_OPTIONS if given.get(option) is not None}
+    # Transformers hands on the commit that it found for the base, which is none of the adapter's.
+    hub = {option: getattr(value, "initial", value) for option, value in hub.items()}
+    hub = {option: value for option, value in hub.items() if value is not None}
     config = peft.PeftConfig.from_pretrained(source, **hub)
     config.inference_mode = not options.get("is_trainable", False)
     # The first parameter of an 8-bit model tells where it is as well.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from .deformable_gather import Arithmetic, gradients, read
+from .deformable_gather import PLAIN, Arithmetic, gradients, read
 
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class _Fused:
         return self.plain(*arguments)
 
 
-_FUSED = Arithmetic(*map(_Fused, Arithmetic()))
+_FUSED = Arithmetic(*map(_Fused, PLAIN))
 
 
 def _pairs(sizes: list[int]) -> list[tuple[int, int]]:

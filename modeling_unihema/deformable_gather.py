@@ -236,6 +236,9 @@ class Arithmetic(NamedTuple):
     slopes: Callable = slopes
 
 
+PLAIN = Arithmetic()
+
+
 def _chunks(number: int) -> list[slice]:
     return [slice(start, start + CHUNK) for start in range(0, number, CHUNK)]
 
@@ -245,7 +248,7 @@ def read(
     value: torch.Tensor,
     points: torch.Tensor,
     weights: torch.Tensor,
-    arithmetic: Arithmetic = Arithmetic(),
+    arithmetic: Arithmetic = PLAIN,
 ) -> torch.Tensor:
     """[`gather_rows`] of tensors of one dtype, without gradient."""
     batch, _, heads, width = value.shape
@@ -268,7 +271,7 @@ def gradients(
     value: torch.Tensor,
     all_points: torch.Tensor,
     all_weights: torch.Tensor,
-    arithmetic: Arithmetic = Arithmetic(),
+    arithmetic: Arithmetic = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of value, points and weights, from that of [`read`]'s result."""
     batch, _, heads, width = value.shape
@@ -367,4 +370,4 @@ def _add_up(
     return collected
 
 
-__all__ = ["Arithmetic", "fits", "gather_rows", "gradients", "read"]
+__all__ = ["PLAIN", "Arithmetic", "fits", "gather_rows", "gradients", "read"]

@@ -14,9 +14,9 @@ try:
     import triton
     import triton.language as tl
 
-    jit = triton.jit
+    constexpr, jit = tl.constexpr, triton.jit
 except ImportError:
-    triton = None
+    triton, constexpr = None, int
 
     def jit(function):
         """Stands in where there is no Triton; the kernels are not called then."""
@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @jit
-def _locate(points, levels, place, sample, POINTS: "constexpr", known):
+def _locate(points, levels, place, sample, POINTS: constexpr, known):
     """Level, its size, and where a sample lies in its pixels, 0 being the centre of the first."""
     level = sample // POINTS
     height = tl.load(levels + level * 3)
@@ -43,7 +43,7 @@ def _locate(points, levels, place, sample, POINTS: "constexpr", known):
 
 
 @jit
-def _pixel(x, y, height, width, start, image, head, TOKENS, HEADS: "constexpr", known):
+def _pixel(x, y, height, width, start, image, head, TOKENS, HEADS: constexpr, known):
     """Number of the pixel at whole-numbered (x, y) in the value's rows, and whether there is one."""
     there = known & (x >= 0) & (x < width) & (y >= 0) & (y < height)
     column = tl.where(there, x, 0.0).to(tl.int32)
@@ -61,12 +61,12 @@ def _forward(
     output,
     NUMBER,
     TOKENS,
-    HEADS: "constexpr",
-    SAMPLES: "constexpr",
-    POINTS: "constexpr",
-    WIDTH: "constexpr",
-    PADDED: "constexpr",
-    QUERIES: "constexpr",
+    HEADS: constexpr,
+    SAMPLES: constexpr,
+    POINTS: constexpr,
+    WIDTH: constexpr,
+    PADDED: constexpr,
+    QUERIES: constexpr,
 ):
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     image = tl.program_id(1) // HEADS
@@ -105,12 +105,12 @@ def _backward(
     of_weights,
     NUMBER,
     TOKENS,
-    HEADS: "constexpr",
-    SAMPLES: "constexpr",
-    POINTS: "constexpr",
-    WIDTH: "constexpr",
-    PADDED: "constexpr",
-    QUERIES: "constexpr",
+    HEADS: constexpr,
+    SAMPLES: constexpr,
+    POINTS: constexpr,
+    WIDTH: constexpr,
+    PADDED: constexpr,
+    QUERIES: constexpr,
 ):
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     image = tl.program_id(1) // HEADS

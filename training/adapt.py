@@ -13,7 +13,7 @@ from unihema.training.adapter_config import AdapterConfig
 from unihema.training.adapters import CONFIG, WEIGHTS
 from unihema.training.before_after import BeforeAfter
 from unihema.training.build import training_rows
-from unihema.training.data.rows import DatasetError, Row
+from unihema.training.data.rows import DatasetError, Row, class_names, single_cell_names
 from unihema.training.early_stopping import best_step
 from unihema.training.loop import train
 from unihema.training.run_config import (
@@ -91,6 +91,9 @@ def adapt(
         folder, [data] if isinstance(data, (str, Path)) else data, task, output_dir, labels=labels, method=method,
         start_from=start_from, base_name=base_name,
     ).with_overrides(dict(overrides or {}))  # fmt: skip
+    if config.adapter.labels is None:
+        # Neither a fold nor a draw may have all classes.
+        config.adapter.labels = _all_labels(config)
     callbacks = tuple(callbacks)
     parts = config
     if folds is not None and config.data.folds is not None:
@@ -220,6 +223,15 @@ def _rows_of_any(config: RunConfig, tasks: Sequence[str]) -> dict[str, list[Row]
     if not rows:
         raise problem
     return rows
+
+
+def _all_labels(config: RunConfig) -> list[str] | None:
+    """Classes of the whole training split; `None` for tasks that have none."""
+    data = dataclasses.replace(config.data, folds=None, max_samples=None)
+    rows = training_rows(dataclasses.replace(config, data=data))
+    if "detection" in rows:
+        return class_names(rows["detection"])
+    return single_cell_names(rows["single_cell"]) if "single_cell" in rows else None
 
 
 def _images(rows: Sequence[Row]) -> int:

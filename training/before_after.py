@@ -24,8 +24,8 @@ class BeforeAfter:
 
     On the lab's validation images: the task's main figure of the base, where it has all of the lab's classes, and of the
     adapter before its first step (`start`) and after its last; for detection also how well boxes fit whatever their class,
-    which is what a base can do with classes that it has never been taught. On the base's: the same figures of the base, with the adapter switched off (which must not
-    change them) and with it on (what the adapter has forgotten).
+    which is what a base can do with classes that it has never been taught. On the base's: the same figures of the base,
+    with the adapter switched off (which must not change them) and with it on (what the adapter has forgotten).
 
     Args:
         config ([`RunConfig`]): The run that trains the adapter.

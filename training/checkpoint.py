@@ -99,6 +99,9 @@ def save_trained(model, processor, folder: str | Path) -> None:
             model.save_pretrained(partial)
         if processor is not None:
             processor.save_pretrained(partial)
+        for file in partial.iterdir():
+            # safetensors makes files that only their owner reads; a lab shares its models.
+            file.chmod(partial.stat().st_mode & 0o666)
         # The configuration goes last: a folder that has one is a model.
         for file in sorted(partial.iterdir(), key=lambda file: file.name in ("config.json", CONFIG)):
             os.replace(file, folder / file.name)

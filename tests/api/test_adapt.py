@@ -90,7 +90,7 @@ def test_the_commands_take_the_adapter_for_a_checkpoint(lab, tmp_path):
     folder = root / "adapter"
     predicted = run("predict", folder, root / "smear.png", "-o", tmp_path / "results", "--threshold", 0)
     assert predicted.exit_code == 0 and "PMN" in predicted.stdout
-    provenance = json.loads(next((tmp_path / "results" / "records").glob("*.json")).read_text())["provenance"]
+    provenance = json.loads(next((tmp_path / "results" / "records").glob("*.json")).read_text())["result"]["provenance"]
     assert provenance["adapters"] == ["adapter"] and "base/model.safetensors" in provenance["checkpoint_sha256"]
     told = run("info", folder)
     assert told.exit_code == 0 and f"adapter (LORA, rank 4) of {root / 'base'}" in told.stdout and "PMN" in told.stdout

@@ -139,6 +139,63 @@ def test_tables_and_records_agree(checkpoint, draw, tmp_path):
     assert {"checkpoint_sha256", "image_sha256", "detection_thresholds", "torch"} <= result.provenance.keys()
 
 
+def test_images_of_one_size_together_have_the_results_they_have_alone(checkpoint, draw, tmp_path):
+    sizes = [(60, 40), (50, 50), (60, 40), (60, 40), (50, 50), (30, 60), (60, 40)]
+    images = [draw(f"{number}.png", size, seed=number) for number, size in enumerate(sizes)]
+    bad = tmp_path / "images" / "bad.png"
+    bad.write_bytes(b"no image")
+    options = {"tasks": ["detection", "segmentation", "single_cell"], "questions": ["What is it?"]}
+    predict_files(checkpoint, [*images, bad], tmp_path / "alone", **options)
+    seen = []
+    report = predict_files(
+        checkpoint, [*images, bad], tmp_path / "together", batch_size=3, **options,
+        on_image=lambda number, total, path, outcome: seen.append((number, total, path)),
+    )  # fmt: skip
+    assert [call[0] for call in seen] == list(range(1, 9)) and {call[2] for call in seen} == {*images, bad}
+    assert list(report.failed) == [str(bad)] and sorted(report.analysed) == images
+    for number in range(len(sizes)):
+        alone, together = (
+            SmearResult.from_dict(json.loads((tmp_path / run / "records" / f"{number}.json").read_text())["result"])
+            for run in ("alone", "together")
+        )
+        assert alone.answers == together.answers and len(alone.cells) == len(together.cells)
+        by_place = [sorted((cell.label, *np.round(cell.box, 0)) for cell in r.cells) for r in (alone, together)]
+        assert np.mean([a == b for a, b in zip(*by_place)]) > 0.9
+        assert alone.single_cell["score"] == pytest.approx(together.single_cell["score"], abs=1e-4)
+        masks = [np.asarray(Image.open(tmp_path / run / f"{number}_mask.png")) for run in ("alone", "together")]
+        assert (masks[0] != masks[1]).mean() < 0.01
+    with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
+        predict_files(checkpoint, images, tmp_path / "alone", batch_size=0)
+
+
+def test_a_batch_that_fails_is_tried_one_by_one(checkpoint, draw, tmp_path, monkeypatch):
+    import unihema.batch
+
+    images = [draw(f"{number}.png", seed=number) for number in range(3)]
+    whole = unihema.batch.analyze_opened
+
+    def short_of_memory(model, processor, opened, *request):
+        if len(opened) > 1 or opened[0].name == str(images[1]):
+            raise MemoryError("no room")
+        return whole(model, processor, opened, *request)
+
+    monkeypatch.setattr(unihema.batch, "analyze_opened", short_of_memory)
+    report = predict_files(checkpoint, images, tmp_path / "results", batch_size=3)
+    assert report.failed == {str(images[1]): "no room"} and len(report.analysed) == 2
+
+
+def test_int8_is_said_in_the_results(checkpoint, draw, tmp_path):
+    image, seen = draw("a.png"), []
+    predict_files(checkpoint, [image], tmp_path / "results")
+    for analysed in ([image], []):
+        report = predict_files(
+            checkpoint, [image], tmp_path / "results", int8=True, on_image=lambda *call: seen.append(call[3])
+        )
+        assert report.analysed == analysed
+    assert seen[0].provenance["dtype"] == "int8"
+    assert json.loads((tmp_path / "results" / "results.json").read_text())["settings"]["int8"] is True
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_cut_off_loses_nothing_that_was_done(checkpoint, draw, tmp_path, stop):
     for number in range(200):

@@ -53,3 +53,12 @@ def test_names_of_the_data_become_those_of_the_checkpoint(lab, tmp_path):
     assert result.exit_code == 0, result.output
     wrong = CliRunner().invoke(app, [*arguments, "--rename", "RBC"])
     assert wrong.exit_code == 2 and "must look like RBC='red blood cell'" in " ".join(wrong.output.split())
+
+
+def test_int8_beside_the_exact_model(lab):
+    arguments = ["evaluate", str(lab / "unihema"), str(lab / "one"), "-t", "single_cell", "--int8", "--bootstrap", "0"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0].startswith("single_cell (6 rows): accuracy")
+    assert lines[1].startswith("  without int8: accuracy")

@@ -46,3 +46,24 @@ def test_kernels_agree_with_the_plain_form_forward_and_backward():
         pytest.skip("Triton's interpreter does not work here")
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("equal\n"), done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_kernels_compile_for_a_gpu_that_is_not_there(dtype):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from unihema.modeling_unihema import deformable_triton as kernels
+
+    values, floats = f"*{dtype}", "*fp32"
+    inputs = {"value": values, "levels": "*i32", "points": floats, "weights": floats}
+    sizes = {"NUMBER": "i32", "TOKENS": "i32"}
+    constants = {"HEADS": 8, "SAMPLES": 16, "POINTS": 4, "WIDTH": 32, "PADDED": 32, "QUERIES": kernels.QUERIES}
+    gradients = {"of_value": floats, "of_points": floats, "of_weights": floats}
+    for kernel, signature in (
+        (kernels._forward, {**inputs, "output": values}),
+        (kernels._backward, {"gradient": values, **inputs, **gradients}),
+    ):
+        types = signature | sizes | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constexprs=constants)
+        assert "ptx" in compile(source, target=GPUTarget("cuda", 80, 32)).asm

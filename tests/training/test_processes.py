@@ -66,9 +66,13 @@ def test_two_processes_learn_what_one_does(smears, tmp_path):
     alone, shared = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert [task for task, _ in alone] == [task for task, _ in shared] and {task for task, _ in alone} == set(TASKS)
     assert [loss for _, loss in shared] == pytest.approx([loss for _, loss in alone], abs=1e-4, rel=1e-4)
-    assert max(
-        float((a - b).abs().max()) for a, b in zip(weights(tmp_path / "one").values(), weights(tmp_path / "two").values())
-    ) < 1e-3
+    assert (
+        max(
+            float((a - b).abs().max())
+            for a, b in zip(weights(tmp_path / "one").values(), weights(tmp_path / "two").values())
+        )
+        < 1e-3
+    )
 
 
 def killed_run(config, folder: Path, chance: random.Random, while_saving: bool) -> int:

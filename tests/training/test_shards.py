@@ -146,6 +146,7 @@ def test_a_set_in_shards_beside_one_in_memory(folder, shards, processor):
     assert isinstance(rows, JoinedRows) and len(rows) == FIELDS + 1 and class_names(rows.witnesses) == ["RBC"]
     names = [name for _, names in batches(rows, processor, 6) for name in names]
     assert sorted(names) == sorted(row["file_name"] for row in rows)
+    assert [name for name, _ in rows.sources] == ["lab", "lab"]
     renamed = rows.renamed({"RBC": "red cell"})
     assert class_names(renamed) == class_names(renamed.witnesses) == ["red cell"]
     assert rows[FIELDS]["image"] == str(folder / "val" / "images" / "0.png")

@@ -112,7 +112,9 @@ def test_the_six_stages(smears, tmp_path):
 
     with pytest.raises(RunConfigError, match=r"holds the stages of an earlier run \(single_cell, text, .*--resume"):
         train_stages(config)
-    with pytest.raises(RunConfigError, match=r"Stage 2 \(text\) is finished, with optimisation.learning_rate=0.002; now"):
+    with pytest.raises(
+        RunConfigError, match=r"Stage 2 \(text\) is finished, with optimisation.learning_rate=0.002; now"
+    ):
         train_stages(config, resume=True)
     # What was written under this name can be read again.
     mix = read_mix(tmp_path / "run" / "mix.json")

@@ -48,7 +48,7 @@ def write_shards(
     Args:
         rows_by_task (`Mapping[str, Sequence[Row]]`): Task -> rows, as `load_folder` gives them.
         folder (`str` or `Path`): Folder of the split, such as `OUT/train`.
-        dataset (`str`): Name of the data set.
+        dataset (`str`): Name of the data folder that the rows are from.
         shard_samples (`int`): Samples of a shard.
         group_samples (`int`): Samples of a row group, which is read at once.
         progress (`bool`): Show a progress bar.

@@ -77,7 +77,8 @@ class StoredRows(LazyRows):
         self.folder, self.task, self.names = Path(folder), task, dict(names or {})
         index = read_index(self.folder)
         entry = index["tasks"][task]
-        self.dataset = index["dataset"]
+        # As of any data folder, wherever it was copied; the index keeps the name of the one it was written from.
+        self.dataset = self.folder.resolve().parent.name
         # They tell names only, and have no files.
         nowhere = {"image": str(self.folder), "mask": str(self.folder)}
         self.witnesses = rename_rows([self._complete(row) | nowhere for row in entry["witnesses"]], self.names)

@@ -1,0 +1,70 @@
+"""The checkpoint and the example smears that come with the package: from installation to results without any download."""
+
+import os
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+from .checkpoint import fingerprint
+from .files import sha256
+
+
+CHECKPOINT, EXAMPLES = "checkpoint", "examples"
+
+
+def lay_down_checkpoint(folder: str | Path = "unihema", replace: bool = False) -> Path:
+    """Copies the shipped checkpoint, so that `AutoModel.from_pretrained("unihema")` finds it.
+
+    Args:
+        folder (`str` or `Path`): Where; a folder that holds the same checkpoint already is left as it is.
+        replace (`bool`): Delete what is there.
+
+    Returns:
+        `Path`: The checkpoint folder, whole.
+
+    Raises:
+        FileExistsError: Something else is there.
+    """
+    source, folder = _shipped(CHECKPOINT), Path(folder)
+    if folder.exists() and not replace:
+        if _holds(folder, source):
+            return folder
+        raise FileExistsError(
+            f"{folder} is there already and holds something else. Name another folder, or add --replace to delete it."
+        )
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, partial)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+    return folder
+
+
+def copy_examples(folder: str | Path) -> list[Path]:
+    """Copies the example smears with their credits; files of the same name are overwritten.
+
+    Args:
+        folder (`str` or `Path`): Where.
+
+    Returns:
+        `list[Path]`: The images, sorted: fields of view first, then crops of single cells.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    copied = [Path(shutil.copyfile(path, folder / path.name)) for path in sorted(_shipped(EXAMPLES).iterdir())]
+    images = [path for path in copied if path.suffix == ".jpg"]
+    return sorted(images, key=lambda path: (not path.name.startswith("field"), path.name))
+
+
+def _shipped(what: str) -> Path:
+    return Path(str(files("unihema"))) / "shipped" / what
+
+
+def _holds(folder: Path, source: Path) -> bool:
+    wanted = fingerprint(source)
+    return all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in wanted.items())
+
+
+__all__ = ["copy_examples", "lay_down_checkpoint"]

@@ -1,0 +1,56 @@
+"""Models with 8-bit linear layers: how far they are from the exact ones, and what cannot be quantised."""
+
+import pytest
+import torch
+from tiny_checkpoint import save_tiny_checkpoint
+from torch import nn
+
+import unihema
+from unihema.int8 import is_int8, to_int8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("model") / "unihema")
+
+
+@pytest.fixture
+def model(checkpoint):
+    return unihema.load_checkpoint(checkpoint, "cpu")[0]
+
+
+def test_results_stay_close_and_heads_stay_exact(model):
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        exact = model(pixel_values=image, task="single_cell").logits
+        assert to_int8(model) is model and is_int8(model)
+        found = model(pixel_values=image, task="single_cell").logits
+    assert 0 < (found - exact).abs().max() < 0.1 * exact.abs().max().clamp(min=1)
+    kinds = {name: type(part) for name, part in model.named_modules()}
+    kept = [name for name, kind in kinds.items() if kind is nn.Linear]
+    assert kept and all("head" in n or n.endswith(("offsets", "attention_weights")) or "query_s" in n for n in kept)
+    decoder = [kind for name, kind in kinds.items() if name.endswith("decoder.block.0.layer.0.SelfAttention.q")]
+    assert decoder and nn.Linear not in decoder
+    text = torch.tensor([[5, 9, 1]])
+    answer = model.generate(input_ids=text, pixel_values=image, max_new_tokens=4)
+    assert answer.shape[0] == 1
+
+
+def test_prompts_are_still_computed_once(model):
+    to_int8(model)
+    calls = []
+    model.model.text_branch.encoder.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        first = model(pixel_values=torch.ones(1, 3, 64, 64), task="detection").logits
+        second = model(pixel_values=torch.ones(1, 3, 64, 64), task="detection").logits
+    assert len(calls) == 1
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_what_cannot_be_quantised_says_why(model):
+    with pytest.raises(ValueError, match="float32 model on the CPU, got torch.bfloat16"):
+        to_int8(model.to(torch.bfloat16))
+    with pytest.raises(ValueError, match="no PyTorch model"):
+        to_int8(object())
+    with pytest.raises(ValueError, match="quantised already"):
+        to_int8(to_int8(model.float()))
