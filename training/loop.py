@@ -26,7 +26,8 @@ from unihema.training.ema import ExponentialMovingAverage
 from unihema.training.evaluation import evaluate_model, headline, write_report
 from unihema.training.files import write_json, write_text
 from unihema.training.optimizer import ProgressSchedule, make_optimizer
-from unihema.training.run_config import RunConfig, RunConfigError
+from unihema.training.run_config import RunConfig
+from unihema.training.run_folder import check_same_run, check_unused_folder
 from unihema.training.run_log import RunLog
 from unihema.training.shared_batch_norm import share_batch_norms
 from unihema.training.trackers import tracker_callback
@@ -86,9 +87,9 @@ class _Run:
         set_seed(self.settings.seed)
         found = last_checkpoint(self.folder) if resume else None
         if found is not None:
-            self._check_same_run(found[1])
+            check_same_run(config, found[1], self.accelerator.num_processes)
         elif not resume:
-            self._check_unused_folder()
+            check_unused_folder(self.folder)
         self.rows = training_rows(config)
         self.val_rows = validation_rows(config, config.data.evaluation_tasks or self.rows)
         model, self.processor = build(config, self.rows)
@@ -122,33 +123,6 @@ class _Run:
             config.save(self.folder)
         self.stopped_by: int | None = None
         self.files: list[str] = []
-
-    def _check_unused_folder(self) -> None:
-        """A new run beside an old one's checkpoints would be mixed up with it on resuming."""
-        taken = [*(self.folder / "checkpoints").glob("step-*"), *self.folder.glob("*model*.safetensors")]
-        if taken:
-            raise RunConfigError(
-                f"output_dir {self.folder} holds {taken[0].relative_to(self.folder)} of an earlier run. Go on with it "
-                "(--resume, or resume=True), delete the folder, or train into another."
-            )
-
-    def _check_same_run(self, progress: Progress) -> None:
-        """A run goes on only as it began; how long it goes on, and what is written, may change."""
-        if progress.processes != self.accelerator.num_processes:
-            raise RunConfigError(
-                f"{self.folder} was begun with {progress.processes} process(es), now there are "
-                f"{self.accelerator.num_processes}: batches would differ. Resume with as many."
-            )
-        earlier = RunConfig.load(self.folder)
-        free = ("output_dir", "logging.", "optimisation.epochs", "optimisation.max_steps", "data.workers")
-        free += ("optimisation.time_limit_minutes", "optimisation.device", "data.cache_images")
-        changed = {k: v for k, v in self.config.differences(earlier).items() if not k.startswith(free)}
-        if changed:
-            name, (now, before) = next(iter(changed.items()))
-            raise RunConfigError(
-                f"{self.folder} was begun with {name}={before!r}, now it is {now!r}. Resume with the same settings, or "
-                "train into another folder."
-            )
 
     def _make_batches(self, model_config) -> RunBatches:
         datasets = {

@@ -5,8 +5,6 @@ import difflib
 import importlib.metadata
 import json
 import platform
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +13,20 @@ from unihema.processing_unihema.prompts import TASKS
 from unihema.training.adapter_config import AdapterConfig
 from unihema.training.data.augmentation import AugmentationConfig
 from unihema.training.files import write_json
+from unihema.training.typed_settings import RunConfigError, flat, settings_from, unknown_message
 
 
-PACKAGES = ("unihema", "torch", "torchvision", "transformers", "accelerate", "peft", "numpy", "tokenizers", "safetensors")
-
-
-class RunConfigError(ValueError):
-    """A setting that does not exist, has the wrong type, or contradicts another; the message names it."""
+PACKAGES = (
+    "unihema",
+    "torch",
+    "torchvision",
+    "transformers",
+    "accelerate",
+    "peft",
+    "numpy",
+    "tokenizers",
+    "safetensors",
+)
 
 
 @dataclass
@@ -264,7 +269,7 @@ class RunConfig:
         Raises:
             RunConfigError: An unknown setting (the message has the closest name) or a value of the wrong type.
         """
-        return _build(cls, values, "", source)
+        return settings_from(cls, values, "", source)
 
     @classmethod
     def load(cls, path: str | Path) -> "RunConfig":
@@ -306,14 +311,14 @@ class RunConfig:
             inner = values
             for section in sections:
                 if not isinstance(inner.get(section), dict):
-                    raise RunConfigError(_unknown_message(section, inner, "", f"override '{dotted}'"))
+                    raise RunConfigError(unknown_message(section, inner, "", f"override '{dotted}'"))
                 inner = inner[section]
             inner[name] = value
         return type(self).from_dict(values, "overrides")
 
     def differences(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
         """Dotted names of settings with another value: name -> (ours, theirs); provenance does not count."""
-        ours, theirs = _flat(self.to_dict()), _flat(other.to_dict())
+        ours, theirs = flat(self.to_dict()), flat(other.to_dict())
         names = [name for name in ours | theirs if not name.startswith("provenance.") and name != "provenance"]
         missing = object()
         pairs = {name: (ours.get(name, missing), theirs.get(name, missing)) for name in names}
@@ -339,7 +344,7 @@ class RunConfig:
             for name in values:
                 if name not in AugmentationConfig.__dataclass_fields__:
                     known = AugmentationConfig.__dataclass_fields__
-                    raise RunConfigError(_unknown_message(name, known, f"augmentation.overrides.{task}.", "run config"))
+                    raise RunConfigError(unknown_message(name, known, f"augmentation.overrides.{task}.", "run config"))
             self.augmentation.for_task(task)
         positive = ("optimisation.epochs", "optimisation.max_steps", "optimisation.time_limit_minutes")
         positive += ("optimisation.learning_rate", "optimisation.accumulation", "data.questions_per_image")
@@ -378,65 +383,9 @@ def provenance() -> dict[str, Any]:
     return {"python": platform.python_version(), "platform": platform.platform(), "packages": versions}
 
 
-def _build(cls: type, values: Any, prefix: str, source: str) -> Any:
-    if not isinstance(values, dict):
-        raise RunConfigError(f"{source}: '{prefix.rstrip('.')}' must be a set of settings, got {values!r}.")
-    hints = typing.get_type_hints(cls)
-    arguments = {}
-    for name, value in values.items():
-        if name not in hints:
-            raise RunConfigError(_unknown_message(name, hints, prefix, source))
-        if dataclasses.is_dataclass(hints[name]):
-            arguments[name] = _build(hints[name], value, f"{prefix}{name}.", source)
-        else:
-            if not _fits(value, hints[name]):
-                expected = str(hints[name]).replace("typing.", "") if typing.get_origin(hints[name]) else None
-                expected = expected or getattr(hints[name], "__name__", str(hints[name]))
-                raise RunConfigError(f"{source}: {prefix}{name}={value!r} has the wrong type; expected {expected}.")
-            arguments[name] = value
-    return cls(**arguments)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in inner)
-    if origin is Literal:
-        return value in inner
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            _fits(key, inner[0]) and _fits(item, inner[1]) for key, item in value.items()
-        )
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _unknown_message(name: str, known: Any, prefix: str, source: str) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    hint = f" Did you mean '{prefix}{close[0]}'?" if close else ""
-    return f"{source}: unknown setting '{prefix}{name}'.{hint} Known: {', '.join(known)}."
-
-
 def _check_tasks(names: Any, setting: str) -> None:
     for name in names:
         if name not in TASKS:
             close = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.4)
             hint = f" Did you mean '{close[0]}'?" if close else ""
             raise RunConfigError(f"{setting}: unknown task '{name}'; tasks are {', '.join(TASKS)}.{hint}")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -123,8 +123,9 @@ with torch.no_grad():
     found = {{name: model.eval()(**pixels).logits.clone() for name, model in models.items()}}
 assert all("PMN" in model.config.label2id for model in models.values())
 assert unihema.UniHemaProcessor.from_pretrained("{ADAPTER}").default_prompts["detection"].count("PMN") == 1
-# Both were downloaded above; an adapter that lies on this disk finds its base there.
+# An adapter that lies on this disk finds its base among what was downloaded.
 import huggingface_hub
+huggingface_hub.snapshot_download("{BASE}")
 folder = huggingface_hub.snapshot_download("{ADAPTER}", local_files_only=True)
 assert unihema.load_checkpoint(folder, "cpu")[0].config.label2id.keys() == beside.config.label2id.keys()
 save_file(found, {str(tmp_path / "found.safetensors")!r})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unihema.modeling_unihema import deformable_gather
+from unihema.modeling_unihema import deformable_compiled, deformable_gather
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.deformable_attention import (
     MultiScaleDeformableAttention,
@@ -138,6 +138,37 @@ def test_compiled_forward_and_backward_agree(problem):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for a, b in zip(torch.autograd.grad(found.square().sum(), parts), gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def check_agreement(shapes, queries):
+    """Checks values and gradients of the compiled operator beside those of the plain form."""
+    torch.manual_seed(0)
+    tokens, levels = sum(h * w for h, w in shapes), len(shapes)
+    value = torch.randn(2, tokens, 4, 8, requires_grad=True)
+    points = (torch.rand(2, queries, 4, levels, 4, 2) * 1.6 - 0.3).requires_grad_()
+    weights = torch.rand(2, queries, 4, levels, 4, requires_grad=True)
+    found = []
+    for form in (sample_grid, deformable_compiled.gather_rows_compiled):
+        output = form(value, shapes, points, weights)
+        found.append((output, *torch.autograd.grad(output.square().sum(), [value, points, weights])))
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5 * max(1, plain.abs().max().item()))
+
+
+def test_the_compiled_operator_agrees_also_with_the_last_chunk_shorter(monkeypatch):
+    monkeypatch.setattr(deformable_gather, "CHUNK", 20)
+    check_agreement([(13, 9), (7, 5), (2, 2)], 37)
+
+
+def test_without_a_compiler_the_operator_runs_uncompiled(monkeypatch, caplog):
+    def no_compiler(*arguments):
+        raise RuntimeError("no C++ compiler")
+
+    for part in deformable_compiled._FUSED:
+        monkeypatch.setattr(part, "fast", no_compiler)
+    check_agreement([(13, 9), (7, 5)], 17)
+    assert "it runs uncompiled: no C++ compiler" in caplog.text
+    assert all(part.fast is None for part in deformable_compiled._FUSED)
 
 
 def test_points_far_outside_the_image_read_zero(problem):
