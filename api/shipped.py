@@ -59,7 +59,7 @@ def copy_examples(folder: str | Path) -> list[Path]:
 
 
 def _shipped(what: str) -> Path:
-    return Path(str(files("unihema"))) / "shipped" / what
+    return Path(str(files("unihema"))) / "shipped_files" / what
 
 
 def _holds(folder: Path, source: Path) -> bool:

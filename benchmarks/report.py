@@ -39,8 +39,9 @@ def page(results: dict, exponents: dict[str, float]) -> str:
             again = results.get("again", {}).get(section)
             if again:
                 lines += [
-                    f"Measured again by itself, threads: {again['threads']}, {again['gflops']:.0f} GFLOP in a processor "
-                    f"second; other work ran beside it, the machine's load was {again['load']:.1f} when it began.",
+                    f"Measured again by itself on {again['processor']}, threads: {again['threads']}, "
+                    f"{again['gflops']:.0f} GFLOP in a processor second; other work ran beside it, the machine's load was "
+                    f"{again['load']:.1f} when it began.",
                     "",
                 ]
             lines += [_markdown(table), ""]

@@ -12,9 +12,11 @@ from unihema.cli.card import card
 from unihema.cli.convert import convert
 from unihema.cli.data import data
 from unihema.cli.demo import demo
+from unihema.cli.demo_train import demo_train
 from unihema.cli.evaluate import evaluate
 from unihema.cli.export import export
 from unihema.cli.info import info
+from unihema.cli.init import init
 from unihema.cli.parity import parity
 from unihema.cli.predict import predict
 from unihema.cli.push import push
@@ -47,6 +49,7 @@ def options(
         os.environ["UNIHEMA_DEBUG"] = "1"
 
 
+app.command()(init)
 app.command()(predict)
 app.command()(ask)
 app.command()(train)
@@ -61,6 +64,7 @@ app.command()(card)
 app.command()(push)
 app.add_typer(data, name="data")
 app.command(hidden=True)(demo)
+app.command("demo-train", hidden=True)(demo_train)
 
 
 def main() -> None:

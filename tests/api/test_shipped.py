@@ -1,0 +1,98 @@
+"""The checkpoint that comes with the package: what it is, where it is laid down, what it sees."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor, pipeline
+from typer.testing import CliRunner
+
+import unihema
+from unihema.checkpoint import load_checkpoint
+from unihema.cli.app import app
+from unihema.predict import analyze
+from unihema.shipped import copy_examples, lay_down_checkpoint
+
+
+SHIPPED = Path(str(files("unihema"))) / "shipped_files"
+TASKS = ["detection", "segmentation", "single_cell", "question_answering", "cloze"]
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    return copy_examples(tmp_path_factory.mktemp("smears"))
+
+
+def test_what_is_shipped_is_small_whole_and_says_what_it_is():
+    checkpoint = SHIPPED / "checkpoint"
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 25_000_000
+    assert {value.dtype for value in load_file(checkpoint / "model.safetensors").values()} >= {torch.float16}
+    config = unihema.UniHemaConfig.from_pretrained(checkpoint)
+    assert config.trained_tasks == TASKS
+    assert set(config.detection_thresholds) == set(config.label2id)
+    metrics = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
+    assert set(metrics) == set(TASKS) and all(figures["intervals"] for figures in metrics.values())
+    card = (checkpoint / "README.md").read_text(encoding="utf-8")
+    assert "not a medical device" in card.lower()
+    assert "MIT" in (checkpoint / "NOTICE.md").read_text(encoding="utf-8")
+    assert {path.name for path in (SHIPPED / "examples").glob("*.jpg")} == {
+        word.strip(" ,|")
+        for line in (SHIPPED / "examples" / "CREDITS.md").read_text().splitlines()
+        for word in line.split()
+        if word.strip(" ,|").endswith(".jpg")
+    }
+
+
+def test_init_lays_it_down_for_auto_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["init", "--examples", "smears"])
+    assert result.exit_code == 0 and "6 example smears in smears" in result.output
+    model = AutoModel.from_pretrained("unihema")
+    assert isinstance(model, unihema.UniHemaModel) and model.dtype == torch.float32
+    assert isinstance(AutoProcessor.from_pretrained("unihema"), unihema.UniHemaProcessor)
+    # Again: it is there.
+    times = {path: path.stat().st_mtime_ns for path in Path("unihema").iterdir()}
+    assert CliRunner().invoke(app, ["init"]).exit_code == 0
+    assert times == {path: path.stat().st_mtime_ns for path in Path("unihema").iterdir()}
+
+
+def test_init_deletes_nothing_unasked(tmp_path):
+    folder = tmp_path / "unihema"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is there already and holds something else.*--replace"):
+        lay_down_checkpoint(folder)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    lay_down_checkpoint(folder, replace=True)
+    assert (folder / "config.json").is_file() and not (folder / "notes.txt").exists()
+
+
+def test_it_sees_what_is_on_the_examples(examples):
+    """Cells of every kind on a field of CBC, a white cell and no red one where a data set boxes white cells only, and the class
+    of crops: what a person sees on these files."""
+    model, processor = load_checkpoint(SHIPPED / "checkpoint")
+    by_name = {path.name: path for path in examples}
+    counts = analyze(model, processor, by_name["field_1.jpg"]).counts
+    assert counts["RBC"] >= 8
+    for name, label in (("white_cell_1.jpg", "neutrophil"), ("white_cell_2.jpg", "eosinophil")):
+        assert analyze(model, processor, by_name[name], tasks=("single_cell",)).single_cell["label"] == label
+
+
+def test_a_pipeline_answers_with_it(examples):
+    ask = pipeline("visual-question-answering", model=str(SHIPPED / "checkpoint"))
+    (answer,) = ask(
+        image=str(next(path for path in examples if path.name == "white_cell_2.jpg")),
+        question="What type of white blood cell is this?",
+    )
+    assert "eosinophil" in answer["answer"].lower()
+
+
+def test_the_demo_runs(tmp_path):
+    result = CliRunner().invoke(app, ["demo", str(tmp_path / "demo")])
+    assert result.exit_code == 0, result.output
+    assert "white_cell_2.jpg: eosinophil" in result.output
+    overlays = list((tmp_path / "demo" / "results").rglob("*.png"))
+    assert len(overlays) >= 3 and (tmp_path / "demo" / "results" / "counts.csv").is_file()
