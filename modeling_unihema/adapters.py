@@ -253,6 +253,13 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
     hub = {option: getattr(value, "initial", value) for option, value in hub.items()}
     hub = {option: value for option, value in hub.items() if value is not None}
     config = peft.PeftConfig.from_pretrained(source, **hub)
+    others = {other.peft_type for other in (getattr(model, "peft_config", None) or {}).values()}
+    if others - {config.peft_type}:
+        # PEFT would put one layer around the other, and switching would reach the outer one only.
+        raise ValueError(
+            f"{source}: an adapter of kind {config.peft_type.value} cannot lie beside one of {others.pop().value}. Load it "
+            "into another copy of the base."
+        )
     config.inference_mode = not options.get("is_trainable", False)
     # The first parameter of an 8-bit model tells where it is as well.
     weights = load_peft_weights(source, device=str(next(model.parameters()).device), **hub)

@@ -36,7 +36,10 @@ _FUSION = (
     r"hema_former\.cross_modal_fusion\.(?:blocks\.\d+\.(?:(?:text|image)_attention\.[qkvo]_proj|feed_forward\.[02])"
     r"|(?:text|image|output)_projection)"
 )
-_T5 = r"text_branch\.(?:encoder|decoder)\.block\.\d+\.layer\.\d+\.(?:(?:Self|EncDec)Attention\.[qkvo]|DenseReluDense\.w[io](?:_[01])?)"
+_T5 = (
+    r"text_branch\.(?:encoder|decoder)\.block\.\d+\.layer\.\d+\."
+    r"(?:(?:Self|EncDec)Attention\.[qkvo]|DenseReluDense\.w[io](?:_[01])?)"
+)
 
 # The layers that an adapter of each task changes. All are plain linears. Not the convolutions: they are made to pass over
 # padding, which a change beside them would not be.
@@ -84,7 +87,7 @@ def attach_adapter(
         heads = [name for task in tasks for name in HEADS.get(task, ())]
     if "detection" in rows and settings.heads is None and _has_morphology(rows["detection"], model.config.morphology):
         heads.append("morphology_head")
-    config = _peft_config(settings, tasks, heads)
+    config = _peft_config(settings, tasks, heads, model)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unexpectedly found already")
@@ -265,7 +268,7 @@ def _set_classes(layer: ClassLinear | ClassEmbedding, sources: list[int | None])
         layer.set_rows(sources)
 
 
-def _peft_config(settings: AdapterConfig, tasks: Sequence[str], heads: list[str]) -> Any:
+def _peft_config(settings: AdapterConfig, tasks: Sequence[str], heads: list[str], model: nn.Module) -> Any:
     import peft
 
     pattern = settings.target_modules or target_pattern(tasks)
@@ -276,6 +279,11 @@ def _peft_config(settings: AdapterConfig, tasks: Sequence[str], heads: list[str]
     common = {"target_modules": pattern, "modules_to_save": heads or None}
     if settings.method == "ia3":
         return peft.IA3Config(feedforward_modules=rf"(?={pattern}$){_IA3_INPUTS}", **common)
+    if settings.method == "dora":
+        # It divides by the length of each row of a weight.
+        layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+        empty = [name for name, layer in layers if re.fullmatch(pattern, name) and not layer.weight.any(1).all()]
+        common["exclude_modules"] = empty or None
     return peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

@@ -221,6 +221,10 @@ def test_two_adapters_switch_fast_and_equal_each_alone(base, two):
         model.set_adapter("five")
     with pytest.raises(ValueError, match="An adapter named 'two' is loaded already"):
         model.load_adapter(two["two"], "two")
+    other = adapted("detection", folder=base, method="ia3")
+    save_adapter(other, base.parent / "ia3")
+    with pytest.raises(ValueError, match="an adapter of kind IA3 cannot lie beside one of LORA"):
+        model.load_adapter(base.parent / "ia3", "ia3")
     model.delete_adapter("two")
     assert set(model.peft_config) == {"four", "cells"}
 
@@ -437,3 +441,13 @@ def test_class_layers_take_other_rows_only_in_an_adapter():
     embedding.set_rows([2, 0, None, 2])
     assert embedding.num_embeddings == 4
     assert torch.equal(embedding.weight, torch.stack([old[2], old[0], old.mean(0), old[2]]))
+
+
+def test_dora_leaves_out_layers_with_empty_rows():
+    model = unihema.UniHemaForMultiTask(very_tiny_config())
+    processor = unihema.UniHemaProcessor.from_default(max_text_length=64)
+    # Of a new model, whose last box layers are zero.
+    attach_adapter(model, processor, AdapterConfig(method="dora"), rows_of("detection"))
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert not any("box_head.layers.2.lora_A" in name for name, _ in model.named_parameters())
+    assert any("box_head.layers.1.lora_A" in name for name, _ in model.named_parameters())
