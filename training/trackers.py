@@ -21,7 +21,9 @@ def tracker_callback(accelerator: Any, config: RunConfig) -> Callable[[dict], No
 
     def track(line: dict) -> None:
         figures = {
-            name: value for name, value in _flat(line) if isinstance(value, (int, float)) and not isinstance(value, bool)
+            name: value
+            for name, value in _flat(line)
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
         }
         accelerator.log(figures, step=line.get("step"))
 
