@@ -36,9 +36,9 @@ def lab(tmp_path_factory):
     smears = SyntheticSmears(seed=2)
     for folder in ("demo/smears", "my_smears", "more"):
         (root / folder).mkdir(parents=True)
-    for path in ("demo/smears/field_01.png", "my_smears/07.png", "more/1.tif"):
+    for path in ("demo/smears/field_1.jpg", "my_smears/07.png", "more/1.tif"):
         Image.fromarray(smears[1].image).save(root / path)
-    Image.fromarray(smears.single_cell(0, label="neutrophil").image).save(root / "demo/smears/cell.png")
+    Image.fromarray(smears.single_cell(0, label="neutrophil").image).save(root / "demo/smears/white_cell_1.jpg")
     processor = unihema.UniHemaProcessor.from_default(**{task: {"longest_edge": 64} for task in TASKS})
     config = unihema.UniHemaConfig(**{**VERY_TINY, "fusion_queries": 64})
     config.text_config.vocab_size = len(processor.tokenizer)
