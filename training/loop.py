@@ -138,6 +138,7 @@ class _Run:
                 questions_per_image=self.config.data.questions_per_image,
                 cache_images=self.config.data.cache_images,
                 text_only=self.config.data.text_only,
+                label_parents=model_config.label_parents,
             )
             for task, rows in self.rows.items()
         }

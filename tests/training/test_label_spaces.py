@@ -9,7 +9,7 @@ from data_folders import write_coco, write_photograph
 
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.build import build, training_rows
-from unihema.training.data.class_hierarchy import known_parents
+from unihema.training.data.class_hierarchy import known_parents, with_covered_parents
 from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.label_names import as_known, unify_names
 from unihema.training.data.rows import DatasetError, class_names, single_cell_names
@@ -156,6 +156,21 @@ def test_labels_say_which_classes_the_image_and_the_run_annotate():
 ANCESTORS = np.array([[0, 0, 0], [0, 0, 0], [0, 1, 0]], dtype=bool)
 RBC, WBC, NEUTROPHIL = range(3)
 BOXES = np.array([[0.0, 0, 10, 10], [20.0, 0, 30, 10], [40.0, 0, 50, 10]])
+
+
+def test_a_set_that_boxes_the_types_has_boxed_the_coarser_class():
+    """So what it leaves without a box is no white cell: a class with positives only would end up on everything."""
+    parents = {"neutrophil": "WBC", "eosinophil": "WBC", "basophil": "WBC", "WBC": "cell", "RBC": "cell"}
+    assert with_covered_parents(["neutrophil", "eosinophil"], parents) == ["neutrophil", "eosinophil", "WBC"]
+    assert with_covered_parents(["neutrophil"], parents) == ["neutrophil"]
+    assert with_covered_parents(["neutrophil", "eosinophil", "RBC"], parents)[-2:] == ["WBC", "cell"]
+    assert with_covered_parents(["RBC"], {}) == ["RBC"]
+    names = ["RBC", "WBC", "neutrophil", "basophil"]
+    processor = UniHemaProcessor.from_default(detection={"longest_edge": 96})
+    rows = [field("neutrophil", annotated=["neutrophil", "basophil"])]
+    known = {"neutrophil": "WBC", "basophil": "WBC"}
+    data = SmearDataset(rows, processor, "detection", class_names=names, label_parents=known)
+    assert data.collate([data[0]])["labels"][0]["annotated_classes"].tolist() == [False, True, True, True]
 
 
 def test_a_typed_cell_counts_under_its_coarser_class_too():

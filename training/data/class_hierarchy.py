@@ -1,6 +1,6 @@
 """Which classes are kinds of which: a neutrophil is a white cell."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from unihema.training.data.label_names import spelling_key
 
@@ -62,4 +62,29 @@ def known_parents(names: Sequence[str]) -> dict[str, str]:
             parent = parents.get(parent)
         if parent is not None:
             found[name] = listed[parent]
+    return found
+
+def with_covered_parents(annotated: Sequence[str], parents: Mapping[str, str]) -> list[str]:
+    """The classes that a data set annotates, and the coarser ones that it thereby boxes as well.
+
+    A set that boxes the types of white cells boxes white cells: what it leaves without a box is none. With one type only,
+    nobody knows; so a coarser class counts from two of its kinds on, and half of them.
+
+    Args:
+        annotated (`Sequence[str]`): Classes that the set annotates.
+        parents (`Mapping[str, str]`): Class -> its parent, of all the model's classes.
+
+    Returns:
+        `list[str]`: `annotated`, and behind them those parents.
+    """
+    found = list(annotated)
+    # A parent that is covered may complete its own parent: from the finest up.
+    for _ in range(len(parents)):
+        kinds: dict[str, list[bool]] = {}
+        for child, parent in parents.items():
+            kinds.setdefault(parent, []).append(child in found)
+        new = [p for p, has in kinds.items() if p not in found and sum(has) >= 2 and 2 * sum(has) >= len(has)]
+        if not new:
+            break
+        found += new
     return found

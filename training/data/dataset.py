@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from unihema.processing_unihema.image_io import load_image
 from unihema.processing_unihema.prompts import LANGUAGE_TASKS
 from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng
+from unihema.training.data.class_hierarchy import with_covered_parents
 from unihema.training.data.label_names import as_known
 from unihema.training.data.lazy_rows import LazyRows, largest_group, rows_by_sample, witnesses
 from unihema.training.data.rows import DatasetError, Row, check_rows
@@ -44,6 +45,8 @@ class SmearDataset(Dataset):
         evaluation (`bool`): No random views; batches have `target_sizes`, `file_names`, `row_indices` and raw texts.
         cache_images (`bool`): Keep decoded images in memory, up to `CACHE_BYTES` (each loader process has its own).
         text_only (`bool`): A language task without its images; they are not read.
+        label_parents (`Mapping[str, str]`, *optional*): Class -> coarser class; in training, a set that annotates the kinds of
+            a coarser class has annotated that class too, see `with_covered_parents`.
 
     Raises:
         DatasetError: No rows, rows of another task, or names that are not listed.
@@ -63,6 +66,7 @@ class SmearDataset(Dataset):
         evaluation: bool = False,
         cache_images: bool = False,
         text_only: bool = False,
+        label_parents: Mapping[str, str] | None = None,
     ):
         if not len(rows):
             raise DatasetError(f"No rows for {task}: check the folder and the split.")
@@ -90,6 +94,7 @@ class SmearDataset(Dataset):
         self._cached_bytes = 0
         self.text_only = text_only and task in LANGUAGE_TASKS
         self._groups = self._group_rows(questions_per_image)
+        self.label_parents = dict(label_parents or {})
         self._taught = self._taught_classes()
 
     def _group_rows(self, questions_per_image: int) -> Sequence[Sequence[int]]:
@@ -268,7 +273,7 @@ class SmearDataset(Dataset):
         if self.task == "detection":
             for labels, sample in zip(batch["labels"], samples, strict=True):
                 if sample["annotated_classes"] is not None:
-                    annotated = set(sample["annotated_classes"])
+                    annotated = set(with_covered_parents(sample["annotated_classes"], self.label_parents))
                     labels["annotated_classes"] = torch.tensor([name in annotated for name in self.class_names])
                     if self._taught is not None:
                         labels["taught_classes"] = self._taught
