@@ -51,9 +51,9 @@ setup(
     install_requires=[
         "torch>=2.14,<3",
         "torchvision>=0.29,<1",
-        "transformers>=5.23,<6",
+        "transformers>=5.23,!=5.24.*,<6",
         "accelerate>=1.15,<2",
-        "peft>=0.22,<1",
+        "peft>=0.21,<1",
         "datasets>=5.2,<6",
         "evaluate>=0.4.6,<1",
         "faster-coco-eval>=1.8,<2",
