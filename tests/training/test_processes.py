@@ -75,9 +75,17 @@ def test_two_processes_learn_what_one_does(smears, tmp_path):
     )
 
 
+def steps_done(folder: Path) -> int:
+    log = folder / "log.jsonl"
+    return log.read_text().count('"event": "step"') if log.is_file() else 0
+
+
 def killed_run(config, folder: Path, chance: random.Random, while_saving: bool) -> int:
-    """Runs until it is killed, by SIGKILL at some moment or in the midst of a save; how often, before it came to its end."""
+    """Runs until it is killed, twice: by SIGKILL at some moment of some step or in the midst of a save. How often it was, before
+    it came to its end."""
     file = config.save(folder.parent / f"{folder.name}-config")
+    # A run that was killed does some steps again, so the second moment is late enough to be beyond the first.
+    moments = [chance.randint(1, 10), chance.randint(13, 20)]
     kills = 0
     while not (folder / "config.json").is_file():
         process = subprocess.Popen(
@@ -86,15 +94,13 @@ def killed_run(config, folder: Path, chance: random.Random, while_saving: bool) 
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
-        if kills < 2:
-            began = time.monotonic()
-            # Its steps begin after some seconds of imports.
-            while process.poll() is None and not (folder / "log.jsonl").is_file() and time.monotonic() - began < 120:
-                time.sleep(0.01)
-            limit = time.monotonic() + chance.uniform(0, 2.5)
-            while process.poll() is None and time.monotonic() < limit + (60 if while_saving else 0):
-                if while_saving and any((folder / "checkpoints").glob(".step-*.partial/*")):
-                    break
+        if kills < len(moments):
+            while process.poll() is None and steps_done(folder) < moments[kills]:
+                time.sleep(0.0005)
+            time.sleep(chance.uniform(0, 0.03))
+            while (
+                while_saving and process.poll() is None and not any((folder / "checkpoints").glob(".step-*.partial/*"))
+            ):
                 time.sleep(0.0005)
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
