@@ -31,6 +31,16 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @jit
+def _program(NUMBER, HEADS: constexpr, QUERIES: constexpr):
+    """The image, head and bags of a program's block of queries, and which of these there are."""
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    image = tl.program_id(1) // HEADS
+    head = tl.program_id(1) % HEADS
+    bag = (image.to(tl.int64) * NUMBER + query) * HEADS + head
+    return image, head, bag, query < NUMBER
+
+
+@jit
 def _locate(points, levels, place, sample, POINTS: constexpr, known):
     """Level, its size, and where a sample lies in its pixels, 0 being the centre of the first."""
     level = sample // POINTS
@@ -68,13 +78,9 @@ def _forward(
     PADDED: constexpr,
     QUERIES: constexpr,
 ):
-    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    image = tl.program_id(1) // HEADS
-    head = tl.program_id(1) % HEADS
-    known = query < NUMBER
+    image, head, bag, known = _program(NUMBER, HEADS, QUERIES)
     channel = tl.arange(0, PADDED)
     used = channel < WIDTH
-    bag = (image.to(tl.int64) * NUMBER + query) * HEADS + head
     total = tl.zeros((QUERIES, PADDED), dtype=tl.float32)
     for sample in range(SAMPLES):
         place = bag * SAMPLES + sample
@@ -112,13 +118,9 @@ def _backward(
     PADDED: constexpr,
     QUERIES: constexpr,
 ):
-    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    image = tl.program_id(1) // HEADS
-    head = tl.program_id(1) % HEADS
-    known = query < NUMBER
+    image, head, bag, known = _program(NUMBER, HEADS, QUERIES)
     channel = tl.arange(0, PADDED)
     used = channel < WIDTH
-    bag = (image.to(tl.int64) * NUMBER + query) * HEADS + head
     wanted = known[:, None] & used[None, :]
     slope = tl.load(gradient + bag[:, None] * WIDTH + channel[None, :], mask=wanted, other=0.0).to(tl.float32)
     for sample in range(SAMPLES):

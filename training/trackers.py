@@ -1,9 +1,10 @@
 """The figures of a run in the trackers that Accelerate knows (TensorBoard and others), beside its own log."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from unihema.training.run_config import RunConfig
+from unihema.training.typed_settings import flat
 
 
 def tracker_callback(accelerator: Any, config: RunConfig) -> Callable[[dict], None]:
@@ -15,27 +16,19 @@ def tracker_callback(accelerator: Any, config: RunConfig) -> Callable[[dict], No
     """
     settings = {
         name: value if isinstance(value, (int, float, str, bool)) else str(value)
-        for name, value in _flat(config.to_dict())
+        for name, value in flat(config.to_dict()).items()
     }
     accelerator.init_trackers("unihema", config=settings)
 
     def track(line: dict) -> None:
         figures = {
             name: value
-            for name, value in _flat(line)
+            for name, value in flat(line).items()
             if isinstance(value, (int, float)) and not isinstance(value, bool)
         }
         accelerator.log(figures, step=line.get("step"))
 
     return track
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
 
 
 __all__ = ["tracker_callback"]

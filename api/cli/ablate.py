@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from unihema.cli.train import _setting
+from unihema.cli.options import run_overrides, stopped_runs_exit
 
 
 def ablate(
@@ -28,7 +28,6 @@ def ablate(
     Exit code 3: stopped by Ctrl-C or a signal, with a checkpoint saved.
     """
     from unihema.training.ablate import run_ablations
-    from unihema.training.loop import TrainingInterrupted
     from unihema.training.mix import read_mix
     from unihema.training.run_config import RunConfig
 
@@ -43,11 +42,6 @@ def ablate(
         "optimisation.max_steps": max_steps,
         "optimisation.time_limit_minutes": time_limit,
     }
-    overrides = {name: value for name, value in given.items() if value is not None}
-    overrides |= dict(_setting(value) for value in setting)
-    try:
-        run_ablations(settings.with_overrides(overrides), list(only) or None, unseen, resume)
-    except TrainingInterrupted as stopped:
-        typer.echo(str(stopped), err=True)
-        raise typer.Exit(3) from None
+    with stopped_runs_exit():
+        run_ablations(settings.with_overrides(run_overrides(given, setting)), list(only) or None, unseen, resume)
     typer.echo((output / "ablation.md").read_text(encoding="utf-8"))

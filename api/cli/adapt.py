@@ -5,6 +5,8 @@ from typing import Any
 
 import typer
 
+from unihema.cli.options import pairs, run_overrides, stopped_runs_exit
+
 
 def adapt(
     base: str = typer.Argument(..., help="Checkpoint folder, or a repository on the Hub. It is not changed."),
@@ -38,14 +40,11 @@ def adapt(
 
     Prints what was gained and forgotten. Exit code 3: stopped by Ctrl-C or a signal, with a checkpoint saved.
     """
-    from unihema.cli.card import _pairs
-    from unihema.cli.train import _setting
     from unihema.files import write_text
     from unihema.hub_cards import folder_card
     from unihema.training.adapt import ADAPTED_TASKS
     from unihema.training.adapt import adapt as run
     from unihema.training.before_after import before_after_lines
-    from unihema.training.loop import TrainingInterrupted
 
     tasks = ADAPTED_TASKS.get(task, [])
     given: dict[str, Any] = {
@@ -60,9 +59,7 @@ def adapt(
         "data.image_sizes": {name: {"longest_edge": image_size} for name in tasks} if image_size else None,
         "data.batch_size": dict.fromkeys(tasks, batch_size) if batch_size else None,
     }
-    overrides = {name: value for name, value in given.items() if value is not None}
-    overrides |= dict(_setting(value) for value in setting)
-    try:
+    with stopped_runs_exit():
         report = run(
             base,
             data,
@@ -70,15 +67,12 @@ def adapt(
             output,
             labels=None if labels is None else [name.strip() for name in labels.split(",") if name.strip()],
             method=method,
-            start_from=_pairs(start_from, "--from"),
+            start_from=pairs(start_from, "--from", "blast=WBC"),
             folds=folds,
             base_data=base_data,
-            overrides=overrides,
+            overrides=run_overrides(given, setting),
             resume=resume,
         )
-    except TrainingInterrupted as stopped:
-        typer.echo(str(stopped), err=True)
-        raise typer.Exit(3) from None
     for line in before_after_lines(report):
         typer.echo(line)
     size = (output / "adapter_model.safetensors").stat().st_size / 1e6
@@ -86,7 +80,7 @@ def adapt(
     if license is None:
         typer.echo(f"To publish it: unihema card {output} --base OWNER/BASE --license LICENCE, then unihema push.")
         return
-    licences = _pairs(data_license, "--data-license")
+    licences = pairs(data_license, "--data-license", "my_data=mit")
     card = folder_card(output, licence=license, data_licences=licences, base_model=base_repo, task=tasks[0])
     write_text(output / "README.md", [card])
     typer.echo(f"{output / 'README.md'} written. Read it before others do.")

@@ -4,15 +4,7 @@ from pathlib import Path
 
 import typer
 
-
-def _pairs(values: list[str], option: str) -> dict[str, str]:
-    found = {}
-    for value in values:
-        name, separator, text = value.partition("=")
-        if not separator or not name or not text:
-            raise typer.BadParameter(f"{option} {value!r} must look like NAME=VALUE, the name being the data folder's.")
-        found[name] = text
-    return found
+from unihema.cli.options import pairs
 
 
 def card(
@@ -41,8 +33,8 @@ def card(
     if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         text = folder_card(
             folder,
-            data_licences=_pairs(data_license, "--data-license"),
-            data_sources=_pairs(data_source, "--data-source"),
+            data_licences=pairs(data_license, "--data-license", "cbc=mit"),
+            data_sources=pairs(data_source, "--data-source", "cbc=https://..."),
             base_model=base,
             task=task,
             **terms,

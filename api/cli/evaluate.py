@@ -6,6 +6,7 @@ from pathlib import Path
 import typer
 
 from unihema.cli.figures import figures_text
+from unihema.cli.options import pairs
 
 
 def evaluate(
@@ -42,7 +43,7 @@ def evaluate(
             folders=[str(folder) for folder in data],
             tasks=list(task) or list(available_tasks(model)),
             attributes_as_detection=attributes,
-            rename=dict(_pair(value) for value in rename),
+            rename=pairs(rename, "--rename", "RBC='red blood cell'"),
         ),
         split,
     )
@@ -71,10 +72,3 @@ def evaluate(
     if output is not None:
         write_report(report, output)
         typer.echo(f"Written to {output / 'metrics.json'}.")
-
-
-def _pair(value: str) -> tuple[str, str]:
-    name, separator, other = value.partition("=")
-    if not (separator and name and other):
-        raise typer.BadParameter(f"--rename {value!r} must look like RBC='red blood cell'.")
-    return name, other

@@ -1,38 +1,12 @@
 """`unihema train`: a model from data folders."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from unihema.cli.figures import figures_text
-
-
-def _pairs(values: list[str], option: str, convert: Any) -> dict[str, Any]:
-    """`TASK=VALUE` options as a dictionary."""
-    found = {}
-    for value in values:
-        task, separator, text = value.partition("=")
-        if not separator:
-            raise typer.BadParameter(
-                f"{option} {value!r} must look like detection={'320' if convert is int else '0.5'}."
-            )
-        try:
-            found[task] = convert(text)
-        except ValueError as error:
-            raise typer.BadParameter(f"{option} {value!r}: {text!r} is not a number.") from error
-    return found
-
-
-def _setting(value: str) -> tuple[str, Any]:
-    name, separator, text = value.partition("=")
-    if not separator:
-        raise typer.BadParameter(f"--set {value!r} must look like optimisation.weight_decay=0.05.")
-    try:
-        return name, json.loads(text)
-    except json.JSONDecodeError:
-        return name, text
+from unihema.cli.options import pairs, run_overrides, stopped_runs_exit
 
 
 def train(
@@ -66,7 +40,6 @@ def train(
 
     Exit code 3: stopped by Ctrl-C or a signal, with a checkpoint saved.
     """
-    from unihema.training.loop import TrainingInterrupted
     from unihema.training.mix import MIX_FILE, Mix, read_mix
     from unihema.training.run_config import RunConfig
 
@@ -86,12 +59,18 @@ def train(
         "output_dir": None if output is None else str(output),
         "data.folders": [str(folder) for folder in folders or ()] or None,
         "data.tasks": list(task) or None,
-        "data.batch_size": {**settings.data.batch_size, **_pairs(batch_size, "--batch-size", int)},
+        "data.batch_size": {**settings.data.batch_size, **pairs(batch_size, "--batch-size", "detection=4", int)},
         "data.image_sizes": {
             **settings.data.image_sizes,
-            **{name: {"longest_edge": edge} for name, edge in _pairs(image_size, "--image-size", int).items()},
+            **{
+                name: {"longest_edge": edge}
+                for name, edge in pairs(image_size, "--image-size", "detection=320", int).items()
+            },
         },
-        "data.task_weights": {**settings.data.task_weights, **_pairs(task_weight, "--task-weight", float)},
+        "data.task_weights": {
+            **settings.data.task_weights,
+            **pairs(task_weight, "--task-weight", "detection=0.5", float),
+        },
         "data.attributes_as_detection": attributes or None,
         "data.segmentation_prompt": mask_prompt,
         "data.workers": workers,
@@ -106,13 +85,8 @@ def train(
         "optimisation.seed": seed,
         "logging.evaluate_every": evaluate_every,
     }
-    overrides = {name: value for name, value in given.items() if value is not None}
-    overrides |= dict(_setting(value) for value in setting)
-    try:
-        _run(settings.with_overrides(overrides), recipe, mix.stages, stage, resume)
-    except TrainingInterrupted as stopped:
-        typer.echo(str(stopped), err=True)
-        raise typer.Exit(3) from None
+    with stopped_runs_exit():
+        _run(settings.with_overrides(run_overrides(given, setting)), recipe, mix.stages, stage, resume)
 
 
 def _check_recipe(recipe: str | None, stage: int | None) -> None:

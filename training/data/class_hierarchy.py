@@ -64,6 +64,7 @@ def known_parents(names: Sequence[str]) -> dict[str, str]:
             found[name] = listed[parent]
     return found
 
+
 def with_covered_parents(annotated: Sequence[str], parents: Mapping[str, str]) -> list[str]:
     """The classes that a data set annotates, and the coarser ones that it thereby boxes as well.
 

@@ -1,5 +1,6 @@
 """Rows that need not all be in memory, and which samples they make."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -28,9 +29,9 @@ class LazyRows(Sequence):
     sources: list[tuple[str, list[range]]]
     groups: Sequence[Sequence[int]]
 
+    @abstractmethod
     def renamed(self, names: Mapping[str, str]) -> Self:
         """The same rows with other class names."""
-        raise NotImplementedError
 
 
 class ListedRows(LazyRows):

@@ -1,6 +1,7 @@
 """What every task's measurement has in common: results row by row, of which any part can be scored."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ from unihema.training.data.rows import Row
 Resampler = Callable[[np.ndarray], Mapping[str, float | None]]
 
 
-class Measured:
+class Measured(ABC):
     """What a model said of rows of one task.
 
     Args:
@@ -27,10 +28,11 @@ class Measured:
         self.rows: list[Row] = []
         self.records: list[Any] = []
 
+    @abstractmethod
     def add(self, batch: dict[str, Any], rows: Sequence[Row]) -> None:
         """Asks the model about a batch of a `SmearDataset` of `rows`, and keeps what it says."""
-        raise NotImplementedError
 
+    @abstractmethod
     def figures(self, part: bool = False) -> dict[str, Any]:
         """The scores.
 
@@ -38,11 +40,10 @@ class Measured:
             part (`bool`): These are the rows of one data set among several: only the classes that it annotates are
                 listed, and no long lists.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def resampler(self) -> Resampler:
         """What gives the main figures of any resample of the rows, quickly."""
-        raise NotImplementedError
 
     def keep(self, row: Row, record: Any) -> None:
         """Keeps the result of a row."""
