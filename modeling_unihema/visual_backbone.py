@@ -90,6 +90,11 @@ def sine_positions(valid: torch.Tensor, d_model: int, temperature: float) -> tor
     return torch.cat(halves, dim=-1).permute(0, 3, 1, 2)
 
 
+def _is_strided_pointwise(module: nn.Module) -> bool:
+    """Whether oneDNN (in PyTorch 2.14.1) writes past the end of its memory in the module's backward with channels last."""
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride != (1, 1)
+
+
 class VisualBackbone(nn.Module):
     """Backbone maps (C3, C4, C5), projected to `d_model`, plus coarser levels by stride-2 convolution."""
 
@@ -113,6 +118,7 @@ class VisualBackbone(nn.Module):
         ignore_padding(self.backbone)
         ignore_padding(self.input_projection)
         self._inference_backbone = InferenceBackbone()
+        self._trains_channels_last = not any(map(_is_strided_pointwise, self.backbone.modules()))
         self.freeze_norms()
 
     def freeze_norms(self) -> None:
@@ -145,7 +151,7 @@ class VisualBackbone(nn.Module):
         pixels = pixel_mask.bool() if padded else None
         # What counts as valid for the convolutions and norms; the official weights know no padding there.
         counted = None if self.config.attend_to_padding else pixels
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if self._trains_channels_last and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Depthwise and 1x1 convolutions, and above all their backward, are faster with channels last.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         with without_padding(counted):

@@ -61,4 +61,4 @@ def test_a_card_written_by_hand_is_not_lost(tmp_path):
     assert run(*arguments, "--name", "Other").returncode == 0
     assert "\n# Other\n" in (folder / "README.md").read_text()
     wrong = run("card", folder, "--license", "mit", "--data-license", "mit")
-    assert wrong.returncode == 2 and "NAME=VALUE" in wrong.stderr
+    assert wrong.returncode == 2 and "like cbc=mit" in wrong.stderr
