@@ -16,12 +16,14 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "api" / "version.py").read
 PACKAGE_DIR = {
     "unihema": "api",
     "unihema.cli": "api/cli",
+    "unihema.reference": "api/reference",
     "unihema.modeling_unihema": "modeling_unihema",
     "unihema.processing_unihema": "processing_unihema",
     "unihema.training": "training",
     "unihema.training.data": "training/data",
     "unihema.training.evaluation": "training/evaluation",
     "unihema.training.metrics": "training/metrics",
+    "unihema.training.stress": "training/stress",
     "unihema.hub_cards": "hub_cards",
 }
 

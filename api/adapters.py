@@ -81,7 +81,8 @@ def adapter_files(folder: str | Path) -> list[Path]:
 def adapter_fingerprint(folder: str | Path) -> dict[str, str]:
     """SHA-256 of each file that decides what an adapter answers; those of its base are named `base/...`."""
     base = {f"base/{path.name}": sha256(path) for path in checkpoint_files(adapter_base(folder))}
-    return {path.name: sha256(path) for path in adapter_files(folder)} | base
+    files = [*adapter_files(folder), *reference_files(folder)]
+    return {path.name: sha256(path) for path in files} | base
 
 
 def load_adapted(

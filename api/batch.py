@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
 
-COUNT_COLUMNS = ["image", "label", "count", "percent_of_white_cells"]
+COUNT_COLUMNS = ["image", "label", "count", "percent_of_white_cells", "warnings"]
 # Images that are read before they are needed, and results that wait to be written, at most.
 READ_AHEAD = WRITE_BEHIND = 2
 # What is wrong with one image, and no reason to stop.
@@ -324,7 +324,8 @@ class Records:
         for result in self._results(paths):
             for label, count in result["counts"].items():
                 share = result["differential"].get(label)
-                yield [result["image"], label, count, None if share is None else round(share, 1)]
+                warnings = " ".join(result["warnings"]) or None
+                yield [result["image"], label, count, None if share is None else round(share, 1), warnings]
 
     def _json(self, paths: Sequence[Path], report: BatchReport) -> Iterator[str]:
         head = {"unihema": __version__, "settings": self.settings, "totals": report.totals, "failed": report.failed}

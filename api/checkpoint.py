@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+# What the images it was trained on are like; a checkpoint may have it.
+REFERENCE_FILE = "reference_features.safetensors"
 _PARTS = {
     "config.json": "the model's configuration",
     "processor_config.json": "the image processor and prompts",
@@ -66,8 +68,13 @@ def fingerprint(folder: str | Path) -> dict[str, str]:
         from .adapters import adapter_fingerprint
 
         return adapter_fingerprint(folder)
-    files = [Path(folder)] if is_onnx(folder) else checkpoint_files(folder)
+    files = [Path(folder)] if is_onnx(folder) else [*checkpoint_files(folder), *reference_files(folder)]
     return {path.name: sha256(path) for path in files}
+
+
+def reference_files(folder: str | Path) -> list[Path]:
+    """The file that says what images a checkpoint was trained on, where it has one."""
+    return [path for path in [Path(folder) / REFERENCE_FILE] if path.is_file()]
 
 
 def is_onnx(path: str | Path) -> bool:
@@ -102,8 +109,20 @@ def load_checkpoint(folder: str | Path, device: str | None = None) -> "tuple[Uni
     if is_adapter(folder):
         from .adapters import load_adapted
 
-        return load_adapted(folder, device=device)
-    return _load_plain(folder, device)
+        return _with_reference(load_adapted(folder, device=device), folder)
+    return _with_reference(_load_plain(folder, device), folder)
+
+
+def _with_reference(loaded, folder: str | Path):
+    """Model and processor, the model with the reference that lies beside its weights."""
+    if reference_files(folder):
+        from .reference import attach_reference
+
+        try:
+            attach_reference(loaded[0], folder)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+    return loaded
 
 
 def _load_plain(folder: str | Path, device: str | None, **options):
@@ -180,5 +199,6 @@ __all__ = [
     "is_adapter",
     "is_onnx",
     "load_checkpoint",
+    "reference_files",
     "require_tasks",
 ]

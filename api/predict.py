@@ -126,16 +126,16 @@ def analyze_opened(
     results = [SmearResult(image.width, image.height, image=image.name) for image in images]
     for result in results:
         result.provenance = _provenance(model, tasks, prompt, threshold)
+    calls = {
+        "detection": lambda: _detect(model, processor, pictures, prompt, threshold, results),
+        "segmentation": lambda: _segment(model, processor, pictures, prompt, results),
+        "single_cell": lambda: _classify(model, processor, pictures, results),
+    }
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            if "detection" in tasks:
-                _detect(model, processor, pictures, prompt, threshold, results)
-            if "segmentation" in tasks:
-                _segment(model, processor, pictures, prompt, results)
-            if "single_cell" in tasks:
-                _classify(model, processor, pictures, results)
+            _compared([task for task in calls if task in tasks], calls, model, processor, results)
             for question in questions:
                 for result, answer in zip(results, _answers(model, processor, pictures, question), strict=True):
                     result.answers.append({"question": question, "answer": answer})
@@ -192,6 +192,23 @@ def check_request(
 
 def _language_task(text: str) -> str:
     return "cloze" if "___" in text or "<extra_id_" in text else "question_answering"
+
+
+def _compared(tasks: Sequence[str], calls, model, processor, results: list[SmearResult]) -> None:
+    """Does the tasks; the first that the checkpoint has reference images of also says how familiar each image is."""
+    from .reference import judge, looks_of, reference_of
+
+    reference = reference_of(model)
+    compared = next((task for task in tasks if reference is not None and task in reference.tasks), None)
+    for task in tasks:
+        if task != compared:
+            calls[task]()
+            continue
+        with looks_of(model, processor) as looks:
+            calls[task]()
+        (look,) = looks
+        for result, features, quality in zip(results, look.features.cpu().numpy(), look.quality.tolist(), strict=True):
+            judge(reference.tasks[task], features, quality, result)
 
 
 def _inputs(model, processor, images, text=None, **options):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unihema.checkpoint import CheckpointError, checkpoint_files
+from unihema.checkpoint import REFERENCE_FILE, CheckpointError, checkpoint_files
 
 from .fields import CardError, check_card, is_repo_id
 from .folder_card import ADAPTER_CONFIG, CARD_FILE, read_json
@@ -18,7 +18,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Loaded by unpickling, which runs whatever code whoever wrote the file put there.
 PICKLED = {".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle"}
 _TOKENIZER = ("special_tokens_map.json", "added_tokens.json", "spiece.model", "chat_template.jinja")
-_CHECKPOINT = ("generation_config.json", "preprocessor_config.json", *_TOKENIZER)
+_CHECKPOINT = ("generation_config.json", "preprocessor_config.json", REFERENCE_FILE, *_TOKENIZER)
 _PROCESSOR = (
     "processor_config.json",
     "tokenizer.json",
@@ -145,7 +145,8 @@ def _adapter_names(folder: Path) -> list[str]:
             f"{folder}: adapter without {ADAPTER_WEIGHTS}. Save it with save_pretrained, or copy the whole folder again."
         )
     _check_whole([weights])
-    return [ADAPTER_CONFIG, ADAPTER_WEIGHTS, *(name for name in _PROCESSOR if (folder / name).is_file())]
+    own = (*_PROCESSOR, REFERENCE_FILE)
+    return [ADAPTER_CONFIG, ADAPTER_WEIGHTS, *(name for name in own if (folder / name).is_file())]
 
 
 def _check_whole(files: Sequence[Path]) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from .box_geometry import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, inverse_sigmoid
 from .class_rows import ClassEmbedding
 from .configuration_unihema import UniHemaConfig
-from .detection_labels import check_detection_labels
+from .detection_labels import boxes_known, check_detection_labels
 from .label_spaces import ancestor_matrix, is_target
 
 
@@ -109,9 +109,9 @@ class ContrastiveDenoising(nn.Module):
         )
 
     def _choose(self, image: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Indices of the cells to denoise, ascending: of annotated classes, at most `denoising_queries`."""
+        """Indices of the cells to denoise, ascending: of annotated classes, with a box, at most `denoising_queries`."""
         ancestors = ancestor_matrix(getattr(self.config, "class_ancestors", None))
-        cells = is_target(image, ancestors).nonzero().flatten()
+        cells = (is_target(image, ancestors) & boxes_known(image)).nonzero().flatten()
         if len(cells) <= self.denoising_queries:
             return cells
         return cells[torch.randperm(len(cells), device=cells.device)[: self.denoising_queries]].sort().values

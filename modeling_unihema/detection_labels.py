@@ -8,6 +8,8 @@ import torch
 MISSING = -100
 # Boxes come from divisions in float32, so an edge may pass the image's by rounding.
 BOX_TOLERANCE = 1e-4
+# Where False, the cell lies somewhere in its box, which says nothing of its edges.
+BOXES_KNOWN = "boxes_known"
 CLASS_MASKS = ("annotated_classes", "taught_classes")
 
 
@@ -23,7 +25,7 @@ def check_detection_labels(
     Args:
         labels (`Sequence[dict[str, torch.Tensor]]`): One dict an image with `class_labels` int64 `[n]`, `boxes`
             cxcywh `[n, 4]` in 0..1 of the image itself, optionally `morphology` int64 `[n, num_attributes]` (-100
-            missing), `annotated_classes` and `taught_classes` bool `[num_labels]`.
+            missing), `annotated_classes` and `taught_classes` bool `[num_labels]`, `boxes_known` bool `[n]`.
         batch_size (`int`, *optional*): Number of images; not checked when `None`.
         num_labels (`int`): Detection classes of the model.
         num_attributes (`int`): Morphology attributes of the model.
@@ -50,7 +52,7 @@ def _check_image(image: dict[str, torch.Tensor], index: int, num_labels: int, nu
     missing = [key for key in ("class_labels", "boxes") if key not in image]
     if missing:
         raise ValueError(f"Labels of image {index} lack {' and '.join(missing)}; got {sorted(image.keys())}.")
-    for key in ("class_labels", "boxes", "morphology", *CLASS_MASKS):
+    for key in ("class_labels", "boxes", "morphology", BOXES_KNOWN, *CLASS_MASKS):
         value = image.get(key)
         if value is not None and not isinstance(value, torch.Tensor):
             raise TypeError(f"{key} of image {index} must be a tensor, got {type(value).__name__}.")
@@ -75,12 +77,16 @@ def _check_image(image: dict[str, torch.Tensor], index: int, num_labels: int, nu
             )
         if morphology.is_floating_point():
             raise TypeError(f"morphology of image {index} must be integers, got {morphology.dtype}.")
-    for key in CLASS_MASKS:
+    for key, length in (*((key, num_labels) for key in CLASS_MASKS), (BOXES_KNOWN, len(classes))):
         mask = image.get(key)
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != (num_labels,)):
-            raise ValueError(
-                f"{key} of image {index} must be bool [{num_labels}], got {mask.dtype} {list(mask.shape)}."
-            )
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (length,)):
+            raise ValueError(f"{key} of image {index} must be bool [{length}], got {mask.dtype} {list(mask.shape)}.")
+
+
+def boxes_known(image: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Which cells of an image have a box of their own, bool `[n]`: all where the labels do not say."""
+    known = image.get(BOXES_KNOWN)
+    return torch.ones_like(image["class_labels"], dtype=torch.bool) if known is None else known
 
 
 def _check_values(

@@ -8,7 +8,7 @@ from torch.nn import functional
 from .box_geometry import box_cxcywh_to_xyxy, generalized_box_iou_pairs
 from .configuration_unihema import UniHemaConfig
 from .denoising import DenoisingQueries
-from .detection_labels import MISSING, check_detection_labels
+from .detection_labels import BOXES_KNOWN, MISSING, boxes_known, check_detection_labels
 from .label_spaces import ancestor_matrix, class_targets, is_target
 from .loss_counts import average_over_processes
 from .matching import match_queries
@@ -54,7 +54,8 @@ def detection_loss(
     Class and box losses are sums over the batch divided by its number of cells (for denoising: of positive queries),
     averaged over the processes of a distributed run, so every process has to call this in the same step. A class that
     is `False` in an image's `annotated_classes` costs nothing there, and its cells are not targets. A cell has its
-    coarser classes (`config.class_ancestors`) as well, and leaves the finer ones open, see `class_targets`.
+    coarser classes (`config.class_ancestors`) as well, and leaves the finer ones open, see `class_targets`. A cell whose box is
+    not known (`boxes_known`) is matched by class alone, and has no box loss and no denoising queries.
 
     Args:
         layer_logits (`torch.Tensor`): Class logits of each decoder layer, `[L, B, Q, num_labels]`.
@@ -259,6 +260,7 @@ def _to_device(
     moved = {
         "class_labels": image["class_labels"].to(device, torch.int64),
         "boxes": image["boxes"].to(device, torch.float32),
+        BOXES_KNOWN: boxes_known(image).to(device),
     }
     if ancestors is not None:
         positive, counted = class_targets(image, num_labels, ancestors)
@@ -347,10 +349,11 @@ def _class_and_box_losses(
     focal = sigmoid_focal_loss(logits, wanted, config.focal_alpha) * class_weight
     predicted, true = boxes[image, query], _gather(targets, "boxes", image, cell)
     overlap = generalized_box_iou_pairs(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(true))
+    known = _gather(targets, BOXES_KNOWN, image, cell).to(boxes.dtype)
     return {
         "loss_ce": focal.sum() / normaliser,
-        "loss_bbox": (predicted - true).abs().sum() / normaliser,
-        "loss_giou": (1 - overlap).sum() / normaliser,
+        "loss_bbox": ((predicted - true).abs() * known[:, None]).sum() / normaliser,
+        "loss_giou": ((1 - overlap) * known).sum() / normaliser,
     }
 
 

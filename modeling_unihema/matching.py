@@ -3,6 +3,7 @@
 import torch
 
 from .box_geometry import box_cxcywh_to_xyxy, generalized_box_iou
+from .detection_labels import boxes_known
 
 
 @torch.no_grad()
@@ -25,7 +26,8 @@ def match_queries(
         logits (`torch.Tensor`): Class logits `[B, Q, C]`.
         boxes (`torch.Tensor`): Boxes cxcywh `[B, Q, 4]`.
         labels (`list[dict[str, torch.Tensor]]`): `class_labels` `[n]` and `boxes` `[n, 4]` of each image. Where there is
-            `positive`, bool `[n, C]`, the classification cost is the mean over the classes of a cell.
+            `positive`, bool `[n, C]`, the classification cost is the mean over the classes of a cell. A cell that is
+            `False` in `boxes_known`, bool `[n]`, is matched by class alone.
         class_cost (`float`): Weight of the classification cost.
         bbox_cost (`float`): Weight of the L1 cost.
         giou_cost (`float`): Weight of the generalised IoU cost.
@@ -52,9 +54,8 @@ def match_queries(
         classification = _class_costs(image_logits.float(), image_labels, alpha, gamma)
         image_boxes = image_boxes.float()
         overlap = generalized_box_iou(box_cxcywh_to_xyxy(image_boxes), box_cxcywh_to_xyxy(target_boxes))
-        cost = (
-            class_cost * classification + bbox_cost * torch.cdist(image_boxes, target_boxes, p=1) - giou_cost * overlap
-        ).cpu()
+        distance = bbox_cost * torch.cdist(image_boxes, target_boxes, p=1) - giou_cost * overlap
+        cost = (class_cost * classification + distance * boxes_known(image_labels).to(distance.device)).cpu()
         if not cost.isfinite().all():
             raise RuntimeError(
                 f"The matching cost of image {image} in the batch is not finite: the model predicts NaN or infinite "

@@ -63,8 +63,9 @@ class UniHemaForDetection(UniHemaPreTrainedModel):
             input_ids (`torch.LongTensor`, *optional*): Prompt that names the cells asked for, `[B, L]`.
             attention_mask (`torch.LongTensor`, *optional*): `[B, L]`.
             labels (`list[dict[str, torch.Tensor]]`, *optional*): For each image `class_labels` `[n]`, `boxes` `[n, 4]`
-                cxcywh in 0..1 relative to the image itself, optionally `morphology` `[n, attributes]` (-100 missing) and
-                `annotated_classes` `[num_labels]` (`False`: neither target nor background).
+                cxcywh in 0..1 relative to the image itself, optionally `morphology` `[n, attributes]` (-100 missing),
+                `annotated_classes` `[num_labels]` (`False`: neither target nor background) and `boxes_known` `[n]`
+                (`False`: the cell lies somewhere in its box).
 
         Returns:
             [`UniHemaDetectionOutput`]

@@ -120,6 +120,9 @@ class SmearResult:
         mask_label (`str`, *optional*): What the mask shows.
         single_cell (`dict`, *optional*): {"label", "score"} of an image that shows one cell.
         answers (`list[dict]`): {"question", "answer"} for each question asked.
+        familiarity (`dict`, *optional*): How like the image is to those the model was trained on: {"distance" to the most
+            similar data set, "limit" below which 99 % of its validation images are, "nearest": its name}. Of a
+            checkpoint with a reference (`unihema reference`).
         warnings (`list[str]`): What a reader of the counts must know, such as a reached query cap.
         provenance (`dict`): Versions, checkpoint, SHA-256 of the weights, thresholds and settings.
     """
@@ -133,6 +136,7 @@ class SmearResult:
     mask_label: str | None = None
     single_cell: dict[str, Any] | None = None
     answers: list[dict[str, str]] = field(default_factory=list)
+    familiarity: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -164,6 +168,7 @@ class SmearResult:
             "mask_label": self.mask_label,
             "single_cell": self.single_cell,
             "answers": self.answers,
+            "familiarity": self.familiarity,
             "warnings": self.warnings,
             "provenance": self.provenance,
         }

@@ -31,6 +31,7 @@ _PALETTE: tuple[Color, ...] = (
     (0, 140, 160),
 )
 _MASK_COLOR: Color = (0, 200, 200)
+_WARNING_COLOR: Color = (230, 180, 0)
 
 
 def class_colors(names: Iterable[str]) -> dict[str, Color]:
@@ -145,6 +146,8 @@ def _legend_rows(result: "SmearResult", colors: dict[str, Color]) -> list[tuple[
         rows.append((_MASK_COLOR, result.mask_label or "mask", f"{100 * result.mask.mean():.1f} % of the image"))
     if result.single_cell is not None:
         rows.append((None, f"single cell: {result.single_cell['label']}", f"{result.single_cell['score']:.2f}"))
+    if result.warnings:
+        rows.append((_WARNING_COLOR, "warnings: see the result", str(len(result.warnings))))
     return rows or [(None, "nothing was looked for", "")]
 
 

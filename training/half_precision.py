@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from unihema.checkpoint import REFERENCE_FILE
 from unihema.training.files import write_json
 
 
@@ -36,7 +37,8 @@ def store_in_half(checkpoint: str | Path, folder: str | Path) -> int:
             raise ValueError(f"{checkpoint}: {name} has values that float16 cannot hold.")
     folder.mkdir(parents=True, exist_ok=True)
     for path in checkpoint.iterdir():
-        if path.suffix in (".json", ".md", ".jinja") and path.name not in ("stages.json", "mix.json"):
+        told = path.suffix in (".json", ".md", ".jinja") and path.name not in ("stages.json", "mix.json")
+        if told or path.name == REFERENCE_FILE:
             shutil.copyfile(path, folder / path.name)
     for path in folder.glob("*config.json"):
         settings = json.loads(path.read_text(encoding="utf-8"))

@@ -15,7 +15,8 @@ def make_optimizer(model: nn.Module, config: OptimisationConfig) -> torch.optim.
     """AdamW over the trainable parameters.
 
     Groups differ in learning rate (backbone, and names listed in `learning_rate_multipliers`; several factors
-    multiply) and in weight decay (none for norms and biases, which have one dimension).
+    multiply) and in weight decay (none for norms and biases, which have one dimension). A factor of 0 freezes its
+    parameters: no gradient is computed for them.
 
     Raises:
         RunConfigError: A multiplier that fits no parameter, or nothing to train.
@@ -29,6 +30,9 @@ def make_optimizer(model: nn.Module, config: OptimisationConfig) -> torch.optim.
         if not parameter.requires_grad:
             continue
         factor = math.prod(multipliers[part] for part in matching)
+        if factor == 0:
+            parameter.requires_grad_(False)
+            continue
         decays = parameter.ndim > 1
         group = groups.setdefault(
             (factor, decays),

@@ -138,7 +138,8 @@ class OptimisationConfig:
             at the end not. The learning rate follows the time spent, so it is annealed when the limit comes.
         learning_rate (`float`): Of AdamW. 2e-4 suits the tiny preset, 1e-4 the base one.
         backbone_multiplier (`float`): Learning rate of the backbone relative to that; 0.1 for a pretrained one.
-        learning_rate_multipliers (`dict[str, float]`): The same for parameters whose name has this in it.
+        learning_rate_multipliers (`dict[str, float]`): The same for parameters whose name has this in it. 0 freezes them:
+            the first layers of a pretrained backbone cost much of a step and need not change.
         warmup_steps (`int`): Steps over which the learning rate rises linearly.
         schedule (`"cosine"`, `"step"` or `"constant"`): Of the learning rate over the run's progress from 0 to 1.
         step_fractions (`list[float]`): Progress at which the step schedule lowers the rate.

@@ -114,6 +114,34 @@ def test_detection_is_measured_in_pixels_of_the_original(images, processor):
     assert model.training
 
 
+def test_a_crop_counts_for_its_attributes_alone(images, processor):
+    """Its cell has no box: the best-scoring cell found speaks for it, wherever it lies."""
+    crops = [
+        row(
+            image,
+            "detection",
+            objects={
+                "bbox": [[0.0, 0.0, *SIZE]],
+                "category": ["neutrophil"],
+                "morphology": [{"vacuoles": "prominent"}],
+            },
+            annotated_classes=["neutrophil"],
+            from_attributes=True,
+        )
+        for image in images
+    ]
+    alone = evaluate_model(Oracle(cells), processor, {"detection": crops}, progress=False)["detection"]
+    assert alone["mAP50"] is None and alone["at_threshold"] == {}
+    assert alone["morphology"]["per_attribute"]["vacuoles"] == {"accuracy": 1.0, "macro_f1": 1.0, "cells": 3}
+    assert alone["morphology"]["matched"] == 1.0
+    fields = detection_rows(images)
+    together = evaluate_model(Oracle(cells), processor, {"detection": fields + crops}, progress=False)["detection"]
+    apart = evaluate_model(Oracle(cells), processor, {"detection": fields}, progress=False)["detection"]
+    for figure in ("mAP", "mAP50", "per_class", "at_threshold"):
+        assert together[figure] == apart[figure]
+    assert together["morphology"]["per_attribute"]["vacuoles"]["cells"] == 6
+
+
 def test_thresholds_are_calibrated_for_each_class(images, processor):
     model = Oracle(cells)
     rows = detection_rows(images)

@@ -67,6 +67,11 @@ def test_parameter_groups():
         (round(g["lr"], 9), g["weight_decay"]): sum(p.numel() for p in g["params"]) for g in optimizer.param_groups
     }
     assert groups == {(1e-4, 0.01): 4, (1e-4, 0.0): 2, (5e-4, 0.01): 4, (1e-3, 0.0): 4}
+    make_optimizer(model, OptimisationConfig(learning_rate_multipliers={"norm": 0}))
+    assert [name for name, p in model.named_parameters() if not p.requires_grad and "norm" in name] == [
+        "norm.weight",
+        "norm.bias",
+    ]
     with pytest.raises(RunConfigError, match="no parameter has 'decoderr'"):
         make_optimizer(model, OptimisationConfig(learning_rate_multipliers={"decoderr": 0.5}))
     with pytest.raises(RunConfigError, match="Nothing to train"):

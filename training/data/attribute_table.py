@@ -95,7 +95,8 @@ def rows_of_cell(row: Row, label: str, record: Mapping[str, Any], attributes: Se
         attributes (`Sequence[str]`): Its keys that are attributes; with none of them there is no detection row.
 
     Returns:
-        `list[Row]`: A single-cell row and, where there are attributes, a detection row: one box over the whole image.
+        `list[Row]`: A single-cell row and, where there are attributes, a detection row: one cell somewhere in the image, as its
+            box, the whole image, says; nothing is learned of where its edges are.
     """
     rows = [row | {"task": "single_cell", "label": label}]
     if any(key in record for key in attributes):

@@ -178,6 +178,7 @@ class SmearDataset(Dataset):
         if self.task == "detection":
             sample["annotations"] = self._annotations(row, boxes, kept, index)
             sample["annotated_classes"] = row.get("annotated_classes")
+            sample["whole_image"] = bool(row.get("from_attributes"))
         elif self.task == "segmentation":
             sample["mask"] = mask
             sample["prompt"] = row.get("prompt")
@@ -272,6 +273,8 @@ class SmearDataset(Dataset):
             batch["labels"] = torch.tensor([sample["label"] for sample in samples])
         if self.task == "detection":
             for labels, sample in zip(batch["labels"], samples, strict=True):
+                if sample["whole_image"]:
+                    labels["boxes_known"] = torch.zeros_like(labels["class_labels"], dtype=torch.bool)
                 if sample["annotated_classes"] is not None:
                     annotated = set(with_covered_parents(sample["annotated_classes"], self.label_parents))
                     labels["annotated_classes"] = torch.tensor([name in annotated for name in self.class_names])

@@ -4,7 +4,8 @@ Common keys: `image` (path or PIL image), `file_name`, `dataset`, `task`. Task k
 
 - detection: `objects` (`bbox` xywh pixels, `category` names, `morphology` {attribute: value}; `iscrowd` where present)
   and `annotated_classes` (names, or None when all are); `size` (width, height) of the image that the boxes refer to,
-  where known; `from_attributes` marks a single cell whose box is the whole image, made to teach its attributes;
+  where known; `from_attributes` marks a crop of one cell, made to teach its attributes: its box is the whole image and
+  teaches no box;
 - segmentation: `mask` (path or array, nonzero = cell), `prompt` (what the mask shows);
 - single_cell: `label`;
 - question_answering: `question`, `answer`;

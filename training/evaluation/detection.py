@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from unihema.modeling_unihema.detection_labels import boxes_known
 from unihema.processing_unihema.post_processing import (
     DEFAULT_THRESHOLD,
     ancestors_of,
@@ -42,7 +43,8 @@ class _Field(NamedTuple):
 
 class MeasuredDetections(Measured):
     """Cells of each image. A class that the image's data set does not annotate is not asked for: it takes no query from
-    one that is. Where it annotates a class and a coarser one, a cell counts under both."""
+    one that is. Where it annotates a class and a coarser one, a cell counts under both. A crop whose cell has no box (rows
+    `from_attributes`) counts for the attributes alone: those of the best-scoring cell found in it."""
 
     def __init__(self, model: Any, processor: Any):
         super().__init__(model, processor)
@@ -60,17 +62,21 @@ class MeasuredDetections(Measured):
         for image, index in enumerate(batch["row_indices"]):
             truth = _reference(rows[index], sizes[image].tolist(), self.names)
             found = _arrays(cells[image])
-            attributes = self._attributes(output, image, found, truth, batch["labels"][image].get("morphology"))
+            attributes = self._attributes(output, image, found, truth, batch["labels"][image])
             self.keep(rows[index], _Field(_arrays(ranked[image]), found, truth, *attributes))
 
     def _attributes(self, output, image: int, found, truth, labels) -> tuple[np.ndarray, np.ndarray, int]:
         sizes = self.model.config.morphology_sizes
-        if labels is None:
+        if labels.get("morphology") is None:
             return np.zeros((0, len(sizes)), int), np.zeros((0, len(sizes)), int), 0
-        values = labels.numpy()
+        values = labels["morphology"].numpy()
         described = (values != MISSING).any(-1)
-        scores = output.logits[image].float().sigmoid().cpu().numpy()[found["queries"]][:, truth["labels"]]
-        queries, matched = match_cells(found["boxes"], truth["boxes"], scores)
+        if boxes_known(labels).all():
+            scores = output.logits[image].float().sigmoid().cpu().numpy()[found["queries"]][:, truth["labels"]]
+            queries, matched = match_cells(found["boxes"], truth["boxes"], scores)
+        else:
+            # Of the one cell in a crop; `found` comes best first.
+            queries = matched = np.zeros(min(len(found["queries"]), len(values)), int)
         queries, matched = queries[described[matched]], matched[described[matched]]
         parts = output.pred_morphology[image].split(sizes, dim=-1)
         read = torch.stack([part.argmax(-1) for part in parts], -1).cpu().numpy()
@@ -212,6 +218,8 @@ def _reference(row: Row, size: Sequence[int], names: list[str]) -> dict[str, Any
     }
     if "iscrowd" in row["objects"]:
         reference["iscrowd"] = row["objects"]["iscrowd"]
-    if row.get("annotated_classes") is not None:
+    if row.get("from_attributes"):
+        reference["annotated_classes"] = []
+    elif row.get("annotated_classes") is not None:
         reference["annotated_classes"] = [names.index(name) for name in row["annotated_classes"]]
     return reference
