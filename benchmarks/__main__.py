@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import torch
 import transformers
 import typer
 
-from benchmarks import attention, detection, tasks, training_step
-from benchmarks.measuring import gemm_rate
+from benchmarks import attention, detection, tasks, throughput, training_step
+from benchmarks.measuring import gemm_rate, processor_name
 from benchmarks.report import page, plot
 from unihema.files import write_text
 
@@ -30,7 +29,7 @@ def bench(
     results = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     rate = gemm_rate()
     machine = {
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -41,6 +40,7 @@ def bench(
     sections: dict[str, Callable[[], list[dict]]] = {
         "loss": lambda: training_step.loss(rounds),
         "tasks": lambda: tasks.measure(SIZES[0], rounds),
+        "throughput": lambda: throughput.measure(24, rounds),
         "memory": lambda: detection.memory(SIZES[1]),
         "growth": lambda: detection.growth(rounds),
         "step": lambda: training_step.step(rounds),
@@ -59,14 +59,6 @@ def bench(
         plot(results["growth"], output / "benchmarks" / "growth.png")
     write_text(output / "speed.md", [page(results, exponents)])
     typer.echo(f"{output / 'speed.md'}")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ TITLES = {
     "attention": "Deformable attention alone",
     "detection": "One image through a detector",
     "tasks": "Each task beside everything",
+    "throughput": "A folder of fields, tiny preset",
     "step": "A training step",
     "loss": "The detection loss alone",
     "memory": "Largest resident memory",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, detection, models, training_step
+from benchmarks import attention, detection, models, throughput, training_step
 from benchmarks.measuring import interleaved
 from benchmarks.report import page, plot
 
@@ -47,6 +47,16 @@ def test_attention_forms_compute_the_same():
         (place, kind) for place in ("encoder", "decoder") for kind in ("forward", "forward + backward")
     }
     assert all(row["largest difference"] < 1e-5 for row in rows)
+
+
+def test_throughput_is_measured_on_every_field():
+    rows = throughput.measure(1, rounds=1)
+    assert [row["case"] for row in rows] == [
+        "one step after the other",
+        "read ahead, written behind",
+        "the same, 4 of a size together",
+    ]
+    assert rows[0]["times faster"] == 1 and all(row["fields"] == 1 and row["fields a second"] > 0 for row in rows)
 
 
 def test_peak_memory_is_that_of_the_process_itself():
