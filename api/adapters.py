@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import CheckpointError, _load_plain, _read_json, checkpoint_files
+from .checkpoint import CheckpointError, _load_plain, _read_json, checkpoint_files, reference_files
 from .files import sha256
 
 

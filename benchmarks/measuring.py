@@ -1,5 +1,6 @@
 """How things are measured: interleaved rounds, medians, ratios; processor seconds, which other work disturbs least."""
 
+import platform
 import re
 import statistics
 import subprocess
@@ -82,3 +83,12 @@ def say_peak() -> None:
     # The figure of getrusage starts at that of the process which started this one.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     print(int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.M)[1]) / 1024)
+
+
+def processor_name() -> str:
+    """What the machine calls its processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

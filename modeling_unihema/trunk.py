@@ -107,6 +107,14 @@ class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
         (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_parts()
         return loaded
 
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        """Saves the model, as [`~PreTrainedModel.save_pretrained`] does, with what came beside its weights and still belongs
+        to them (see `unihema reference`)."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        reference, _ = self.__dict__.get("_image_reference", (None, None))
+        if reference is not None and is_main_process:
+            reference.save_with(self, save_directory)
+
     def _freeze_parts(self) -> None:
         for part in self._frozen_parts:
             self.get_submodule(part).requires_grad_(False)

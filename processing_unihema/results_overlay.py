@@ -147,7 +147,7 @@ def _legend_rows(result: "SmearResult", colors: dict[str, Color]) -> list[tuple[
     if result.single_cell is not None:
         rows.append((None, f"single cell: {result.single_cell['label']}", f"{result.single_cell['score']:.2f}"))
     if result.warnings:
-        rows.append((_WARNING_COLOR, "warnings: see the result", str(len(result.warnings))))
+        rows.append((_WARNING_COLOR, "warnings", str(len(result.warnings))))
     return rows or [(None, "nothing was looked for", "")]
 
 

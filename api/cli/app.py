@@ -20,6 +20,8 @@ from unihema.cli.init import init
 from unihema.cli.parity import parity
 from unihema.cli.predict import predict
 from unihema.cli.push import push
+from unihema.cli.reference import reference
+from unihema.cli.stress import stress
 from unihema.cli.train import train
 from unihema.version import __version__
 
@@ -55,6 +57,8 @@ app.command()(ask)
 app.command()(train)
 app.command()(adapt)
 app.command()(evaluate)
+app.command()(stress)
+app.command()(reference)
 app.command()(ablate)
 app.command()(info)
 app.command()(convert)

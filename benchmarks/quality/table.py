@@ -1,0 +1,197 @@
+"""The comparison as rows, sums and a verdict for each task, and as a page."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.quality.peers import PEERS
+from benchmarks.quality.results import UNIHEMA, unihema_item
+from benchmarks.quality.speed import ALL_PEERS
+from unihema.processing_unihema.prompts import TASKS
+from unihema.training.evaluation import HEADLINES
+
+
+# The figures of each task; the first decides.
+FIGURES = {
+    "detection": ("mAP50", "mAP"),
+    "segmentation": ("dice", "iou"),
+    "single_cell": ("macro_f1", "accuracy"),
+    "question_answering": ("exact_match", "bleu4"),
+    "cloze": ("exact_match", "bleu4"),
+}
+NAMES = {"mAP50": "mAP50", "mAP": "mAP", "dice": "Dice", "iou": "IoU", "macro_f1": "macro-F1"}
+NAMES |= {"accuracy": "accuracy", "exact_match": "exact match", "bleu4": "BLEU-4"}
+
+
+def best_peers(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Task -> the peer with the best main figure, in the order of the tasks."""
+    found: dict[str, str] = {}
+    for name in [name for name in results if name != UNIHEMA]:
+        task = PEERS[name].task
+        if task not in found or _main(results[name], task) > _main(results[found[task]], task):
+            found[task] = name
+    return {task: found[task] for task in TASKS if task in found}
+
+
+def comparison(
+    results: Mapping[str, Mapping[str, Any]],
+    speed: Mapping[str, Mapping[str, float]],
+    checkpoint_minutes: float | None = None,
+) -> dict[str, Any]:
+    """What the page shows.
+
+    Args:
+        results (`Mapping[str, Mapping[str, Any]]`): Of `compare`.
+        speed (`Mapping[str, Mapping[str, float]]`): Of `measure`.
+        checkpoint_minutes (`float`, *optional*): How long UniHema was trained, all tasks together.
+
+    Returns:
+        `dict[str, Any]`: `rows`, one for each peer and each of UniHema's tasks; `sums`, the best peer of each task taken
+        together and UniHema doing these tasks; `verdicts`, UniHema's main figure beside the best peer's.
+    """
+    best, unihema = best_peers(results), results[UNIHEMA]
+    rows, verdicts = [], []
+    for task in best:
+        peers = [name for name in results if name != UNIHEMA and PEERS[name].task == task]
+        if task in unihema["report"]:
+            rows.append(_row(task, "UniHema, all tasks in one", unihema, speed.get(unihema_item(task))))
+            verdicts.append(_verdict(task, unihema, best[task], results[best[task]]))
+        for name in peers:
+            row = _row(task, PEERS[name].title, results[name], speed.get(name))
+            trained = results[name]["trained"]
+            row |= {"minutes": trained["seconds"] / 60, "passes": trained["passes"]}
+            rows.append(row | {"learning_rate": results[name]["settings"]["learning_rate"]})
+    members = list(best.values())
+    peers_sum = {
+        "model": "the best peer of each task: " + ", ".join(members),
+        "parameters": sum(results[name]["parameters"] for name in members),
+        "minutes": sum(results[name]["trained"]["seconds"] for name in members) / 60,
+        **_speed(speed.get(ALL_PEERS)),
+    }
+    one = {"model": "UniHema", "parameters": unihema["parameters"], "minutes": checkpoint_minutes}
+    return {"rows": rows, "sums": [peers_sum, one | _speed(speed.get(UNIHEMA))], "verdicts": verdicts}
+
+
+def _row(task: str, title: str, result: Mapping[str, Any], speed: Mapping[str, float] | None) -> dict[str, Any]:
+    figures = result["report"][task]
+    intervals = figures.get("intervals") or {}
+    parts = figures.get("datasets", {})
+    return {
+        "task": task,
+        "model": title,
+        "figures": {name: {"value": figures[name], "interval": intervals.get(name)} for name in FIGURES[task]},
+        "datasets": {name: {"value": part[HEADLINES[task]], "rows": part["rows"]} for name, part in parts.items()},
+        "rows": figures["rows"],
+        "images": figures["images"],
+        "parameters": result["parameters"],
+        **_speed(speed),
+    }
+
+
+def _speed(speed: Mapping[str, float] | None) -> dict[str, float | None]:
+    return {name: (speed or {}).get(name) for name in ("wall ms", "processor ms", "peak MB")}
+
+
+def _main(result: Mapping[str, Any], task: str) -> float:
+    value = result["report"][task][HEADLINES[task]]
+    return float("-inf") if value is None else value
+
+
+def _verdict(task: str, unihema: Mapping[str, Any], name: str, peer: Mapping[str, Any]) -> dict[str, Any]:
+    own, other = _main(unihema, task), _main(peer, task)
+    difference = own - other
+    return {
+        "task": task,
+        "figure": HEADLINES[task],
+        "unihema": own,
+        "peer": name,
+        "value": other,
+        "difference": difference,
+        "at_least_as_good": difference >= 0,
+    }
+
+
+def page(compared: Mapping[str, Any], conditions: Mapping[str, Any]) -> str:
+    """Markdown of a comparison.
+
+    Args:
+        compared (`Mapping[str, Any]`): Of [`comparison`].
+        conditions (`Mapping[str, Any]`): `command`, `processor`, `threads`, `load`, `torch`, `transformers`, `folders`,
+            `minutes`, `image_sizes`, `seed`, `start`, `device`.
+    """
+    had = conditions
+    sizes = ", ".join(f"{task} {max(size.values())}" for task, size in had["image_sizes"].items())
+    lines = [
+        "# UniHema beside single-task peers",
+        "",
+        f"Written by `{had['command']}`. Every peer was trained for {_number(had['minutes'])} minutes on "
+        f"{', '.join(had['folders'])} with UniHema's own batches, augmentation, labels and evaluation: AdamW, cosine by time, "
+        f"averaged weights, seed {had['seed']}, on {had['device']}. Longest edge in pixels: {sizes}. The backbone and its start "
+        f"({had['start'] or 'random weights'}) are UniHema's, and so are widths, layers, queries and the text model. One run "
+        "each, not tuned further: what another seed would change is not in the intervals.",
+        "",
+        f"Times and memory: {had['processor']}, {had['threads']} thread(s), torch {had['torch']}, Transformers "
+        f"{had['transformers']}, float32, one image (one question), medians of interleaved rounds, without reading the image "
+        f"and making results of outputs; the machine's load was {had['load']:.1f} when it began. Memory is the largest of a "
+        "process that has the model only, Python and its libraries included.",
+        "",
+        "| task | model | figures (95 % interval) | images | rows | parameters, M | ms | processor ms | peak MB | minutes "
+        "| passes | learning rate |",
+        "|---" * 12 + "|",
+    ]
+    lines += [_line(row) for row in compared["rows"]]
+    lines += ["", "All tasks, one after another:", ""]
+    lines += ["| models | parameters, M | ms | processor ms | peak MB | minutes of training |", "|---" * 6 + "|"]
+    for row in compared["sums"]:
+        cells = (_millions(row["parameters"]), *map(_number, (row["wall ms"], row["processor ms"], row["peak MB"])))
+        lines.append(f"| {row['model']} | {' | '.join(cells)} | {_number(row['minutes'])} |")
+    if compared["verdicts"]:
+        lines += ["", *_verdict_lines(compared["verdicts"])]
+    lines += _dataset_lines(compared["rows"])
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    figures = "; ".join(_figure(name, **value) for name, value in row["figures"].items())
+    cells = [row["task"], row["model"], figures, str(row["images"]), str(row["rows"]), _millions(row["parameters"])]
+    cells += [_number(row.get(name)) for name in ("wall ms", "processor ms", "peak MB", "minutes", "passes")]
+    rate = row.get("learning_rate")
+    return f"| {' | '.join([*cells, '' if rate is None else f'{rate:g}'])} |"
+
+
+def _figure(name: str, value: float | None, interval: Sequence[float] | None) -> str:
+    if value is None:
+        return f"{NAMES[name]} none"
+    digits = 1 if name == "bleu4" else 3
+    limits = f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})" if interval else ""
+    return f"{NAMES[name]} {value:.{digits}f}{limits}"
+
+
+def _verdict_lines(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
+    good = sum(verdict["at_least_as_good"] for verdict in verdicts)
+    lines = [f"UniHema is at least as good as the best peer on {good} of {len(verdicts)} tasks:", ""]
+    lines += ["| task | figure | UniHema | best peer | its figure | difference |", "|---" * 6 + "|"]
+    for verdict in verdicts:
+        cells = (verdict["task"], NAMES[verdict["figure"]], f"{verdict['unihema']:.3f}", verdict["peer"])
+        lines.append(f"| {' | '.join(cells)} | {verdict['value']:.3f} | {verdict['difference']:+.3f} |")
+    return lines
+
+
+def _dataset_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        for name, part in row["datasets"].items():
+            value = "none" if part["value"] is None else f"{part['value']:.3f}"
+            cells = (row["task"], name, str(part["rows"]), row["model"], NAMES[HEADLINES[row["task"]]], value)
+            lines.append(f"| {' | '.join(cells)} |")
+    if not lines:
+        return []
+    head = ["", "By data set:", "", "| task | data | rows | model | figure | value |", "|---" * 6 + "|"]
+    return head + sorted(lines, key=lambda line: [part.strip() for part in line.split("|")[1:3]])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:.2f}"

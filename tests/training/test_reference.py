@@ -1,0 +1,241 @@
+"""The reference of a checkpoint: which images it calls unlike those it was trained on, and where that is told."""
+
+import csv
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from data_folders import photograph
+from PIL import Image, ImageFilter
+from safetensors.torch import load_file, save_file
+from tiny_checkpoint import save_tiny_checkpoint
+from tiny_runs import run_config
+from typer.testing import CliRunner
+
+import unihema
+from unihema.batch import predict_files
+from unihema.checkpoint import CheckpointError, fingerprint, load_checkpoint
+from unihema.cli.app import app
+from unihema.processing_unihema.results import Cell, SmearResult
+from unihema.reference import REFERENCE_FILE, ModelReference, ReferenceWarning, judge, reference_of
+from unihema.reference.gaussian import TiedGaussians
+from unihema.training.build import build, load_rows, training_rows
+from unihema.training.data.synthetic import SyntheticSmears
+from unihema.training.data.synthetic_folder import write_synthetic
+from unihema.training.half_precision import store_in_half
+from unihema.training.reference_fitting import fit_reference
+
+
+LOOK = {"width": 224, "height": 168, "crop_size": 96}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A data folder, and a checkpoint of an untrained model with its reference."""
+    root = tmp_path_factory.mktemp("made")
+    smears = write_synthetic(root / "smears", 16, 8, seed=0, crops_per_field=1, progress=False, **LOOK)
+    config = run_config(smears, root / "run")
+    model, processor = build(config, training_rows(config))
+    model.config.detection_thresholds = dict.fromkeys(model.config.label2id, 0.99)
+    model.save_pretrained(root / "unihema")
+    processor.save_pretrained(root / "unihema")
+    done = CliRunner().invoke(app, ["reference", str(root / "unihema"), str(smears)])
+    assert done.exit_code == 0 and "detection: 99 % of validation images" in done.stdout, done.output
+    return root
+
+
+@pytest.fixture
+def checkpoint(made, tmp_path):
+    return shutil.copytree(made / "unihema", tmp_path / "unihema")
+
+
+def strange_images() -> dict[str, Image.Image]:
+    """Noise, something like a photograph, and a negative of a smear."""
+    smear = SyntheticSmears(seed=5, width=224, height=168)[0].image
+    noise = np.random.default_rng(0).integers(0, 255, (168, 224, 3), np.uint8)
+    return {
+        "noise": Image.fromarray(noise),
+        "photograph": Image.fromarray(photograph(1, (224, 168))),
+        "negative": Image.fromarray(255 - np.asarray(smear)),
+    }
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation", "single_cell"])
+def test_smears_are_familiar_and_other_images_are_not(made, task):
+    model, processor = load_checkpoint(made / "unihema")
+    smears = SyntheticSmears(seed=77, width=224, height=168)
+    if task == "single_cell":
+        smears = SyntheticSmears(seed=77, crop_size=96)
+        new = [smears.single_cell(number).image for number in range(6)]
+    else:
+        new = [smears[number].image for number in range(6)]
+    results = [unihema.analyze(model, processor, np.asarray(image), [task]) for image in new]
+    ratios = [result.familiarity["distance"] / result.familiarity["limit"] for result in results]
+    others = [unihema.analyze(model, processor, image, [task]) for image in strange_images().values()]
+    far = [result.familiarity["distance"] / result.familiarity["limit"] for result in others]
+    # The limit comes from eight images, so that one of six new ones may be a little beyond it.
+    assert np.median(ratios) < 1 < min(far) and max(ratios) < min(far), (ratios, far)
+    assert all("unlike the images the model was trained on" in " ".join(result.warnings) for result in others)
+    assert results[0].familiarity["nearest"] == "smears"
+
+
+def test_distances_are_those_of_the_gaussians():
+    """With every direction kept and many samples: the Mahalanobis distance of the true covariance, within 5 %."""
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(6, 6))
+    groups = np.repeat([0, 1], 4000)
+    means = np.array([np.zeros(6), np.full(6, 3.0)])
+    features = rng.normal(size=(8000, 6)) @ mixing + means[groups]
+    found = TiedGaussians.fit(features, groups, rank=6).distances(features[:50])
+    differences = features[:50, None] - means
+    inverse = np.linalg.inv(mixing.T @ mixing)
+    expected = np.sqrt(np.einsum("ngi,ij,ngj->ng", differences, inverse, differences) / 6)
+    np.testing.assert_allclose(found, expected, rtol=0.05)
+
+
+def test_few_images_of_many_features_give_finite_distances():
+    features = np.random.default_rng(0).normal(size=(5, 40))
+    gaussians = TiedGaussians.fit(features, np.array([0, 0, 0, 1, 1]), rank=3)
+    found = gaussians.distances(np.concatenate([features, features + 10]))
+    assert gaussians.vectors.shape == (40, 3) and np.isfinite(found).all() and found[5:].min() > found[:5].min(1).max()
+    with pytest.raises(ValueError, match="2 images in 2 groups say nothing about spread"):
+        TiedGaussians.fit(features[:2], np.array([0, 1]))
+
+
+def test_quality_and_cell_size_are_told_in_plain_words(made):
+    reference = ModelReference.load(made / "unihema").tasks["detection"]
+    smear = Image.fromarray(np.asarray(SyntheticSmears(seed=77, width=224, height=168)[0].image))
+    model, processor = load_checkpoint(made / "unihema")
+    changed = {
+        "blurred": smear.filter(ImageFilter.GaussianBlur(8)),
+        "underexposed": smear.point(lambda value: value * 0.4),
+        "overexposed": smear.point(lambda value: min(255, value * 2)),
+        "noisy": strange_images()["noise"],
+    }
+    for word, image in changed.items():
+        assert f"The image is {word}" in " ".join(unihema.analyze(model, processor, image, ["detection"]).warnings)
+    (label, (low, high)), *_ = reference.cell_sizes.items()
+
+    def judged(size: float, cells: int) -> list[str]:
+        side = size * 224
+        found = [Cell(n, (0, 0, side, side), label, 0.9) for n in range(cells)]
+        result = SmearResult(224, 168, found)
+        judge(reference, reference.gaussians.means[0], reference.quality[0].mean(1), result)
+        return result.warnings
+
+    assert judged((low + high) / 2, 5) == [] and judged(high * 3, 2) == []
+    (larger,) = judged(high * 2, 5)
+    assert f"{label} cells are larger in this image" in larger and "check the magnification" in larger
+    assert "are smaller in this image" in judged(low / 2, 5)[0]
+
+
+def test_warnings_are_in_every_output(checkpoint, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, image in strange_images().items():
+        image.save(folder / f"{name}.png")
+    Image.fromarray(np.asarray(SyntheticSmears(seed=77, width=224, height=168)[1].image)).save(folder / "smear.png")
+    seen = []
+    predict_files(checkpoint, [folder], tmp_path / "out", on_image=lambda *outcome: seen.append(outcome[3]))
+    told = json.loads((tmp_path / "out" / "results.json").read_text())
+    of_image = {image["image"].rsplit("/")[-1]: image for image in told["images"]}
+    assert "unlike the images" in of_image["noise.png"]["warnings"][0]
+    assert of_image["noise.png"]["familiarity"]["distance"] > of_image["noise.png"]["familiarity"]["limit"]
+    assert SmearResult.from_dict(of_image["noise.png"]).familiarity == of_image["noise.png"]["familiarity"]
+    with open(tmp_path / "out" / "counts.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["image"].endswith("noise.png")]
+    assert rows and all("unlike the images" in row["warnings"] for row in rows)
+    assert REFERENCE_FILE in told["settings"]["checkpoint_sha256"]
+    # The legend of the overlay has a line more.
+    noise = next(result for result in seen if result.image.endswith("noise.png"))
+    image = strange_images()["noise"]
+    with_line = noise.overlay(image)
+    noise.warnings = []
+    assert with_line.tobytes() != noise.overlay(image).tobytes()
+
+
+def test_without_a_reference_nothing_changes(checkpoint):
+    model, processor = load_checkpoint(checkpoint)
+    image = strange_images()["noise"]
+    warned = unihema.analyze(model, processor, image, ["detection"])
+    (checkpoint / REFERENCE_FILE).unlink()
+    model, processor = load_checkpoint(checkpoint)
+    plain = unihema.analyze(model, processor, image, ["detection"])
+    assert plain.familiarity is None and plain.warnings == [] and plain.cells == warned.cells
+    assert REFERENCE_FILE not in fingerprint(checkpoint)
+    # Nothing is left behind in the model.
+    assert not model.model.visual_backbone._forward_hooks and reference_of(model) is None
+
+
+def test_a_batch_has_the_warnings_of_its_images(made):
+    model, processor = load_checkpoint(made / "unihema")
+    from unihema.predict import analyze_opened, open_image
+
+    images = [*strange_images().values(), SyntheticSmears(seed=77, width=224, height=168)[1].image]
+    opened = [open_image(np.asarray(image)) for image in images]
+    together = analyze_opened(model, processor, opened, ("detection", "segmentation"))
+    for image, result in zip(opened, together, strict=True):
+        (alone,) = analyze_opened(model, processor, [image], ("detection", "segmentation"))
+        assert alone.familiarity["distance"] == pytest.approx(result.familiarity["distance"], rel=1e-3)
+        assert [text.split("(")[0] for text in alone.warnings] == [text.split("(")[0] for text in result.warnings]
+
+
+def test_it_goes_where_the_weights_go(checkpoint, tmp_path):
+    store_in_half(checkpoint, tmp_path / "half")
+    model = unihema.UniHemaForMultiTask.from_pretrained(checkpoint)
+    assert reference_of(model) is not None
+    model.save_pretrained(tmp_path / "saved")
+    shutil.copytree(tmp_path / "half", tmp_path / "again")
+    for name in ("half", "saved"):
+        assert (tmp_path / name / REFERENCE_FILE).read_bytes() == (checkpoint / REFERENCE_FILE).read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ReferenceWarning)
+        half, _ = load_checkpoint(tmp_path / "half")
+    assert reference_of(half) is not None
+    # A model that was trained further is another one.
+    with torch.no_grad():
+        next(model.model.visual_backbone.backbone.parameters()).add_(0.1)
+    model.save_pretrained(tmp_path / "trained")
+    assert not (tmp_path / "trained" / REFERENCE_FILE).exists()
+
+
+def test_a_reference_of_other_weights_is_not_used(checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    name = next(name for name in weights if name.startswith("model.visual_backbone.backbone") and "weight" in name)
+    weights[name] = weights[name] + 0.1
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(ReferenceWarning, match="made with other weights"):
+        model, _ = load_checkpoint(checkpoint)
+    assert reference_of(model) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"this is no reference", None])
+def test_a_damaged_file_is_named(checkpoint, content):
+    path = checkpoint / REFERENCE_FILE
+    if content is None:
+        save_file({"a": torch.zeros(1)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{REFERENCE_FILE}: cannot be read .* Delete it, or write it anew"):
+        load_checkpoint(checkpoint)
+
+
+def test_what_cannot_be_learned_is_refused(made, tmp_path):
+    model, processor = load_checkpoint(made / "unihema")
+    rows = load_rows(run_config(made / "smears", tmp_path).data, "val", ["detection"])
+    with pytest.raises(ValueError, match="No data set has 2 training images and a validation image"):
+        fit_reference(model, processor, rows, {}, progress=False)
+    wrong = CliRunner().invoke(app, ["reference", str(made / "unihema"), str(made / "smears"), "-t", "cloze"])
+    assert wrong.exit_code == 2 and "--task cloze" in wrong.output
+
+
+def test_a_model_with_one_head_has_one_too(tmp_path, made):
+    folder = save_tiny_checkpoint(tmp_path / "one", unihema.UniHemaForImageClassification)
+    done = CliRunner().invoke(app, ["reference", str(folder), str(made / "smears"), "--max-images", "4"])
+    assert done.exit_code == 0, done.output
+    model, processor = load_checkpoint(folder)
+    result = unihema.analyze(model, processor, strange_images()["noise"])
+    assert set(reference_of(model).tasks) == {"single_cell"} and result.familiarity["nearest"] == "smears"

@@ -1,0 +1,124 @@
+"""The reference of a model: features, quality and cell sizes of the images it was trained on."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from unihema.processing_unihema.image_io import load_image
+from unihema.reference.features import looks_of
+from unihema.reference.gaussian import TiedGaussians
+from unihema.reference.model_reference import QUANTILE, ModelReference, TaskReference, backbone_checksum
+from unihema.training.data.label_names import as_known
+from unihema.training.data.rows import Row
+from unihema.training.data.stored_rows import StoredFile
+from unihema.training.evaluation import draw_rows
+
+
+TASKS_OF_IMAGES = ("detection", "segmentation", "single_cell")
+_FEWEST_IMAGES = 2
+
+
+def fit_reference(
+    model: Any,
+    processor: Any,
+    train: Mapping[str, Sequence[Row]],
+    val: Mapping[str, Sequence[Row]],
+    max_images: int | None = 500,
+    seed: int = 0,
+    progress: bool = True,
+) -> ModelReference:
+    """Learns what the images of a model's data sets are like.
+
+    Args:
+        model ([`UniHemaForMultiTask`] or a model with one head): The trained model.
+        processor ([`UniHemaProcessor`]): Its processor.
+        train (`Mapping[str, Sequence[Row]]`): Task -> rows it was trained on: means, covariance and ranges.
+        val (`Mapping[str, Sequence[Row]]`): Task -> rows it was not trained on: limits, and ranges as well. A data set
+            without any is left out.
+        max_images (`int`, *optional*): At most so many images of each data set, task and split, drawn by `seed`.
+        seed (`int`): Of the draw.
+        progress (`bool`): Show a progress bar.
+
+    Returns:
+        [`ModelReference`]
+
+    Raises:
+        ValueError: No data set has images of a task in both splits.
+    """
+    tasks = {}
+    was_training = model.training
+    model.eval()
+    try:
+        for task in TASKS_OF_IMAGES:
+            both = [_by_dataset(rows.get(task, ()), max_images, seed) for rows in (train, val)]
+            names = [name for name in both[0] if name in both[1] and len(both[0][name]) >= _FEWEST_IMAGES]
+            if names:
+                seen = [[_looks(model, processor, task, part[name], progress) for name in names] for part in both]
+                tasks[task] = _fitted(
+                    names, *seen, sizes=_cell_sizes(train[task], model) if task == "detection" else {}
+                )
+    finally:
+        model.train(was_training)
+    if not tasks:
+        raise ValueError(
+            f"No data set has {_FEWEST_IMAGES} training images and a validation image of {', '.join(TASKS_OF_IMAGES)}: "
+            "give the folders the model was trained on, with their val split."
+        )
+    return ModelReference(tasks, backbone_checksum(model))
+
+
+def _by_dataset(rows: Iterable[Row], count: int | None, seed: int) -> dict[str, list[Row]]:
+    """One row an image of each data set, at most `count`."""
+    images: dict[str, dict[Any, Row]] = {}
+    for row in rows:
+        key = str(row["image"]) if isinstance(row["image"], str) else id(row["image"])
+        images.setdefault(row["dataset"], {}).setdefault(key, row)
+    return {name: draw_rows(list(found.values()), count, seed) for name, found in images.items()}
+
+
+def _looks(model, processor, task: str, rows: Sequence[Row], progress: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Features `[n, D]` and quality `[n, 3]` of images, one at a time as `unihema predict` sees them."""
+    bar = tqdm(rows, desc=f"{task}, {rows[0]['dataset']}", unit="image", disable=not progress, leave=False)
+    with torch.inference_mode(), looks_of(model, processor) as looks:
+        for row in bar:
+            source = row["image"].opened() if isinstance(row["image"], StoredFile) else row["image"]
+            inputs = processor(images=[load_image(source)], task=task, return_tensors="pt").to(model.device)
+            model.model.visual_backbone(inputs["pixel_values"].to(model.dtype), inputs["pixel_mask"])
+    return tuple(torch.cat(parts).cpu().numpy() for parts in zip(*looks))
+
+
+def _fitted(names: Sequence[str], train, val, sizes: dict[str, tuple[float, float]]) -> TaskReference:
+    groups = np.repeat(np.arange(len(names)), [len(features) for features, _ in train])
+    gaussians = TiedGaussians.fit(np.concatenate([features for features, _ in train]), groups)
+    limits = np.array(
+        [np.quantile(gaussians.distances(features)[:, group], QUANTILE) for group, (features, _) in enumerate(val)]
+    )
+    tails = (1 - QUANTILE) / 2, (1 + QUANTILE) / 2
+    ranges = [np.quantile(np.concatenate([a, b]), tails, axis=0).T for (_, a), (_, b) in zip(train, val)]
+    return TaskReference(tuple(names), gaussians, limits, np.stack(ranges), sizes)
+
+
+def _cell_sizes(rows: Sequence[Row], model: Any) -> dict[str, tuple[float, float]]:
+    """For each class the range of the median cell size of an image, as part of its longer side; over all data sets, each
+    with its own range."""
+    medians: dict[str, dict[str, list[float]]] = {}
+    for row in as_known(rows, list(model.config.id2label.values())):
+        if not row.get("size") or row.get("from_attributes") or not row["objects"]["category"]:
+            continue
+        boxes, names = np.asarray(row["objects"]["bbox"], float), np.asarray(row["objects"]["category"])
+        sizes = np.sqrt(boxes[:, 2] * boxes[:, 3]) / max(row["size"])
+        for name in np.unique(names).tolist():
+            found = medians.setdefault(name, {}).setdefault(row["dataset"], [])
+            found.append(float(np.median(sizes[names == name])))
+    tails = (1 - QUANTILE) / 2, (1 + QUANTILE) / 2
+    ranges = {name: [np.quantile(values, tails) for values in found.values()] for name, found in medians.items()}
+    return {
+        name: (float(min(low for low, _ in found)), float(max(high for _, high in found)))
+        for name, found in ranges.items()
+    }
+
+
+__all__ = ["TASKS_OF_IMAGES", "fit_reference"]
