@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_runs import run_config
 
@@ -21,6 +22,8 @@ TASKS = ["detection", "segmentation", "single_cell"]
 def setting(smears, tmp_path_factory):
     """An untrained model, its processor, and rows of the val split."""
     config = run_config(smears, tmp_path_factory.mktemp("run"))
+    # Made before the seeds of a single test are set.
+    torch.manual_seed(0)
     model, processor = build(config, training_rows(config))
     model.config.detection_thresholds = dict.fromkeys(model.config.label2id, 0.0)
     return model.eval(), processor, load_rows(config.data, "val", TASKS)
