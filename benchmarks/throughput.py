@@ -58,7 +58,7 @@ def _in_turn(checkpoint: Path, fields: Path, output: Path) -> None:
     model, processor = load_checkpoint(checkpoint)
     tasks = check_request(model, processor, None, None, (), None)
     records = Records(output, {"tasks": list(tasks), "geojson": False})
-    for name, path in {path.stem: path for path in sorted(fields.iterdir())}.items():
+    for path in sorted(fields.iterdir()):
         digest, opened = sha256(path), open_image(path)
         [result] = analyze_opened(model, processor, [opened], tasks)
-        records.write(name, path, digest, result, opened.pixels)
+        records.write(path.stem, path, digest, result, opened.pixels)

@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 
 from unihema.cli.figures import figures_text
-from unihema.cli.options import pairs
+from unihema.cli.options import data_to_measure
 
 
 def evaluate(
@@ -30,23 +30,13 @@ def evaluate(
     ),
 ) -> None:
     """Measure a checkpoint on data folders."""
-    from unihema.checkpoint import available_tasks, load_checkpoint, require_tasks
+    from unihema.checkpoint import load_checkpoint
     from unihema.int8 import to_int8
     from unihema.training.build import load_rows
     from unihema.training.evaluation import evaluate_model, write_report
-    from unihema.training.run_config import DataConfig
 
     model, processor = load_checkpoint(checkpoint, "cpu" if int8 else None)
-    require_tasks(model, task)
-    rows = load_rows(
-        DataConfig(
-            folders=[str(folder) for folder in data],
-            tasks=list(task) or list(available_tasks(model)),
-            attributes_as_detection=attributes,
-            rename=pairs(rename, "--rename", "RBC='red blood cell'"),
-        ),
-        split,
-    )
+    rows = load_rows(data_to_measure(model, data, task, rename, attributes_as_detection=attributes), split)
     measure = partial(
         evaluate_model,
         model,

@@ -3,9 +3,15 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+
+if TYPE_CHECKING:
+    from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
+    from unihema.training.run_config import DataConfig
 
 
 def pairs(values: Sequence[str], option: str, example: str, convert: Callable[[str], Any] = str) -> dict[str, Any]:
@@ -43,6 +49,33 @@ def _json_or_text(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def data_to_measure(
+    model: "UniHemaPreTrainedModel",
+    folders: Sequence[Path],
+    tasks: Sequence[str],
+    rename: Sequence[str],
+    among: Sequence[str] | None = None,
+    **settings: Any,
+) -> "DataConfig":
+    """The data of the tasks asked for; of all that the checkpoint does, and are `among` these, where none is.
+
+    Raises:
+        CheckpointError: See `require_tasks`.
+        ValueError: See `require_tasks`.
+        typer.BadParameter: See [`pairs`].
+    """
+    from unihema.checkpoint import available_tasks, require_tasks
+    from unihema.training.run_config import DataConfig
+
+    require_tasks(model, tasks)
+    return DataConfig(
+        folders=[str(folder) for folder in folders],
+        tasks=list(tasks) or [task for task in available_tasks(model) if among is None or task in among],
+        rename=pairs(rename, "--rename", "RBC='red blood cell'"),
+        **settings,
+    )
 
 
 @contextmanager

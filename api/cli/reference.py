@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from unihema.cli.options import pairs
+from unihema.cli.options import data_to_measure
 
 
 def reference(
@@ -19,10 +19,9 @@ def reference(
     ),
 ) -> None:
     """Record what the training images are like, so that results warn of images unlike them."""
-    from unihema.checkpoint import available_tasks, is_onnx, load_checkpoint, require_tasks
+    from unihema.checkpoint import is_onnx, load_checkpoint
     from unihema.training.build import load_rows
     from unihema.training.reference_fitting import TASKS_OF_IMAGES, fit_reference
-    from unihema.training.run_config import DataConfig
 
     if is_onnx(checkpoint):
         raise typer.BadParameter(f"{checkpoint}: an ONNX file has no place for a reference; name a checkpoint folder.")
@@ -30,12 +29,7 @@ def reference(
     if wrong:
         raise typer.BadParameter(f"--task {wrong[0]}: choose among {', '.join(TASKS_OF_IMAGES)}.")
     model, processor = load_checkpoint(checkpoint)
-    require_tasks(model, task)
-    config = DataConfig(
-        folders=[str(folder) for folder in data],
-        tasks=list(task) or [name for name in available_tasks(model) if name in TASKS_OF_IMAGES],
-        rename=pairs(rename, "--rename", "RBC='red blood cell'"),
-    )
+    config = data_to_measure(model, data, task, rename, among=TASKS_OF_IMAGES)
     rows = [load_rows(config, name) for name in (train_split, split)]
     found = fit_reference(model, processor, *rows, max_images=max_images)
     for name, of_task in found.tasks.items():

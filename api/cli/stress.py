@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from unihema.cli.options import pairs
+from unihema.cli.options import data_to_measure
 
 
 def stress(
@@ -27,18 +27,12 @@ def stress(
 
     A stopped run goes on where it stopped.
     """
-    from unihema.checkpoint import available_tasks, fingerprint, load_checkpoint, require_tasks
+    from unihema.checkpoint import fingerprint, load_checkpoint
     from unihema.training.build import load_rows
-    from unihema.training.run_config import DataConfig
     from unihema.training.stress import STRESS_TASKS, run_stress
 
     model, processor = load_checkpoint(checkpoint)
-    require_tasks(model, task)
-    config = DataConfig(
-        folders=[str(folder) for folder in data],
-        tasks=list(task) or [name for name in available_tasks(model) if name in STRESS_TASKS],
-        rename=pairs(rename, "--rename", "RBC='red blood cell'"),
-    )
+    config = data_to_measure(model, data, task, rename, among=STRESS_TASKS)
     settings = {
         # Names, not places: the report is read elsewhere.
         "data": [folder.resolve().name for folder in data],

@@ -18,6 +18,7 @@ from unihema.reference.gaussian import TiedGaussians
 # Share of the images of a data set that are below its limit, and inside its ranges.
 QUANTILE = 0.99
 _FORMAT = "unihema-reference-1"
+_ABOUT = "about"
 # Where a model keeps it, with the adapters that were in use then.
 _ATTACHED = "_image_reference"
 _ARRAYS = ("means", "scale", "vectors", "variances")
@@ -69,9 +70,9 @@ class ModelReference:
             parts |= {"rest": np.array([of_task.gaussians.rest]), "limits": of_task.limits, "quality": of_task.quality}
             arrays |= {f"{task}.{name}": np.ascontiguousarray(part, np.float32) for name, part in parts.items()}
             told[task] = {"groups": of_task.groups, "cell_sizes": of_task.cell_sizes}
-        metadata = {"format": _FORMAT, "backbone": self.backbone, "tasks": json.dumps(told, ensure_ascii=False)}
-        # The library writes metadata in any order; a file that is the same each time can be compared.
-        content = _sorted_header(save(arrays, metadata))
+        about = {"format": _FORMAT, "backbone": self.backbone, "tasks": told}
+        # One entry, as the library writes several in any order: a file that is the same each time can be compared.
+        content = save(arrays, {_ABOUT: json.dumps(about, ensure_ascii=False)})
         path = Path(folder) / REFERENCE_FILE
         write_atomically(path, lambda file: file.write(content))
         return path
@@ -93,27 +94,18 @@ class ModelReference:
         path = Path(folder) / REFERENCE_FILE
         try:
             with safe_open(path, "np") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"format {metadata.get('format')!r}, not {_FORMAT!r}")
+                about = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
+                if about.get("format") != _FORMAT:
+                    raise ValueError(f"format {about.get('format')!r}, not {_FORMAT!r}")
                 tasks = {
                     task: _task_reference(told, lambda name, task=task: file.get_tensor(f"{task}.{name}"))
-                    for task, told in json.loads(metadata["tasks"]).items()
+                    for task, told in about["tasks"].items()
                 }
-            return cls(tasks, metadata["backbone"])
+            return cls(tasks, about["backbone"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}: cannot be read ({error}). Delete it, or write it anew with `unihema reference`."
             ) from error
-
-
-def _sorted_header(content: bytes) -> bytes:
-    """A safetensors file with the entries of its header sorted; the tensors' places in it stay."""
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    text = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def _task_reference(told: dict[str, Any], tensor) -> TaskReference:

@@ -75,22 +75,13 @@ class RTDetrV2(Detector):
     def __init__(self, config: UniHemaConfig):
         width, channels = config.d_model, make_backbone(config).channels
         own = RTDetrV2Config(
-            backbone_config=config.backbone_config,
+            **_sizes(config),
             freeze_backbone_batch_norms=False,
             encoder_hidden_dim=width,
             encoder_in_channels=list(channels),
             decoder_in_channels=[width] * len(channels),
             num_feature_levels=len(channels),
-            d_model=width,
-            encoder_layers=config.encoder_layers,
-            decoder_layers=config.decoder_layers,
-            encoder_ffn_dim=config.encoder_ffn_dim,
-            decoder_ffn_dim=config.decoder_ffn_dim,
-            encoder_attention_heads=config.num_attention_heads,
-            decoder_attention_heads=config.num_attention_heads,
-            num_queries=config.num_queries,
             num_denoising=config.denoising_queries,
-            id2label=config.id2label,
         )
         super().__init__(config, RTDetrV2ForObjectDetection(own))
 
@@ -107,22 +98,13 @@ class DeformableDetr(Detector):
 
     def __init__(self, config: UniHemaConfig):
         own = DeformableDetrConfig(
-            backbone_config=config.backbone_config,
+            **_sizes(config),
             two_stage=True,
             with_box_refine=True,
             two_stage_num_proposals=config.num_queries,
-            num_queries=config.num_queries,
             num_feature_levels=config.num_feature_levels,
-            d_model=config.d_model,
-            encoder_layers=config.encoder_layers,
-            decoder_layers=config.decoder_layers,
-            encoder_ffn_dim=config.encoder_ffn_dim,
-            decoder_ffn_dim=config.decoder_ffn_dim,
-            encoder_attention_heads=config.num_attention_heads,
-            decoder_attention_heads=config.num_attention_heads,
             dropout=config.dropout,
             auxiliary_loss=True,
-            id2label=config.id2label,
         )
         super().__init__(config, DeformableDetrForObjectDetection(own))
 
@@ -134,6 +116,14 @@ class DeformableDetr(Detector):
         config = self.network.config
         own = type(config)(**{**config.to_dict(), "auxiliary_loss": False})
         return DeformableDetrForObjectDetectionLoss(output.enc_outputs_class, cells, self.device, boxes, own)[0]
+
+
+def _sizes(config: UniHemaConfig) -> dict[str, Any]:
+    """What both detectors are built like, in Transformers' names."""
+    same = ("d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim", "num_queries")
+    return {name: getattr(config, name) for name in (*same, "backbone_config", "id2label")} | dict.fromkeys(
+        ("encoder_attention_heads", "decoder_attention_heads"), config.num_attention_heads
+    )
 
 
 def _of_annotated_classes(loss: Callable, images_axis: int) -> Callable:

@@ -4,10 +4,11 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, load_model, save, save_model
 
 from benchmarks.quality.peer import Peer, model_inputs
 from benchmarks.quality.peers import PEERS
+from unihema.files import write_atomically
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.label_names import as_known
@@ -58,9 +59,7 @@ def save_example(folder: Path, task: str, model, processor, rows: list[Row]) -> 
     )
     inputs = {name: value.contiguous() for name, value in model_inputs(dataset.collate([dataset[0]])).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{task}.partial"
-    save_file(inputs, str(partial))
-    os.replace(partial, _example(folder, task))
+    write_atomically(_example(folder, task), lambda file: file.write(save(inputs)))
 
 
 def load_example(folder: Path, task: str) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ import math
 import time
 from typing import Any
 
-import torch
+from accelerate.utils import send_to_device
 from tqdm.auto import tqdm
 
 from benchmarks.quality.peer import Peer
@@ -100,7 +100,7 @@ def train_peer(
                 break
             schedule.set(steps, done)
             files = batch.pop("file_names")
-            loss = model(**_on_device(batch, accelerator.device)).loss
+            loss = model(**send_to_device(batch, accelerator.device)).loss
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(peer.parameters(), settings.gradient_clipping or math.inf)
             if not (math.isfinite(loss.item()) and math.isfinite(norm)):
@@ -127,9 +127,3 @@ def train_peer(
         "passes": steps / batches.per_epoch,
         "device": accelerator.device.type,
     }
-
-
-def _on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    from accelerate.utils import send_to_device
-
-    return send_to_device(batch, device)
