@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find api modeling_unihema processing_unihema training hub_cards \( -name '*.py' -o -name '*.json' -o -path '*/shipped_files/*' \) -not -path '*/__pycache__/*')
 
+# Where bytecode is not kept, every command that a test starts compiles PyTorch and Transformers anew: ten seconds each.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install test test-slow lint format demo demo-train bench clean
 
 install: $(VENV)/installed
