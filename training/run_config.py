@@ -56,8 +56,8 @@ class DataConfig:
         canonical_names (`bool`): Give a class that the folders spell in several ways (`Platelets`, `thrombocyte`) one name.
         label_parents (`dict[str, str]`, *optional*): Detection class -> the coarser class that its cells belong to as well;
             what `unihema.training.data.class_hierarchy` knows (the types of white cells -> WBC) when not given.
-        attributes_as_detection (`bool` or `list[str]`): Train morphology on labelled single-cell images, as cells that
-            fill the image; with the attributes named, or WBCAtt's.
+        attributes_as_detection (`bool` or `list[str]`): Train morphology on labelled single-cell images, as one
+            cell somewhere in an image of `single_cell`'s size and batch size; with the attributes named, or WBCAtt's.
         on_invalid (`"error"` or `"skip"`): Whether bad rows stop the reading, or are left out with a warning each.
         max_samples (`int`, *optional*): Train on at most this many rows of a task (a seeded draw).
         folds (`int`, *optional*): Divide the training rows into this many parts, and validate on one of them instead of

@@ -1,6 +1,7 @@
 """Schema rows of one task as a torch data set, and their collation into batches a model takes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from unihema.processing_unihema.prompts import LANGUAGE_TASKS
 from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng
 from unihema.training.data.class_hierarchy import with_covered_parents
 from unihema.training.data.label_names import as_known
-from unihema.training.data.lazy_rows import LazyRows, largest_group, rows_by_sample, witnesses
+from unihema.training.data.lazy_rows import LazyRows, largest_group, one_cell_samples, rows_by_sample, witnesses
 from unihema.training.data.rows import DatasetError, Row, check_rows
 from unihema.training.data.stored_rows import StoredFile
 
@@ -120,6 +121,18 @@ class SmearDataset(Dataset):
             samples.setdefault(self.rows[group[0]]["dataset"], []).append(number)
         return [(name, [numbers]) for name, numbers in samples.items()]
 
+    @property
+    def one_cell(self) -> np.ndarray | None:
+        """Which samples are crops of one cell in detection, bool `[samples]`; None if none is.
+
+        They have the size of single cells, at which a cell is about as large as in a field at the size of detection. So
+        they and fields do not share a batch.
+        """
+        if self.task != "detection":
+            return None
+        crops = one_cell_samples(self.rows)
+        return crops if crops.any() else None
+
     def _taught_classes(self) -> torch.Tensor | None:
         """Which classes some row annotates, bool `[classes]`; None for all."""
         if self.task != "detection" or any(row.get("annotated_classes") is None for row in witnesses(self.rows)):
@@ -172,13 +185,13 @@ class SmearDataset(Dataset):
         mask = self._mask(row, width, height) if self.task == "segmentation" else None
         kept = range(len(boxes)) if boxes is not None else ()
         if self.augmentation is not None:
-            image, boxes, kept, mask = augment(image, self.augmentation, rng, boxes, mask)
+            image, boxes, kept, mask = augment(image, self._views_of(row), rng, boxes, mask)
             kept = kept.tolist()
         sample["image"] = image
         if self.task == "detection":
             sample["annotations"] = self._annotations(row, boxes, kept, index)
             sample["annotated_classes"] = row.get("annotated_classes")
-            sample["whole_image"] = bool(row.get("from_attributes"))
+            sample["one_cell"] = bool(row.get("from_attributes"))
         elif self.task == "segmentation":
             sample["mask"] = mask
             sample["prompt"] = row.get("prompt")
@@ -187,6 +200,13 @@ class SmearDataset(Dataset):
         else:
             sample |= self._question_texts(indices)
         return sample
+
+    def _views_of(self, row: Row) -> AugmentationConfig:
+        """A crop of one cell is cut no closer than single cells are: a window must not leave its cell out."""
+        if not row.get("from_attributes"):
+            return self.augmentation
+        least = AugmentationConfig.for_task("single_cell").zoom_min
+        return replace(self.augmentation, zoom_min=max(self.augmentation.zoom_min, least))
 
     def _question_texts(self, indices: Sequence[int]) -> dict[str, list[str]]:
         asked, answered = _TEXT_KEYS[self.task]
@@ -261,6 +281,13 @@ class SmearDataset(Dataset):
         if self.task == "detection":
             inputs["annotations"] = [sample["annotations"] for sample in samples]
             inputs["text"] = self._texts([sample["annotated_classes"] or self.class_names for sample in samples])
+            crops = {sample["one_cell"] for sample in samples}
+            if len(crops) > 1:
+                raise ValueError(
+                    "A batch holds fields or crops of one cell (SmearDataset.one_cell): their sizes differ."
+                )
+            if crops == {True}:
+                inputs["size"] = self.processor.image_processor.task_sizes["single_cell"]
         elif self.task == "segmentation":
             inputs["masks"] = [sample["mask"].numpy() for sample in samples]
             inputs["text"] = self._texts([sample["prompt"] for sample in samples])
@@ -273,7 +300,7 @@ class SmearDataset(Dataset):
             batch["labels"] = torch.tensor([sample["label"] for sample in samples])
         if self.task == "detection":
             for labels, sample in zip(batch["labels"], samples, strict=True):
-                if sample["whole_image"]:
+                if sample["one_cell"]:
                     labels["boxes_known"] = torch.zeros_like(labels["class_labels"], dtype=torch.bool)
                 if sample["annotated_classes"] is not None:
                     annotated = set(with_covered_parents(sample["annotated_classes"], self.label_parents))

@@ -161,6 +161,18 @@ def witnesses(rows: Sequence[Row]) -> Sequence[Row]:
     return rows.witnesses if isinstance(rows, LazyRows) else rows
 
 
+def one_cell_samples(rows: Sequence[Row]) -> np.ndarray:
+    """Which samples of detection are crops of one cell (rows `from_attributes`), bool `[samples]`.
+
+    Rows that are not in memory are taken for what all rows named by their index are.
+    """
+    if isinstance(rows, JoinedRows):
+        return np.concatenate([one_cell_samples(part) for part in rows.parts])
+    if isinstance(rows, LazyRows) and not isinstance(rows, ListedRows):
+        return np.full(len(rows.groups), all(row.get("from_attributes") for row in rows.witnesses))
+    return np.array([bool(row.get("from_attributes")) for row in rows])
+
+
 def joined(parts: Sequence[Any]) -> "list[Row] | JoinedRows":
     """The rows of several data sets: one list, or, where some are not in memory, [`JoinedRows`]."""
     if any(isinstance(part, LazyRows) for part in parts):

@@ -1,6 +1,5 @@
 """Mixing of tasks and data sets: the sampler decides what each batch is about, so that a batch holds one task."""
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -38,6 +37,9 @@ class TaskMixer(Sampler[list[Key]]):
         dataset_weights (`Mapping[str, float]`, *optional*): Share of a task's samples that a data set has, relative to the
             others; those left out share what the temperature gives them.
         dataset_temperature (`float`): Exponent of the sizes of a task's data sets: 1 by size, 0 all alike.
+        one_cell (`Mapping[str, np.ndarray]`, *optional*): Task -> which of its samples are smaller images of one cell
+            (`SmearDataset.one_cell`); they get batches of their own.
+        one_cell_batch_size (`int`, *optional*): Samples of such a batch; the task's by default.
 
     Raises:
         ValueError: No task, an empty one, a weight that is negative or of a task or data set that is not there, or fewer
@@ -56,6 +58,8 @@ class TaskMixer(Sampler[list[Key]]):
         sources: Mapping[str, Sources] | None = None,
         dataset_weights: Mapping[str, float] | None = None,
         dataset_temperature: float = 1.0,
+        one_cell: Mapping[str, np.ndarray] | None = None,
+        one_cell_batch_size: int | None = None,
     ):
         if not lengths:
             raise ValueError("No task to mix.")
@@ -75,7 +79,9 @@ class TaskMixer(Sampler[list[Key]]):
         self.shuffle = shuffle
         self.epoch = 0
         self.first_step = 0
-        one_pass = {task: math.ceil(length / sizes[task]) for task, length in lengths.items()}
+        self.one_cell = {task: np.asarray(crops) for task, crops in (one_cell or {}).items()}
+        self.one_cell_batch_size = one_cell_batch_size
+        one_pass = {task: self._batches_of_all(task) for task in lengths}
         self.steps_per_epoch = steps_per_epoch if steps_per_epoch and shuffle else sum(one_pass.values())
         powers = {task: float(length) ** temperature for task, length in lengths.items()}
         total = sum(powers.values())
@@ -88,6 +94,15 @@ class TaskMixer(Sampler[list[Key]]):
             for task, parts in sources.items()
             if shuffle and not (by_size and all(len(blocks) == 1 for _, blocks in parts))
         }
+
+    def _batches_of_all(self, task: str) -> int:
+        """Batches of one pass over a task."""
+        crops = int(self.one_cell[task].sum()) if task in self.one_cell else 0
+        counts = {False: self.lengths[task] - crops, True: crops}
+        return sum(math.ceil(count / self._batch_size(task, kind)) for kind, count in counts.items())
+
+    def _batch_size(self, task: str, one_cell: bool) -> int:
+        return (one_cell and self.one_cell_batch_size) or self.batch_sizes[task]
 
     def _share_out(self, task: str, parts: Sources, weights: Mapping[str, float], temperature: float) -> dict[int, int]:
         """How many samples of a round come from each data set of a task, by its number."""
@@ -127,15 +142,20 @@ class TaskMixer(Sampler[list[Key]]):
     def _samples(self, task: str, number: int, epoch: int) -> Iterator[list[int]]:
         """Index lists of one task's batches: round after round of all samples, each round in its own order.
 
-        The last batch of a round is short, as it is in an ordinary loader.
+        The last batches of a round are short, as they are in an ordinary loader.
         """
-        size = self.batch_sizes[task]
+        crops = self.one_cell.get(task)
         seed = [self.seed, epoch, number + 1]
         rounds = self._mixed_rounds(task, seed) if task in self._mixed_sources else self._plain_rounds(task, seed)
         for order in rounds:
-            samples = iter(order)
-            while batch := list(itertools.islice(samples, size)):
-                yield batch
+            waiting: dict[bool, list[int]] = {}
+            for index in order:
+                kind = crops is not None and bool(crops[index])
+                batch = waiting.setdefault(kind, [])
+                batch.append(index)
+                if len(batch) == self._batch_size(task, kind):
+                    yield waiting.pop(kind)
+            yield from waiting.values()
 
     def _plain_rounds(self, task: str, seed: list[int]) -> Iterator[Iterable[int]]:
         rng = np.random.default_rng(np.random.SeedSequence(seed))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -141,7 +142,10 @@ def _batches(model, processor, task: str, rows: Sequence[Row], batch_size: int, 
         evaluation=True,
         text_only=model.model.reads_text_alone,
     )
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=dataset.collate)
+    crops = dataset.one_cell if dataset.one_cell is not None else np.zeros(len(dataset), bool)
+    kinds = [np.flatnonzero(~crops), np.flatnonzero(crops)]
+    batches = [kind[start : start + batch_size].tolist() for kind in kinds for start in range(0, len(kind), batch_size)]
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.collate)
     return tqdm(loader, desc=f"evaluate {task}", unit="batch", disable=not progress, leave=False)
 
 
