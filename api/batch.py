@@ -9,7 +9,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import fingerprint, load_checkpoint
+from .checkpoint import fingerprint, load_checkpoint, set_image_sizes
 from .files import find_images, sha256, write_atomically, write_text
 from .int8 import to_int8
 from .lookahead import ahead, in_buckets
@@ -73,6 +73,7 @@ def predict_files(
     device: str | None = None,
     batch_size: int = 1,
     int8: bool = False,
+    image_sizes: Mapping[str, int] | None = None,
     on_image: Callable[[int, int, Path, SmearResult | str | None], None] | None = None,
 ) -> BatchReport:
     """Analyses files, folders and glob patterns into a results folder.
@@ -91,6 +92,8 @@ def predict_files(
         batch_size (`int`): Images of one size that are analysed together: faster on a GPU, with the same results up to
             float rounding. Files are read ahead and written behind in any case.
         int8 (`bool`): Quantise the model, see [`to_int8`]: faster answers on the CPU at some cost in accuracy.
+        image_sizes (`Mapping[str, int]`, *optional*): Task -> longest edge in pixels at which the model sees images, instead of
+            the checkpoint's: for another magnification, see [`set_image_sizes`].
         on_image (`Callable`, *optional*): Called after each image with its number from 1, the number of images, its
             path, and its result, an error message, or `None` when it was skipped.
 
@@ -99,8 +102,8 @@ def predict_files(
 
     Raises:
         CheckpointError: The checkpoint cannot be used, or lacks a head that is asked for.
-        ValueError: Unknown task, a threshold outside 0..1, a text that is too long, a batch of no images, an output
-            folder that holds an image to analyse, or a model that cannot be quantised.
+        ValueError: Unknown task, a threshold outside 0..1, an image size that cannot be, a text that is too long, a batch of
+            no images, an output folder that holds an image to analyse, or a model that cannot be quantised.
         OSError: The output folder cannot be written.
     """
     output = Path(output)
@@ -117,6 +120,7 @@ def predict_files(
         )
     files = fingerprint(checkpoint)
     model, processor = load_checkpoint(checkpoint, "cpu" if int8 and device is None else device)
+    set_image_sizes(processor, image_sizes or {})
     tasks = check_request(model, processor, tasks, prompt, questions, threshold)
     if int8:
         model = to_int8(model)
@@ -130,9 +134,11 @@ def predict_files(
         "threshold": threshold,
         "geojson": geojson,
     }
+    # Only where they are given: results made before these settings existed stay current.
     if int8:
-        # Only where it is so: results made before this setting existed stay current.
         settings["int8"] = True
+    if image_sizes:
+        settings["image_sizes"] = dict(image_sizes)
     records = Records(output, settings)
     report = BatchReport(failed=dict(problems))
     attributes = list(model.config.morphology) if "detection" in tasks else []

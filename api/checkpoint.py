@@ -1,6 +1,7 @@
 """Loading a checkpoint folder, with errors that say what is wrong with it."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,6 +114,25 @@ def load_checkpoint(folder: str | Path, device: str | None = None) -> "tuple[Uni
     return _with_reference(_load_plain(folder, device), folder)
 
 
+def set_image_sizes(processor: "UniHemaProcessor", sizes: Mapping[str, int]) -> None:
+    """Changes the size at which a processor gives images to the model, for another magnification than it was trained on.
+
+    Args:
+        processor ([`UniHemaProcessor`]): The processor.
+        sizes (`Mapping[str, int]`): Task -> longest edge in pixels.
+
+    Raises:
+        ValueError: Unknown task, or an edge that is no image's.
+    """
+    images = processor.image_processor
+    for task, edge in sizes.items():
+        if task not in images.task_sizes:
+            raise ValueError(f"Unknown task '{task}' for an image size; tasks are {', '.join(images.task_sizes)}.")
+        if not 32 <= edge <= 8192:
+            raise ValueError(f"An image size is the longest edge in pixels, 32 to 8192; got {edge} for {task}.")
+    images.task_sizes = images.task_sizes | {task: {"longest_edge": int(edge)} for task, edge in sizes.items()}
+
+
 def _with_reference(loaded, folder: str | Path):
     """Model and processor, the model with the reference that lies beside its weights."""
     if reference_files(folder):
@@ -201,4 +221,5 @@ __all__ = [
     "load_checkpoint",
     "reference_files",
     "require_tasks",
+    "set_image_sizes",
 ]

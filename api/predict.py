@@ -125,7 +125,7 @@ def analyze_opened(
     pictures = [image.pixels for image in images]
     results = [SmearResult(image.width, image.height, image=image.name) for image in images]
     for result in results:
-        result.provenance = _provenance(model, tasks, prompt, threshold)
+        result.provenance = _provenance(model, processor, tasks, prompt, threshold)
     calls = {
         "detection": lambda: _detect(model, processor, pictures, prompt, threshold, results),
         "segmentation": lambda: _segment(model, processor, pictures, prompt, results),
@@ -208,7 +208,8 @@ def _compared(tasks: Sequence[str], calls, model, processor, results: list[Smear
             calls[task]()
         (look,) = looks
         for result, features, quality in zip(results, look.features.cpu().numpy(), look.quality.tolist(), strict=True):
-            judge(reference.tasks[task], features, quality, result)
+            scale = processor.image_processor.scale((result.height, result.width), task)
+            judge(reference.tasks[task], features, quality, result, scale)
 
 
 def _inputs(model, processor, images, text=None, **options):
@@ -302,7 +303,7 @@ def _answers(model, processor, images, question: str) -> list[str]:
     return processor.decode_answers(tokens)
 
 
-def _provenance(model, tasks, prompt, threshold) -> dict[str, Any]:
+def _provenance(model, processor, tasks, prompt, threshold) -> dict[str, Any]:
     import torch
     import transformers
 
@@ -317,6 +318,7 @@ def _provenance(model, tasks, prompt, threshold) -> dict[str, Any]:
         "device": str(model.device),
         "dtype": "int8" if is_int8(model) else str(model.dtype).removeprefix("torch."),
         "tasks": list(tasks),
+        "image_sizes": {task: dict(processor.image_processor.task_sizes[task]) for task in tasks},
         "prompt": prompt if isinstance(prompt, str) or prompt is None else list(prompt),
         "detection_thresholds": _thresholds(model, threshold) if "detection" in tasks else None,
         "segmentation_threshold": model.config.segmentation_threshold if "segmentation" in tasks else None,

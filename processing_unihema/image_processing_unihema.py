@@ -195,6 +195,15 @@ class UniHemaImageProcessor(TorchvisionBackend):
             )
         return BatchFeature(data)
 
+    def scale(self, size: tuple[int, int], task: str = "detection") -> float:
+        """Pixels that the model sees for each pixel of an image.
+
+        Args:
+            size (`tuple[int, int]`): Height and width of the image in pixels.
+            task (`str`): One of the five tasks.
+        """
+        return max(_fitted_size(size, self.task_sizes[task])) / max(size) if self.do_resize else 1.0
+
     def _resized(
         self, pixels: torch.Tensor, target: tuple[int, int], resample: PILImageResampling, device
     ) -> torch.Tensor:

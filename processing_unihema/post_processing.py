@@ -10,6 +10,8 @@ DEFAULT_THRESHOLD = 0.3
 # What counts as one cell boxed twice when results are shown: boxes alike, or one of the same class in another.
 NMS_IOU = 0.6
 NMS_WITHIN = 0.75
+# A finer name is given if, the coarser one being right, it is more likely than not.
+FINER_SHARE = 0.5
 
 
 def thresholds_of(config, default: float = DEFAULT_THRESHOLD) -> torch.Tensor:
@@ -89,7 +91,9 @@ def post_process_object_detection(
             images, or one (or `None`: all) for each; see [`asked_classes`].
         ancestors (`torch.Tensor`, *optional*): See [`ancestors_of`]. Where a cell has one name, it is then the finest one
             above the threshold: not WBC where it may be called neutrophil; and a cell that two queries call WBC and
-            neutrophil is one neutrophil.
+            neutrophil is one neutrophil. A finer name with less than half the score of the coarser one is not given:
+            thresholds are those of the stains they were chosen on, and on another a surely white cell may be of no sure
+            type.
         finest (`float` or `torch.Tensor`, *optional*): Score above which the finer name is taken; `threshold` when not
             given.
 
@@ -131,7 +135,13 @@ def post_process_object_detection(
         if nms_iou is not None or nms_within is not None:
             found = boxes[query[order]]
             distinct = distinct_cells(
-                found, label[order], nms_iou, nms_within, across_classes=one_class_per_query, ancestors=ancestors
+                found,
+                label[order],
+                nms_iou,
+                nms_within,
+                across_classes=one_class_per_query,
+                ancestors=ancestors,
+                scores=score[order],
             )
             order = order[distinct]
         order = order[:top_k]
@@ -142,11 +152,14 @@ def post_process_object_detection(
 
 
 def _finest_names(scores: torch.Tensor, ancestors: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """Scores `[Q, C]` without the coarser names of what has a finer one above the threshold, nor finer ones below it."""
-    above = scores > threshold
+    """Scores `[Q, C]` without the coarser names of what has a finer one above the threshold, nor finer ones that are below
+    it or unlikely."""
+    coarser = (scores[:, None, :] * ancestors).amax(-1)
+    unlikely = scores < FINER_SHARE * coarser
+    above = (scores > threshold) & ~unlikely
     has_finer = (above[:, :, None] & ancestors).any(1)
     has_coarser = (above[:, None, :] & ancestors).any(2)
-    return scores.masked_fill(has_finer | (has_coarser & ~above), -1.0)
+    return scores.masked_fill(has_finer | unlikely | (has_coarser & ~above), -1.0)
 
 
 def distinct_cells(
@@ -156,6 +169,7 @@ def distinct_cells(
     within: float | None = NMS_WITHIN,
     across_classes: bool = True,
     ancestors: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Which cells stay when a cell that is boxed more than once is to count once.
 
@@ -168,7 +182,8 @@ def distinct_cells(
         within (`float`, *optional*): And when more than this part of the smaller lies in the larger, of one class.
         across_classes (`bool`): Whether `iou` is judged between classes as well.
         ancestors (`torch.Tensor`, *optional*): See [`ancestors_of`]. Of a cell under a finer and a coarser class the finer
-            one is kept, whatever their scores; `within` counts between them as it does within a class.
+            one is kept; `within` counts between them as it does within a class.
+        scores (`torch.Tensor`, *optional*): `[n]`; a finer name with less than half the coarser one's score gives way to it.
 
     Returns:
         `torch.Tensor`: bool `[n]`.
@@ -185,6 +200,8 @@ def distinct_cells(
     if ancestors is not None:
         finer = ancestors.to(labels.device)[labels[:, None], labels]
         same = same | finer | finer.T
+        if scores is not None:
+            finer = finer & (scores[:, None] >= FINER_SHARE * scores)
     overlap = box_iou(boxes, boxes)
     repeats = torch.zeros_like(same)
     if iou is not None:

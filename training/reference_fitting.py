@@ -58,7 +58,7 @@ def fit_reference(
             if names:
                 seen = [[_looks(model, processor, task, part[name], progress) for name in names] for part in both]
                 tasks[task] = _fitted(
-                    names, *seen, sizes=_cell_sizes(train[task], model) if task == "detection" else {}
+                    names, *seen, sizes=_cell_sizes(train[task], model, processor) if task == "detection" else {}
                 )
     finally:
         model.train(was_training)
@@ -101,15 +101,15 @@ def _fitted(names: Sequence[str], train, val, sizes: dict[str, tuple[float, floa
     return TaskReference(tuple(names), gaussians, limits, np.stack(ranges), sizes)
 
 
-def _cell_sizes(rows: Sequence[Row], model: Any) -> dict[str, tuple[float, float]]:
-    """For each class the range of the median cell size of an image, as part of its longer side; over all data sets, each
+def _cell_sizes(rows: Sequence[Row], model: Any, processor: Any) -> dict[str, tuple[float, float]]:
+    """For each class the range of the median cell size of an image, in pixels that the model sees; over all data sets, each
     with its own range."""
     medians: dict[str, dict[str, list[float]]] = {}
     for row in as_known(rows, list(model.config.id2label.values())):
         if not row.get("size") or row.get("from_attributes") or not row["objects"]["category"]:
             continue
         boxes, names = np.asarray(row["objects"]["bbox"], float), np.asarray(row["objects"]["category"])
-        sizes = np.sqrt(boxes[:, 2] * boxes[:, 3]) / max(row["size"])
+        sizes = np.sqrt(boxes[:, 2] * boxes[:, 3]) * processor.image_processor.scale(tuple(row["size"][::-1]))
         for name in np.unique(names).tolist():
             found = medians.setdefault(name, {}).setdefault(row["dataset"], [])
             found.append(float(np.median(sizes[names == name])))

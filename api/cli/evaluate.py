@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 
 from unihema.cli.figures import figures_text
-from unihema.cli.options import data_to_measure
+from unihema.cli.options import IMAGE_SIZE_HELP, data_to_measure, pairs
 
 
 def evaluate(
@@ -24,18 +24,20 @@ def evaluate(
     rename: list[str] = typer.Option(
         [], help="Name of a class in the data and in the checkpoint, RBC='red blood cell'; may be repeated."
     ),
+    image_size: list[str] = typer.Option([], help=IMAGE_SIZE_HELP),
     bootstrap: int = typer.Option(1000, min=0, help="Resamples of the images for 95 % intervals; 0 for none."),
     int8: bool = typer.Option(
         False, "--int8", help="Measure with 8-bit linear layers on the CPU, and what that costs in accuracy."
     ),
 ) -> None:
     """Measure a checkpoint on data folders."""
-    from unihema.checkpoint import load_checkpoint
+    from unihema.checkpoint import load_checkpoint, set_image_sizes
     from unihema.int8 import to_int8
     from unihema.training.build import load_rows
     from unihema.training.evaluation import evaluate_model, write_report
 
     model, processor = load_checkpoint(checkpoint, "cpu" if int8 else None)
+    set_image_sizes(processor, pairs(image_size, "--image-size", "detection=480", int))
     rows = load_rows(data_to_measure(model, data, task, rename, attributes_as_detection=attributes), split)
     measure = partial(
         evaluate_model,

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from unihema.training.run_config import DataConfig
 
 
+IMAGE_SIZE_HELP = (
+    "Longest edge in pixels at which the model sees images, TASK=N, for another magnification; may be repeated."
+)
+
+
 def pairs(values: Sequence[str], option: str, example: str, convert: Callable[[str], Any] = str) -> dict[str, Any]:
     """`NAME=VALUE` options as a dictionary.
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import typer
 
+from unihema.cli.options import IMAGE_SIZE_HELP, pairs
+
 
 def predict(
     checkpoint: Path = typer.Argument(..., help="Checkpoint folder, or a file made by `unihema export`."),
@@ -15,6 +17,7 @@ def predict(
     threshold: float = typer.Option(None, help="Smallest score; the checkpoint's calibrated ones by default."),
     geojson: bool = typer.Option(False, help="Also write GeoJSON for QuPath."),
     overwrite: bool = typer.Option(False, help="Analyse again what was analysed before."),
+    image_size: list[str] = typer.Option([], help=IMAGE_SIZE_HELP),
     device: str = typer.Option(None, help="Such as cpu or cuda:0."),
     batch_size: int = typer.Option(1, min=1, help="Images of one size analysed together; more is faster on a GPU."),
     int8: bool = typer.Option(False, "--int8", help="8-bit linear layers on the CPU: faster, less exact."),
@@ -30,6 +33,7 @@ def predict(
     from unihema.batch import predict_files
     from unihema.predict import QueryCapWarning
 
+    image_sizes = pairs(image_size, "--image-size", "detection=480", int)
     # Shown beside the bar, from the result.
     warnings.simplefilter("ignore", QueryCapWarning)
 
@@ -59,6 +63,7 @@ def predict(
             device=device,
             batch_size=batch_size,
             int8=int8,
+            image_sizes=image_sizes,
             on_image=on_image,
         )
     finally:

@@ -18,7 +18,9 @@ _SIZE_FACTOR = 1.25
 _FEWEST_CELLS = 3
 
 
-def judge(reference: TaskReference, features: np.ndarray, quality: Sequence[float], result: SmearResult) -> None:
+def judge(
+    reference: TaskReference, features: np.ndarray, quality: Sequence[float], result: SmearResult, scale: float = 1.0
+) -> None:
     """Sets a result's `familiarity`, and adds to its `warnings`.
 
     Args:
@@ -26,6 +28,7 @@ def judge(reference: TaskReference, features: np.ndarray, quality: Sequence[floa
         features (`np.ndarray`): `[D]`, of the image.
         quality (`Sequence[float]`): `QUALITIES` of the image.
         result ([`SmearResult`]): Of the image, its cells in it.
+        scale (`float`): Pixels that the model saw for each pixel of the image, see `UniHemaImageProcessor.scale`.
     """
     distances = reference.gaussians.distances(features[None])[0]
     inside = distances <= reference.limits
@@ -38,7 +41,7 @@ def judge(reference: TaskReference, features: np.ndarray, quality: Sequence[floa
             f"set, {name}; {100 * QUANTILE:.0f} % of its validation images are below {limit:.1f}): check the result."
         )
     result.warnings += _quality_warnings(quality, reference.quality[nearest], name)
-    result.warnings += _size_warnings(result, reference.cell_sizes)
+    result.warnings += _size_warnings(result, reference.cell_sizes, scale)
 
 
 def _quality_warnings(quality: Sequence[float], ranges: np.ndarray, name: str) -> list[str]:
@@ -68,18 +71,20 @@ def _quality_warnings(quality: Sequence[float], ranges: np.ndarray, name: str) -
     return found
 
 
-def _size_warnings(result: SmearResult, known: dict[str, tuple[float, float]]) -> list[str]:
-    longer, found = max(result.width, result.height), []
+def _size_warnings(result: SmearResult, known: dict[str, tuple[float, float]], scale: float) -> list[str]:
+    edge, found = max(result.width, result.height) * scale, []
     for label, (low, high) in known.items():
         boxes = np.array([cell.box for cell in result.cells if cell.label == label])
         if len(boxes) < _FEWEST_CELLS:
             continue
-        size = float(np.median(np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])))) / longer
+        size = scale * float(np.median(np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))))
         kind = "smaller" if size * _SIZE_FACTOR < low else "larger" if size > high * _SIZE_FACTOR else None
         if kind:
+            usual = 32 * max(1, round(edge * (low * high) ** 0.5 / size / 32))
             found.append(
-                f"{label} cells are {kind} in this image than in those the model was trained on (median {100 * size:.1f} % "
-                f"of the image's longer side, trained on {100 * low:.1f} to {100 * high:.1f} %): check the magnification."
+                f"{label} cells are {kind} for the model than those it was trained on (median {size:.0f} pixels, trained on "
+                f"{low:.0f} to {high:.0f}): check the magnification. The image's longer side is {edge:.0f} pixels for the "
+                f"model; at {usual} its cells would be of the usual size (--image-size detection={usual})."
             )
     return found
 

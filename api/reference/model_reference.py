@@ -38,7 +38,7 @@ class TaskReference:
         limits (`np.ndarray`): `[groups]`, the distance below which `QUANTILE` of a data set's validation images are.
         quality (`np.ndarray`): `[groups, qualities, 2]`, the range that `QUANTILE` of its images are in.
         cell_sizes (`dict[str, tuple[float, float]]`): Class -> smallest and largest median size (root of the box's area) of
-            the cells of an image, as part of the image's longer side.
+            the cells of an image, in pixels of the image as the model sees it.
     """
 
     groups: tuple[str, ...]

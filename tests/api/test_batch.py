@@ -196,6 +196,30 @@ def test_int8_is_said_in_the_results(checkpoint, draw, tmp_path):
     assert json.loads((tmp_path / "results" / "results.json").read_text())["settings"]["int8"] is True
 
 
+def test_an_image_size_is_another_setting(checkpoint, draw, tmp_path):
+    image, seen = draw("a.png"), []
+    predict_files(checkpoint, [image], tmp_path / "results")
+    for sizes, analysed in (({"detection": 96}, [image]), ({"detection": 96}, []), ({"detection": 64}, [image])):
+        report = predict_files(
+            checkpoint, [image], tmp_path / "results", image_sizes=sizes, on_image=lambda *call: seen.append(call[3])
+        )
+        assert report.analysed == analysed
+    assert [result.provenance["image_sizes"]["detection"] for result in seen if result] == [
+        {"longest_edge": 96},
+        {"longest_edge": 64},
+    ]
+    assert json.loads((tmp_path / "results" / "results.json").read_text())["settings"]["image_sizes"] == {
+        "detection": 64
+    }
+    for sizes, message in (
+        ({"detect": 96}, "Unknown task 'detect' for an image size"),
+        ({"detection": 3}, "32 to 8192"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            predict_files(checkpoint, [image], tmp_path / "other", image_sizes=sizes)
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_cut_off_loses_nothing_that_was_done(checkpoint, draw, tmp_path, stop):
     for number in range(200):

@@ -61,3 +61,19 @@ def test_int8_beside_the_exact_model(lab):
     assert result.exit_code == 0, result.output
     assert "single_cell (6 rows): accuracy" in result.output
     assert "\n  without int8: accuracy" in result.output
+
+
+def test_an_image_size_of_ones_own(lab, monkeypatch):
+    seen = []
+
+    def measured(model, processor, *rest, **options):
+        seen.append(dict(processor.image_processor.task_sizes))
+        return {"single_cell": {"rows": 6, "accuracy": 1.0}}
+
+    monkeypatch.setattr("unihema.training.evaluation.evaluate_model", measured)
+    arguments = ["evaluate", str(lab / "unihema"), str(lab / "one"), "-t", "single_cell"]
+    result = CliRunner().invoke(app, [*arguments, "--image-size", "single_cell=48"])
+    assert result.exit_code == 0, result.output
+    assert [seen[0][task]["longest_edge"] for task in ("single_cell", "detection")] == [48, 64]
+    wrong = CliRunner().invoke(app, [*arguments, "--image-size", "single_cell=small"])
+    assert wrong.exit_code == 2 and "'small' is not a number" in " ".join(wrong.output.split())

@@ -44,6 +44,8 @@ def labels_of(config, found, **options):
         # Below its own threshold it is not, and does not hide the coarser one.
         ([0.1, 0.4, 0.45, 0.1], WBC),
         ([0.1, 0.9, 0.2, 0.1], WBC),
+        # However sure the coarser one is.
+        ([0.1, 0.99, 0.51, 0.1], NEUTROPHIL),
         # A finer class needs no support by the coarser one.
         ([0.1, 0.2, 0.8, 0.1], NEUTROPHIL),
         ([0.9, 0.4, 0.6, 0.1], RBC),
@@ -51,6 +53,19 @@ def labels_of(config, found, **options):
 )
 def test_the_finest_name_above_its_threshold(config, scores, label):
     assert labels_of(config, output(scores)) == [label]
+
+
+def test_a_finer_name_less_likely_than_not_is_not_given(config):
+    low = torch.full((4,), 0.1)
+    assert labels_of(config, output([0.05, 0.8, 0.39, 0.05]), threshold=low) == [WBC]
+    assert labels_of(config, output([0.05, 0.8, 0.41, 0.05]), threshold=low) == [NEUTROPHIL]
+    # An unlikely finer name is none, were the coarser one below its threshold too.
+    assert labels_of(config, output([0.05, 0.8, 0.3, 0.05]), threshold=torch.tensor([0.1, 0.9, 0.1, 0.1])) == []
+    # Nor does it win by way of another query.
+    found = output([0.05, 0.8, 0.05, 0.05], [0.05, 0.1, 0.3, 0.05])
+    assert labels_of(config, found, threshold=low, nms_iou=0.6) == [WBC]
+    found = output([0.05, 0.8, 0.05, 0.05], [0.05, 0.1, 0.5, 0.05])
+    assert labels_of(config, found, threshold=low, nms_iou=0.6) == [NEUTROPHIL]
 
 
 def test_nothing_above_a_threshold_is_no_cell(config):

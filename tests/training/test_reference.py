@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import unihema
 from unihema.batch import predict_files
-from unihema.checkpoint import CheckpointError, fingerprint, load_checkpoint
+from unihema.checkpoint import CheckpointError, fingerprint, load_checkpoint, set_image_sizes
 from unihema.cli.app import app
 from unihema.processing_unihema.results import Cell, SmearResult
 from unihema.reference import REFERENCE_FILE, ModelReference, ReferenceWarning, judge, reference_of
@@ -125,17 +125,31 @@ def test_quality_and_cell_size_are_told_in_plain_words(made):
         assert f"The image is {word}" in " ".join(unihema.analyze(model, processor, image, ["detection"]).warnings)
     (label, (low, high)), *_ = reference.cell_sizes.items()
 
-    def judged(size: float, cells: int) -> list[str]:
-        side = size * 224
-        found = [Cell(n, (0, 0, side, side), label, 0.9) for n in range(cells)]
-        result = SmearResult(224, 168, found)
-        judge(reference, reference.gaussians.means[0], reference.quality[0].mean(1), result)
+    def judged(size: float, cells: int, scale: float = 1.0) -> list[str]:
+        found = [Cell(n, (0, 0, size / scale, size / scale), label, 0.9) for n in range(cells)]
+        result = SmearResult(round(224 / scale), round(168 / scale), found)
+        judge(reference, reference.gaussians.means[0], reference.quality[0].mean(1), result, scale)
         return result.warnings
 
     assert judged((low + high) / 2, 5) == [] and judged(high * 3, 2) == []
     (larger,) = judged(high * 2, 5)
-    assert f"{label} cells are larger in this image" in larger and "check the magnification" in larger
-    assert "are smaller in this image" in judged(low / 2, 5)[0]
+    assert f"{label} cells are larger for the model" in larger and "check the magnification" in larger
+    (smaller,) = judged(low / 2, 5, scale=0.25)
+    usual = 32 * round(224 * (low * high) ** 0.5 / (low / 2) / 32)
+    assert "are smaller for the model" in smaller and f"(--image-size detection={usual})" in smaller
+    assert judged((low * high) ** 0.5, 5, scale=0.25) == []
+
+
+def test_cell_sizes_are_those_that_the_model_sees(made, tmp_path):
+    model, processor = load_checkpoint(made / "unihema")
+    once = ModelReference.load(made / "unihema").tasks["detection"].cell_sizes
+    edge = round(224 * processor.image_processor.scale((168, 224)))
+    set_image_sizes(processor, {"detection": 2 * edge})
+    rows = [load_rows(run_config(made / "smears", tmp_path).data, split, ["detection"]) for split in ("train", "val")]
+    twice = fit_reference(model, processor, *rows, progress=False).tasks["detection"].cell_sizes
+    assert twice.keys() == once.keys()
+    for label, sizes in once.items():
+        assert twice[label] == pytest.approx([2 * size for size in sizes], rel=0.02)
 
 
 def test_warnings_are_in_every_output(checkpoint, tmp_path):

@@ -197,8 +197,8 @@ def _shown(
     limit = thresholds[cells["labels"]] if isinstance(thresholds, np.ndarray) else thresholds
     above = np.flatnonzero(cells["scores"] > limit)
     # `cells` come best first.
-    boxes, labels = torch.from_numpy(cells["boxes"][above]), torch.from_numpy(cells["labels"][above])
-    kept = distinct_cells(boxes, labels, ancestors=ancestors).numpy()
+    boxes, labels, scores = (torch.from_numpy(cells[name][above]) for name in ("boxes", "labels", "scores"))
+    kept = distinct_cells(boxes, labels, ancestors=ancestors, scores=scores).numpy()
     return {name: values[above[kept]] for name, values in cells.items()}
 
 
