@@ -141,6 +141,33 @@ def check(
 
 
 @data.command()
+def agreement(
+    first: Path = typer.Argument(..., help="Data folder with boxes."),
+    second: Path = typer.Argument(..., help="Another with boxes on some of the same photographs."),
+    output: Path = typer.Option(None, "--output", "-o", help="JSON file for the figures."),
+    rename: list[str] = typer.Option([], help="Class to rename in either, such as 'leuko=WBC'; may be repeated."),
+) -> None:
+    """Compare two annotations of the same photographs: by how much do the annotators themselves differ?"""
+    from unihema.training.data.agreement import annotation_agreement
+    from unihema.training.files import write_json
+
+    found = annotation_agreement(first, second, _pairs(rename, "--rename"), progress=True)
+    typer.echo(f"{found.photographs} photographs in both.")
+    for name, of_class in found.classes.items():
+        counts = (
+            f"counts differ by {100 * of_class.count_difference:.0f} % (median of {of_class.photographs} photographs)"
+            if of_class.photographs
+            else "none in the first"
+        )
+        typer.echo(
+            f"{name}: {of_class.first} and {of_class.second} boxes, {of_class.both} in both (F1 {of_class.f1:.3f}), {counts}"
+        )
+    if output is not None:
+        write_json(output, found.to_dict())
+        typer.echo(f"Figures in {output}.")
+
+
+@data.command()
 def shard(
     source: Path = typer.Argument(..., help="A data folder."),
     output: Path = typer.Option(

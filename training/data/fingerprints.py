@@ -129,6 +129,12 @@ def near_pairs(
     return pairs
 
 
+def upright_similarity(first: Fingerprint, second: Fingerprint) -> float:
+    """Correlation, -1..1, of the details of two images as they are, neither mirrored nor turned."""
+    one, other = _details(np.stack([first.thumbnail, second.thumbnail]))
+    return float((one * other).mean())
+
+
 def _details(thumbnails: np.ndarray) -> np.ndarray:
     """Thumbnails without their coarse brightness, of mean 0 and variance 1: float32 `[n, 64, 64]`."""
     pixels = thumbnails.astype(np.float32)
