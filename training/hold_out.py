@@ -1,8 +1,8 @@
-"""Images that a run must not see: those of a patient, a slide or a field."""
+"""Images that a run must not see: those of a patient, a slide, a field or a microscope."""
 
 from collections.abc import Mapping, Sequence
 
-from unihema.training.data.rows import GROUP_KEYS, Row
+from unihema.training.data.rows import PROVENANCE_KEYS, Row
 from unihema.training.run_config import RunConfigError
 
 
@@ -11,14 +11,14 @@ def is_held_out(row: Row, hold_out: Mapping[str, Sequence[str]]) -> bool:
 
     Args:
         row (`Row`): A schema row, see rows.py.
-        hold_out (`Mapping[str, Sequence[str]]`): `patient`, `slide` or `source_image` -> those held out.
+        hold_out (`Mapping[str, Sequence[str]]`): `patient`, `slide`, `source_image` or `origin` -> those held out.
 
     Raises:
         RunConfigError: Another kind of group.
     """
     for group, names in hold_out.items():
-        if group not in GROUP_KEYS:
-            raise RunConfigError(f"data.hold_out: unknown group '{group}'; groups are {', '.join(GROUP_KEYS)}.")
+        if group not in PROVENANCE_KEYS:
+            raise RunConfigError(f"data.hold_out: unknown group '{group}'; groups are {', '.join(PROVENANCE_KEYS)}.")
         if str(row.get(group)) in names:
             return True
     return False

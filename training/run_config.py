@@ -51,8 +51,8 @@ class DataConfig:
         image_sizes (`dict[str, dict[str, int]]`): Task -> `shortest_edge` and/or `longest_edge` in pixels.
         segmentation_prompt (`str`): What the masks show.
         rename (`dict[str, str]`): New names of detection classes and single-cell labels.
-        hold_out (`dict[str, list[str]]`): `patient`, `slide` or `source_image` -> those whose images take no part, neither
-            in training nor in validation.
+        hold_out (`dict[str, list[str]]`): `patient`, `slide`, `source_image` or `origin` -> those whose images take no part,
+            neither in training nor in validation.
         canonical_names (`bool`): Give a class that the folders spell in several ways (`Platelets`, `thrombocyte`) one name.
         label_parents (`dict[str, str]`, *optional*): Detection class -> the coarser class that its cells belong to as well;
             what `unihema.training.data.class_hierarchy` knows (the types of white cells -> WBC) when not given.

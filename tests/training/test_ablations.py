@@ -14,6 +14,7 @@ from unihema.training.ablate import run_ablations
 from unihema.training.ablation_report import AblationReport, Comparison
 from unihema.training.ablations import ABLATIONS
 from unihema.training.build import training_rows, validation_rows
+from unihema.training.data.check import check_data
 from unihema.training.data.synthetic_folder import write_synthetic
 from unihema.training.run_config import RunConfig, RunConfigError
 
@@ -199,6 +200,25 @@ def test_a_slide_is_held_out_of_training_and_validation_and_measured_by_itself(t
     assert RunConfig.load(tmp_path / "out" / "unseen-slide-b").data.hold_out == {"slide": ["b"]}
     with pytest.raises(RunConfigError, match="No row of split 'val' is of"):
         run_ablations(config.with_overrides({"output_dir": str(tmp_path / "none")}), ["unseen"], unseen="slide=z")
+
+
+def test_a_microscope_is_held_out_by_any_of_its_names_and_is_no_group_of_a_split(tmp_path):
+    for number, name in enumerate("abc"):
+        for split in ("train", "val"):
+            write_photograph(tmp_path / "fields" / "images" / f"{split}-{name}.png", 10 * number + len(split))
+    for split in ("train", "val"):
+        names = {f"{split}-{name}.png": [[5, 5, 20, 20]] for name in "abc"}
+        origins = {
+            f"{split}-a": {"microscope": "one"},
+            f"{split}-b": {"origin": "two"},
+            f"{split}-c": {"scanner": "one"},
+        }
+        write_coco(tmp_path / "fields" / f"{split}.json", names, **origins)
+    config = run_config(tmp_path / "fields", tmp_path / "out", **{"data.hold_out": {"origin": ["one"]}})
+    assert [row["file_name"] for row in training_rows(config)["detection"]] == ["train-b.png"]
+    assert check_data([tmp_path / "fields"]).shared_groups == []
+    with pytest.raises(RunConfigError, match="unknown group 'stain'; groups are patient, slide, source_image, origin"):
+        training_rows(config.with_overrides({"data.hold_out": {"stain": ["x"]}}))
 
 
 def report_of(value: float) -> dict:

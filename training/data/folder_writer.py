@@ -14,7 +14,7 @@ from PIL import Image
 
 from unihema.processing_unihema.image_io import UnreadableImageError, load_mask
 from unihema.training.data.bad_rows import BadRows
-from unihema.training.data.rows import GROUP_KEYS, DatasetError, Row
+from unihema.training.data.rows import PROVENANCE_KEYS, DatasetError, Row
 from unihema.training.files import write_text
 
 
@@ -65,7 +65,7 @@ class _SplitWriter:
         # Masks are paired with images/ by name; for all else an image that is a crop lies there only.
         crop = label is not None and row["task"] != "segmentation"
         name = self._place(row, f"crops/{folder_name(label, row['file_name'])}" if crop else "images")
-        groups = {group: str(row[group]) for group in GROUP_KEYS if row.get(group)}
+        groups = {group: str(row[group]) for group in PROVENANCE_KEYS if row.get(group)}
         if groups:
             self.origins[name] = groups
         if row.get("from_attributes"):
@@ -94,7 +94,7 @@ class _SplitWriter:
             )
             # A line an entry, so that a message can name its line.
             write_text(self.folder / "annotations.json", "{" + ",\n".join(parts) + "}\n")
-        self._write_table("origins.csv", self.origins, GROUP_KEYS)
+        self._write_table("origins.csv", self.origins, PROVENANCE_KEYS)
         columns = dict.fromkeys(name for attributes in self.attributes.values() for name in attributes)
         self._write_table("attributes.csv", self.attributes, tuple(columns))
         return self.counts
@@ -133,7 +133,7 @@ class _SplitWriter:
     def _add_objects(self, row: Row, name: str) -> None:
         number = len(self.images)
         size = {"width": row["size"][0], "height": row["size"][1]} if row.get("size") else {}
-        groups = {group: row[group] for group in GROUP_KEYS if row.get(group)}
+        groups = {group: row[group] for group in PROVENANCE_KEYS if row.get(group)}
         self.images.append({"id": number, "file_name": name, **size, **groups})
         objects = row["objects"]
         for label in [*(row.get("annotated_classes") or ()), *objects["category"]]:

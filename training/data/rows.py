@@ -12,7 +12,7 @@ Common keys: `image` (path or PIL image), `file_name`, `dataset`, `task`. Task k
 - cloze: `masked` (sentinels in T5's order), `completed` (the whole sentence).
 
 Rows of any task may say whom or what an image comes from: `patient`, `slide` or `source_image` (the field that a crop was
-cut from). Images that share one belong into one split.
+cut from), and images that share one belong into one split; or `origin`, the microscope or the data set it was first of.
 """
 
 import difflib
@@ -31,19 +31,21 @@ REQUIRED_KEYS = {
     "question_answering": ("question", "answer"),
     "cloze": ("masked", "completed"),
 }
-# Where an image comes from -> the names that data sets give it.
+# Where an image comes from -> the names that data sets give it. Images that share one of these belong into one split.
 GROUP_KEYS = {
     "patient": ("patient", "patient_id"),
     "slide": ("slide", "slide_id"),
     "source_image": ("source_image",),
 }
+# Those, and which microscope or data set it was first of.
+PROVENANCE_KEYS = GROUP_KEYS | {"origin": ("origin", "microscope", "scanner")}
 
 
 def group_ids(record: Mapping[str, Any]) -> dict[str, str]:
-    """Patient, slide and source image of a record, as far as it has them."""
+    """Patient, slide, source image and origin of a record, as far as it has them."""
     found = {
         group: next((record[key] for key in keys if record.get(key) not in (None, "")), None)
-        for group, keys in GROUP_KEYS.items()
+        for group, keys in PROVENANCE_KEYS.items()
     }
     return {group: str(value) for group, value in found.items() if value is not None}
 
