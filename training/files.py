@@ -1,25 +1,16 @@
-"""Writing files so that a reader, or a run that is cut off, never meets half of one."""
+"""Text and JSON files that a reader, or a run that is cut off, never meets half of."""
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+from unihema.files import write_atomically
+
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a whole file: beside its place first, then moved there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Writes a whole file, see [`write_atomically`]."""
+    write_atomically(Path(path), lambda file: file.write(text.encode("utf-8")))
 
 
 def write_json(path: str | Path, value: Any) -> None:
