@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng
+from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng, drawn_scale
 
 
 BACKGROUND, CELL = 200, 40
@@ -100,3 +100,11 @@ def test_settings_out_of_range():
         AugmentationConfig(flip=1.5)
     with pytest.raises(ValueError, match="zoom_min=0.01 leaves nothing"):
         AugmentationConfig(zoom_min=0.01)
+
+
+def test_scales_are_as_often_below_one_as_above():
+    config = AugmentationConfig(scale=0.5)
+    scales = [drawn_scale(config, augmentation_rng(0, 0, index)) for index in range(400)]
+    assert 1 / 1.5 <= min(scales) < 0.68 and 1.48 < max(scales) <= 1.5
+    assert 0.43 < sum(scale < 1 for scale in scales) / 400 < 0.57
+    assert drawn_scale(AugmentationConfig(), augmentation_rng(0, 0, 0)) == 1.0

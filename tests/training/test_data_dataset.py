@@ -1,5 +1,7 @@
 """Data sets: samples and batches as the model takes them, made by the real processor."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -139,6 +141,23 @@ def test_views_depend_on_epoch_and_index_not_on_order(processor):
     assert torch.equal(data[0]["image"], forward[0])
     other = data[0, 2]["image"]
     assert other.shape != forward[0].shape or not torch.equal(other, forward[0])
+
+
+def test_a_batch_is_seen_at_a_scale_of_its_own(processor):
+    rows = [detection_row(index) for index in range(2)]
+    plain = AugmentationConfig.none()
+    scaled = dataclasses.replace(plain, scale=1.0)
+    batches = {}
+    for name, config in (("plain", plain), ("scaled", scaled)):
+        data = SmearDataset(rows, processor, "detection", config, class_names=CLASSES, seed=5)
+        batches[name] = [data.collate([data[0, epoch], data[1, epoch]]) for epoch in range(12)]
+    widths = [int(batch["pixel_mask"][0, 0].sum()) for batch in batches["scaled"]]
+    assert 48 <= min(widths) < 80 < 112 < max(widths) <= 192
+    assert {int(batch["pixel_mask"][0, 0].sum()) for batch in batches["plain"]} == {96}
+    for scaled, plain in zip(batches["scaled"], batches["plain"]):
+        # All images of a batch alike; boxes are parts of the image.
+        assert torch.equal(scaled["pixel_mask"][0], scaled["pixel_mask"][1])
+        torch.testing.assert_close(scaled["labels"][1]["boxes"], plain["labels"][1]["boxes"], atol=0.02, rtol=0)
 
 
 def test_cache_gives_the_same_and_stays_untouched(processor, tmp_path):

@@ -27,6 +27,8 @@ class AugmentationConfig:
         zoom (`float`): Probability of cutting a window out of the image.
         zoom_min (`float`): Smallest side of the window, as part of the image's.
         min_visible (`float`): A cell stays a target if at least this part of its box is inside the window.
+        scale (`float`): Largest relative change of the size at which the images of a batch are seen, for microscopes of other
+            magnifications: 0.5 draws a size between 1 / 1.5 and 1.5 times the task's. Larger sizes take longer.
     """
 
     flip: float = 0.5
@@ -40,6 +42,7 @@ class AugmentationConfig:
     zoom: float = 0.5
     zoom_min: float = 0.6
     min_visible: float = 0.5
+    scale: float = 0.0
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -72,6 +75,11 @@ class AugmentationConfig:
 def augmentation_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The random numbers of one sample in one epoch, independent of the order in which samples are read."""
     return np.random.default_rng(np.random.SeedSequence([seed, epoch, index]))
+
+
+def drawn_scale(config: AugmentationConfig, rng: np.random.Generator) -> float:
+    """A factor of the image size, as often below 1 as above."""
+    return (1 + config.scale) ** rng.uniform(-1, 1)
 
 
 def augment(

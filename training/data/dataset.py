@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from unihema.processing_unihema.image_io import load_image
 from unihema.processing_unihema.prompts import LANGUAGE_TASKS
-from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng
+from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng, drawn_scale
 from unihema.training.data.class_hierarchy import with_covered_parents
 from unihema.training.data.label_names import as_known
 from unihema.training.data.lazy_rows import LazyRows, largest_group, one_cell_samples, rows_by_sample, witnesses
@@ -187,6 +187,7 @@ class SmearDataset(Dataset):
         if self.augmentation is not None:
             image, boxes, kept, mask = augment(image, self._views_of(row), rng, boxes, mask)
             kept = kept.tolist()
+            sample["scale"] = drawn_scale(self.augmentation, rng)
         sample["image"] = image
         if self.task == "detection":
             sample["annotations"] = self._annotations(row, boxes, kept, index)
@@ -295,6 +296,10 @@ class SmearDataset(Dataset):
             most = max(len(sample["texts"]) for sample in samples)
             inputs["text"] = _filled(samples, "texts", most)
             inputs["answers"] = _filled(samples, "answers", most)
+        # One scale for all, or most of the batch would be padding.
+        if samples[0].get("scale", 1.0) != 1.0:
+            size = inputs.get("size") or self.processor.image_processor.task_sizes[self.task]
+            inputs["size"] = {edge: max(32, round(pixels * samples[0]["scale"])) for edge, pixels in size.items()}
         batch = dict(self.processor(**inputs))
         if self.task == "single_cell":
             batch["labels"] = torch.tensor([sample["label"] for sample in samples])
