@@ -78,6 +78,19 @@ def test_detection_batch(processor):
     assert "Platelets" in prompts[0] and "Platelets" not in prompts[1]
 
 
+def test_half_of_the_training_images_are_asked_for_what_a_user_asks_without_a_prompt(processor):
+    data = SmearDataset([detection_row(annotated=["RBC", "WBC"])], processor, "detection", class_names=CLASSES, seed=2)
+    asked, annotated = [], []
+    for epoch in range(60):
+        batch = data.collate([data[0, epoch]])
+        # A batch with the processor's own prompt needs no text.
+        asked.append(batch.get("input_ids") is None or "Platelets" in processor.tokenizer.decode(batch["input_ids"][0]))
+        annotated.append(batch["labels"][0]["annotated_classes"].tolist())
+    assert 15 < sum(asked) < 45
+    # What is no target and no background stays so, whatever is asked.
+    assert annotated == [[True, True, False]] * 60
+
+
 def test_crowds_are_no_targets_in_training(processor):
     rows = [detection_row(iscrowd=[1, 0])]
     training = SmearDataset(rows, processor, "detection", class_names=CLASSES)

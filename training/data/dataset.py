@@ -20,6 +20,9 @@ from unihema.training.data.stored_rows import StoredFile
 
 
 CACHE_BYTES = 2_000_000_000
+# How often a training image is asked for all classes, as `unihema predict` does where no prompt is given, though its data set
+# annotates some: otherwise that prompt would be new to a model of several data sets.
+DEFAULT_PROMPT_SHARE = 0.5
 _TEXT_KEYS = {"question_answering": ("question", "answer"), "cloze": ("masked", "completed")}
 
 
@@ -192,6 +195,8 @@ class SmearDataset(Dataset):
         if self.task == "detection":
             sample["annotations"] = self._annotations(row, boxes, kept, index)
             sample["annotated_classes"] = row.get("annotated_classes")
+            default = not self.evaluation and rng.random() < DEFAULT_PROMPT_SHARE
+            sample["asked"] = None if default else sample["annotated_classes"] or self.class_names
             sample["one_cell"] = bool(row.get("from_attributes"))
         elif self.task == "segmentation":
             sample["mask"] = mask
@@ -281,7 +286,7 @@ class SmearDataset(Dataset):
             inputs["images"] = [sample["image"] for sample in samples]
         if self.task == "detection":
             inputs["annotations"] = [sample["annotations"] for sample in samples]
-            inputs["text"] = self._texts([sample["annotated_classes"] or self.class_names for sample in samples])
+            inputs["text"] = self._texts([sample["asked"] for sample in samples])
             crops = {sample["one_cell"] for sample in samples}
             if len(crops) > 1:
                 raise ValueError(
