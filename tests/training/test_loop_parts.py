@@ -161,7 +161,7 @@ def test_files_are_whole(tmp_path):
     write_json(tmp_path / "new" / "a.json", {"x": float("inf"), "y": torch.tensor(2), "z": (1, tmp_path)})
     assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"x": None, "y": 2, "z": [1, str(tmp_path)]}
     write_text(tmp_path / "b.txt", "old")
-    with pytest.raises(TypeError):
+    with pytest.raises(AttributeError):
         write_text(tmp_path / "b.txt", 5)
     assert (tmp_path / "b.txt").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.txt", "new"]
