@@ -70,7 +70,7 @@ class RunBatches:
             sources={task: data.sources for task, data in datasets.items()},
             dataset_weights=config.dataset_weights,
             dataset_temperature=config.dataset_temperature,
-            one_cell={task: data.one_cell for task, data in datasets.items() if data.one_cell is not None},
+            one_cell={task: data.one_cell for task, data in datasets.items()},
             one_cell_batch_size=config.batch_size.get("single_cell", 4) * processes,
         )
         self.per_epoch = len(self.mixer)

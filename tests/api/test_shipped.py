@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, pipeline
 from typer.testing import CliRunner
@@ -82,6 +83,13 @@ def test_it_sees_what_is_on_the_examples(examples):
     assert counts["RBC"] >= 8
     for name, label in (("white_cell_1.jpg", "neutrophil"), ("white_cell_2.jpg", "eosinophil")):
         assert analyze(model, processor, by_name[name], tasks=("single_cell",)).single_cell["label"] == label
+
+
+def test_without_a_prompt_the_model_reads_what_the_processor_would_ask():
+    model, processor = load_checkpoint(SHIPPED / "checkpoint")
+    for task in ("detection", "segmentation"):
+        asked = processor(images=Image.open(SHIPPED / "examples" / "field_1.jpg"), task=task)
+        assert model.config.default_prompt_ids[task] == asked["input_ids"][0].tolist()
 
 
 def test_a_pipeline_answers_with_it(examples):

@@ -125,16 +125,13 @@ class SmearDataset(Dataset):
         return [(name, [numbers]) for name, numbers in samples.items()]
 
     @property
-    def one_cell(self) -> np.ndarray | None:
-        """Which samples are crops of one cell in detection, bool `[samples]`; None if none is.
+    def one_cell(self) -> np.ndarray:
+        """Which samples are crops of one cell in detection, bool `[samples]`.
 
         They have the size of single cells, at which a cell is about as large as in a field at the size of detection. So
         they and fields do not share a batch.
         """
-        if self.task != "detection":
-            return None
-        crops = one_cell_samples(self.rows)
-        return crops if crops.any() else None
+        return one_cell_samples(self.rows) if self.task == "detection" else np.zeros(len(self), dtype=bool)
 
     def _taught_classes(self) -> torch.Tensor | None:
         """Which classes some row annotates, bool `[classes]`; None for all."""

@@ -142,7 +142,7 @@ def _batches(model, processor, task: str, rows: Sequence[Row], batch_size: int, 
         evaluation=True,
         text_only=model.model.reads_text_alone,
     )
-    crops = dataset.one_cell if dataset.one_cell is not None else np.zeros(len(dataset), bool)
+    crops = dataset.one_cell
     kinds = [np.flatnonzero(~crops), np.flatnonzero(crops)]
     batches = [kind[start : start + batch_size].tolist() for kind in kinds for start in range(0, len(kind), batch_size)]
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.collate)
