@@ -277,7 +277,8 @@ class Records:
         from PIL import Image
 
         overlay = result.overlay(pixels)
-        files = {f"{name}_overlay.png": lambda file: overlay.save(file, "PNG")}
+        # At the usual level packing the overlay takes longer than finding the cells; this one makes files a fifth larger.
+        files = {f"{name}_overlay.png": lambda file: overlay.save(file, "PNG", compress_level=1)}
         if result.mask is not None:
             mask = Image.fromarray(result.mask * 255)
             files[f"{name}_mask.png"] = lambda file: mask.save(file, "PNG")

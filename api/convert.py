@@ -78,7 +78,6 @@ def convert_from_official(
     from .modeling_unihema.modeling_unihema import UniHemaForMultiTask
     from .processing_unihema.image_processing_unihema import UniHemaImageProcessor
     from .processing_unihema.processing_unihema import UniHemaProcessor
-    from .processing_unihema.prompts import task_prompt
 
     folder = Path(folder)
     _check_new(folder)
@@ -97,9 +96,7 @@ def convert_from_official(
         max_text_length=config.max_text_length,
     )
     config.segmentation_label = DEFAULT_PROMPTS["segmentation"]
-    config.default_prompt_ids = {
-        task: loaded(task_prompt(task, names))["input_ids"] for task, names in DEFAULT_PROMPTS.items()
-    }
+    config.default_prompt_ids = processor.default_prompt_ids()
     config.architectures = ["UniHemaForMultiTask"]
     config.dtype = torch.float32
     with torch.device("meta"):

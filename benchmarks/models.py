@@ -31,6 +31,13 @@ def unihema(task: str = "detection", preset: str = "base", **options) -> nn.Modu
     return classes[task](config).eval()
 
 
+def unihema_anew(**options) -> nn.Module:
+    """A detector of ours that looks at the image on every call, though it be the one of the call before."""
+    model = unihema(**options)
+    model.register_forward_pre_hook(lambda *_: model.model._image_memory.forget())
+    return model
+
+
 def deformable_detr_config():
     """DeformableDetr, two-stage with box refinement, with the layers and queries of our base preset."""
     from transformers import DeformableDetrConfig
@@ -104,8 +111,8 @@ def detectors() -> dict[str, Callable[[tuple[int, int]], Callable[[], object]]]:
 
     prompt = torch.tensor([[101, 2668, 3526, 1012, 102]])
     return {
-        "UniHema base": plain(unihema),
-        "UniHema tiny": plain(lambda: unihema(preset="tiny")),
+        "UniHema base": plain(unihema_anew),
+        "UniHema tiny": plain(lambda: unihema_anew(preset="tiny")),
         "DeformableDetr two-stage R50": plain(deformable_detr),
         "RT-DETRv2 R50": plain(rt_detr_v2, multiple=32),
         "Mask2Former R50": plain(mask2former),

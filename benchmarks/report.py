@@ -41,8 +41,8 @@ def page(results: dict, exponents: dict[str, float]) -> str:
             if again:
                 lines += [
                     f"Measured again by itself on {again['processor']}, threads: {again['threads']}, "
-                    f"{again['gflops']:.0f} GFLOP in a processor second; other work ran beside it, the machine's load was "
-                    f"{again['load']:.1f} when it began.",
+                    f"{again['gflops']:.0f} GFLOP in a processor second; the machine's load was {again['load']:.1f} "
+                    "when it began.",
                     "",
                 ]
             lines += [_markdown(table), ""]

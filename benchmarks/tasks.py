@@ -35,6 +35,10 @@ def measure(size: tuple[int, int], rounds: int) -> list[dict]:
         trunk._image_memory.forget()
         answer()
 
+    def task_alone(task: str) -> None:
+        trunk._image_memory.forget()
+        model(task=task, pixel_values=image)
+
     def new_image_int8() -> None:
         small.model._image_memory.forget()
         answer(small)
@@ -42,8 +46,8 @@ def measure(size: tuple[int, int], rounds: int) -> list[dict]:
     def everything(beams: int = 1) -> None:
         """Every part once, nothing twice: the image's feature levels are shared, as in the official forward pass."""
         trunk._image_memory.forget()
-        levels = trunk._image_memory(trunk.visual_backbone, image, None)
-        tokens = trunk.image_encoder(levels.tokens, levels)
+        levels = trunk._image_memory.levels(trunk.visual_backbone, image, None)
+        tokens = trunk._image_memory.tokens(trunk.image_encoder, levels)
         model.single_cell_head(trunk.hema_former.single_cell_feature_extraction(tokens, levels))
         mask = torch.ones_like(QUESTION)
         text = trunk.text_branch.encode(QUESTION, mask).last_hidden_state
@@ -65,9 +69,9 @@ def measure(size: tuple[int, int], rounds: int) -> list[dict]:
     cases = {
         "everything, with an answer": everything,
         "everything, with an answer of 4 beams": everything_with_beams,
-        "detection": lambda: model(task="detection", pixel_values=image),
-        "segmentation": lambda: model(task="segmentation", pixel_values=image),
-        "single cell": lambda: model(task="single_cell", pixel_values=image),
+        "detection": lambda: task_alone("detection"),
+        "segmentation": lambda: task_alone("segmentation"),
+        "single cell": lambda: task_alone("single_cell"),
         "question": new_image,
         "second question": answer,
         "question, int8": new_image_int8,

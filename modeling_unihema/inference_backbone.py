@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .kept_results import keeping_state
-from .padding import PADDING_HOOKS
+from .kept_results import is_watched, keeping_state
+from .padding import ignore_padding_in_place
 
 
 # Of the largest value; folding changes the order of float operations, nothing else.
@@ -28,7 +28,7 @@ class InferenceBackbone:
             backbone (`nn.Module`): Called with images, returns `feature_maps`.
         """
         state = keeping_state(backbone)
-        if state is None or _is_watched(backbone):
+        if state is None or is_watched(backbone):
             return backbone
         if state != self.made_from:
             self.made_from, self.copy = state, fold(backbone)
@@ -38,16 +38,6 @@ class InferenceBackbone:
         copied = copy.copy(self)
         copied.made_from = copied.copy = None
         return copied
-
-
-def _is_watched(backbone: nn.Module) -> bool:
-    """Whether someone's hook waits for a layer to run, which in the copy would not."""
-    hooks = (
-        hook
-        for part in backbone.modules()
-        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-    )
-    return any(hook not in PADDING_HOOKS for hook in hooks)
 
 
 @torch.no_grad()
@@ -66,11 +56,13 @@ def fold(backbone: nn.Module) -> nn.Module | None:
     for parent in folded.modules():
         children = list(parent.named_children())
         for (name, convolution), (norm_name, norm) in zip(children, children[1:]):
-            pair = type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d
+            pair = isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
             if pair and convolution.out_channels == norm.num_features and norm.track_running_stats:
                 setattr(parent, name, fuse_conv_bn_eval(convolution, norm))
-                setattr(parent, norm_name, nn.Identity())
+                # timm's norms have the activation, which comes after them, within.
+                setattr(parent, norm_name, nn.Sequential(*norm.children()))
     folded = folded.to(memory_format=torch.channels_last)
+    ignore_padding_in_place(folded)
     first = next(backbone.parameters())
     generator = torch.Generator().manual_seed(0)
     picture = torch.randn(1, 3, 64, 64, generator=generator).to(first.device, first.dtype)

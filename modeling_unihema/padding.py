@@ -92,6 +92,22 @@ def ignore_padding(module: nn.Module) -> None:
             part.register_forward_hook(_blank_result)
 
 
+def image_sizes(valid: torch.Tensor) -> list[tuple[int, int]] | None:
+    """Height and width of each image's valid area, where they may be used: for a CPU, without gradients, in no graph.
+
+    Args:
+        valid (`torch.Tensor`): Boolean `[B, h, w]`.
+
+    Returns:
+        `list[tuple[int, int]]`: `None` also where an area is no rectangle from the upper left corner.
+    """
+    tracing = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if tracing or torch.is_grad_enabled() or valid.device.type != "cpu":
+        return None
+    sizes = list(zip(valid[:, :, 0].sum(1).tolist(), valid[:, 0].sum(1).tolist()))
+    return sizes if valid.sum((1, 2)).tolist() == [height * width for height, width in sizes] else None
+
+
 def _blank_padding(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
     pixels = _valid_pixels.get()
     if pixels is None:
@@ -102,17 +118,41 @@ def _blank_padding(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple
     return (maps.masked_fill(~valid_at(pixels, maps)[:, None], blank), *inputs[1:])
 
 
+def _zero_padding_in_place(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    pixels = _valid_pixels.get()
+    sizes = None if pixels is None else image_sizes(valid_at(pixels, inputs[0]))
+    if sizes is None:
+        return _blank_padding(module, inputs)
+    for image, (height, width) in zip(inputs[0], sizes):
+        image[:, height:] = 0.0
+        image[:, :, width:] = 0.0
+    return None
+
+
 def _blank_result(module: nn.Module, inputs: tuple[torch.Tensor, ...], maps: torch.Tensor) -> torch.Tensor | None:
     # Where there was padding only, the least of all numbers came out, and would overflow in what adapters add.
     pixels = _valid_pixels.get()
     return None if pixels is None else maps.masked_fill(~valid_at(pixels, maps)[:, None], 0.0)
 
 
-PADDING_HOOKS = (_blank_padding, _blank_result)
+PADDING_HOOKS = (_blank_padding, _blank_result, _zero_padding_in_place)
+
+
+def ignore_padding_in_place(module: nn.Module) -> None:
+    """Lets the convolutions of a module prepared by [`ignore_padding`] write zeros into the padding of the maps they are given,
+    instead of copying the maps: for a backbone whose maps, and whose images, nobody else reads.
+
+    Args:
+        module (`nn.Module`): The module.
+    """
+    for part in module.modules():
+        for number, hook in part._forward_pre_hooks.items():
+            if hook is _blank_padding and not isinstance(part, nn.MaxPool2d):
+                part._forward_pre_hooks[number] = _zero_padding_in_place
 
 
 class MaskedGroupNorm(nn.GroupNorm):
-    """GroupNorm whose mean and variance are those of the image, not of its padding."""
+    """GroupNorm whose mean and variance are those of the image, not of its padding, which becomes 0."""
 
     def forward(self, maps: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -125,6 +165,11 @@ class MaskedGroupNorm(nn.GroupNorm):
         """
         if valid is None:
             return super().forward(maps)
+        if (sizes := image_sizes(valid)) is not None:
+            normed = torch.zeros_like(maps)
+            for image, result, (height, width) in zip(maps, normed, sizes):
+                result[:, :height, :width] = super().forward(image[None, :, :height, :width])[0]
+            return normed
         groups = maps.float().unflatten(1, (self.num_groups, -1))
         weight = valid[:, None, None].to(groups.dtype)
         count = weight.sum((2, 3, 4), keepdim=True) * groups.shape[2]
@@ -132,4 +177,4 @@ class MaskedGroupNorm(nn.GroupNorm):
         variance = ((groups - mean).square() * weight).sum((2, 3, 4), keepdim=True) / count
         normed = ((groups - mean) * (variance + self.eps).rsqrt()).flatten(1, 2)
         scaled = normed * self.weight[:, None, None] + self.bias[:, None, None]
-        return scaled.to(maps.dtype)
+        return scaled.to(maps.dtype).masked_fill(~valid[:, None], 0.0)

@@ -236,16 +236,13 @@ class UniHemaModel(UniHemaPreTrainedModel):
         weights = self.config.output_attentions if output_attentions is None else output_attentions
         if task in LANGUAGE_TASKS:
             return self._fuse_with_text(pixel_values, pixel_mask, input_ids, attention_mask, states, weights)
-        levels = self.visual_backbone(pixel_values, pixel_mask)
-        tokens = levels.tokens
+        levels = self._image_memory.levels(self.visual_backbone, pixel_values, pixel_mask)
         recorded = {f"output_{name}": states if "hidden" in name else weights for name in self._can_record_outputs}
         # Cross-attentions are recorded under the name of the attentions, whatever their own says.
         recorded["output_attentions"] = weights
-        output = self._look(
-            tokens, levels, input_ids, attention_mask, task, make_denoising, return_dict=True, **recorded
-        )
+        output = self._look(levels, input_ids, attention_mask, task, make_denoising, return_dict=True, **recorded)
         if states:
-            output["encoder_hidden_states"] = (tokens, *output.encoder_hidden_states)
+            output["encoder_hidden_states"] = (levels.tokens, *output.encoder_hidden_states)
             if output.refined_queries is not None:
                 queries = output.refined_queries.shape[1]
                 layers = [
@@ -258,7 +255,6 @@ class UniHemaModel(UniHemaPreTrainedModel):
     @capture_outputs
     def _look(
         self,
-        tokens: torch.Tensor,
         levels: FeatureLevels,
         input_ids,
         attention_mask,
@@ -266,7 +262,11 @@ class UniHemaModel(UniHemaPreTrainedModel):
         make_denoising: Callable | None,
         **recorded,
     ) -> UniHemaModelOutput:
-        tokens = self.image_encoder(tokens, levels)
+        if any(recorded.values()):
+            # What is recorded is recorded while the layers run.
+            tokens = self.image_encoder(levels.tokens, levels)
+        else:
+            tokens = self._image_memory.tokens(self.image_encoder, levels)
         if task == "single_cell":
             feature = self.hema_former.single_cell_feature_extraction(tokens, levels)
             return UniHemaModelOutput(last_hidden_state=feature[:, None], encoder_last_hidden_state=tokens)
@@ -337,7 +337,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
         images = pixel_values.shape[0]
         if texts % images:
             raise ValueError(f"{texts} texts for {images} images: give every image the same number of texts.")
-        levels = self._image_memory(self.visual_backbone, pixel_values, pixel_mask)
+        levels = self._image_memory.levels(self.visual_backbone, pixel_values, pixel_mask)
         return levels.repeat_images(texts // images) if texts > images else levels
 
     def _official_length(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:

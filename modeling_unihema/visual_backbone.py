@@ -154,8 +154,12 @@ class VisualBackbone(nn.Module):
         if self._trains_channels_last and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Depthwise and 1x1 convolutions, and above all their backward, are faster with channels last.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        if counted is not None and not torch.is_grad_enabled():
+            # The fast copy of the backbone writes into padding, which must not reach the caller's images.
+            pixel_values = pixel_values.masked_fill(~counted[:, None], 0.0)
+        backbone = self._inference_backbone(self.backbone)
         with without_padding(counted):
-            maps = list(self._inference_backbone(self.backbone)(pixel_values).feature_maps)
+            maps = list(backbone(pixel_values).feature_maps)
             # The first extra level comes from the last backbone map, further ones from the level before.
             sources = [*maps, maps[-1]]
             projected = []

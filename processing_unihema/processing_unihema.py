@@ -175,6 +175,12 @@ class UniHemaProcessor(ProcessorMixin):
         images = options | (kwargs.get("images_kwargs") or {})
         return {name: value for name, value in images.items() if name in known["images_kwargs"]}, length
 
+    def default_prompt_ids(self) -> dict[str, list[int]]:
+        """Token ids of each task's default prompt, for `config.default_prompt_ids`: what a model called without text reads."""
+        return {
+            task: self.tokenizer(task_prompt(task, names))["input_ids"] for task, names in self.default_prompts.items()
+        }
+
     def _names_prompts(self, task: str, text, count: int | None) -> list[str]:
         if text is None:
             text = self.default_prompts[task]

@@ -15,7 +15,7 @@ from torch import nn
 from unihema.hub_cards.usage import class_of_task
 from unihema.modeling_unihema.adapters import FIELDS_KEY, adapter_fields
 from unihema.modeling_unihema.class_rows import ClassEmbedding, ClassLinear
-from unihema.processing_unihema.prompts import TASKS, task_prompt
+from unihema.processing_unihema.prompts import TASKS
 from unihema.training.adapter_config import AdapterConfig
 from unihema.training.data.class_hierarchy import known_parents
 from unihema.training.data.label_names import spelling_key
@@ -231,8 +231,7 @@ def _classes(config: Any, processor: Any, settings: AdapterConfig, rows: Mapping
         prompts["segmentation"] = fields["segmentation_label"] = prompt
     processor.default_prompts |= prompts
     if prompts:
-        ids = {task: processor.tokenizer(task_prompt(task, text))["input_ids"] for task, text in prompts.items()}
-        fields["default_prompt_ids"] = {**(config.default_prompt_ids or {}), **ids}
+        fields["default_prompt_ids"] = processor.default_prompt_ids()
     trained = {*(config.trained_tasks or ()), *rows}
     fields["trained_tasks"] = [task for task in TASKS if task in trained]
     return fields, sources

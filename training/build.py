@@ -8,7 +8,7 @@ from typing import Any
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
-from unihema.processing_unihema.prompts import TASKS, task_prompt
+from unihema.processing_unihema.prompts import TASKS
 from unihema.training.adapters import attach_adapter
 from unihema.training.data.class_hierarchy import known_parents
 from unihema.training.data.folds import fold_rows
@@ -113,6 +113,7 @@ def build(config: RunConfig, rows: dict[str, list[Row]]) -> tuple[UniHemaForMult
             processor.image_processor.task_sizes[task] = dict(size)
         processor.image_processor.size = processor.image_processor.task_sizes["detection"]
         model = UniHemaForMultiTask.from_pretrained(source, **config.model.overrides)
+        model.config.default_prompt_ids = processor.default_prompt_ids()
         trained = set(model.config.trained_tasks or ()) | set(rows)
         model.config.trained_tasks = [task for task in TASKS if task in trained]
         if config.adapter.method != "none":
@@ -174,10 +175,7 @@ def _new_config(config: RunConfig, rows: dict[str, list[Row]], processor: UniHem
     prompts = [row["prompt"] for row in witnesses(rows.get("segmentation", ())) if row.get("prompt")]
     if prompts:
         processor.default_prompts["segmentation"] = fields["segmentation_label"] = prompts[0]
-    fields["default_prompt_ids"] = {
-        task: processor.tokenizer(task_prompt(task, names))["input_ids"]
-        for task, names in processor.default_prompts.items()
-    }
+    fields["default_prompt_ids"] = processor.default_prompt_ids()
     if config.model.backbone_weights == "efficientnet-lite0":
         fields |= {"backbone_config": LITE0_BACKBONE, "freeze_backbone_norm": True}
     preset = UniHemaConfig.tiny if config.model.preset == "tiny" else UniHemaConfig.base

@@ -25,6 +25,12 @@ def evaluate(
         [], help="Name of a class in the data and in the checkpoint, RBC='red blood cell'; may be repeated."
     ),
     image_size: list[str] = typer.Option([], help=IMAGE_SIZE_HELP),
+    name_classes: bool = typer.Option(
+        False,
+        "--name-classes",
+        help="Ask detection for the classes each data folder annotates, as predict does with --prompt, instead of what it "
+        "asks without.",
+    ),
     bootstrap: int = typer.Option(1000, min=0, help="Resamples of the images for 95 % intervals; 0 for none."),
     int8: bool = typer.Option(
         False, "--int8", help="Measure with 8-bit linear layers on the CPU, and what that costs in accuracy."
@@ -48,6 +54,7 @@ def evaluate(
         max_samples=max_samples,
         shuffle_images=shuffle_images,
         bootstrap=bootstrap,
+        name_classes=name_classes,
     )
     report, exact = measure(), {}
     if int8:

@@ -8,8 +8,10 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import batch, lively, very_tiny_config
 from torch import nn
 
+from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.inference_backbone import fold
 from unihema.modeling_unihema.modeling_unihema import UniHemaForDetection, UniHemaForImageClassification
+from unihema.training.pretrained_backbone import LITE0_BACKBONE
 
 
 @pytest.fixture
@@ -106,6 +108,7 @@ def test_asking_for_states_does_not_end_its_use():
     model(**given, output_hidden_states=True)
     ran = []
     copy_of(model).register_forward_hook(lambda *_: ran.append(1))
+    model.model._image_memory.forget()
     model(**given)
     assert ran == [1]
 
@@ -118,6 +121,31 @@ def test_adapters_on_its_convolutions_are_seen(model):
     torch.testing.assert_close(with_adapter, plain(adapted), rtol=0, atol=1e-5)
     with adapted.disable_adapter():
         assert (fast(adapted) - with_adapter).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("side", [64, 60, 52])
+def test_the_backbone_that_ships_is_folded_and_does_not_read_padding(side):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    config = UniHemaConfig.tiny(backbone_config=LITE0_BACKBONE)
+    backbone = UniHemaForImageClassification(config).eval().model.visual_backbone
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    pixels = torch.randn(2, 3, 64, 64)
+    mask = torch.zeros(2, 64, 64, dtype=torch.long)
+    mask[0, :side] = mask[1, :, :48] = 1
+    given = pixels.clone()
+    with torch.no_grad():
+        levels = backbone(pixels, mask)
+    expected = backbone(pixels, mask)
+    folded = backbone._inference_backbone.copy
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert any(isinstance(module, timm.layers.BatchNormAct2d) for module in backbone.modules())
+    for level, same, valid in zip(levels.maps, expected.maps, expected.valid, strict=True):
+        torch.testing.assert_close(level * valid[:, None], same * valid[:, None], rtol=0, atol=1e-4)
+    torch.testing.assert_close(pixels, given, rtol=0, atol=0)
 
 
 def test_a_norm_that_does_not_follow_its_neighbour_is_left_alone():

@@ -62,7 +62,8 @@ def question_rows(images=2, questions=3):
 
 def test_detection_batch(processor):
     rows = [detection_row(0), detection_row(1, annotated=["RBC", "WBC"])]
-    data = SmearDataset(rows, processor, "detection", class_names=CLASSES, morphology=MORPHOLOGY, evaluation=True)
+    names = {"class_names": CLASSES, "morphology": MORPHOLOGY}
+    data = SmearDataset(rows, processor, "detection", **names, evaluation=True, name_classes=True)
     batch = data.collate([data[0], data[1]])
     assert batch["task"] == "detection"
     assert batch["pixel_values"].shape == (2, 3, 96, 96)
@@ -76,6 +77,14 @@ def test_detection_batch(processor):
     assert batch["file_names"] == ["0.png", "1.png"]
     prompts = processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
     assert "Platelets" in prompts[0] and "Platelets" not in prompts[1]
+
+
+def test_evaluation_asks_what_a_user_asks_without_a_prompt(processor):
+    rows = [detection_row(0), detection_row(1, annotated=["RBC", "WBC"])]
+    data = SmearDataset(rows, processor, "detection", class_names=CLASSES, evaluation=True)
+    batch = data.collate([data[0], data[1]])
+    plain = processor(images=[rows[0]["image"]] * 2, task="detection")
+    torch.testing.assert_close(batch["input_ids"], plain["input_ids"], rtol=0, atol=0)
 
 
 def test_half_of_the_training_images_are_asked_for_what_a_user_asks_without_a_prompt(processor):

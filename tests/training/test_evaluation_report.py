@@ -34,7 +34,7 @@ def model(processor) -> UniHemaForMultiTask:
 def cells_near_the_models_own(model, processor, path: str, names: list[str], rng) -> dict:
     """Some of the cells that a model finds, moved a little: so that there is something to be right about."""
     with torch.no_grad():
-        output = model(task="detection", **processor(images=path, task="detection", text=", ".join(names)))
+        output = model(task="detection", **processor(images=path, task="detection"))
     size = Image.open(path).size
     found = processor.post_process_object_detection(output, threshold=0.0, target_sizes=[size[::-1]])[0]
     boxes = found["boxes"][:12:2].numpy() + rng.normal(0, 0.5, (6, 4))
@@ -112,6 +112,17 @@ def test_the_batch_size_does_not_matter(model, processor, rows, report, task):
     # Something is right and something wrong, or any batch size would give the same.
     figure = {"detection": "mAP50", "segmentation": "dice", "single_cell": "accuracy"}.get(task, "rougeL")
     assert 0 < report[task][figure] < 1
+
+
+def test_detection_is_asked_without_a_prompt_or_for_the_classes_of_each_data_set(model, rows):
+    asked = UniHemaProcessor.from_default(**{task: {"longest_edge": 64} for task in TASKS})
+    asked.default_prompts["detection"] = "red blood cell, neutrophil"
+    second = {"detection": [row for row in rows["detection"] if row["dataset"] == "second"]}
+    plain = UniHemaProcessor.from_default(**{task: {"longest_edge": 64} for task in TASKS})
+    options = {"progress": False, "bootstrap": 0}
+    named = evaluate_model(model, plain, second, name_classes=True, **options)
+    assert named == evaluate_model(model, asked, second, **options)
+    assert named != evaluate_model(model, plain, second, **options)
 
 
 def test_every_main_figure_has_an_interval_around_it(report):

@@ -51,6 +51,8 @@ class SmearDataset(Dataset):
         text_only (`bool`): A language task without its images; they are not read.
         label_parents (`Mapping[str, str]`, *optional*): Class -> coarser class; in training, a set that annotates the kinds of
             a coarser class has annotated that class too, see `with_covered_parents`.
+        name_classes (`bool`): In evaluation, ask detection for the classes that the row's data set annotates, instead of the
+            processor's default prompt.
 
     Raises:
         DatasetError: No rows, rows of another task, or names that are not listed.
@@ -71,6 +73,7 @@ class SmearDataset(Dataset):
         cache_images: bool = False,
         text_only: bool = False,
         label_parents: Mapping[str, str] | None = None,
+        name_classes: bool = False,
     ):
         if not len(rows):
             raise DatasetError(f"No rows for {task}: check the folder and the split.")
@@ -93,6 +96,7 @@ class SmearDataset(Dataset):
         self.morphology = {name: list(values) for name, values in (morphology or {}).items()}
         self.seed = seed
         self.evaluation = evaluation
+        self.default_prompt_share = DEFAULT_PROMPT_SHARE if not evaluation else 0.0 if name_classes else 1.0
         self.epoch = 0
         self._cache: dict[str, torch.Tensor] | None = {} if cache_images else None
         self._cached_bytes = 0
@@ -192,7 +196,7 @@ class SmearDataset(Dataset):
         if self.task == "detection":
             sample["annotations"] = self._annotations(row, boxes, kept, index)
             sample["annotated_classes"] = row.get("annotated_classes")
-            default = not self.evaluation and rng.random() < DEFAULT_PROMPT_SHARE
+            default = rng.random() < self.default_prompt_share
             sample["asked"] = None if default else sample["annotated_classes"] or self.class_names
             sample["one_cell"] = bool(row.get("from_attributes"))
         elif self.task == "segmentation":

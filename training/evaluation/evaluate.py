@@ -36,8 +36,9 @@ def evaluate_model(
     seed: int = 0,
     calibrate: bool = False,
     bootstrap: int = DRAWS,
+    name_classes: bool = False,
 ) -> dict[str, Any]:
-    """Measures a model on rows of any tasks, in evaluation mode.
+    """Measures a model on rows of any tasks, in evaluation mode, asked as `unihema predict` asks when given no prompt.
 
     Boxes are measured in pixels of the original image, masks at its size. `at_threshold` has what `unihema predict` shows:
     cells above the model's thresholds, overlapping ones removed.
@@ -56,6 +57,7 @@ def evaluate_model(
         calibrate (`bool`): First set `model.config.detection_thresholds` to the best of these rows; the figures
             `at_threshold` are then those of the rows the thresholds were chosen on.
         bootstrap (`int`): Resamples of the images for the `intervals` (see `bootstrap_intervals`); 0 for none.
+        name_classes (`bool`): Ask detection for the classes that each data set annotates, instead of the default prompt.
 
     Returns:
         `dict[str, Any]`: Task -> figures, with the number of `rows` and `images`, `intervals` and how they were made
@@ -76,7 +78,7 @@ def evaluate_model(
                 rows = exchange_images(rows, seed)
             rows = draw_rows(rows, max_samples, seed)
             measured = _measured(model, processor, task, generate_kwargs or {})
-            _look(measured, task, rows, batch_size, progress)
+            _look(measured, task, rows, batch_size, progress, name_classes)
             if calibrate and task == "detection":
                 model.config.detection_thresholds = measured.best_thresholds()
             report[task] = _task_report(measured, bootstrap, seed)
@@ -121,15 +123,19 @@ def _measured(model, processor, task: str, generate_kwargs: Mapping[str, Any]) -
     return kinds[task](model, processor)
 
 
-def _look(measured: Measured, task: str, rows: Sequence[Row], batch_size: int, progress: bool) -> None:
+def _look(
+    measured: Measured, task: str, rows: Sequence[Row], batch_size: int, progress: bool, name_classes: bool = False
+) -> None:
     known = {"detection": class_names(measured.model), "single_cell": measured.model.config.single_cell_labels}
     rows = as_known(rows, known[task]) if task in known else rows
     with torch.inference_mode():
-        for batch in _batches(measured.model, measured.processor, task, rows, batch_size, progress):
+        for batch in _batches(measured.model, measured.processor, task, rows, batch_size, progress, name_classes):
             measured.add(batch, rows)
 
 
-def _batches(model, processor, task: str, rows: Sequence[Row], batch_size: int, progress: bool) -> Iterator[dict]:
+def _batches(
+    model, processor, task: str, rows: Sequence[Row], batch_size: int, progress: bool, name_classes: bool
+) -> Iterator[dict]:
     config = model.config
     dataset = SmearDataset(
         rows,
@@ -141,6 +147,7 @@ def _batches(model, processor, task: str, rows: Sequence[Row], batch_size: int, 
         questions_per_image=QUESTIONS_AT_ONCE,
         evaluation=True,
         text_only=model.model.reads_text_alone,
+        name_classes=name_classes,
     )
     crops = dataset.one_cell
     kinds = [np.flatnonzero(~crops), np.flatnonzero(crops)]
