@@ -71,3 +71,18 @@ def test_a_blank_is_filled_and_a_question_answered_by_the_same_call(loaded):
     assert [answer["question"] for answer in result.answers] == ["What is it?", "The cell is ___."]
     assert all(isinstance(answer["answer"], str) for answer in result.answers)
     assert result.cells == [] and result.mask is None
+
+
+def test_all_that_is_asked_of_an_image_looks_at_it_once(loaded):
+    model, processor = loaded
+    looks = []
+    hook = model.model.visual_backbone.register_forward_hook(lambda *_: looks.append(1))
+    asked = {"tasks": ["detection", "segmentation", "single_cell"], "questions": ["What is it?"]}
+    first, second = (Image.effect_noise((60, 40), strength) for strength in (50, 90))
+    together = analyze(model, processor, first, **asked)
+    assert len(looks) == 1
+    analyze(model, processor, second, **asked)
+    assert len(looks) == 2
+    hook.remove()
+    alone = analyze(model, processor, first, tasks=["segmentation"])
+    np.testing.assert_array_equal(together.mask, alone.mask)
