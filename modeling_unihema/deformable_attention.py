@@ -116,7 +116,7 @@ class MultiScaleDeformableAttention(nn.Module):
         batch, queries, _ = query.shape
         value = self.value_proj(tokens)
         if padding is not None:
-            value = value.masked_fill(padding[..., None], 0.0)
+            value = torch.where(padding[..., None], 0.0, value)
         value = value.unflatten(-1, (self.num_heads, -1))
         per_level = (self.num_heads, self.num_levels, self.num_points)
         offsets = self.sampling_offsets(query).view(batch, queries, *per_level, 2)

@@ -83,7 +83,7 @@ class QuerySelection(nn.Module):
             [`Proposals`]: `min(num_queries, S)` of them; usable tokens come before padding and the very edge.
         """
         anchors, usable = self._anchors(levels)
-        states = self.token_norm(self.token_projection(tokens.masked_fill(~usable[..., None], 0.0)))
+        states = self.token_norm(self.token_projection(torch.where(usable[..., None], tokens, 0.0)))
         logits = self.class_head(states)
         scores = logits.amax(-1).float()
         if not self.attend_to_padding:

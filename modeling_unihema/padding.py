@@ -92,6 +92,12 @@ def ignore_padding(module: nn.Module) -> None:
             part.register_forward_hook(_blank_result)
 
 
+def filled(maps: torch.Tensor, valid: torch.Tensor, blank: float) -> torch.Tensor:
+    """Maps `[B, C, h, w]` with `blank` where `valid`, boolean `[B, h, w]`, is `False`."""
+    # `masked_fill` takes four times as long where channels are last in memory.
+    return torch.where(valid[:, None], maps, blank)
+
+
 def image_sizes(valid: torch.Tensor) -> list[tuple[int, int]] | None:
     """Height and width of each image's valid area, where they may be used: for a CPU, without gradients, in no graph.
 
@@ -115,7 +121,7 @@ def _blank_padding(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple
     maps = inputs[0]
     # Beyond an image's edge a pooling takes no part, and a convolution reads zeros.
     blank = torch.finfo(maps.dtype).min if isinstance(module, nn.MaxPool2d) else 0.0
-    return (maps.masked_fill(~valid_at(pixels, maps)[:, None], blank), *inputs[1:])
+    return (filled(maps, valid_at(pixels, maps), blank), *inputs[1:])
 
 
 def _zero_padding_in_place(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
@@ -132,7 +138,7 @@ def _zero_padding_in_place(module: nn.Module, inputs: tuple[torch.Tensor, ...]) 
 def _blank_result(module: nn.Module, inputs: tuple[torch.Tensor, ...], maps: torch.Tensor) -> torch.Tensor | None:
     # Where there was padding only, the least of all numbers came out, and would overflow in what adapters add.
     pixels = _valid_pixels.get()
-    return None if pixels is None else maps.masked_fill(~valid_at(pixels, maps)[:, None], 0.0)
+    return None if pixels is None else filled(maps, valid_at(pixels, maps), 0.0)
 
 
 PADDING_HOOKS = (_blank_padding, _blank_result, _zero_padding_in_place)
@@ -177,4 +183,4 @@ class MaskedGroupNorm(nn.GroupNorm):
         variance = ((groups - mean).square() * weight).sum((2, 3, 4), keepdim=True) / count
         normed = ((groups - mean) * (variance + self.eps).rsqrt()).flatten(1, 2)
         scaled = normed * self.weight[:, None, None] + self.bias[:, None, None]
-        return scaled.to(maps.dtype).masked_fill(~valid[:, None], 0.0)
+        return filled(scaled.to(maps.dtype), valid, 0.0)

@@ -9,7 +9,7 @@ from transformers import AutoBackbone
 
 from .configuration_unihema import UniHemaConfig
 from .inference_backbone import InferenceBackbone
-from .padding import MaskedGroupNorm, ignore_padding, valid_at, without_padding
+from .padding import MaskedGroupNorm, filled, ignore_padding, valid_at, without_padding
 
 
 @dataclass
@@ -156,7 +156,7 @@ class VisualBackbone(nn.Module):
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         if counted is not None and not torch.is_grad_enabled():
             # The fast copy of the backbone writes into padding, which must not reach the caller's images.
-            pixel_values = pixel_values.masked_fill(~counted[:, None], 0.0)
+            pixel_values = filled(pixel_values, counted, 0.0)
         backbone = self._inference_backbone(self.backbone)
         with without_padding(counted):
             maps = list(backbone(pixel_values).feature_maps)
