@@ -77,7 +77,8 @@ class ImageMemory:
             return image_encoder(levels.tokens, levels)
         if encoded is None or is_watched(image_encoder) or encoded.levels is not levels or encoded.state != state:
             encoded = self._encoded = _Encoded(state, levels, image_encoder(levels.tokens, levels))
-        return encoded.tokens
+        # A copy: they are in the model's output, where a caller may write into them.
+        return encoded.tokens.clone()
 
     def __deepcopy__(self, memo) -> "ImageMemory":
         return ImageMemory()

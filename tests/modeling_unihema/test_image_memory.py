@@ -77,6 +77,16 @@ def test_another_image_mask_or_weight_is_looked_at(model, runs):
         assert not torch.equal(changed, shown)
 
 
+def test_what_a_caller_does_to_an_output_is_not_remembered(model):
+    with torch.inference_mode():
+        first = model(task="detection", **images())
+        expected = first.logits.clone()
+        for _ in range(2):
+            first.encoder_last_hidden_state.zero_()
+            first = model(task="detection", **images())
+            torch.testing.assert_close(first.logits, expected, rtol=0, atol=0)
+
+
 def test_training_and_gradients_look_every_time(model, runs):
     inputs = batch("detection")
     model.train()
