@@ -141,7 +141,7 @@ def _plot(comparisons: list[dict[str, Any]], path: Path) -> None:
     axes.set_yticks(list(places), [f"{row['ablation']}: {row['task']} {row['figure']}" for row in comparisons])
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
-    axes.legend(loc="lower right")
+    plot.legend(loc="outside lower right", ncols=2)
     partial = path.with_name(f".{path.name}.partial.png")
     plot.savefig(partial, dpi=120)
     partial.replace(path)

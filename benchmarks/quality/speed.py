@@ -17,6 +17,8 @@ from unihema.processing_unihema.prompts import LANGUAGE_TASKS
 
 LONGEST_ANSWER = 64
 ALL_PEERS = "all peers"
+# One field and one cell are looked at for all that is asked of them, by every model; the task whose image it is.
+_IMAGE_OF = {"segmentation": "detection", "question_answering": "single_cell", "cloze": "single_cell"}
 
 
 def runners(folder: Path, items: Sequence[str], unihema: Any) -> dict[str, Callable[[], Any]]:
@@ -33,8 +35,21 @@ def runners(folder: Path, items: Sequence[str], unihema: Any) -> dict[str, Calla
             model, task, inputs = load_peer(folder / item), PEERS[item].task, folder / item
         else:
             model, task, inputs = unihema, item.split("/")[1], folder / UNIHEMA
-        found[item] = _runner(model, task, load_example(inputs, task))
+        found[item] = _runner(model, task, _inputs(folder, inputs, task))
     return found
+
+
+def _inputs(folder: Path, own: Path, task: str) -> dict[str, torch.Tensor]:
+    """The model's example, with the image that the other tasks of a field or a cell look at where it is as large."""
+    inputs = load_example(own, task)
+    try:
+        shared = load_example(folder / UNIHEMA, _IMAGE_OF.get(task, task))
+    except FileNotFoundError:
+        return inputs
+    pixels = inputs.get("pixel_values")
+    if pixels is not None and max(pixels.shape[-2:]) == max(shared["pixel_values"].shape[-2:]):
+        inputs |= {name: shared[name] for name in ("pixel_values", "pixel_mask")}
+    return inputs
 
 
 def _runner(model, task: str, inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
