@@ -145,7 +145,7 @@ def test_labels_say_which_classes_the_image_and_the_run_annotate():
     for labels in batch["labels"]:
         assert labels["taught_classes"].tolist() == [True, True, True, False]
     assert batch["labels"][1]["class_labels"].tolist() == [2]
-    measured = SmearDataset(rows, processor, "detection", class_names=names, evaluation=True)
+    measured = SmearDataset(rows, processor, "detection", class_names=names, evaluation=True, name_classes=True)
     batch = measured.collate([measured[0], measured[1]])
     asked = processor.batch_decode(batch["input_ids"], skip_special_tokens=True)
     assert "RBC, WBC cells" in asked[0] and "detection of neutrophil cells" in asked[1]
