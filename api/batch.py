@@ -277,7 +277,7 @@ class Records:
         from PIL import Image
 
         overlay = result.overlay(pixels)
-        # At the usual level packing the overlay takes longer than finding the cells; this one makes files a fifth larger.
+        # At the usual level packing the overlay takes longer than finding the cells; this one makes files a quarter larger.
         files = {f"{name}_overlay.png": lambda file: overlay.save(file, "PNG", compress_level=1)}
         if result.mask is not None:
             mask = Image.fromarray(result.mask * 255)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .padding import PADDING_HOOKS
+from .tracing import is_traced
 
 
 # Transformers' hooks that record states when a caller asks for them; a part that is recorded runs anyway.
@@ -25,8 +26,7 @@ def keeping_state(module: nn.Module) -> tuple | None:
         `tuple`: Place, version and dtype of every tensor; `None` where nothing may be kept: with gradients, in training,
         while a graph is traced, with layers that are not known, or with weights that are elsewhere.
     """
-    tracing = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
-    if tracing or torch.is_grad_enabled():
+    if is_traced() or torch.is_grad_enabled():
         return None
     found: list[tuple] = []
     for part in _parts(module):

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers.utils.output_capturing import CompileableContextVar
 
+from .tracing import is_traced
+
 
 # Valid pixels of the batch whose forward pass is running; per thread, and traceable by torch.compile.
 _valid_pixels = CompileableContextVar("valid_pixels")
@@ -107,8 +109,7 @@ def image_sizes(valid: torch.Tensor) -> list[tuple[int, int]] | None:
     Returns:
         `list[tuple[int, int]]`: `None` also where an area is no rectangle from the upper left corner.
     """
-    tracing = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
-    if tracing or torch.is_grad_enabled() or valid.device.type != "cpu":
+    if is_traced() or torch.is_grad_enabled() or valid.device.type != "cpu":
         return None
     sizes = list(zip(valid[:, :, 0].sum(1).tolist(), valid[:, 0].sum(1).tolist()))
     return sizes if valid.sum((1, 2)).tolist() == [height * width for height, width in sizes] else None

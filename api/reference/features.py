@@ -37,8 +37,6 @@ def looks_of(model: Any, processor: Any) -> Iterator[list[Look]]:
         processor ([`UniHemaProcessor`]): Its processor, for what normalised pixels mean.
     """
     backbone = model.model.visual_backbone
-    # An image that the model knows already would not go through it again.
-    model.model._image_memory.forget()
     normalised = processor.image_processor.image_mean, processor.image_processor.image_std
     looks: list[Look] = []
     maps: list[torch.Tensor] = []
