@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_folders import write_photograph
 from tiny_models import batch, very_tiny_config
 from tiny_runs import TASKS, run_config
 
 from benchmarks.quality import comparison as quality
 from benchmarks.quality import speed
 from benchmarks.quality.answerers import BlipLike, TextOnlyT5
+from benchmarks.quality.compared import ATTRIBUTES, FIGURES
 from benchmarks.quality.detectors import DeformableDetr, RTDetrV2
+from benchmarks.quality.image_heads import AttributeHeads
 from benchmarks.quality.peer import padded
 from benchmarks.quality.peers import PEERS, chosen_peers
 from benchmarks.quality.results import UNIHEMA
@@ -21,7 +24,7 @@ from benchmarks.quality.table import best_peers, comparison, page
 from unihema.training.build import build, training_rows, validation_rows
 from unihema.training.checkpoint import save_trained
 from unihema.training.data.synthetic_folder import write_synthetic
-from unihema.training.evaluation import HEADLINES, evaluate_model
+from unihema.training.evaluation import evaluate_model
 from unihema.training.pretrained_backbone import LITE0_BACKBONE
 from unihema.training.run_config import RunConfigError
 
@@ -31,6 +34,18 @@ pytest.importorskip("segmentation_models_pytorch")
 LITE0 = {"backbone_config": LITE0_BACKBONE, "freeze_backbone_norm": True}
 
 
+def write_attributes(folder):
+    """A table of four crops a split: two kinds of cells, two attributes."""
+    for seed, split in enumerate(("train", "val")):
+        lines = ["file_name,label,cell_size,granularity"]
+        for number, kind in enumerate(("neutrophil", "lymphocyte") * 2):
+            name = f"{number}.png"
+            write_photograph(folder / "images" / split / name, 10 * seed + number, (96, 96))
+            lines.append(f"{name},{kind},{('big', 'small')[number % 2]},{('yes', 'no')[number // 2]}")
+        (folder / f"attributes_{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """Settings of peers that train two steps on synthetic smears, and the folder of an untrained UniHema."""
@@ -38,13 +53,16 @@ def lab(tmp_path_factory):
     smears = write_synthetic(
         root / "smears", 3, 2, seed=0, crops_per_field=2, width=224, height=168, crop_size=96, progress=False
     )
-    config = run_config(smears, root / "peers")
+    config = run_config(
+        smears, root / "peers", **{"data.folders": [str(smears), str(write_attributes(root / "crops"))]}
+    )
     config.model.overrides |= LITE0
     # DeformableDetr's norms want more than one pixel on the coarsest level.
     config.data.image_sizes["detection"] = {"longest_edge": 96}
     config.optimisation.max_steps, config.optimisation.time_limit_minutes = 2, 5.0
     torch.manual_seed(0)
-    save_trained(*build(config, training_rows(config)), root / "unihema")
+    described = config.with_overrides({"data.attributes_as_detection": True})
+    save_trained(*build(described, training_rows(described)), root / "unihema")
     return config, root / "unihema"
 
 
@@ -56,22 +74,23 @@ def results(lab):
 def test_every_peer_trains_and_is_measured_on_the_rows_of_unihema(lab, results):
     assert set(results) == {UNIHEMA, *PEERS}
     rows = validation_rows(lab[0], TASKS)
+    expected = {task: len(found) for task, found in rows.items()} | {ATTRIBUTES: 4}
     for name, kind in PEERS.items():
-        report = results[name]["report"][kind.task]
+        report = results[name]["report"][kind.compared]
         assert results[name]["trained"]["steps"] == 2
-        assert report["rows"] == results[UNIHEMA]["report"][kind.task]["rows"] == len(rows[kind.task])
-        assert math.isfinite(report[HEADLINES[kind.task]]) and "intervals" in report
+        assert report["rows"] == results[UNIHEMA]["report"][kind.compared]["rows"] == expected[kind.compared]
+        assert math.isfinite(report[FIGURES[kind.compared][0]]) and "intervals" in report
 
 
 @pytest.mark.parametrize("name", ["rt_detr_v2", "unet", "linear_head", "blip_like"])
 def test_saved_peer_is_the_one_that_was_measured(lab, results, name):
-    config, task = lab[0], PEERS[name].task
+    config, task = lab[0], PEERS[name].compared
     peer = load_peer(Path(config.output_dir) / name)
     assert results[name]["parameters"] == sum(value.numel() for value in peer.parameters())
     _, processor = build(config, training_rows(config.with_overrides({"data.tasks": [task]})))
     again = evaluate_model(peer, processor, validation_rows(config, [task]), progress=False, bootstrap=0)[task]
-    expected = results[name]["report"][task][HEADLINES[task]]
-    assert again[HEADLINES[task]] == pytest.approx(expected, abs=1e-6)
+    expected = results[name]["report"][task][FIGURES[task][0]]
+    assert again[FIGURES[task][0]] == pytest.approx(expected, abs=1e-6)
 
 
 def test_finished_peers_are_not_trained_again(lab, results, monkeypatch):
@@ -98,6 +117,15 @@ def test_peer_that_was_cut_off_is_trained_anew(lab, results):
     assert again["t5"]["report"] == results["t5"]["report"] and again["t5"]["trained"]["steps"] == 2
 
 
+def test_checkpoint_that_knows_no_attribute_of_the_data_has_no_figure_for_them(lab, tmp_path):
+    config = lab[0].with_overrides({"output_dir": str(tmp_path / "peers")})
+    without = config.with_overrides({"data.folders": config.data.folders[:1]})
+    save_trained(*build(without, training_rows(without)), tmp_path / "unihema")
+    found = quality.compare(config, tmp_path / "unihema", ["attribute_heads"])
+    assert found[UNIHEMA]["report"] == {} and math.isfinite(found["attribute_heads"]["report"][ATTRIBUTES]["macro_f1"])
+    assert comparison(found, {})["verdicts"] == []
+
+
 def test_bad_choices_are_said_before_anything_is_trained(lab, tmp_path):
     config = lab[0].with_overrides({"output_dir": str(tmp_path / "peers")})
     with pytest.raises(RunConfigError, match="--peer yolo: no such peer; there are rt_detr_v2, deformable_detr"):
@@ -117,11 +145,34 @@ def test_all_models_are_timed_alone_and_together(lab, results, monkeypatch):
     monkeypatch.setattr(speed, "peak_memory", lambda module, *items: measured.append(items[2:]) or 1.0)
     folder = Path(lab[0].output_dir)
     best = ["unet", "t5"]
-    found = speed.measure(folder, list(PEERS), best, ["segmentation", "question_answering"], lab[1], rounds=1)
-    own = {"unihema/segmentation", "unihema/question_answering"}
+    asked = ["segmentation", ATTRIBUTES, "question_answering"]
+    found = speed.measure(folder, list(PEERS), best, asked, lab[1], rounds=1)
+    own = {f"unihema/{compared}" for compared in asked}
     assert set(found) == {*PEERS, *own, speed.ALL_PEERS, UNIHEMA}
     assert all(times["wall ms"] > 0 and times["peak MB"] == 1 for times in found.values())
-    assert tuple(best) in measured and tuple(sorted(own, reverse=True)) in measured
+    assert tuple(best) in measured and tuple(f"unihema/{compared}" for compared in asked) in measured
+
+
+def test_attribute_peer_learns_attributes_and_its_one_cell_is_the_crop():
+    torch.manual_seed(0)
+    peer = AttributeHeads(very_tiny_config(**LITE0, morphology={"size": ["big", "small"], "shape": ["a", "b", "c"]}))
+    images = torch.randn(2, 3, 64, 64)
+    values = torch.tensor([[[0, -100]], [[1, 2]]])
+    labels = [{"morphology": of_image} for of_image in values]
+    optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(8):
+        loss = peer.eval()(images, labels=labels).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+    with torch.inference_mode():
+        found = peer(images)
+    assert found.pred_morphology.shape == (2, 1, 5) and found.logits.shape[:2] == (2, 1)
+    assert found.pred_morphology[:, 0, :2].argmax(-1).tolist() == [0, 1]
+    assert found.pred_boxes.tolist() == [[[0.5, 0.5, 1.0, 1.0]]] * 2
 
 
 def _labels(config, annotated=None):

@@ -12,6 +12,7 @@ import transformers
 import typer
 
 from benchmarks.measuring import processor_name
+from benchmarks.quality.compared import size_of
 from benchmarks.quality.comparison import compare, default_config
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.results import UNIHEMA
@@ -72,7 +73,11 @@ def quality(
         "transformers": transformers.__version__,
         "folders": [folder.name for folder in data],
         "minutes": minutes,
-        "image_sizes": {task: settings.data.image_sizes[task] for task in best if task in settings.data.image_sizes},
+        "image_sizes": {
+            compared: settings.data.image_sizes[size_of(compared)]
+            for compared in best
+            if size_of(compared) in settings.data.image_sizes
+        },
         "start": settings.model.backbone_weights,
         "seed": settings.optimisation.seed,
         "device": results[peers[0]]["trained"]["device"],

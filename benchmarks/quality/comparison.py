@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.compared import ATTRIBUTES, compared_figures, compared_rows, task_of
 from benchmarks.quality.peers import PEERS, chosen_peers
 from benchmarks.quality.results import UNIHEMA, Results, unihema_item
 from benchmarks.quality.saved import save_example, save_peer
 from benchmarks.quality.training import peer_batches, peer_settings, train_peer
 from unihema.checkpoint import available_tasks, fingerprint, load_checkpoint
 from unihema.training.build import build, training_rows, validation_rows
-from unihema.training.data.rows import Row
+from unihema.training.data.rows import Row, morphology_schema
 from unihema.training.evaluation import evaluate_model
 from unihema.training.run_config import DataConfig, ModelConfig, OptimisationConfig, RunConfig, RunConfigError
 
@@ -66,31 +67,32 @@ def compare(
         DatasetError: Data that cannot be used.
         TrainingError: See `train_peer`.
     """
-    # What no peer can read is not compared.
-    config = config.with_overrides({"data.attributes_as_detection": False, "model.trained_parts": None})
+    attributes = config.data.attributes_as_detection or True
+    config = config.with_overrides({"data.attributes_as_detection": attributes, "model.trained_parts": None})
     config.check()
     if config.optimisation.time_limit_minutes is None and config.optimisation.max_steps is None:
         raise RunConfigError("No budget: give the minutes of each peer (--minutes).")
     if config.optimisation.accumulation != 1 or config.model.initial_checkpoint:
         raise RunConfigError("Peers start anew, a batch a step: leave out accumulation and model.initial_checkpoint.")
     results = Results(config.output_dir, resume)
-    rows = training_rows(config)
+    rows = compared_rows(training_rows(config))
     names = chosen_peers(names, rows)
     rates = {name: PEERS[name].learning_rate for name in names} | dict(learning_rates or {})
     if unknown := [name for name in rates if name not in names]:
         raise RunConfigError(f"--learning-rate {unknown[0]}: no such peer is trained; those are {', '.join(names)}.")
-    tasks = list(dict.fromkeys(PEERS[name].task for name in names))
-    val_rows = validation_rows(config, tasks)
-    if missing := [task for task in tasks if task not in val_rows]:
+    compared = list(dict.fromkeys(PEERS[name].compared for name in names))
+    found = compared_rows(validation_rows(config, dict.fromkeys(map(task_of, compared))))
+    if missing := [one for one in compared if one not in found]:
         raise RunConfigError(
             f"Nothing to measure {missing[0]} on: split '{config.data.val_split}' of the folders has none."
         )
+    val_rows = {one: found[one] for one in compared}
     found = {UNIHEMA: _unihema(config, checkpoint, val_rows, results)}
     for name in names:
-        task = PEERS[name].task
+        compared = PEERS[name].compared
         settings = _settings(config, name, rates[name])
         found[name] = results.finished(name, settings) or _peer(
-            name, config, rates[name], rows[task], val_rows[task], results, settings
+            name, config, rates[name], rows[compared], val_rows[compared], results, settings
         )
     return found
 
@@ -108,22 +110,22 @@ def _settings(config: RunConfig, name: str, rate: float) -> dict[str, Any]:
 
 
 def _unihema(config: RunConfig, checkpoint: str | Path, val_rows: dict[str, list[Row]], results: Results) -> dict:
-    """UniHema's results, a task at a time, so that further peers may bring further tasks."""
+    """UniHema's results, one thing compared at a time, so that further peers may bring further ones."""
     data = {
         name: getattr(config.data, name) for name in ("folders", "val_split", "rename", "hold_out", "folds", "fold")
     }
     settings = {"checkpoint": fingerprint(checkpoint), "data": data, "final_samples": config.logging.final_samples}
-    found = {task: results.finished(unihema_item(task), settings) for task in val_rows}
+    found = {one: results.finished(unihema_item(one), settings) for one in val_rows}
     if not all(found.values()):
         model, processor = load_checkpoint(checkpoint)
-        for task in [task for task in found if found[task] is None]:
-            rows = {task: val_rows[task]} if task in available_tasks(model) else {}
-            report = _measured(model, processor, rows, config)
-            if rows:
-                save_example(results.folder / UNIHEMA, task, model, processor, val_rows[task])
-            found[task] = {"settings": settings, "parameters": _parameters(model), "report": report}
-            results.add(unihema_item(task), found[task])
-    report = {task: figures for result in found.values() for task, figures in result["report"].items()}
+        for one in [one for one in found if found[one] is None]:
+            report = {}
+            if _does(model, one, val_rows[one]):
+                report[one] = _measured(one, model, processor, val_rows[one], config)
+                save_example(results.folder / UNIHEMA, one, model, processor, val_rows[one])
+            found[one] = {"settings": settings, "parameters": _parameters(model), "report": report}
+            results.add(unihema_item(one), found[one])
+    report = {one: figures for result in found.values() for one, figures in result["report"].items()}
     return {**next(iter(found.values())), "report": report}
 
 
@@ -139,26 +141,28 @@ def _peer(
     """Trains, measures and saves one peer."""
     from accelerate.utils import set_seed
 
-    kind = PEERS[name]
+    compared = PEERS[name].compared
+    task = task_of(compared)
     set_seed(config.optimisation.seed)
-    unihema, processor = build(config.with_overrides({"data.tasks": [kind.task]}), {kind.task: rows})
+    unihema, processor = build(config.with_overrides({"data.tasks": [task]}), {task: rows})
     names = unihema.config
-    # No peer reads attributes, and what no model answers is not asked.
-    names.morphology, names.morphology_order = {}, []
-    peer = kind.build(names)
+    if compared != ATTRIBUTES:
+        # No detector reads attributes, and what no model answers is not asked.
+        names.morphology, names.morphology_order = {}, []
+    peer = PEERS[name].build(names)
     peer.start_from(unihema.model.visual_backbone.backbone)
     del unihema
-    batches = peer_batches(peer, processor, kind.task, rows, config)
+    batches = peer_batches(peer, processor, task, rows, config)
     own = peer_settings(peer, config.optimisation, rate)
-    trained = train_peer(peer, batches, kind.task, own, name, config.logging.progress)
+    trained = train_peer(peer, batches, own, name, config.logging.progress)
     started = time.monotonic()
-    report = _measured(peer, processor, {kind.task: val_rows}, config)
+    report = {compared: _measured(compared, peer, processor, val_rows, config)}
     folder = results.folder / name
-    save_example(folder, kind.task, peer, processor, val_rows)
+    save_example(folder, compared, peer, processor, val_rows)
     save_peer(peer, folder)
     result = {
         "settings": settings,
-        "task": kind.task,
+        "task": task,
         "parameters": _parameters(peer),
         "backbone_parameters": _parameters(peer.backbone_network) if peer.backbone_part else 0,
         "trained": trained,
@@ -172,16 +176,23 @@ def _peer(
     return result
 
 
-def _measured(model, processor, rows: dict[str, list[Row]], config: RunConfig) -> dict[str, Any]:
+def _does(model, compared: str, rows: Sequence[Row]) -> bool:
+    if compared == ATTRIBUTES and not set(morphology_schema(rows)) & set(model.config.morphology):
+        return False
+    return task_of(compared) in available_tasks(model)
+
+
+def _measured(compared: str, model, processor, rows: Sequence[Row], config: RunConfig) -> dict[str, Any]:
     logging = config.logging
-    return evaluate_model(
+    report = evaluate_model(
         model,
         processor,
-        rows,
+        {task_of(compared): rows},
         max_samples=logging.final_samples,
         progress=logging.progress,
         seed=config.optimisation.seed,
     )
+    return compared_figures(compared, report)
 
 
 def _parameters(model) -> int:

@@ -1,4 +1,6 @@
-"""The backbone with a linear head for single cells, and inside a U-Net for masks."""
+"""The backbone with linear heads for single cells and their attributes, and inside a U-Net for masks."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -6,13 +8,22 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from benchmarks.quality.peer import Peer, make_backbone, padded
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
-from unihema.modeling_unihema.outputs import UniHemaSegmentationOutput
+from unihema.modeling_unihema.morphology_losses import morphology_loss
+from unihema.modeling_unihema.outputs import UniHemaDetectionOutput, UniHemaSegmentationOutput
 from unihema.modeling_unihema.padding import valid_at
 
 
 # Channels of the U-Net's decoder, coarsest first: half those of the library's default.
 DECODER_CHANNELS = (128, 64, 32, 16, 16)
 IGNORED = -100
+
+
+def pooled(backbone: nn.Module, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean of a backbone's last map over the image, `[B, channels]`."""
+    last = backbone(pixel_values).feature_maps[-1]
+    valid = valid_at(None if pixel_mask is None else pixel_mask.bool(), last)
+    weight = torch.ones_like(last[:, :1]) if valid is None else valid[:, None].to(last.dtype)
+    return (last * weight).sum((2, 3)) / weight.sum((2, 3))
 
 
 class LinearHead(Peer):
@@ -38,13 +49,42 @@ class LinearHead(Peer):
             pixel_mask (`torch.Tensor`, *optional*): `[B, H, W]`, 1 on the image.
             labels (`torch.Tensor`, *optional*): `[B]`.
         """
-        last = self.backbone(pixel_values).feature_maps[-1]
-        valid = valid_at(None if pixel_mask is None else pixel_mask.bool(), last)
-        weight = torch.ones_like(last[:, :1]) if valid is None else valid[:, None].to(last.dtype)
-        pooled = (last * weight).sum((2, 3)) / weight.sum((2, 3))
-        logits = self.head(self.dropout(pooled))
+        logits = self.head(self.dropout(pooled(self.backbone, pixel_values, pixel_mask)))
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+class AttributeHeads(Peer):
+    """The same under a linear layer for each attribute. To evaluation it is a detector that finds one cell, the crop."""
+
+    def __init__(self, config: UniHemaConfig):
+        super().__init__(config)
+        self.backbone = make_backbone(config)
+        self.dropout = nn.Dropout(config.single_cell_dropout)
+        self.heads = nn.Linear(self.backbone.channels[-1], sum(config.morphology_sizes))
+        self.freeze_norms()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        labels: Sequence[dict[str, torch.Tensor]] | None = None,
+        **kwargs,
+    ) -> UniHemaDetectionOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor`): `[B, 3, H, W]`.
+            pixel_mask (`torch.Tensor`, *optional*): `[B, H, W]`, 1 on the image.
+            labels (`Sequence[dict[str, torch.Tensor]]`, *optional*): As UniHema's, of one cell an image.
+        """
+        attributes = self.heads(self.dropout(pooled(self.backbone, pixel_values, pixel_mask)))
+        loss = None
+        if labels is not None:
+            values = torch.cat([of_image["morphology"] for of_image in labels]).to(attributes.device)
+            loss = morphology_loss(attributes, values, self.config.morphology_sizes)
+        whole = attributes.new_tensor([0.5, 0.5, 1.0, 1.0]).expand(len(attributes), 1, 4)
+        logits = attributes.new_zeros(len(attributes), 1, len(self.config.id2label))
+        return UniHemaDetectionOutput(loss=loss, logits=logits, pred_boxes=whole, pred_morphology=attributes[:, None])
 
 
 class UNet(Peer):

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from benchmarks.quality.answerers import BlipLike, TextOnlyT5
+from benchmarks.quality.compared import ATTRIBUTES
 from benchmarks.quality.detectors import DeformableDetr, RTDetrV2
-from benchmarks.quality.image_heads import LinearHead, UNet
+from benchmarks.quality.image_heads import AttributeHeads, LinearHead, UNet
 from benchmarks.quality.peer import Peer
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.training.run_config import RunConfigError
@@ -16,13 +17,13 @@ class Kind:
     """A peer that can be trained.
 
     Args:
-        task (`str`): The one task that it does.
+        compared (`str`): The one thing that it does, of `COMPARED`.
         title (`str`): What the table calls it.
         build (`Callable[[UniHemaConfig], Peer]`): Makes it, with random weights.
         learning_rate (`float`): That of AdamW when none is given.
     """
 
-    task: str
+    compared: str
     title: str
     build: Callable[[UniHemaConfig], Peer]
     learning_rate: float
@@ -31,6 +32,7 @@ class Kind:
 PEERS = {
     "rt_detr_v2": Kind("detection", "RT-DETRv2", RTDetrV2, 5e-4),
     "deformable_detr": Kind("detection", "DeformableDetr, two-stage", DeformableDetr, 5e-4),
+    "attribute_heads": Kind(ATTRIBUTES, "backbone and linear heads", AttributeHeads, 5e-4),
     "unet": Kind("segmentation", "U-Net", UNet, 5e-4),
     "linear_head": Kind("single_cell", "backbone and linear head", LinearHead, 5e-4),
     "t5": Kind("question_answering", "text-only T5", TextOnlyT5, 1e-3),
@@ -40,25 +42,25 @@ PEERS = {
 }
 
 
-def chosen_peers(names: Iterable[str], tasks: Iterable[str]) -> list[str]:
+def chosen_peers(names: Iterable[str], compared: Iterable[str]) -> list[str]:
     """The peers to train.
 
     Args:
-        names (`Iterable[str]`): Those asked for; none for all whose task the data have.
-        tasks (`Iterable[str]`): Tasks that the data have.
+        names (`Iterable[str]`): Those asked for; none for all that the data have something for.
+        compared (`Iterable[str]`): What the data have, of `COMPARED`.
 
     Raises:
-        RunConfigError: A peer that there is not, or one whose task the data lack.
+        RunConfigError: A peer that there is not, or one that the data have nothing for.
     """
-    names, tasks = list(dict.fromkeys(names)), list(tasks)
+    names, compared = list(dict.fromkeys(names)), list(compared)
     for name in names:
         if name not in PEERS:
             raise RunConfigError(f"--peer {name}: no such peer; there are {', '.join(PEERS)}.")
-        if PEERS[name].task not in tasks:
+        if PEERS[name].compared not in compared:
             raise RunConfigError(
-                f"--peer {name} needs data for {PEERS[name].task}; the folders have {', '.join(tasks)}."
+                f"--peer {name} needs data for {PEERS[name].compared}; the folders have {', '.join(compared)}."
             )
-    found = names or [name for name, kind in PEERS.items() if kind.task in tasks]
+    found = names or [name for name, kind in PEERS.items() if kind.compared in compared]
     if not found:
-        raise RunConfigError(f"No peer for {', '.join(tasks)}.")
+        raise RunConfigError(f"No peer for {', '.join(compared)}.")
     return found

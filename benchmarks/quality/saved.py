@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, load_model, save, save_model
 
+from benchmarks.quality.compared import task_of
 from benchmarks.quality.peer import Peer, model_inputs
 from benchmarks.quality.peers import PEERS
 from unihema.files import write_atomically
@@ -34,16 +35,17 @@ def load_peer(folder: Path) -> Peer:
     return peer.eval()
 
 
-def save_example(folder: Path, task: str, model, processor, rows: list[Row]) -> None:
+def save_example(folder: Path, compared: str, model, processor, rows: list[Row]) -> None:
     """Saves the inputs of the first validation image, with one question where the task has some.
 
     Args:
         folder (`Path`): Of the model.
-        task (`str`): The task.
+        compared (`str`): What the model does, of `COMPARED`.
         model ([`Peer`] or `UniHemaForMultiTask`): With the classes that the rows have.
         processor (`UniHemaProcessor`): Makes the inputs.
         rows (`list[Row]`): Validation rows.
     """
+    task = task_of(compared)
     config, names = model.config, list(model.config.id2label.values())
     known = {"detection": names, "single_cell": config.single_cell_labels}
     first = as_known(rows[:1], known[task]) if task in known else rows[:1]
@@ -59,13 +61,13 @@ def save_example(folder: Path, task: str, model, processor, rows: list[Row]) -> 
     )
     inputs = {name: value.contiguous() for name, value in model_inputs(dataset.collate([dataset[0]])).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(_example(folder, task), lambda file: file.write(save(inputs)))
+    write_atomically(_example(folder, compared), lambda file: file.write(save(inputs)))
 
 
-def load_example(folder: Path, task: str) -> dict[str, torch.Tensor]:
+def load_example(folder: Path, compared: str) -> dict[str, torch.Tensor]:
     """The inputs that [`save_example`] saved."""
-    return load_file(str(_example(folder, task)))
+    return load_file(str(_example(folder, compared)))
 
 
-def _example(folder: Path, task: str) -> Path:
-    return folder / f"example-{task}.safetensors"
+def _example(folder: Path, compared: str) -> Path:
+    return folder / f"example-{compared}.safetensors"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import interleaved, peak_memory
+from benchmarks.quality.compared import ATTRIBUTES, task_of
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.results import UNIHEMA, unihema_item
 from benchmarks.quality.saved import load_example, load_peer
@@ -17,8 +18,13 @@ from unihema.processing_unihema.prompts import LANGUAGE_TASKS
 
 LONGEST_ANSWER = 64
 ALL_PEERS = "all peers"
-# One field and one cell are looked at for all that is asked of them, by every model; the task whose image it is.
-_IMAGE_OF = {"segmentation": "detection", "question_answering": "single_cell", "cloze": "single_cell"}
+# One field and one cell are looked at for all that is asked of them, by every model; what it is the image of.
+_IMAGE_OF = {
+    "segmentation": "detection",
+    ATTRIBUTES: "single_cell",
+    "question_answering": "single_cell",
+    "cloze": "single_cell",
+}
 
 
 def runners(folder: Path, items: Sequence[str], unihema: Any) -> dict[str, Callable[[], Any]]:
@@ -32,18 +38,18 @@ def runners(folder: Path, items: Sequence[str], unihema: Any) -> dict[str, Calla
     found = {}
     for item in items:
         if item in PEERS:
-            model, task, inputs = load_peer(folder / item), PEERS[item].task, folder / item
+            model, compared, own = load_peer(folder / item), PEERS[item].compared, folder / item
         else:
-            model, task, inputs = unihema, item.split("/")[1], folder / UNIHEMA
-        found[item] = _runner(model, task, _inputs(folder, inputs, task))
+            model, compared, own = unihema, item.split("/")[1], folder / UNIHEMA
+        found[item] = _runner(model, task_of(compared), _inputs(folder, own, compared))
     return found
 
 
-def _inputs(folder: Path, own: Path, task: str) -> dict[str, torch.Tensor]:
+def _inputs(folder: Path, own: Path, compared: str) -> dict[str, torch.Tensor]:
     """The model's example, with the image that the other tasks of a field or a cell look at where it is as large."""
-    inputs = load_example(own, task)
+    inputs = load_example(own, compared)
     try:
-        shared = load_example(folder / UNIHEMA, _IMAGE_OF.get(task, task))
+        shared = load_example(folder / UNIHEMA, _IMAGE_OF.get(compared, compared))
     except FileNotFoundError:
         return inputs
     pixels = inputs.get("pixel_values")

@@ -3,21 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.quality.compared import COMPARED, FIGURES
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.results import UNIHEMA, unihema_item
 from benchmarks.quality.speed import ALL_PEERS
-from unihema.processing_unihema.prompts import TASKS
-from unihema.training.evaluation import HEADLINES
 
 
-# The figures of each task; the first decides.
-FIGURES = {
-    "detection": ("mAP50", "mAP"),
-    "segmentation": ("dice", "iou"),
-    "single_cell": ("macro_f1", "accuracy"),
-    "question_answering": ("exact_match", "bleu4"),
-    "cloze": ("exact_match", "bleu4"),
-}
 NAMES = {"mAP50": "mAP50", "mAP": "mAP", "dice": "Dice", "iou": "IoU", "macro_f1": "macro-F1"}
 NAMES |= {"accuracy": "accuracy", "exact_match": "exact match", "bleu4": "BLEU-4"}
 
@@ -26,10 +17,10 @@ def best_peers(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Task -> the peer with the best main figure, in the order of the tasks."""
     found: dict[str, str] = {}
     for name in [name for name in results if name != UNIHEMA]:
-        task = PEERS[name].task
+        task = PEERS[name].compared
         if task not in found or _main(results[name], task) > _main(results[found[task]], task):
             found[task] = name
-    return {task: found[task] for task in TASKS if task in found}
+    return {task: found[task] for task in COMPARED if task in found}
 
 
 def comparison(
@@ -51,7 +42,7 @@ def comparison(
     best, unihema = best_peers(results), results[UNIHEMA]
     rows, verdicts = [], []
     for task in best:
-        peers = [name for name in results if name != UNIHEMA and PEERS[name].task == task]
+        peers = [name for name in results if name != UNIHEMA and PEERS[name].compared == task]
         if task in unihema["report"]:
             rows.append(_row(task, "UniHema, all tasks in one", unihema, speed.get(unihema_item(task))))
             verdicts.append(_verdict(task, unihema, best[task], results[best[task]]))
@@ -79,7 +70,7 @@ def _row(task: str, title: str, result: Mapping[str, Any], speed: Mapping[str, f
         "task": task,
         "model": title,
         "figures": {name: {"value": figures[name], "interval": intervals.get(name)} for name in FIGURES[task]},
-        "datasets": {name: {"value": part[HEADLINES[task]], "rows": part["rows"]} for name, part in parts.items()},
+        "datasets": {name: {"value": part[FIGURES[task][0]], "rows": part["rows"]} for name, part in parts.items()},
         "rows": figures["rows"],
         "images": figures["images"],
         "parameters": result["parameters"],
@@ -92,7 +83,7 @@ def _speed(speed: Mapping[str, float] | None) -> dict[str, float | None]:
 
 
 def _main(result: Mapping[str, Any], task: str) -> float:
-    value = result["report"][task][HEADLINES[task]]
+    value = result["report"][task][FIGURES[task][0]]
     return float("-inf") if value is None else value
 
 
@@ -101,7 +92,7 @@ def _verdict(task: str, unihema: Mapping[str, Any], name: str, peer: Mapping[str
     difference = own - other
     return {
         "task": task,
-        "figure": HEADLINES[task],
+        "figure": FIGURES[task][0],
         "unihema": own,
         "peer": name,
         "value": other,
@@ -182,7 +173,7 @@ def _dataset_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         for name, part in row["datasets"].items():
             value = "none" if part["value"] is None else f"{part['value']:.3f}"
-            cells = (row["task"], name, str(part["rows"]), row["model"], NAMES[HEADLINES[row["task"]]], value)
+            cells = (row["task"], name, str(part["rows"]), row["model"], NAMES[FIGURES[row["task"]][0]], value)
             lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return []

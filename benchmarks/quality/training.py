@@ -37,6 +37,7 @@ def peer_batches(peer: Peer, processor: UniHemaProcessor, task: str, rows: list[
         augmentation=config.augmentation.for_task(task),
         class_names=list(names.id2label.values()),
         single_cell_labels=names.single_cell_labels,
+        morphology=names.morphology,
         seed=config.optimisation.seed,
         questions_per_image=config.data.questions_per_image,
         cache_images=config.data.cache_images,
@@ -63,14 +64,13 @@ def peer_settings(peer: Peer, settings: OptimisationConfig, learning_rate: float
 
 
 def train_peer(
-    peer: Peer, batches: RunBatches, task: str, settings: OptimisationConfig, title: str, progress: bool = True
+    peer: Peer, batches: RunBatches, settings: OptimisationConfig, title: str, progress: bool = True
 ) -> dict[str, Any]:
     """Trains until the time, or the steps, are over; the peer then has the averaged weights where those are kept.
 
     Args:
         peer ([`Peer`]): Changed in place; on the CPU afterwards or before, on the run's device in between.
         batches ([`RunBatches`]): What to train on.
-        task (`str`): The task.
         settings ([`OptimisationConfig`]): `time_limit_minutes` or `max_steps`, or both.
         title (`str`): For the progress bar.
         progress (`bool`): Show one.
