@@ -1,8 +1,9 @@
 """Multi-scale deformable attention on the CPU: the samples read as weighted rows of one table, with a backward by hand.
 
-Bilinear samples are sums of four rows (pixels) with weights; `embedding_bag` sums all rows of a query and head at once.
-Each level is laid into the table with a border of zeros, so that points outside need no case of their own. Queries go
-through in chunks whose indices and weights stay in the processor's cache.
+Bilinear samples are sums of four rows (pixels) with weights; `embedding_bag` sums all rows of a query and head at once. The
+value is the table as it is. A point at the edge reads the nearest four pixels of its level like any other, each with the
+weight that its distance gives it, so that outside no pixel counts. Queries go through in chunks whose indices and weights
+stay in the processor's cache.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ LARGEST_LEVEL = 2**24
 
 def fits(level_shapes: list[tuple[int, int]]) -> bool:
     """Whether the pixels of every level can be numbered exactly."""
-    return all((h + 2) * (w + 2) < LARGEST_LEVEL for h, w in level_shapes)
+    return all(h * w < LARGEST_LEVEL for h, w in level_shapes)
 
 
 def gather_rows(
@@ -43,19 +44,25 @@ class Places(NamedTuple):
     Args:
         width (`torch.Tensor`): Pixels of a level in a row.
         height (`torch.Tensor`): And in a column.
-        row (`torch.Tensor`): Pixels from one row to the next, border included.
-        last_column (`torch.Tensor`): `width - 1`.
-        last_row (`torch.Tensor`): `height - 1`.
+        last_left (`torch.Tensor`): The last column that has one to its right, 0 where there is but one.
+        last_top (`torch.Tensor`): The last row that has one below, 0 where there is but one.
+        step_right (`torch.Tensor`): Pixels to the column on the right: 1, or farther than any point where there is none.
+        step_down (`torch.Tensor`): Pixels to the row below, the same.
         origin (`torch.Tensor`): Row of the table with the first pixel, int32.
-        down (`torch.Tensor`): Rows of the table from a pixel to the one below, int32.
+        last (`torch.Tensor`): Row of the table with pixel (`last_left`, `last_top`), int32.
+        right (`torch.Tensor`): Rows of the table from a pixel to the one on the right, int32.
+        down (`torch.Tensor`): And to the one below.
     """
 
     width: torch.Tensor
     height: torch.Tensor
-    row: torch.Tensor
-    last_column: torch.Tensor
-    last_row: torch.Tensor
+    last_left: torch.Tensor
+    last_top: torch.Tensor
+    step_right: torch.Tensor
+    step_down: torch.Tensor
     origin: torch.Tensor
+    last: torch.Tensor
+    right: torch.Tensor
     down: torch.Tensor
 
 
@@ -72,49 +79,34 @@ class _Table:
     def __init__(self, level_shapes: list[tuple[int, int]], heads: int, points: int, like: torch.Tensor):
         self.heads = heads
         self.shapes = level_shapes
-        self.sizes = [(h + 2) * (w + 2) for h, w in level_shapes]
+        self.sizes = [h * w for h, w in level_shapes]
         self.tokens = sum(self.sizes)
         starts = [sum(self.sizes[:level]) for level in range(len(level_shapes))]
         spread = (heads, len(level_shapes), points)
 
-        def of_levels(numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
+        def of_levels(numbers: list[float], dtype: torch.dtype = like.dtype) -> torch.Tensor:
             return torch.tensor(numbers, dtype=dtype, device=like.device)[:, None].expand(spread).contiguous()
 
-        width = of_levels([w for _, w in level_shapes], like.dtype)
-        height = of_levels([h for h, _ in level_shapes], like.dtype)
-        # The first pixel lies one row and one column inside the border.
+        def rows(numbers: list[int]) -> torch.Tensor:
+            return of_levels([number * heads for number in numbers], torch.int32)
+
+        none = torch.finfo(like.dtype).max
+        heights, widths = zip(*level_shapes)
+        lefts, tops = [max(w - 2, 0) for w in widths], [max(h - 2, 0) for h in heights]
         head = torch.arange(heads, dtype=torch.int32, device=like.device)[:, None, None]
-        origin = [(start + w + 3) * heads for start, (_, w) in zip(starts, level_shapes)]
+        last = [start + top * w + left for start, top, w, left in zip(starts, tops, widths, lefts)]
         self.places = Places(
-            width=width,
-            height=height,
-            row=width + 2,
-            last_column=width - 1,
-            last_row=height - 1,
-            origin=of_levels(origin, torch.int32) + head,
-            down=of_levels([(w + 2) * heads for _, w in level_shapes], torch.int32),
+            width=of_levels(widths),
+            height=of_levels(heights),
+            last_left=of_levels(lefts),
+            last_top=of_levels(tops),
+            step_right=of_levels([1 if w > 1 else none for w in widths]),
+            step_down=of_levels([1 if h > 1 else none for h in heights]),
+            origin=rows(starts) + head,
+            last=rows(last) + head,
+            right=rows([int(w > 1) for w in widths]),
+            down=rows([w if h > 1 else 0 for h, w in level_shapes]),
         )
-
-    def fill(self, value: torch.Tensor) -> torch.Tensor:
-        """`[B, S, heads, width]` to the rows `[B * tokens * heads, width]`."""
-        batch, _, heads, width = value.shape
-        table = value.new_empty(batch, self.tokens, heads * width)
-        levels = value.flatten(2).split([h * w for h, w in self.shapes], 1)
-        for level, padded, (h, w) in zip(levels, table.split(self.sizes, 1), self.shapes):
-            padded = padded.unflatten(1, (h + 2, w + 2))
-            padded[:, 1:-1, 1:-1] = level.unflatten(1, (h, w))
-            for edge in (padded[:, :1], padded[:, -1:], padded[:, :, :1], padded[:, :, -1:]):
-                edge.zero_()
-        return table.view(-1, width)
-
-    def read(self, rows: torch.Tensor, batch: int) -> torch.Tensor:
-        """What [`fill`] put in: rows to `[B, S, heads, width]`."""
-        levels = rows.view(batch, self.tokens, self.heads, -1).split(self.sizes, 1)
-        inner = [
-            level.unflatten(1, (h + 2, w + 2))[:, 1:-1, 1:-1].flatten(1, 2)
-            for level, (h, w) in zip(levels, self.shapes)
-        ]
-        return torch.cat(inner, 1)
 
     def queries(self, batch: int, number: int, device: torch.device) -> torch.Tensor:
         """First row of each query's image, int32 `[B * Q, 1, 1, 1]`."""
@@ -123,47 +115,48 @@ class _Table:
 
 
 def locate(
-    points: torch.Tensor, images: torch.Tensor, places: Places, heads: int, rows_of_image: int
+    points: torch.Tensor, images: torch.Tensor, places: Places, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The row of the pixel up and left of each point, and how far the point is beyond it.
+    """The pixel up and left of each point, or the nearest one that has a neighbour to the right and below.
 
     Args:
         points (`torch.Tensor`): `[Q, heads, levels, points, 2]`.
         images (`torch.Tensor`): First row of each query's image, int32 `[Q, 1, 1, 1]`.
         places ([`Places`]): Of the levels.
         heads (`int`): Attention heads.
-        rows_of_image (`int`): Rows of the table that an image has.
 
     Returns:
-        `tuple`: Rows int32, and fractions of a pixel to the right and down, `[Q, heads, levels, points]` each.
+        `tuple`: Its row of the table, int32, and how many pixels the point lies to its right and below (less than 0 or more
+        than 1 at the edges), `[Q, heads, levels, points]` each.
     """
-    x, y = _pixels(points, places)
-    x = torch.minimum(x.clamp_(min=-1), places.width)
-    y = torch.minimum(y.clamp_(min=-1), places.height)
-    left, top = torch.minimum(x.floor(), places.last_column), torch.minimum(y.floor(), places.last_row)
-    rows = torch.addcmul(left, top, places.row).int().mul_(heads).add_(places.origin)
+    x = points[..., 0] * places.width - 0.5
+    y = points[..., 1] * places.height - 0.5
+    left = torch.minimum(x.floor().clamp_(min=0), places.last_left)
+    top = torch.minimum(y.floor().clamp_(min=0), places.last_top)
+    rows = torch.addcmul(left, top, places.width).int().mul_(heads).add_(places.origin)
     # A point that is not a number must not read outside the table; its weight is not a number either.
-    rows = rows.clamp_(0, rows_of_image - 1).add_(images)
+    rows = torch.minimum(rows, places.last).clamp_(min=0).add_(images)
     return rows, x.sub_(left), y.sub_(top)
 
 
-def _pixels(points: torch.Tensor, places: Places) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x, y) in pixels of each level, 0 being the centre of the first."""
-    return points[..., 0] * places.width - 0.5, points[..., 1] * places.height - 0.5
-
-
-def corners(rows: torch.Tensor, places: Places, heads: int) -> torch.Tensor:
+def corners(rows: torch.Tensor, places: Places) -> torch.Tensor:
     """The four pixels around each point, `[Q * heads, 4 * levels * points]`."""
     down = rows + places.down
-    return _bags([rows, rows + heads, down, down + heads])
+    return _bags([rows, rows + places.right, down, down + places.right])
 
 
-def corner_weights(right: torch.Tensor, down: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
-    """What each of the four pixels counts."""
-    at_right = weights * right
-    at_left = weights - at_right
-    low_right, low_left = at_right * down, at_left * down
-    return [at_left - low_left, at_right - low_right, low_left, low_right]
+def corner_weights(
+    right: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, places: Places
+) -> list[torch.Tensor]:
+    """What each of the four pixels counts: 1 less its distance along each axis, where that is less than 1."""
+    at_left = _nearer(weights, right.abs())
+    at_right = _nearer(weights, (right - places.step_right).abs_())
+    above, below = down.abs(), (down - places.step_down).abs_()
+    return [_nearer(at_left, above), _nearer(at_right, above), _nearer(at_left, below), _nearer(at_right, below)]
+
+
+def _nearer(weights: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    return torch.addcmul(weights, weights, distance.clamp_(max=1), value=-1)
 
 
 def _bags(of_corners: list[torch.Tensor]) -> torch.Tensor:
@@ -177,32 +170,26 @@ def _bags(of_corners: list[torch.Tensor]) -> torch.Tensor:
     return bags.view(queries * heads, -1)
 
 
-def bags_of_queries(points, weights, images, places: Places, heads: int, rows_of_image: int):
+def bags_of_queries(points, weights, images, places: Places, heads: int):
     """Rows to read and their weights, `[Q * heads, 4 * levels * points]` each; arguments as of [`locate`]."""
-    rows, right, down = locate(points, images, places, heads, rows_of_image)
-    return corners(rows, places, heads), _bags(corner_weights(right, down, weights))
+    rows, right, down = locate(points, images, places, heads)
+    return corners(rows, places), _bags(corner_weights(right, down, weights, places))
 
 
-def located_bags(points, images, places: Places, heads: int, rows_of_image: int):
+def located_bags(points, images, places: Places, heads: int):
     """What [`locate`] gives, and the rows to read."""
-    located = locate(points, images, places, heads, rows_of_image)
-    return *located, corners(located[0], places, heads)
+    located = locate(points, images, places, heads)
+    return *located, corners(located[0], places)
 
 
 def slopes(
-    products: torch.Tensor,
-    right: torch.Tensor,
-    down: torch.Tensor,
-    points: torch.Tensor,
-    weights: torch.Tensor,
-    places: Places,
+    products: torch.Tensor, right: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, places: Places
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of points and weights.
 
     Args:
         products (`torch.Tensor`): Of the output's gradient and each pixel read, `[Q * heads, 4 * levels * points]`.
         right, down (`torch.Tensor`): Of [`locate`].
-        points (`torch.Tensor`): `[Q, heads, levels, points, 2]`.
         weights (`torch.Tensor`): `[Q, heads, levels, points]`.
         places ([`Places`]): Of the levels.
 
@@ -213,19 +200,23 @@ def slopes(
     upper_left, upper_right, lower_left, lower_right = (
         products.unflatten(0, (-1, heads)).unflatten(2, (4, *samples)).unbind(2)
     )
-    to_right, below_to_right = upper_right - upper_left, lower_right - lower_left
-    upper = torch.addcmul(upper_left, right, to_right)
-    to_below = torch.addcmul(lower_left, right, below_to_right) - upper
-    of_weights = torch.addcmul(upper, down, to_below)
-    to_right = torch.addcmul(to_right, down, below_to_right - to_right)
-    # Where a point outside was moved to the border, moving it on changes nothing.
-    x, y = _pixels(points, places)
-    x_moves = (x > -1) & (x < places.width)
-    y_moves = (y > -1) & (y < places.height)
-    along_x = to_right * weights * places.width * x_moves
-    along_y = to_below * weights * places.height * y_moves
-    counts = torch.stack([count.flatten() for count in corner_weights(right, down, weights)])
-    return torch.stack((along_x, along_y), -1), of_weights, counts
+    (at_left, to_left), (at_right, to_right) = _share(right), _share(right - places.step_right)
+    (above, to_above), (below, to_below) = _share(down), _share(down - places.step_down)
+    upper = upper_left * at_left + upper_right * at_right
+    lower = lower_left * at_left + lower_right * at_right
+    along_x = (upper_left * above + lower_left * below) * to_left + (
+        upper_right * above + lower_right * below
+    ) * to_right
+    along_y = upper * to_above + lower * to_below
+    along = torch.stack((along_x * weights * places.width, along_y * weights * places.height), -1)
+    counts = torch.stack([count.flatten() for count in corner_weights(right, down, weights, places)])
+    return along, upper * above + lower * below, counts
+
+
+def _share(beyond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a pixel counts along an axis by how far the point is beyond it, and how that grows with the point."""
+    share = 1 - beyond.abs().clamp_(max=1)
+    return share, ((beyond > -1) & (beyond < 0)).to(beyond.dtype) - ((beyond >= 0) & (beyond < 1)).to(beyond.dtype)
 
 
 class Arithmetic(NamedTuple):
@@ -254,13 +245,11 @@ def read(
     batch, _, heads, width = value.shape
     number = points.shape[1]
     table = _Table(level_shapes, heads, points.shape[4], points)
-    pixels, images = table.fill(value), table.queries(batch, number, value.device)
+    pixels, images = value.reshape(-1, width), table.queries(batch, number, value.device)
     points, weights = points.flatten(0, 1), weights.flatten(0, 1)
     sums = []
     for part in _chunks(batch * number):
-        rows, counts = arithmetic.bags_of_queries(
-            points[part], weights[part], images[part], table.places, heads, table.tokens * heads
-        )
+        rows, counts = arithmetic.bags_of_queries(points[part], weights[part], images[part], table.places, heads)
         sums.append(nn.functional.embedding_bag(rows, pixels, per_sample_weights=counts, mode="sum"))
     return torch.cat(sums).view(batch, number, heads * width)
 
@@ -277,16 +266,14 @@ def gradients(
     batch, _, heads, width = value.shape
     number, samples = all_points.shape[1], all_points.shape[3] * all_points.shape[4]
     table = _Table(level_shapes, heads, all_points.shape[4], all_points)
-    pixels, images = table.fill(value), table.queries(batch, number, value.device)
+    pixels, images = value.reshape(-1, width), table.queries(batch, number, value.device)
     points, weights = all_points.flatten(0, 1), all_weights.flatten(0, 1)
     gradient = gradient.reshape(-1, width)
     of_points, of_weights, all_rows, all_counts = [], [], [], []
     for part in _chunks(batch * number):
-        rows, right, down, bags = arithmetic.located_bags(
-            points[part], images[part], table.places, heads, table.tokens * heads
-        )
+        rows, right, down, bags = arithmetic.located_bags(points[part], images[part], table.places, heads)
         products = _dot_products(gradient[part.start * heads : part.stop * heads], pixels, bags)
-        along, steep, counts = arithmetic.slopes(products, right, down, points[part], weights[part], table.places)
+        along, steep, counts = arithmetic.slopes(products, right, down, weights[part], table.places)
         of_points.append(along)
         of_weights.append(steep)
         all_rows.append(rows.flatten())
@@ -333,8 +320,6 @@ def _spread(
     of the four corners, and the corners' sums are shifted into place.
     """
     total = batch * table.tokens * table.heads
-    if len(rows) < total:
-        return table.read(_add_up(gradient, rows, counts, samples, total, table), batch)
     rows, order = torch.sort(rows)
     starts = torch.searchsorted(rows, torch.arange(total, dtype=rows.dtype, device=rows.device), out_int32=True)
     bags = torch.div(order, samples, rounding_mode="floor").int()
@@ -345,29 +330,16 @@ def _spread(
         for count in counts
     ]
     heads = table.heads
-    # The border lies at the end of every row, so nothing is shifted from one row into the next.
+    # The last column has nothing for the right, and the last row nothing for below: no shift leaves its row or level.
     for upper, lower in ((0, 1), (2, 3)):
         corner[upper][:, heads:] += corner[lower][:, :-heads]
     levels = zip(
         corner[0].split([n * heads for n in table.sizes], 1), corner[2].split([n * heads for n in table.sizes], 1)
     )
     for (upper, lower), (_, w) in zip(levels, table.shapes):
-        down = (w + 2) * heads
+        down = w * heads
         upper[:, down:] += lower[:, :-down]
-    return table.read(corner[0], batch)
-
-
-def _add_up(
-    gradient: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor, samples: int, total: int, table: _Table
-) -> torch.Tensor:
-    """The same for fewer points than pixels, row by row."""
-    collected = gradient.new_zeros(total, gradient.shape[1])
-    down = table.places.down.flatten(1).expand(len(rows) // samples // table.heads, -1, -1).reshape(-1)
-    corners = (rows, rows + table.heads, rows + down, rows + down + table.heads)
-    for corner, count in zip(corners, counts):
-        shares = count.view(-1, samples, 1) * gradient[:, None]
-        collected.scatter_add_(0, corner.long()[:, None].expand(-1, gradient.shape[1]), shares.flatten(0, 1))
-    return collected
+    return corner[0].view(batch, table.tokens, heads, -1)
 
 
 __all__ = ["PLAIN", "Arithmetic", "fits", "gather_rows", "gradients", "read"]
