@@ -34,7 +34,7 @@ def unihema(task: str = "detection", preset: str = "base", **options) -> nn.Modu
 def unihema_anew(**options) -> nn.Module:
     """A detector of ours that looks at the image on every call, though it be the one of the call before."""
     model = unihema(**options)
-    model.register_forward_pre_hook(lambda *_: model.model._image_memory.forget())
+    model.register_forward_pre_hook(lambda *_: model.model.image_memory.forget())
     return model
 
 

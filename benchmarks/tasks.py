@@ -32,22 +32,22 @@ def measure(size: tuple[int, int], rounds: int) -> list[dict]:
         )
 
     def new_image() -> None:
-        trunk._image_memory.forget()
+        trunk.image_memory.forget()
         answer()
 
     def task_alone(task: str) -> None:
-        trunk._image_memory.forget()
+        trunk.image_memory.forget()
         model(task=task, pixel_values=image)
 
     def new_image_int8() -> None:
-        small.model._image_memory.forget()
+        small.model.image_memory.forget()
         answer(small)
 
     def everything(beams: int = 1) -> None:
         """Every part once, nothing twice: the image's feature levels are shared, as in the official forward pass."""
-        trunk._image_memory.forget()
-        levels = trunk._image_memory.levels(trunk.visual_backbone, image, None)
-        tokens = trunk._image_memory.tokens(trunk.image_encoder, levels)
+        trunk.image_memory.forget()
+        levels = trunk.image_memory.levels(trunk.visual_backbone, image, None)
+        tokens = trunk.image_memory.tokens(trunk.image_encoder, levels)
         model.single_cell_head(trunk.hema_former.single_cell_feature_extraction(tokens, levels))
         mask = torch.ones_like(QUESTION)
         text = trunk.text_branch.encode(QUESTION, mask).last_hidden_state

@@ -151,6 +151,9 @@ class UniHemaModel(UniHemaPreTrainedModel):
     Args:
         config ([`UniHemaConfig`]): The configuration.
         tasks (`tuple[str, ...]`): Tasks whose parts to build; all of them by default.
+
+    Attributes:
+        image_memory ([`ImageMemory`]): What inference keeps of the images last looked at; `image_memory.forget()` frees it.
     """
 
     _can_record_outputs = {
@@ -173,7 +176,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
             self.query_selection = QuerySelection(config)
             self.image_decoder = ImageDecoder(config)
         self.hema_former = HemaFormer(config, parts)
-        self._image_memory = ImageMemory()
+        self.image_memory = ImageMemory()
         # The second stage of training teaches the text branch alone: E_W is E_T then. Never saved.
         self.reads_text_alone = False
         self._keys_to_ignore_on_load_unexpected = [
@@ -236,7 +239,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
         weights = self.config.output_attentions if output_attentions is None else output_attentions
         if task in LANGUAGE_TASKS:
             return self._fuse_with_text(pixel_values, pixel_mask, input_ids, attention_mask, states, weights)
-        levels = self._image_memory.levels(self.visual_backbone, pixel_values, pixel_mask)
+        levels = self.image_memory.levels(self.visual_backbone, pixel_values, pixel_mask)
         recorded = {f"output_{name}": states if "hidden" in name else weights for name in self._can_record_outputs}
         # Cross-attentions are recorded under the name of the attentions, whatever their own says.
         recorded["output_attentions"] = weights
@@ -266,7 +269,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
             # What is recorded is recorded while the layers run.
             tokens = self.image_encoder(levels.tokens, levels)
         else:
-            tokens = self._image_memory.tokens(self.image_encoder, levels)
+            tokens = self.image_memory.tokens(self.image_encoder, levels)
         if task == "single_cell":
             feature = self.hema_former.single_cell_feature_extraction(tokens, levels)
             return UniHemaModelOutput(last_hidden_state=feature[:, None], encoder_last_hidden_state=tokens)
@@ -337,7 +340,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
         images = pixel_values.shape[0]
         if texts % images:
             raise ValueError(f"{texts} texts for {images} images: give every image the same number of texts.")
-        levels = self._image_memory.levels(self.visual_backbone, pixel_values, pixel_mask)
+        levels = self.image_memory.levels(self.visual_backbone, pixel_values, pixel_mask)
         return levels.repeat_images(texts // images) if texts > images else levels
 
     def _official_length(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:

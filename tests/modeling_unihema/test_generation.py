@@ -171,10 +171,10 @@ def test_a_conversation_on_one_image_looks_at_it_once(model):
     def ask(inputs) -> list:
         return model.generate(**inputs, max_new_tokens=NEW).tolist()
 
-    model.model._image_memory.forget()
+    model.model.image_memory.forget()
     answers = [ask(first), ask(second), ask(first)]
     assert len(looks) == 1
-    model.model._image_memory.forget()
+    model.model.image_memory.forget()
     assert [ask(second), ask(first)] == answers[1:]
     assert len(looks) == 2
     another = {**first, "pixel_values": first["pixel_values"] + 0.1}

@@ -37,7 +37,7 @@ def ask(model, task: str, **inputs):
 
 
 def afresh(model, task: str, **inputs):
-    model.model._image_memory.forget()
+    model.model.image_memory.forget()
     return ask(model, task, **inputs)
 
 
@@ -45,7 +45,7 @@ def afresh(model, task: str, **inputs):
 def test_tasks_on_one_image_share_its_states(model, runs, order):
     with torch.inference_mode():
         expected = {task: afresh(model, task, **images()) for task in order}
-        model.model._image_memory.forget()
+        model.model.image_memory.forget()
         before = {name: len(times) for name, times in runs.items()}
         # Equal pixels in other tensors, as the processor gives them for each task; each task twice.
         for task in (*order, *order):
@@ -103,7 +103,7 @@ def test_recorded_states_are_those_of_an_image_that_is_known_too(model):
     with torch.inference_mode():
         asked = {"task": "detection", "output_hidden_states": True, **images()}
         first, again = model(**asked), model(**asked)
-        model.model._image_memory.forget()
+        model.model.image_memory.forget()
         new = model(**asked)
     for output in (first, again):
         assert len(output.encoder_hidden_states) == len(new.encoder_hidden_states) > 1

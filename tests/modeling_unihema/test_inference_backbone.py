@@ -108,7 +108,7 @@ def test_asking_for_states_does_not_end_its_use():
     model(**given, output_hidden_states=True)
     ran = []
     copy_of(model).register_forward_hook(lambda *_: ran.append(1))
-    model.model._image_memory.forget()
+    model.model.image_memory.forget()
     model(**given)
     assert ran == [1]
 

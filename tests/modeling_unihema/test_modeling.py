@@ -72,7 +72,7 @@ def test_a_task_runs_only_its_own_parts(model, task):
         hooks.append(model.get_submodule(path).register_forward_hook(count))
     with torch.no_grad():
         model.model.text_branch._prompt_states.clear()
-        model.model._image_memory.forget()
+        model.model.image_memory.forget()
         model(task=task, **batch(task))
         ran = {name for name, number in calls.items() if number}
         for name in calls:
