@@ -4,7 +4,6 @@ import json
 import shutil
 import time
 
-import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModel, PeftModel
@@ -18,14 +17,8 @@ import unihema
 from unihema.adapters import adapter_base, load_adapted
 from unihema.checkpoint import CheckpointError
 from unihema.modeling_unihema.class_rows import ClassEmbedding, ClassLinear
-from unihema.modeling_unihema.outputs import UniHemaDetectionOutput
 from unihema.training.adapter_config import AdapterConfig
 from unihema.training.adapters import attach_adapter, load_adapter_weights, save_adapter, save_merged, start_classes
-from unihema.training.checkpoint import Progress
-from unihema.training.class_agnostic import class_agnostic_precision
-from unihema.training.data.folds import fold_rows
-from unihema.training.data.rows import DatasetError
-from unihema.training.early_stopping import EarlyStopping
 from unihema.training.loop import train
 from unihema.training.run_config import RunConfig, RunConfigError
 
@@ -210,7 +203,8 @@ def test_two_adapters_switch_fast_and_equal_each_alone(base, two):
     torch.testing.assert_close(outputs(model), plain, rtol=0, atol=0)
     assert model.config.num_labels == 3 and model.adapters_in_use == ()
     model.enable_adapters()
-    torch.testing.assert_close(outputs(model), expected["four"], rtol=0, atol=0)
+    # It may be trained now, and by such weights PyTorch multiplies in another order, which on some processors rounds otherwise.
+    torch.testing.assert_close(outputs(model), expected["four"], rtol=1e-5, atol=1e-5)
     # An adapter for another task leaves the detector's head alone.
     model.set_adapter("cells")
     assert outputs(model).shape[-1] == 3 and model.config.single_cell_labels == sorted(LAB)
@@ -348,18 +342,6 @@ def test_it_stops_when_it_no_longer_gets_better(smears, base, tmp_path):
     assert [line["epoch"] for line in lines if line["event"] == "evaluation"] == [1, 2, 3]
 
 
-def test_early_stopping_counts_evaluations_and_takes_no_nan():
-    stopping, progress = EarlyStopping(2), Progress()
-    taken = []
-    for step, score in enumerate((0.1, float("nan"), 0.3, 0.3), 1):
-        progress.step = step
-        taken.append(stopping.take(score, progress))
-    assert taken == [True, False, True, False]
-    assert (progress.best, progress.best_step, progress.waited) == (0.3, 3, 1) and not stopping.is_over(progress)
-    assert not stopping.take(0.2, progress) and stopping.is_over(progress)
-    assert not EarlyStopping(None).is_over(progress)
-
-
 def test_old_runs_are_read_and_an_adapter_needs_a_base(smears, base, tmp_path):
     values = run_config(smears, tmp_path).to_dict()
     del values["adapter"], values["optimisation"]["patience"], values["data"]["folds"]
@@ -370,54 +352,6 @@ def test_old_runs_are_read_and_an_adapter_needs_a_base(smears, base, tmp_path):
         adapter_run(smears, base, tmp_path, **{"data.folds": 3, "data.fold": 3}).check()
     with pytest.raises(RunConfigError, match="leave model.trained_parts out"):
         adapter_run(smears, base, tmp_path, **{"model.trained_parts": ["detection_head"]}).check()
-
-
-def test_folds_hold_out_every_image_once_and_keep_slides_together():
-    rows = [
-        {"task": "detection", "image": f"{n}.png", "dataset": "lab", **({"slide": n // 3} if n < 6 else {})}
-        for n in range(9)
-    ]
-    rows[0]["slide"] = "0"
-    rows[1]["slide"] = rows[2]["slide"] = "0"
-    held = [fold_rows({"detection": rows}, 3, fold, 0, held_out=True).get("detection", []) for fold in range(3)]
-    kept = [fold_rows({"detection": rows}, 3, fold, 0, held_out=False)["detection"] for fold in range(3)]
-    names = [[row["image"] for row in part] for part in held]
-    assert sorted(sum(names, [])) == [f"{n}.png" for n in range(9)]
-    assert all(len(a) + len(b) == 9 for a, b in zip(held, kept))
-    assert any({"0.png", "1.png", "2.png"} <= set(part) for part in names)
-    with pytest.raises(DatasetError, match=r"2 images .* cannot be divided into 3 folds"):
-        fold_rows({"detection": rows[:3] + rows[8:]}, 3, 0, 0, held_out=True)
-    with pytest.raises(ValueError, match="Fold 3 of 3"):
-        fold_rows({"detection": rows}, 3, 3, 0, held_out=True)
-
-
-class _Painter(torch.nn.Module):
-    """Finds the cells it is told, calling each by another class."""
-
-    def __init__(self, boxes: torch.Tensor):
-        super().__init__()
-        self.boxes, self.device = boxes, torch.device("cpu")
-
-    def forward(self, task, pixel_values, pixel_mask):
-        logits = torch.full((1, len(self.boxes), 2), -5.0)
-        logits[0, torch.arange(len(self.boxes)), torch.arange(len(self.boxes)) % 2] = 3.0
-        return UniHemaDetectionOutput(logits=logits, pred_boxes=self.boxes[None])
-
-
-def test_boxes_count_whatever_their_class():
-    image = np.zeros((100, 200, 3), np.uint8)
-    boxes = torch.tensor([[0.25, 0.5, 0.2, 0.4], [0.75, 0.5, 0.1, 0.2], [0.1, 0.1, 0.05, 0.05]])
-    truth = [[30, 30, 40, 40], [140, 40, 20, 20]]
-    row = {
-        "task": "detection", "image": image, "file_name": "a", "dataset": "lab", "annotated_classes": ["x"],
-        "objects": {"bbox": truth, "category": ["x", "x"]},
-    }  # fmt: skip
-    processor = unihema.UniHemaProcessor.from_default(detection={"longest_edge": 64})
-    found = class_agnostic_precision(_Painter(boxes[:2]), processor, [row], progress=False)
-    assert found["mAP50"] == pytest.approx(1.0) and (found["rows"], found["cells"]) == (1, 2)
-    half = class_agnostic_precision(_Painter(boxes[1:]), processor, [row], progress=False)
-    # One of two cells is found: precision 1 up to half the recall, 51 of 101 points.
-    assert half["mAP50"] == pytest.approx(51 / 101, abs=1e-6)
 
 
 def test_best_weights_are_put_back(base, tmp_path):

@@ -1,0 +1,25 @@
+"""Parts of the training data that are held out in turn."""
+
+import pytest
+
+from unihema.training.data.folds import fold_rows
+from unihema.training.data.rows import DatasetError
+
+
+def test_folds_hold_out_every_image_once_and_keep_slides_together():
+    rows = [
+        {"task": "detection", "image": f"{n}.png", "dataset": "lab", **({"slide": n // 3} if n < 6 else {})}
+        for n in range(9)
+    ]
+    rows[0]["slide"] = "0"
+    rows[1]["slide"] = rows[2]["slide"] = "0"
+    held = [fold_rows({"detection": rows}, 3, fold, 0, held_out=True).get("detection", []) for fold in range(3)]
+    kept = [fold_rows({"detection": rows}, 3, fold, 0, held_out=False)["detection"] for fold in range(3)]
+    names = [[row["image"] for row in part] for part in held]
+    assert sorted(sum(names, [])) == [f"{n}.png" for n in range(9)]
+    assert all(len(a) + len(b) == 9 for a, b in zip(held, kept))
+    assert any({"0.png", "1.png", "2.png"} <= set(part) for part in names)
+    with pytest.raises(DatasetError, match=r"2 images .* cannot be divided into 3 folds"):
+        fold_rows({"detection": rows[:3] + rows[8:]}, 3, 0, 0, held_out=True)
+    with pytest.raises(ValueError, match="Fold 3 of 3"):
+        fold_rows({"detection": rows}, 3, 3, 0, held_out=True)
