@@ -11,12 +11,13 @@ from unihema.training.data.rows import Row
 
 
 ATTRIBUTES = "attributes"
-COMPARED = ("detection", ATTRIBUTES, "segmentation", "single_cell", "question_answering", "cloze")
+# Fields first, then crops: what is asked of one image comes together.
+COMPARED = ("detection", "segmentation", ATTRIBUTES, "single_cell", "question_answering", "cloze")
 # The figures of each; the first decides.
 FIGURES = {
     "detection": ("mAP50", "mAP"),
-    ATTRIBUTES: ("macro_f1", "accuracy"),
     "segmentation": ("dice", "iou"),
+    ATTRIBUTES: ("macro_f1", "accuracy"),
     "single_cell": ("macro_f1", "accuracy"),
     "question_answering": ("exact_match", "bleu4"),
     "cloze": ("exact_match", "bleu4"),

@@ -11,6 +11,7 @@ from benchmarks.quality.peer import Peer, model_inputs
 from benchmarks.quality.peers import PEERS
 from unihema.files import write_atomically
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
+from unihema.processing_unihema.prompts import LANGUAGE_TASKS
 from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.label_names import as_known
 from unihema.training.data.rows import Row
@@ -36,7 +37,7 @@ def load_peer(folder: Path) -> Peer:
 
 
 def save_example(folder: Path, compared: str, model, processor, rows: list[Row]) -> None:
-    """Saves the inputs of the first validation image, with one question where the task has some.
+    """Saves the inputs of the first validation image; where the task has questions one of them, and its true answer's tokens.
 
     Args:
         folder (`Path`): Of the model.
@@ -59,7 +60,10 @@ def save_example(folder: Path, compared: str, model, processor, rows: list[Row])
         evaluation=True,
         text_only=model.model.reads_text_alone,
     )
-    inputs = {name: value.contiguous() for name, value in model_inputs(dataset.collate([dataset[0]])).items()}
+    batch = dataset.collate([dataset[0]])
+    inputs = {name: value.contiguous() for name, value in model_inputs(batch).items()}
+    if task in LANGUAGE_TASKS:
+        inputs["labels"] = batch["labels"]
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(_example(folder, compared), lambda file: file.write(save(inputs)))
 

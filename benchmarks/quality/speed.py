@@ -16,7 +16,6 @@ from unihema.checkpoint import load_checkpoint
 from unihema.processing_unihema.prompts import LANGUAGE_TASKS
 
 
-LONGEST_ANSWER = 64
 ALL_PEERS = "all peers"
 # One field and one cell are looked at for all that is asked of them, by every model; what it is the image of.
 _IMAGE_OF = {
@@ -60,7 +59,10 @@ def _inputs(folder: Path, own: Path, compared: str) -> dict[str, torch.Tensor]:
 
 def _runner(model, task: str, inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
     if task in LANGUAGE_TASKS:
-        return lambda: model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, num_beams=1, do_sample=False)
+        # As many tokens as the true answer has: no model is faster for saying less.
+        tokens = int((inputs.pop("labels") >= 0).sum())
+        length = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+        return lambda: model.generate(**inputs, **length, num_beams=1, do_sample=False)
     return lambda: model(task=task, **inputs)
 
 
@@ -89,7 +91,7 @@ def measure(
 
     def afresh(items: Sequence[str]) -> Callable[[], None]:
         def one_after_another() -> None:
-            model.model._image_memory.forget()
+            model.model.image_memory.forget()
             for item in items:
                 run[item]()
 
