@@ -198,25 +198,26 @@ def slopes(
     """
     heads, samples = weights.shape[1], weights.shape[2:]
     upper_left, upper_right, lower_left, lower_right = (
-        products.unflatten(0, (-1, heads)).unflatten(2, (4, *samples)).unbind(2)
+        products.unflatten(0, (-1, heads)).unflatten(2, (4, *samples)).movedim(2, 0).contiguous()
     )
     (at_left, to_left), (at_right, to_right) = _share(right), _share(right - places.step_right)
     (above, to_above), (below, to_below) = _share(down), _share(down - places.step_down)
-    upper = upper_left * at_left + upper_right * at_right
-    lower = lower_left * at_left + lower_right * at_right
-    along_x = (upper_left * above + lower_left * below) * to_left + (
-        upper_right * above + lower_right * below
-    ) * to_right
-    along_y = upper * to_above + lower * to_below
-    along = torch.stack((along_x * weights * places.width, along_y * weights * places.height), -1)
-    counts = torch.stack([count.flatten() for count in corner_weights(right, down, weights, places)])
-    return along, upper * above + lower * below, counts
+    left = torch.addcmul(upper_left * above, lower_left, below)
+    along_x = torch.addcmul(left * to_left, torch.addcmul(upper_right * above, lower_right, below), to_right)
+    upper = torch.addcmul(upper_left * at_left, upper_right, at_right)
+    lower = torch.addcmul(lower_left * at_left, lower_right, at_right)
+    along_y = torch.addcmul(upper * to_above, lower, to_below)
+    of_weights = torch.addcmul(upper * above, lower, below)
+    along = torch.stack((along_x.mul_(weights).mul_(places.width), along_y.mul_(weights).mul_(places.height)), -1)
+    at_left, at_right = at_left * weights, at_right * weights
+    counts = torch.stack((at_left * above, at_right * above, at_left * below, at_right * below)).flatten(1)
+    return along, of_weights, counts
 
 
 def _share(beyond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What a pixel counts along an axis by how far the point is beyond it, and how that grows with the point."""
-    share = 1 - beyond.abs().clamp_(max=1)
-    return share, ((beyond > -1) & (beyond < 0)).to(beyond.dtype) - ((beyond >= 0) & (beyond < 1)).to(beyond.dtype)
+    grows = torch.where(beyond < 0, 1.0, -1.0).masked_fill_((beyond < -1) | (beyond >= 1), 0)
+    return 1 - beyond.abs().clamp_(max=1), grows
 
 
 class Arithmetic(NamedTuple):
