@@ -291,6 +291,8 @@ def test_page_says_what_the_comparison_has(made_up):
     text = page(comparison(made_up, {"rt_detr_v2": times}), had)
     assert "| detection | UniHema, all tasks in one | mAP50 0.600 (0.500 to 0.700); mAP 0.300 | 5 | 10 | 8.00 |" in text
     assert "| RT-DETRv2 | mAP50 0.500; mAP 0.200 | 5 | 10 | 7.00 | 10.0 | 9.0 | 400 | 2.0 | 1.5 | 0.001 |" in text
+    noted = page(comparison(made_up, {}), had | {"note": "Peers of another day."})
+    assert "\n\nPeers of another day.\n\n" in noted and "Peers of another day." not in text
     assert "mAP50 none; mAP none" in text and "at least as good as the best peer on 1 of 2 tasks" in text
     assert "| detection | a | 4 | UniHema, all tasks in one | mAP50 | 0.700 |" in text
     assert "| detection | b | 6 | UniHema, all tasks in one | mAP50 | none |" in text

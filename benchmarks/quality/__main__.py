@@ -42,6 +42,9 @@ def quality(
     learning_rate: list[str] = typer.Option([], help="Learning rate of a peer, PEER=RATE; may be repeated."),
     rename: list[str] = typer.Option([], help="New name of a class, platelet=Platelets; may be repeated."),
     samples: int = typer.Option(None, help="Measure on about this many rows of a task, the same for all models."),
+    note: str = typer.Option(
+        None, help="What else a reader of the page must know, such as where finished peers come from."
+    ),
     rounds: int = typer.Option(10, min=1, help="Timed rounds."),
     setting: list[str] = typer.Option([], "--set", help="Any other setting of run_config.json, NAME=JSON."),
     config: Path = typer.Option(None, help="A run_config.json to take settings from, instead of the tiny preset's."),
@@ -81,6 +84,7 @@ def quality(
         "start": settings.model.backbone_weights,
         "seed": settings.optimisation.seed,
         "device": results[peers[0]]["trained"]["device"],
+        "note": note,
     }
     docs = output if docs is None else docs
     write_json(docs / "benchmarks" / "peers.json", {"conditions": had, **compared})

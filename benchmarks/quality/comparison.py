@@ -67,8 +67,9 @@ def compare(
         DatasetError: Data that cannot be used.
         TrainingError: See `train_peer`.
     """
-    attributes = config.data.attributes_as_detection or True
-    config = config.with_overrides({"data.attributes_as_detection": attributes, "model.trained_parts": None})
+    if not config.data.attributes_as_detection:
+        config = config.with_overrides({"data.attributes_as_detection": True})
+    config = config.with_overrides({"model.trained_parts": None})
     config.check()
     if config.optimisation.time_limit_minutes is None and config.optimisation.max_steps is None:
         raise RunConfigError("No budget: give the minutes of each peer (--minutes).")
@@ -80,13 +81,13 @@ def compare(
     rates = {name: PEERS[name].learning_rate for name in names} | dict(learning_rates or {})
     if unknown := [name for name in rates if name not in names]:
         raise RunConfigError(f"--learning-rate {unknown[0]}: no such peer is trained; those are {', '.join(names)}.")
-    compared = list(dict.fromkeys(PEERS[name].compared for name in names))
-    found = compared_rows(validation_rows(config, dict.fromkeys(map(task_of, compared))))
-    if missing := [one for one in compared if one not in found]:
+    wanted = list(dict.fromkeys(PEERS[name].compared for name in names))
+    val_rows = compared_rows(validation_rows(config, dict.fromkeys(map(task_of, wanted))))
+    if missing := [compared for compared in wanted if compared not in val_rows]:
         raise RunConfigError(
             f"Nothing to measure {missing[0]} on: split '{config.data.val_split}' of the folders has none."
         )
-    val_rows = {one: found[one] for one in compared}
+    val_rows = {compared: val_rows[compared] for compared in wanted}
     found = {UNIHEMA: _unihema(config, checkpoint, val_rows, results)}
     for name in names:
         compared = PEERS[name].compared
@@ -162,7 +163,6 @@ def _peer(
     save_peer(peer, folder)
     result = {
         "settings": settings,
-        "task": task,
         "parameters": _parameters(peer),
         "backbone_parameters": _parameters(peer.backbone_network) if peer.backbone_part else 0,
         "trained": trained,

@@ -1,7 +1,5 @@
 """The backbone with linear heads for single cells and their attributes, and inside a U-Net for masks."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -18,66 +16,60 @@ DECODER_CHANNELS = (128, 64, 32, 16, 16)
 IGNORED = -100
 
 
-def pooled(backbone: nn.Module, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean of a backbone's last map over the image, `[B, channels]`."""
-    last = backbone(pixel_values).feature_maps[-1]
-    valid = valid_at(None if pixel_mask is None else pixel_mask.bool(), last)
-    weight = torch.ones_like(last[:, :1]) if valid is None else valid[:, None].to(last.dtype)
-    return (last * weight).sum((2, 3)) / weight.sum((2, 3))
+class PooledHead(Peer):
+    """The whole backbone, fine-tuned, under a linear layer on its last map's mean over the image.
 
+    Args:
+        config (`UniHemaConfig`): See [`Peer`].
+        outputs (`int`): Width of the layer.
+    """
 
-class LinearHead(Peer):
-    """The whole backbone, fine-tuned, under a linear layer on its last map's mean over the image."""
-
-    def __init__(self, config: UniHemaConfig):
+    def __init__(self, config: UniHemaConfig, outputs: int):
         super().__init__(config)
         self.backbone = make_backbone(config)
         self.dropout = nn.Dropout(config.single_cell_dropout)
-        self.head = nn.Linear(self.backbone.channels[-1], len(config.single_cell_labels))
+        self.head = nn.Linear(self.backbone.channels[-1], outputs)
         self.freeze_norms()
 
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        pixel_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs,
-    ) -> ImageClassifierOutput:
+    def read(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> torch.Tensor:
+        """Logits `[B, outputs]` of images `[B, 3, H, W]`; `pixel_mask` `[B, H, W]` is 1 on the image."""
+        last = self.backbone(pixel_values).feature_maps[-1]
+        valid = valid_at(None if pixel_mask is None else pixel_mask.bool(), last)
+        weight = torch.ones_like(last[:, :1]) if valid is None else valid[:, None].to(last.dtype)
+        pooled = (last * weight).sum((2, 3)) / weight.sum((2, 3))
+        return self.head(self.dropout(pooled))
+
+
+class LinearHead(PooledHead):
+    """Names the cell of a crop."""
+
+    def __init__(self, config: UniHemaConfig):
+        super().__init__(config, len(config.single_cell_labels))
+
+    def forward(self, pixel_values, pixel_mask=None, labels=None, **kwargs) -> ImageClassifierOutput:
         """
         Args:
-            pixel_values (`torch.Tensor`): `[B, 3, H, W]`.
-            pixel_mask (`torch.Tensor`, *optional*): `[B, H, W]`, 1 on the image.
+            pixel_values, pixel_mask (`torch.Tensor`): See [`PooledHead.read`].
             labels (`torch.Tensor`, *optional*): `[B]`.
         """
-        logits = self.head(self.dropout(pooled(self.backbone, pixel_values, pixel_mask)))
+        logits = self.read(pixel_values, pixel_mask)
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 
-class AttributeHeads(Peer):
-    """The same under a linear layer for each attribute. To evaluation it is a detector that finds one cell, the crop."""
+class AttributeHeads(PooledHead):
+    """Reads the attributes of a crop's cell. To evaluation it is a detector that finds one cell, the crop."""
 
     def __init__(self, config: UniHemaConfig):
-        super().__init__(config)
-        self.backbone = make_backbone(config)
-        self.dropout = nn.Dropout(config.single_cell_dropout)
-        self.heads = nn.Linear(self.backbone.channels[-1], sum(config.morphology_sizes))
-        self.freeze_norms()
+        super().__init__(config, sum(config.morphology_sizes))
 
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        pixel_mask: torch.Tensor | None = None,
-        labels: Sequence[dict[str, torch.Tensor]] | None = None,
-        **kwargs,
-    ) -> UniHemaDetectionOutput:
+    def forward(self, pixel_values, pixel_mask=None, labels=None, **kwargs) -> UniHemaDetectionOutput:
         """
         Args:
-            pixel_values (`torch.Tensor`): `[B, 3, H, W]`.
-            pixel_mask (`torch.Tensor`, *optional*): `[B, H, W]`, 1 on the image.
+            pixel_values, pixel_mask (`torch.Tensor`): See [`PooledHead.read`].
             labels (`Sequence[dict[str, torch.Tensor]]`, *optional*): As UniHema's, of one cell an image.
         """
-        attributes = self.heads(self.dropout(pooled(self.backbone, pixel_values, pixel_mask)))
+        attributes = self.read(pixel_values, pixel_mask)
         loss = None
         if labels is not None:
             values = torch.cat([of_image["morphology"] for of_image in labels]).to(attributes.device)

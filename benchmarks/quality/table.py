@@ -107,7 +107,7 @@ def page(compared: Mapping[str, Any], conditions: Mapping[str, Any]) -> str:
     Args:
         compared (`Mapping[str, Any]`): Of [`comparison`].
         conditions (`Mapping[str, Any]`): `command`, `processor`, `threads`, `load`, `torch`, `transformers`, `folders`,
-            `minutes`, `image_sizes`, `seed`, `start`, `device`.
+            `minutes`, `image_sizes`, `seed`, `start`, `device`; `note` where there is more to say.
     """
     had = conditions
     sizes = ", ".join(f"{task} {max(size.values())}" for task, size in had["image_sizes"].items())
@@ -125,6 +125,7 @@ def page(compared: Mapping[str, Any], conditions: Mapping[str, Any]) -> str:
         "cell for the others, and answers as long as the true one; medians of interleaved rounds, without reading the image and "
         f"making results of outputs; the machine's load was {had['load']:.1f} when it began. Memory is the largest of a process "
         "that has the model only, Python and its libraries included.",
+        *(("", had["note"]) if had.get("note") else ()),
         "",
         "| task | model | figures (95 % interval) | images | rows | parameters, M | ms | processor ms | peak MB | minutes "
         "| passes | learning rate |",
