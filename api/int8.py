@@ -53,6 +53,9 @@ def to_int8(model: "UniHemaPreTrainedModel") -> "UniHemaPreTrainedModel":
         )
     if torch.backends.quantized.engine == "none":
         raise ValueError("int8: this build of PyTorch has no int8 kernels; run without it.")
+    from .modeling_unihema.inference_linear import with_plain_linears
+
+    with_plain_linears(model)
     names = [
         name
         for name, part in model.named_modules()
@@ -65,6 +68,8 @@ def to_int8(model: "UniHemaPreTrainedModel") -> "UniHemaPreTrainedModel":
         model.eval().requires_grad_(False)
         quantize_dynamic(model, dict.fromkeys(names, default_dynamic_qconfig), dtype=torch.qint8, inplace=True)
     setattr(model, _MARK, True)
+    # A layer's inputs are quantised together, so that tokens tried out would change the ones before them.
+    model.drafts_answers = False
     # The new layers start in training mode.
     return model.eval()
 

@@ -3,11 +3,13 @@
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import CandidateGenerator, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .answer_drafts import DRAFT_TOKENS, AnswerDrafts, AnswerMemory, takes_drafts
 from .configuration_unihema import UniHemaConfig
+from .inference_linear import InferenceLinear
 from .losses import text_loss
 from .outputs import UniHemaLanguageOutput
 from .text_branch import CACHE_NAME
@@ -37,9 +39,21 @@ class _QuestionEncoder:
     __call__ = forward
 
 
-class UniHemaForQA(UniHemaPreTrainedModel, GenerationMixin):
-    """Answers a question about an image, and fills in a masked sentence. Both are generated, looking at the image."""
+def _is_single(input_ids=None, inputs=None, encoder_outputs=None, **kwargs) -> bool:
+    given = (input_ids, inputs, None if encoder_outputs is None else encoder_outputs[0])
+    return all(len(rows) == 1 for rows in given if rows is not None)
 
+
+class UniHemaForQA(UniHemaPreTrainedModel, GenerationMixin):
+    """Answers a question about an image, and fills in a masked sentence. Both are generated, looking at the image.
+
+    Attributes:
+        drafts_answers (`bool`): Whether `generate` lets the decoder check several drafted tokens in one pass. An answer is
+            the same up to float rounding.
+        answer_memory ([`AnswerMemory`]): Answers given last, which drafts are looked up in; `forget()` frees it.
+    """
+
+    drafts_answers = True
     tasks = LANGUAGE_TASKS
     main_input_name = "input_ids"
     _keys_to_ignore_on_load_unexpected = skippable_keys(tasks)
@@ -54,7 +68,8 @@ class UniHemaForQA(UniHemaPreTrainedModel, GenerationMixin):
             self._freeze_parts()
 
     def _build_head(self, config: UniHemaConfig) -> None:
-        self.lm_head = nn.Linear(config.text_config.d_model, config.text_config.vocab_size, bias=False)
+        self.answer_memory = AnswerMemory()
+        self.lm_head = InferenceLinear(config.text_config.d_model, config.text_config.vocab_size, bias=False)
         self._tied_weights_keys = (
             {"lm_head.weight": "model.text_branch.shared.weight"} if config.tie_word_embeddings else {}
         )
@@ -88,6 +103,9 @@ class UniHemaForQA(UniHemaPreTrainedModel, GenerationMixin):
         """Answers, as [`~GenerationMixin.generate`] does, also in the midst of training: dropout, batch statistics and
         checkpointing of activations are set aside, and every part is back in its mode afterwards.
 
+        A single greedy answer is drafted from the question and earlier answers, see `drafts_answers`; with
+        `prompt_lookup_num_tokens=None` it is not.
+
         Args:
             *args, **kwargs: Those of `forward` that describe image and question, and settings of generation.
 
@@ -96,14 +114,34 @@ class UniHemaForQA(UniHemaPreTrainedModel, GenerationMixin):
         """
         if not args and all(kwargs.get(name) is None for name in ("inputs", "input_ids", "encoder_outputs")):
             raise ValueError("input_ids is missing: a question or a masked sentence is needed to generate text.")
+        config = kwargs.get("generation_config") or self.generation_config
+        if self.drafts_answers and not args and _is_single(**kwargs) and takes_drafts(config, kwargs):
+            kwargs["prompt_lookup_num_tokens"] = DRAFT_TOKENS
         training = [module for module in self.modules() if module.training]
         for module in training:
             module.training = False
         try:
-            return super().generate(*args, **kwargs)
+            answers = super().generate(*args, **kwargs)
         finally:
             for module in training:
                 module.training = True
+        self.answer_memory.remember(answers if isinstance(answers, torch.Tensor) else answers.sequences)
+        return answers
+
+    def _get_candidate_generator(
+        self, generation_config, input_ids, inputs_tensor, *args, **kwargs
+    ) -> CandidateGenerator:
+        if generation_config.prompt_lookup_num_tokens is None:
+            return super()._get_candidate_generator(generation_config, input_ids, inputs_tensor, *args, **kwargs)
+        is_text = inputs_tensor is not None and not inputs_tensor.is_floating_point()
+        question = inputs_tensor[0].tolist() if is_text else []
+        ends = generation_config.eos_token_id
+        return AnswerDrafts(
+            (*self.answer_memory.tokens, *question),
+            generation_config.prompt_lookup_num_tokens,
+            generation_config.max_length,
+            ends if isinstance(ends, list) else [ends],
+        )
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         """Labels `[B, T]` shifted right behind the start token, -100 turned into padding."""

@@ -1,0 +1,137 @@
+"""Drafts of an answer, so that one pass of the decoder can settle several tokens (prompt lookup: the continuation of what the
+last tokens matched earlier in the text, checked by the model itself as in speculative decoding, arXiv 2211.17192)."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import CandidateGenerator, GenerationMode
+
+
+# Longest draft.
+DRAFT_TOKENS = 12
+# Tokens drafted after so many matched ones: a chance match is soon wrong, and up to four rows cost what one does.
+_LENGTHS = {3: DRAFT_TOKENS, 2: 8, 1: 3}
+_KEPT_TOKENS = 400
+
+# What sees, or decides, token by token.
+_PER_TOKEN_ARGUMENTS = (
+    "assistant_model",
+    "custom_generate",
+    "decoder_input_ids",
+    "logits_processor",
+    "prefix_allowed_tokens_fn",
+    "stopping_criteria",
+    "streamer",
+    "synced_gpus",
+)
+_PER_TOKEN_SETTINGS = (
+    "cache_implementation",
+    "guidance_scale",
+    "max_time",
+    "output_attentions",
+    "output_hidden_states",
+    "num_return_sequences",
+    "stop_strings",
+    "watermarking_config",
+)
+
+
+class AnswerMemory:
+    """The tokens of the answers given last: the next ones are often worded like them."""
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
+        """Frees what is kept."""
+        self.tokens: tuple[int, ...] = ()
+
+    def remember(self, answers: torch.Tensor) -> None:
+        """Keeps answers, the oldest making room.
+
+        Args:
+            answers (`torch.Tensor`): Generated tokens `[B, T]`, the start token first.
+        """
+        # Assigned at once: another thread may be reading.
+        self.tokens = (self.tokens + tuple(answers.flatten().tolist()))[-_KEPT_TOKENS:]
+
+    def __deepcopy__(self, memo) -> "AnswerMemory":
+        return AnswerMemory()
+
+
+class AnswerDrafts(CandidateGenerator):
+    """Drafts from the question, earlier answers, and the answer so far.
+
+    A masked sentence is mostly copied from the question, and answers repeat each other's phrases.
+
+    Args:
+        earlier (`Iterable[int]`): Tokens to look up in, the likeliest last.
+        longest (`int`): Most tokens of a draft.
+        max_length (`int`): Of the whole answer, start token included.
+        ends (`Iterable[int]`): Tokens that end an answer; they are never drafted.
+    """
+
+    def __init__(self, earlier: Iterable[int], longest: int, max_length: int, ends: Iterable[int]):
+        self.earlier = list(earlier)
+        self.longest = longest
+        self.max_length = max_length
+        self.ends = set(ends)
+
+    def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, None]:
+        """The answer so far `[1, T]` with a draft behind it `[1, T + n]`; without, where nothing matches."""
+        answer = input_ids[0].tolist()
+        # The pass that checks a draft adds a token of its own.
+        room = min(self.longest, self.max_length - len(answer) - 1)
+        draft = self._continuation(answer)[: max(room, 0)]
+        return torch.cat((input_ids, input_ids.new_tensor([draft])), dim=1), None
+
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int):
+        """Nothing to learn: every draft is looked up anew."""
+
+    def _continuation(self, answer: list[int]) -> list[int]:
+        text = self.earlier + answer
+        for matched, length in _LENGTHS.items():
+            if matched > len(answer):
+                continue
+            end = answer[-matched:]
+            for start in range(len(text) - matched - 1, -1, -1):
+                if text[start : start + matched] == end:
+                    draft = self._following(text, start + matched, length)
+                    if draft:
+                        return draft
+        return []
+
+    def _following(self, text: list[int], start: int, length: int) -> list[int]:
+        # A match near the end goes round: what follows the text is what follows the match.
+        period = len(text) - start
+        draft = []
+        for step in range(length):
+            token = text[start + step % period]
+            if token in self.ends:
+                break
+            draft.append(token)
+        return draft
+
+
+def takes_drafts(config: GenerationConfig, arguments: dict[str, Any]) -> bool:
+    """Whether drafts leave an answer what it is: a greedy one, nothing waiting for single tokens.
+
+    Args:
+        config (`GenerationConfig`): The settings that `arguments` change.
+        arguments (`dict[str, Any]`): Of a call of `generate` for one question.
+    """
+    if any(arguments.get(name) is not None for name in _PER_TOKEN_ARGUMENTS) or "prompt_lookup_num_tokens" in arguments:
+        return False
+    config = copy.deepcopy(config)
+    config.update(**arguments)
+    return (
+        config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
+        and config.use_cache is not False
+        and not any(getattr(config, name, None) not in (None, False, 1) for name in _PER_TOKEN_SETTINGS)
+    )
+
+
+__all__ = ["DRAFT_TOKENS", "AnswerDrafts", "AnswerMemory", "takes_drafts"]

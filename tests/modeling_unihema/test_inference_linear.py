@@ -1,0 +1,93 @@
+"""Linear layers in another order of work: the same results, and only where it may be."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from unihema.modeling_unihema import inference_linear
+from unihema.modeling_unihema.inference_linear import InferenceLinear, with_inference_linears, with_plain_linears
+
+
+SHAPES = [(512, 768), (768, 512), (600, 600)]
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often the plain layer ran."""
+    calls = []
+    plain = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, states: calls.append(1) or plain(self, states))
+    return calls
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (2,), (2, 2), (5,), (1, 9), (3, 40), ()])
+@torch.no_grad()
+def test_results_are_those_of_a_plain_layer(counted, rows, shape, bias):
+    torch.manual_seed(0)
+    layer = InferenceLinear(*shape, bias=bias)
+    states = torch.randn(*rows, shape[0])
+    found = layer(states)
+    assert not counted
+    expected = nn.functional.linear(states.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_states_that_are_not_contiguous_in_memory():
+    layer = InferenceLinear(768, 512)
+    for states in (torch.randn(768, 3).t(), torch.randn(9, 1536)[:, ::2], torch.randn(1, 768).expand(4, -1)):
+        with torch.no_grad():
+            torch.testing.assert_close(
+                layer(states), nn.functional.linear(states, layer.weight, layer.bias), rtol=0, atol=1e-5
+            )
+
+
+def test_gradients_small_weights_other_dtypes_and_autocast_take_the_plain_layer(counted):
+    layer = InferenceLinear(768, 512)
+    states = torch.randn(2, 768)
+    layer(states).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad():
+        InferenceLinear(16, 16)(torch.randn(2, 16))
+        copy.deepcopy(layer).double()(states.double())
+        layer(states[:0])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(states).dtype == torch.bfloat16
+    assert len(counted) == 5
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(2, 767))
+
+
+@torch.no_grad()
+def test_graphs_hold_the_plain_layer():
+    layer, states = InferenceLinear(768, 512).eval(), torch.randn(2, 768)
+    expected = layer(states)
+    exported = torch.export.export(layer, (states,))
+    assert not any("mkldnn" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(states), expected, rtol=0, atol=1e-5)
+    traced = torch.jit.trace(layer, states)
+    traced = torch.jit.load(io.BytesIO(traced.save_to_buffer()))
+    torch.testing.assert_close(traced(states), expected, rtol=0, atol=1e-5)
+
+
+def test_layers_change_in_place_and_back():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    names = list(model.state_dict())
+    assert with_inference_linears(model) is model
+    assert [type(part) for part in model.modules() if isinstance(part, nn.Linear)] == [InferenceLinear] * 2
+    assert list(model.state_dict()) == names
+    assert [type(part) for part in with_plain_linears(model).modules() if isinstance(part, nn.Linear)] == [
+        nn.Linear
+    ] * 2
+
+
+@torch.no_grad()
+def test_without_onednn_the_plain_layer_runs(counted, monkeypatch):
+    monkeypatch.setattr(inference_linear.torch.backends.mkldnn, "is_available", lambda: False)
+    InferenceLinear(768, 512)(torch.randn(9, 768))
+    assert counted
