@@ -71,7 +71,7 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Times all models in turn, then each one's memory in a process of its own.
 
-    UniHema forgets the image before it is asked anew; where it does all tasks, tasks on the same image share it.
+    UniHema forgets the image and its answers before it is asked anew; where it does all tasks, tasks on the same image share it.
 
     Args:
         folder (`Path`): Of the comparison.
@@ -92,6 +92,7 @@ def measure(
     def afresh(items: Sequence[str]) -> Callable[[], None]:
         def one_after_another() -> None:
             model.model.image_memory.forget()
+            model.answer_memory.forget()
             for item in items:
                 run[item]()
 
