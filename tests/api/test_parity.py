@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from unihema.parity import compare_arrays, official_value, parity, parity_table
+from unihema.parity import compare_arrays, official_value, parity, parity_table, ranked_as_recorded
 
 
 def test_every_recorded_array_is_reproduced(official_dir):
@@ -22,6 +22,14 @@ def test_a_difference_is_seen():
     assert not row.passed and row.difference == pytest.approx(1e-3, rel=1e-3)
     assert not compare_arrays("topk_indices", torch.tensor([1, 2]), torch.tensor([1, 3])).passed
     assert "**differs**" in parity_table([row])
+
+
+def test_only_ties_are_ranked_as_recorded():
+    scores = torch.tensor([0.9, 0.8, 0.8 - 5e-7, 0.7, 0.6])
+    cells = {"labels": torch.tensor([1, 3, 2, 5, 4]), "boxes": torch.arange(5)}
+    found = ranked_as_recorded(cells, scores, torch.tensor([1, 2, 3, 4, 5]))
+    assert found["labels"].tolist() == [1, 2, 3, 5, 4]
+    assert found["boxes"].tolist() == [0, 2, 1, 3, 4]
 
 
 def test_the_filling_rule():
