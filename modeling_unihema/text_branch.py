@@ -12,7 +12,6 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPa
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from .configuration_unihema import UniHemaConfig
-from .inference_linear import with_inference_linears
 from .kept_results import keeping_state
 
 
@@ -47,7 +46,7 @@ class TextBranch(nn.Module):
 
     @staticmethod
     def _stack(stack_config: PreTrainedConfig) -> T5Stack:
-        stack = with_inference_linears(T5Stack(stack_config))
+        stack = T5Stack(stack_config)
         # Both stacks are given embedded tokens, so that the shared embedding exists (and is saved) once.
         stack.embed_tokens = None
         return stack

@@ -17,6 +17,7 @@ from .hema_former import CrossModalFusion, HemaFormer, SingleCellFeatureExtracti
 from .image_decoder import ImageDecoder, ImageDecoderLayer, QuerySelection
 from .image_encoder import ImageEncoder, ImageEncoderLayer
 from .image_memory import ImageMemory
+from .inference_linear import with_inference_linears
 from .outputs import UniHemaModelOutput
 from .text_branch import TextBranch
 from .visual_backbone import FeatureLevels, VisualBackbone
@@ -182,6 +183,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
         self._keys_to_ignore_on_load_unexpected = [
             pattern for head in _HEAD_KEYS.values() for pattern in (head, head.replace("^", "^model."))
         ]
+        with_inference_linears(self)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

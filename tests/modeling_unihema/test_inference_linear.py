@@ -75,6 +75,30 @@ def test_graphs_hold_the_plain_layer():
     torch.testing.assert_close(traced(states), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_compiled_without_gradients_and_with_them(bias):
+    layer = InferenceLinear(768, 512, bias=bias).eval()
+    compiled = torch.compile(layer)
+    for rows in ((1,), (2, 7), (40,), (41,)):
+        states = torch.randn(*rows, 768)
+        expected = nn.functional.linear(states, layer.weight, layer.bias)
+        torch.testing.assert_close(compiled(states), expected, rtol=0, atol=1e-5)
+    with torch.enable_grad():
+        compiled(states).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, states.sum(0).expand(512, -1), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_many_rows_of_a_small_weight(counted):
+    layer, states = InferenceLinear(64, 96), torch.randn(2, 400, 64)
+    layer(states[:, :9])
+    assert len(counted) == 1
+    expected = nn.functional.linear(states, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(states), expected, rtol=0, atol=1e-5)
+    assert len(counted) == 1
+
+
 def test_layers_change_in_place_and_back():
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
     names = list(model.state_dict())
@@ -88,6 +112,6 @@ def test_layers_change_in_place_and_back():
 
 @torch.no_grad()
 def test_without_onednn_the_plain_layer_runs(counted, monkeypatch):
-    monkeypatch.setattr(inference_linear.torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(inference_linear, "_HAS_ONEDNN", False)
     InferenceLinear(768, 512)(torch.randn(9, 768))
     assert counted
