@@ -15,6 +15,12 @@ TITLES = {
     "memory": "Largest resident memory",
 }
 
+NOTES = {
+    "tasks": "Everything is every part once, the image looked at once. Answers have 32 tokens; other random questions in every "
+    "round, nothing remembered of earlier answers. Random weights repeat themselves more than trained ones on a question, and "
+    "less than those on a masked sentence: see docs/tasks.md for passes on a trained checkpoint.",
+}
+
 
 def page(results: dict, exponents: dict[str, float]) -> str:
     """Markdown of all sections that were measured.
@@ -45,6 +51,8 @@ def page(results: dict, exponents: dict[str, float]) -> str:
                     "when it began.",
                     "",
                 ]
+            if section in NOTES:
+                lines += [NOTES[section], ""]
             lines += [_markdown(table), ""]
     if exponents:
         lines += ["## Growth", "", "![time by pixels](benchmarks/growth.png)", ""]
