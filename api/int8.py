@@ -37,8 +37,8 @@ def to_int8(model: "UniHemaPreTrainedModel") -> "UniHemaPreTrainedModel":
         The same model.
 
     Raises:
-        ValueError: The model is on another device, in another dtype, quantised already or no PyTorch model, or this
-            build of PyTorch has no int8 kernels.
+        ValueError: The model is on another device, in another dtype, quantised already, no PyTorch model or without
+            linear layers, or this build of PyTorch has no int8 kernels.
     """
     import torch
     from torch import nn
@@ -61,6 +61,8 @@ def to_int8(model: "UniHemaPreTrainedModel") -> "UniHemaPreTrainedModel":
         for name, part in model.named_modules()
         if type(part) is nn.Linear and not any(kept in name.split(".") for kept in _KEPT)
     ]
+    if not names:
+        raise ValueError("int8: this model has no linear layer to quantise.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.ao.quantization import default_dynamic_qconfig, quantize_dynamic

@@ -1,7 +1,6 @@
 """Drafts of an answer, so that one pass of the decoder can settle several tokens (prompt lookup: the continuation of what the
 last tokens matched earlier in the text, checked by the model itself as in speculative decoding, arXiv 2211.17192)."""
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,24 +18,17 @@ _KEPT_TOKENS = 400
 # What sees, or decides, token by token.
 _PER_TOKEN_ARGUMENTS = (
     "assistant_model",
+    "cache",
     "custom_generate",
     "decoder_input_ids",
     "logits_processor",
+    "past_key_values",
     "prefix_allowed_tokens_fn",
     "stopping_criteria",
     "streamer",
     "synced_gpus",
 )
-_PER_TOKEN_SETTINGS = (
-    "cache_implementation",
-    "guidance_scale",
-    "max_time",
-    "output_attentions",
-    "output_hidden_states",
-    "num_return_sequences",
-    "stop_strings",
-    "watermarking_config",
-)
+_PER_TOKEN_SETTINGS = ("cache_implementation", "max_time", "stop_strings", "watermarking_config")
 
 
 class AnswerMemory:
@@ -49,17 +41,25 @@ class AnswerMemory:
         """Frees what is kept."""
         self.tokens: tuple[int, ...] = ()
 
-    def remember(self, answers: torch.Tensor) -> None:
+    def remember(self, answers: torch.Tensor, padding: int | None) -> None:
         """Keeps answers, the oldest making room.
 
         Args:
             answers (`torch.Tensor`): Generated tokens `[B, T]`, the start token first.
+            padding (`int`, *optional*): The token behind shorter answers.
         """
+        new = [token for start, *rest in answers.tolist() for token in (start, *without(rest, padding))]
         # Assigned at once: another thread may be reading.
-        self.tokens = (self.tokens + tuple(answers.flatten().tolist()))[-_KEPT_TOKENS:]
+        self.tokens = (*self.tokens, *new)[-_KEPT_TOKENS:]
 
-    def __deepcopy__(self, memo) -> "AnswerMemory":
-        return AnswerMemory()
+    def __reduce__(self) -> tuple:
+        # Neither a copy nor a file holds what was said about someone's images.
+        return AnswerMemory, ()
+
+
+def without(tokens: list[int], padding: int | None) -> list[int]:
+    """Tokens of a text without its padding."""
+    return [token for token in tokens if token != padding]
 
 
 class AnswerDrafts(CandidateGenerator):
@@ -71,14 +71,16 @@ class AnswerDrafts(CandidateGenerator):
         earlier (`Iterable[int]`): Tokens to look up in, the likeliest last.
         longest (`int`): Most tokens of a draft.
         max_length (`int`): Of the whole answer, start token included.
-        ends (`Iterable[int]`): Tokens that end an answer; they are never drafted.
+        ends (`Iterable[int]`): Tokens that end an answer; they are never drafted, nor is what is beyond the vocabulary.
+        vocabulary (`int`): Number of tokens.
     """
 
-    def __init__(self, earlier: Iterable[int], longest: int, max_length: int, ends: Iterable[int]):
+    def __init__(self, earlier: Iterable[int], longest: int, max_length: int, ends: Iterable[int], vocabulary: int):
         self.earlier = list(earlier)
         self.longest = longest
         self.max_length = max_length
         self.ends = set(ends)
+        self.vocabulary = vocabulary
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, None]:
         """The answer so far `[1, T]` with a draft behind it `[1, T + n]`; without, where nothing matches."""
@@ -110,7 +112,7 @@ class AnswerDrafts(CandidateGenerator):
         draft = []
         for step in range(length):
             token = text[start + step % period]
-            if token in self.ends:
+            if token in self.ends or not 0 <= token < self.vocabulary:
                 break
             draft.append(token)
         return draft
@@ -120,18 +122,18 @@ def takes_drafts(config: GenerationConfig, arguments: dict[str, Any]) -> bool:
     """Whether drafts leave an answer what it is: a greedy one, nothing waiting for single tokens.
 
     Args:
-        config (`GenerationConfig`): The settings that `arguments` change.
+        config (`GenerationConfig`): All settings, as `generate` resolves them.
         arguments (`dict[str, Any]`): Of a call of `generate` for one question.
     """
-    if any(arguments.get(name) is not None for name in _PER_TOKEN_ARGUMENTS) or "prompt_lookup_num_tokens" in arguments:
-        return False
-    config = copy.deepcopy(config)
-    config.update(**arguments)
+    # Guidance runs a model of its own on every token; 1 is none.
+    guided = config.guidance_scale not in (None, 1)
     return (
         config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
-        and config.use_cache is not False
-        and not any(getattr(config, name, None) not in (None, False, 1) for name in _PER_TOKEN_SETTINGS)
+        and config.use_cache is True
+        and not guided
+        and all(getattr(config, name, None) is None for name in _PER_TOKEN_SETTINGS)
+        and all(arguments.get(name) is None for name in _PER_TOKEN_ARGUMENTS)
     )
 
 
-__all__ = ["DRAFT_TOKENS", "AnswerDrafts", "AnswerMemory", "takes_drafts"]
+__all__ = ["DRAFT_TOKENS", "AnswerDrafts", "AnswerMemory", "takes_drafts", "without"]

@@ -80,8 +80,9 @@ class ImageMemory:
         # A copy: they are in the model's output, where a caller may write into them.
         return encoded.tokens.clone()
 
-    def __deepcopy__(self, memo) -> "ImageMemory":
-        return ImageMemory()
+    def __reduce__(self) -> tuple:
+        # Neither a copy nor a file holds someone's images.
+        return ImageMemory, ()
 
 
 def _same(a: tuple, b: tuple) -> bool:

@@ -7,6 +7,7 @@ import zlib
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 
 # A smaller weight stays in the processor's cache, and a smaller product is done before another kernel is chosen.
@@ -34,7 +35,8 @@ def product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         # A product with one column would fall to the kernel for vectors.
         columns = torch.cat((rows, rows)) if len(rows) == 1 else rows
         result = (weight @ columns.t())[:, : len(rows)].t()
-        result = result.contiguous() if bias is None else result + bias
+        result = result.contiguous()
+        result = result if bias is None else result + bias
     else:
         result = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return result.reshape(*states.shape[:-1], weight.shape[0])
@@ -56,14 +58,13 @@ class InferenceLinear(nn.Linear):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`."""
-        if not self._is_inference(states):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._is_small(states) or not self._is_inference(states):
             return super().forward(states)
-        if torch.compiler.is_compiling():
-            return _opaque_product(states, self.weight, self.bias)
-        size = self.weight.numel()
-        if size < _LARGE_WEIGHT and states.numel() * self.out_features < _LARGE_PRODUCT:
-            return super().forward(states)
-        return product(states, self.weight, self.bias)
+        return (_opaque_product if compiling else product)(states, self.weight, self.bias)
+
+    def _is_small(self, states: torch.Tensor) -> bool:
+        return self.weight.numel() < _LARGE_WEIGHT and states.numel() * self.out_features < _LARGE_PRODUCT
 
     def _is_inference(self, states: torch.Tensor) -> bool:
         weight = self.weight
@@ -71,6 +72,7 @@ class InferenceLinear(nn.Linear):
             not torch.jit.is_tracing()
             and not torch.compiler.is_exporting()
             and not torch.is_grad_enabled()
+            and forward_ad._current_level < 0
             and states.dtype == weight.dtype == torch.float32
             and states.device.type == weight.device.type == "cpu"
             and states.shape[-1] == self.in_features
@@ -86,23 +88,24 @@ def with_inference_linears(module: nn.Module) -> nn.Module:
     """Makes every plain `nn.Linear` within a module an [`InferenceLinear`], in place.
 
     Args:
-        module (`nn.Module`): Any part of a model.
+        module (`nn.Module`): Any part of a model, its weights in memory: quantisers look for `nn.Linear` by its exact type
+            before they load them.
 
     Returns:
         The same module.
     """
-    return _change(module, nn.Linear, InferenceLinear)
+    for part in module.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = InferenceLinear
+    return module
 
 
 def with_plain_linears(module: nn.Module) -> nn.Module:
-    """Undoes [`with_inference_linears`], for what looks for `nn.Linear` by its exact type."""
-    return _change(module, InferenceLinear, nn.Linear)
-
-
-def _change(module: nn.Module, before: type, after: type) -> nn.Module:
+    """Undoes [`with_inference_linears`]."""
     for part in module.modules():
-        if type(part) is before:
-            part.__class__ = after
+        # By name: a checkpoint's own copy of this code has a class of its own.
+        if isinstance(part, nn.Linear) and type(part).__name__ == InferenceLinear.__name__:
+            part.__class__ = nn.Linear
     return module
 
 

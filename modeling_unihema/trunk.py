@@ -105,8 +105,16 @@ class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
         """Loads a model, as [`~PreTrainedModel.from_pretrained`] does, which makes every parameter trainable; those of
         the parts that the loss of this class does not reach are frozen again."""
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_parts()
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._freeze_parts()
+        with_inference_linears(model)
         return loaded
+
+    def post_init(self) -> None:
+        """Initialises weights, and readies the linear layers for inference; those of weights still to be loaded later."""
+        super().post_init()
+        if self.device.type != "meta":
+            with_inference_linears(self)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """Saves the model, as [`~PreTrainedModel.save_pretrained`] does, with what came beside its weights and still belongs
@@ -183,7 +191,6 @@ class UniHemaModel(UniHemaPreTrainedModel):
         self._keys_to_ignore_on_load_unexpected = [
             pattern for head in _HEAD_KEYS.values() for pattern in (head, head.replace("^", "^model."))
         ]
-        with_inference_linears(self)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -36,6 +36,18 @@ def test_results_stay_close_and_heads_stay_exact(model):
     assert answer.shape[0] == 1
 
 
+def test_a_model_from_the_code_in_its_folder_is_quantised_too(model):
+    class InferenceLinear(nn.Linear):
+        """As that code has it: the same name, another class."""
+
+    for part in model.modules():
+        if type(part).__name__ == "InferenceLinear":
+            part.__class__ = InferenceLinear
+    to_int8(model)
+    assert not any(type(part) is InferenceLinear for part in model.modules())
+    assert any("quantized" in type(part).__module__ for part in model.modules())
+
+
 def test_prompts_are_still_computed_once(model):
     to_int8(model)
     calls = []
@@ -54,3 +66,11 @@ def test_what_cannot_be_quantised_says_why(model):
         to_int8(object())
     with pytest.raises(ValueError, match="quantised already"):
         to_int8(to_int8(model.float()))
+
+
+def test_nothing_to_quantise():
+    class Empty(nn.Linear):
+        device, dtype = torch.device("cpu"), torch.float32
+
+    with pytest.raises(ValueError, match="no linear layer"):
+        to_int8(Empty(2, 2))

@@ -5,10 +5,14 @@ import io
 
 import pytest
 import torch
+from tiny_models import very_tiny_config
 from torch import nn
+from torch._inductor.compile_fx import compile_fx
 
 from unihema.modeling_unihema import inference_linear
+from unihema.modeling_unihema.class_rows import ClassLinear
 from unihema.modeling_unihema.inference_linear import InferenceLinear, with_inference_linears, with_plain_linears
+from unihema.modeling_unihema.modeling_unihema import UniHemaForQA
 
 
 SHAPES = [(512, 768), (768, 512), (600, 600)]
@@ -25,7 +29,7 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rows", [(1,), (1, 1), (2,), (2, 2), (5,), (1, 9), (3, 40), ()])
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (2,), (3,), (2, 2), (5,), (1, 9), (3, 40), ()])
 @torch.no_grad()
 def test_results_are_those_of_a_plain_layer(counted, rows, shape, bias):
     torch.manual_seed(0)
@@ -34,7 +38,7 @@ def test_results_are_those_of_a_plain_layer(counted, rows, shape, bias):
     found = layer(states)
     assert not counted
     expected = nn.functional.linear(states.double(), layer.weight.double(), layer.bias.double() if bias else None)
-    assert found.shape == expected.shape
+    assert found.shape == expected.shape and found.is_contiguous()
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 
@@ -78,15 +82,56 @@ def test_graphs_hold_the_plain_layer():
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
 def test_compiled_without_gradients_and_with_them(bias):
-    layer = InferenceLinear(768, 512, bias=bias).eval()
-    compiled = torch.compile(layer)
-    for rows in ((1,), (2, 7), (40,), (41,)):
-        states = torch.randn(*rows, 768)
+    layer = InferenceLinear(512, 768, bias=bias).eval()
+    operators = []
+
+    def note(graph: torch.fx.GraphModule, inputs):
+        operators.extend(str(node.target) for node in graph.graph.nodes)
+        return compile_fx(graph, inputs)
+
+    compiled = torch.compile(layer, backend=note)
+    for rows in ((1,), (3,), (2, 2), (2, 7), (40,), (41,)):
+        states = torch.randn(*rows, 512)
         expected = nn.functional.linear(states, layer.weight, layer.bias)
         torch.testing.assert_close(compiled(states), expected, rtol=0, atol=1e-5)
+    assert any("::product" in name or ".product" in name for name in operators)
+    operators.clear()
     with torch.enable_grad():
         compiled(states).sum().backward()
-    torch.testing.assert_close(layer.weight.grad, states.sum(0).expand(512, -1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(layer.weight.grad, states.sum(0).expand(768, -1), rtol=0, atol=1e-4)
+    assert operators and not any("product" in name for name in operators)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_the_operator_for_graphs_keeps_its_promises(rows, bias):
+    layer = InferenceLinear(512, 768, bias=bias)
+    torch.library.opcheck(
+        inference_linear._opaque_product,
+        (torch.randn(rows, 512), layer.weight.detach(), layer.bias.detach() if bias else None),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@torch.no_grad()
+def test_forward_derivatives():
+    layer, states = InferenceLinear(768, 512), torch.randn(9, 768)
+    _, tangent = torch.func.jvp(layer, (states,), (torch.ones_like(states),))
+    torch.testing.assert_close(tangent, layer.weight.sum(1).expand(9, -1), rtol=0, atol=1e-4)
+
+
+def test_models_have_them_once_their_weights_are_there(tmp_path):
+    def kinds(model) -> set[type]:
+        return {type(part) for part in model.modules() if isinstance(part, nn.Linear)} - {ClassLinear}
+
+    model = UniHemaForQA(very_tiny_config())
+    assert kinds(model) == {InferenceLinear}
+    model.save_pretrained(tmp_path)
+    assert kinds(UniHemaForQA.from_pretrained(tmp_path)) == {InferenceLinear}
+    # Quantisers replace `nn.Linear`, by its exact type, while weights are on their way.
+    with torch.device("meta"):
+        assert kinds(UniHemaForQA(very_tiny_config())) == {nn.Linear}
 
 
 @torch.no_grad()
