@@ -58,6 +58,8 @@ class InferenceLinear(nn.Linear):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`."""
+        if torch.jit.is_tracing():
+            return super().forward(states)
         compiling = torch.compiler.is_compiling()
         if not compiling and self._is_small(states) or not self._is_inference(states):
             return super().forward(states)
@@ -69,8 +71,7 @@ class InferenceLinear(nn.Linear):
     def _is_inference(self, states: torch.Tensor) -> bool:
         weight = self.weight
         return (
-            not torch.jit.is_tracing()
-            and not torch.compiler.is_exporting()
+            not torch.compiler.is_exporting()
             and not torch.is_grad_enabled()
             and forward_ad._current_level < 0
             and states.dtype == weight.dtype == torch.float32
