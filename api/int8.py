@@ -43,6 +43,8 @@ def to_int8(model: "UniHemaPreTrainedModel") -> "UniHemaPreTrainedModel":
     import torch
     from torch import nn
 
+    from .modeling_unihema.inference_linear import with_plain_linears
+
     if not isinstance(model, nn.Module):
         raise ValueError("int8: this is no PyTorch model; give a checkpoint folder, not an exported file.")
     if is_int8(model):
@@ -53,8 +55,6 @@ def to_int8(model: "UniHemaPreTrainedModel") -> "UniHemaPreTrainedModel":
         )
     if torch.backends.quantized.engine == "none":
         raise ValueError("int8: this build of PyTorch has no int8 kernels; run without it.")
-    from .modeling_unihema.inference_linear import with_plain_linears
-
     with_plain_linears(model)
     names = [
         name

@@ -11,7 +11,7 @@ from transformers.generation import CandidateGenerator, GenerationMode
 
 # Longest draft.
 DRAFT_TOKENS = 12
-# Tokens drafted after so many matched ones: a chance match is soon wrong, and up to four rows cost what one does.
+# Tokens drafted after so many matched ones: a chance match is soon wrong, and four rows cost little more than one.
 _LENGTHS = {3: DRAFT_TOKENS, 2: 8, 1: 3}
 _KEPT_TOKENS = 400
 
@@ -125,12 +125,11 @@ def takes_drafts(config: GenerationConfig, arguments: dict[str, Any]) -> bool:
         config (`GenerationConfig`): All settings, as `generate` resolves them.
         arguments (`dict[str, Any]`): Of a call of `generate` for one question.
     """
-    # Guidance runs a model of its own on every token; 1 is none.
-    guided = config.guidance_scale not in (None, 1)
     return (
         config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
         and config.use_cache is True
-        and not guided
+        # Guidance runs a model of its own on every token; 1 is none.
+        and config.guidance_scale in (None, 1)
         and all(getattr(config, name, None) is None for name in _PER_TOKEN_SETTINGS)
         and all(arguments.get(name) is None for name in _PER_TOKEN_ARGUMENTS)
     )

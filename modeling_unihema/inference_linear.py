@@ -34,9 +34,9 @@ def product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     if len(rows) <= _FEW_ROWS and _LARGE_WEIGHT <= weight.numel() <= weight.shape[0] ** 2:
         # A product with one column would fall to the kernel for vectors.
         columns = torch.cat((rows, rows)) if len(rows) == 1 else rows
-        result = (weight @ columns.t())[:, : len(rows)].t()
-        result = result.contiguous()
-        result = result if bias is None else result + bias
+        result = (weight @ columns.t())[:, : len(rows)].t().contiguous()
+        if bias is not None:
+            result = result + bias
     else:
         result = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return result.reshape(*states.shape[:-1], weight.shape[0])

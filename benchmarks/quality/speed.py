@@ -71,7 +71,8 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Times all models in turn, then each one's memory in a process of its own.
 
-    UniHema forgets the image and its answers before it is asked anew; where it does all tasks, tasks on the same image share it.
+    UniHema forgets the image and its answers before it is asked anew; where it does all tasks, tasks on the same image share
+    it.
 
     Args:
         folder (`Path`): Of the comparison.
