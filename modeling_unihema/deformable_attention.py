@@ -6,10 +6,9 @@ import torch
 from torch import nn
 
 from .configuration_unihema import UniHemaConfig
-from .deformable_compiled import gather_rows_compiled
-from .deformable_gather import fits, gather_rows
+from .deformable_cpu import fits, gather_rows
 from .deformable_triton import run_kernels, takes_kernels
-from .initialisation import initialised
+from .layers import initialised
 
 
 def multi_scale_deformable_attention(
@@ -20,9 +19,9 @@ def multi_scale_deformable_attention(
 ) -> torch.Tensor:
     """Weighted sum of bilinear samples from several feature levels.
 
-    On the CPU the samples are read as weighted rows of a table ([`gather_rows`]; [`gather_rows_compiled`] within
-    torch.compile), on a GPU by Triton kernels where they work ([`run_kernels`]), elsewhere and in exported graphs with
-    `grid_sample`. All give the same values and gradients up to float rounding.
+    On the CPU the samples are read as weighted rows of a table ([`gather_rows`]), on a GPU by Triton kernels where they
+    work ([`run_kernels`]), elsewhere and in exported graphs with `grid_sample`. All give the same values and gradients up
+    to float rounding.
 
     Args:
         value (`torch.Tensor`): `[B, S, heads, width]`, S the sum of `h * w` over the levels, row-major in each level.
@@ -39,8 +38,6 @@ def multi_scale_deformable_attention(
         return run_kernels(value, level_shapes, sampling_points, weights)
     if value.device.type != "cpu" or exporting or not fits(level_shapes):
         return sample_grid(value, level_shapes, sampling_points, weights)
-    if torch.compiler.is_compiling():
-        return gather_rows_compiled(value, level_shapes, sampling_points, weights)
     return gather_rows(value, level_shapes, sampling_points, weights)
 
 

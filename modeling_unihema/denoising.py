@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torchvision.ops import box_convert
 
-from .box_geometry import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, inverse_sigmoid
-from .class_rows import ClassEmbedding
 from .configuration_unihema import UniHemaConfig
-from .detection_labels import boxes_known, check_detection_labels
-from .label_spaces import ancestor_matrix, is_target
+from .labels import ancestor_matrix, boxes_known, check_detection_labels, is_target
+from .layers import ClassEmbedding, inverse_sigmoid
 
 
 @dataclass
@@ -121,8 +120,8 @@ class ContrastiveDenoising(nn.Module):
         sign = torch.randint_like(boxes, 2) * 2 - 1
         size = torch.rand_like(boxes) + (~positive).to(boxes.dtype)[None, :, None]
         half_side = boxes[..., 2:].repeat(1, 1, 2) / 2
-        corners = box_cxcywh_to_xyxy(boxes) + sign * size * half_side * self.box_noise_scale
-        return box_xyxy_to_cxcywh(corners.clamp(0, 1))
+        corners = box_convert(boxes, "cxcywh", "xyxy") + sign * size * half_side * self.box_noise_scale
+        return box_convert(corners.clamp(0, 1), "xyxy", "cxcywh")
 
     @staticmethod
     def _attention_mask(groups: int, slots: int, num_queries: int, device: torch.device) -> torch.Tensor:

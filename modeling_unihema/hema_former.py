@@ -3,9 +3,8 @@
 import torch
 from torch import nn
 
-from .attention import MultiHeadAttention
 from .configuration_unihema import UniHemaConfig
-from .image_decoder import MLP
+from .layers import MLP, MultiHeadAttention
 from .visual_backbone import FeatureLevels
 
 

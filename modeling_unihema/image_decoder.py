@@ -7,28 +7,12 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import MultiHeadAttention
-from .box_geometry import inverse_sigmoid
 from .configuration_unihema import UniHemaConfig
 from .deformable_attention import MultiScaleDeformableAttention
 from .denoising import DenoisingQueries
-from .image_encoder import FeedForward, token_centres
-from .initialisation import class_scores, initialised
+from .image_encoder import token_centres
+from .layers import MLP, FeedForward, MultiHeadAttention, class_scores, initialised, inverse_sigmoid
 from .visual_backbone import FeatureLevels
-
-
-class MLP(nn.Module):
-    """Linears with ReLU between."""
-
-    def __init__(self, *widths: int):
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)])
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """`[..., widths[0]]` to `[..., widths[-1]]`."""
-        for layer in self.layers[:-1]:
-            states = nn.functional.relu(layer(states))
-        return self.layers[-1](states)
 
 
 def box_head(config: UniHemaConfig) -> MLP:
@@ -159,14 +143,34 @@ class ImageDecoderLayer(GradientCheckpointingLayer):
         level_shapes: list[tuple[int, int]],
         padding: torch.Tensor | None,
         blocked: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Queries `[B, Q, d]` to queries `[B, Q, d]`; `reference` boxes `[B, Q, levels, 4]`, `blocked` `[1, 1, Q, Q]`."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Queries `[B, Q, d]` to queries `[B, Q, d]`, their attention to each other and their sampling weights; `reference`
+        boxes `[B, Q, levels, 4]`, `blocked` `[1, 1, Q, Q]`."""
         positioned = queries + positions
-        attended, _ = self.self_attention(positioned, positioned, queries, blocked)
+        attended, weights = self.self_attention(positioned, positioned, queries, blocked)
         queries = self.self_attention_norm(queries + self.dropout(attended))
-        attended, _ = self.cross_attention(queries + positions, reference, tokens, level_shapes, padding)
+        attended, sampled = self.cross_attention(queries + positions, reference, tokens, level_shapes, padding)
         queries = self.cross_attention_norm(queries + self.dropout(attended))
-        return self.feed_forward_norm(queries + self.dropout(self.feed_forward(queries)))
+        return self.feed_forward_norm(queries + self.dropout(self.feed_forward(queries))), weights, sampled
+
+
+@dataclass
+class DecodedQueries:
+    """Queries after the image decoder.
+
+    Attributes:
+        states (`torch.Tensor`): Normalised states of each layer `[layers, B, Q, d]`.
+        boxes (`torch.Tensor`): Boxes cxcywh of each layer `[layers, B, Q, 4]`, relative to the image itself.
+        hidden_states (`list[torch.Tensor]`): Queries after each layer, without the norm, `[B, Q, d]`.
+        attentions (`list[torch.Tensor | None]`): Between queries, `[B, heads, Q, Q]` a layer, where the backend gives them.
+        cross_attentions (`list[torch.Tensor]`): Sampling weights `[B, Q, heads, levels, points]` of each layer.
+    """
+
+    states: torch.Tensor
+    boxes: torch.Tensor
+    hidden_states: list[torch.Tensor]
+    attentions: list[torch.Tensor | None]
+    cross_attentions: list[torch.Tensor]
 
 
 class ImageDecoder(nn.Module):
@@ -188,7 +192,7 @@ class ImageDecoder(nn.Module):
         levels: FeatureLevels,
         denoising: DenoisingQueries | None = None,
         query_padding: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> DecodedQueries:
         """
         Args:
             content (`torch.Tensor`): Content queries `[B, Q, d]`, denoising queries first.
@@ -199,8 +203,7 @@ class ImageDecoder(nn.Module):
             query_padding (`torch.Tensor`, *optional*): Boolean `[B, Q']` of the last Q' queries: seen by no other.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Normalised states of each layer `[layers, B, Q, d]`, and boxes cxcywh
-            of each layer `[layers, B, Q, 4]`, relative to the image itself.
+            [`DecodedQueries`]
         """
         blocked = None if denoising is None else denoising.attention_mask[None, None]
         if query_padding is not None:
@@ -210,18 +213,23 @@ class ImageDecoder(nn.Module):
             blocked = unseen if blocked is None else blocked | unseen
         padding, ratios = levels.padding, levels.valid_ratios.repeat(1, 1, 2)[:, None]
         queries, reference = content, reference_logits.sigmoid()
-        states, boxes = [], []
+        states, boxes, hidden_states, attentions, cross_attentions = [], [], [], [], []
         start = reference
         for layer in self.layers:
             level_reference = reference[:, :, None].to(ratios.dtype) * ratios
             # The official weights know a box by its place in the padded batch, others by its place in the image.
             place = level_reference[:, :, 0] if self.config.attend_to_padding else reference
             sine = sine_embed_boxes(place, self.config.d_model).to(queries.dtype)
-            queries = layer(queries, self.position_head(sine), level_reference, tokens, levels.shapes, padding, blocked)
+            queries, weights, sampled = layer(
+                queries, self.position_head(sine), level_reference, tokens, levels.shapes, padding, blocked
+            )
+            hidden_states.append(queries)
+            attentions.append(weights)
+            cross_attentions.append(sampled)
             normed = self.norm(queries)
             states.append(normed)
             boxes.append((self.box_head(normed) + inverse_sigmoid(start)).sigmoid())
             # Look forward twice: the next layer's box loss reaches this layer's refinement, its attention does not.
             start = (self.box_head(queries) + inverse_sigmoid(reference)).sigmoid()
             reference = start.detach()
-        return torch.stack(states), torch.stack(boxes)
+        return DecodedQueries(torch.stack(states), torch.stack(boxes), hidden_states, attentions, cross_attentions)

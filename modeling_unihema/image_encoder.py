@@ -3,35 +3,14 @@
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration_unihema import UniHemaConfig
 from .deformable_attention import MultiScaleDeformableAttention
+from .layers import FeedForward
 from .visual_backbone import FeatureLevels
 
 
-# Tokens that go through a feed-forward together.
-CHUNK = 1024
-
-
-class FeedForward(nn.Module):
-    """Two linears with ReLU between, and dropout."""
-
-    def __init__(self, width: int, hidden: int, dropout: float):
-        super().__init__()
-        self.linear1 = nn.Linear(width, hidden)
-        self.linear2 = nn.Linear(hidden, width)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """`[..., width]` to `[..., width]`."""
-        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
-            return self._transform(states)
-        # The wide states of so many tokens stay in the processor's cache, and their memory is used again.
-        parts = states.flatten(0, -2).split(CHUNK)
-        return torch.cat([self._transform(part) for part in parts]).view_as(states)
-
-    def _transform(self, states: torch.Tensor) -> torch.Tensor:
-        return self.linear2(self.dropout(self.linear1(states).relu_()))
 
 
 class ImageEncoderLayer(GradientCheckpointingLayer):
@@ -52,11 +31,11 @@ class ImageEncoderLayer(GradientCheckpointingLayer):
         reference: torch.Tensor,
         level_shapes: list[tuple[int, int]],
         padding: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Tokens `[B, S, d]` to tokens `[B, S, d]`; `reference` `[B, S, levels, 2]`, `padding` `[B, S]`."""
-        attended, _ = self.self_attention(tokens + positions, reference, tokens, level_shapes, padding)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens `[B, S, d]` to tokens `[B, S, d]` and sampling weights; `reference` `[B, S, levels, 2]`, `padding` `[B, S]`."""
+        attended, weights = self.self_attention(tokens + positions, reference, tokens, level_shapes, padding)
         tokens = self.self_attention_norm(tokens + self.dropout(attended))
-        return self.feed_forward_norm(tokens + self.dropout(self.feed_forward(tokens)))
+        return self.feed_forward_norm(tokens + self.dropout(self.feed_forward(tokens))), weights
 
 
 class ImageEncoder(nn.Module):
@@ -67,15 +46,20 @@ class ImageEncoder(nn.Module):
         self.level_embedding = nn.Parameter(torch.empty(config.num_feature_levels, config.d_model))
         self.layers = nn.ModuleList([ImageEncoderLayer(config) for _ in range(config.encoder_layers)])
 
-    def forward(self, tokens: torch.Tensor, levels: FeatureLevels) -> torch.Tensor:
+    def forward(
+        self, levels: FeatureLevels, output_hidden_states: bool = False, output_attentions: bool = False
+    ) -> BaseModelOutput:
         """
         Args:
-            tokens (`torch.Tensor`): The projected feature levels as tokens `[B, S, d]`.
-            levels ([`FeatureLevels`]): Their shapes, positions and padding.
+            levels ([`FeatureLevels`]): The projected feature levels.
+            output_hidden_states (`bool`): Also return the tokens before and after each layer.
+            output_attentions (`bool`): Also return the sampling weights of each layer.
 
         Returns:
-            `torch.Tensor`: Encoded tokens `[B, S, d]`, levels concatenated.
+            `BaseModelOutput`: `last_hidden_state`: encoded tokens `[B, S, d]`, levels concatenated. `attentions`:
+            `[B, S, heads, levels, points]` each.
         """
+        tokens = levels.tokens
         padding = levels.padding
         positions = torch.cat(
             [
@@ -86,9 +70,16 @@ class ImageEncoder(nn.Module):
         )
         reference = token_centres(levels.shapes, levels.valid_ratios)
         reference = reference[:, :, None] * levels.valid_ratios[:, None]
+        states, weights = [tokens], []
         for layer in self.layers:
-            tokens = layer(tokens, positions, reference, levels.shapes, padding)
-        return tokens
+            tokens, sampled = layer(tokens, positions, reference, levels.shapes, padding)
+            if output_hidden_states:
+                states.append(tokens)
+            if output_attentions:
+                weights.append(sampled)
+        return BaseModelOutput(
+            tokens, tuple(states) if output_hidden_states else None, tuple(weights) if output_attentions else None
+        )
 
 
 def token_centres(level_shapes: list[tuple[int, int]], valid_ratios: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,14 @@
-"""One loss for each task: detection with morphology (DINO, arXiv 2203.03605), masks, single cells, text."""
+"""Every loss: detection with its matching (DINO, arXiv 2203.03605), attributes, masks, single cells, text."""
 
 from collections.abc import Sequence
 
 import torch
 from torch.nn import functional
+from torchvision.ops import box_convert
 
-from .box_geometry import box_cxcywh_to_xyxy, generalized_box_iou_pairs
 from .configuration_unihema import UniHemaConfig
 from .denoising import DenoisingQueries
-from .detection_labels import BOXES_KNOWN, MISSING, boxes_known, check_detection_labels
-from .label_spaces import ancestor_matrix, class_targets, is_target
-from .loss_counts import average_over_processes
-from .matching import match_queries
-from .morphology_losses import asymmetric_morphology_loss, morphology_loss
+from .labels import BOXES_KNOWN, MISSING, ancestor_matrix, boxes_known, check_detection_labels, class_targets, is_target
 
 
 def sigmoid_focal_loss(
@@ -348,7 +344,7 @@ def _class_and_box_losses(
         wanted[image, query, _gather(targets, "class_labels", image, cell)] = 1
     focal = sigmoid_focal_loss(logits, wanted, config.focal_alpha) * class_weight
     predicted, true = boxes[image, query], _gather(targets, "boxes", image, cell)
-    overlap = generalized_box_iou_pairs(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(true))
+    overlap = generalized_box_iou_pairs(box_convert(predicted, "cxcywh", "xyxy"), box_convert(true, "cxcywh", "xyxy"))
     known = _gather(targets, BOXES_KNOWN, image, cell).to(boxes.dtype)
     return {
         "loss_ce": focal.sum() / normaliser,
@@ -357,12 +353,195 @@ def _class_and_box_losses(
     }
 
 
-__all__ = [
-    "check_detection_labels",
-    "detection_loss",
-    "morphology_loss",
-    "segmentation_loss",
-    "sigmoid_focal_loss",
-    "single_cell_loss",
-    "text_loss",
-]
+@torch.no_grad()
+def match_queries(
+    logits: torch.Tensor,
+    boxes: torch.Tensor,
+    labels: list[dict[str, torch.Tensor]],
+    class_cost: float = 2.0,
+    bbox_cost: float = 5.0,
+    giou_cost: float = 2.0,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The cheapest one-to-one assignment of queries to the cells of each image.
+
+    The cost is that of the losses: focal classification, L1 and generalised IoU. One matrix an image, so the work grows
+    linearly with the batch.
+
+    Args:
+        logits (`torch.Tensor`): Class logits `[B, Q, C]`.
+        boxes (`torch.Tensor`): Boxes cxcywh `[B, Q, 4]`.
+        labels (`list[dict[str, torch.Tensor]]`): `class_labels` `[n]` and `boxes` `[n, 4]` of each image. Where there is
+            `positive`, bool `[n, C]`, the classification cost is the mean over the classes of a cell. A cell that is
+            `False` in `boxes_known`, bool `[n]`, is matched by class alone.
+        class_cost (`float`): Weight of the classification cost.
+        bbox_cost (`float`): Weight of the L1 cost.
+        giou_cost (`float`): Weight of the generalised IoU cost.
+        alpha (`float`): Focal loss alpha.
+        gamma (`float`): Focal loss gamma.
+
+    Returns:
+        `list[tuple[torch.Tensor, torch.Tensor]]`: For each image the matched query and target indices, int64, on the
+        device of `logits`.
+
+    Raises:
+        RuntimeError: A logit or box is NaN or infinite.
+    """
+    # Only training needs SciPy's optimiser, and it is slow to import.
+    from scipy.optimize import linear_sum_assignment
+
+    matches = []
+    for image, (image_logits, image_boxes, image_labels) in enumerate(zip(logits, boxes, labels, strict=True)):
+        target_boxes = image_labels["boxes"].to(boxes.device, torch.float32)
+        if not len(target_boxes):
+            empty = torch.zeros(0, dtype=torch.long, device=logits.device)
+            matches.append((empty, empty))
+            continue
+        classification = _class_costs(image_logits.float(), image_labels, alpha, gamma)
+        image_boxes = image_boxes.float()
+        overlap = generalized_box_iou(box_convert(image_boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy"))
+        distance = bbox_cost * torch.cdist(image_boxes, target_boxes, p=1) - giou_cost * overlap
+        cost = (class_cost * classification + distance * boxes_known(image_labels).to(distance.device)).cpu()
+        if not cost.isfinite().all():
+            raise RuntimeError(
+                f"The matching cost of image {image} in the batch is not finite: the model predicts NaN or infinite "
+                "values. Lower the learning rate or restart from an earlier checkpoint."
+            )
+        queries, targets = linear_sum_assignment(cost.numpy())
+        matches.append((torch.as_tensor(queries, device=logits.device), torch.as_tensor(targets, device=logits.device)))
+    return matches
+
+
+def _class_costs(logits: torch.Tensor, labels: dict[str, torch.Tensor], alpha: float, gamma: float) -> torch.Tensor:
+    """Focal cost `[Q, n]` of calling query q what cell n is."""
+    positive = labels.get("positive")
+    if positive is None or not len(positive):
+        return _focal_cost(logits[:, labels["class_labels"]], alpha, gamma)
+    counts = positive.sum(-1)
+    # The few classes of each cell first, so that not every class of every pair is looked at.
+    classes = positive.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, : int(counts.max())]
+    costs = _focal_cost(logits[:, classes], alpha, gamma)
+    return (costs * positive.gather(-1, classes)).sum(-1) / counts
+
+
+def _focal_cost(logits: torch.Tensor, alpha: float, gamma: float) -> torch.Tensor:
+    probability = logits.sigmoid()
+    # softplus(-x) is -log(sigmoid(x)) and softplus(x) is -log(1 - sigmoid(x)), without overflow.
+    positive = alpha * (1 - probability) ** gamma * functional.softplus(-logits)
+    negative = (1 - alpha) * probability**gamma * functional.softplus(logits)
+    return positive - negative
+
+
+def morphology_loss(logits: torch.Tensor, targets: torch.Tensor, value_counts: Sequence[int]) -> torch.Tensor:
+    """Softmax cross-entropy of each attribute over its own values, averaged over the labelled entries of all processes.
+
+    Args:
+        logits (`torch.Tensor`): `[N, sum(value_counts)]`, attributes one after another.
+        targets (`torch.Tensor`): Index of the value, int64 `[N, attributes]`; -100 (missing) costs nothing.
+        value_counts (`Sequence[int]`): Values of each attribute.
+
+    Returns:
+        `torch.Tensor`: Scalar; 0, but with a graph, when every entry is missing.
+
+    Raises:
+        ValueError: The width of `logits` is not `sum(value_counts)`, or that of `targets` not the attributes.
+    """
+    if logits.shape[-1] != sum(value_counts):
+        raise ValueError(
+            f"Morphology logits are {logits.shape[-1]} wide, but the attributes have {sum(value_counts)} values "
+            f"({list(value_counts)})."
+        )
+    if targets.shape[-1] != len(value_counts):
+        raise ValueError(f"Morphology labels have {targets.shape[-1]} attributes, but the model {len(value_counts)}.")
+    logits = logits.float()
+    total = logits.sum() * 0
+    for attribute, values in enumerate(logits.split(list(value_counts), -1)):
+        total = total + functional.cross_entropy(values, targets[:, attribute], ignore_index=MISSING, reduction="sum")
+    (count,) = average_over_processes((targets != MISSING).sum(), device=logits.device)
+    return total / count
+
+
+def asymmetric_morphology_loss(
+    logits: torch.Tensor, targets: torch.Tensor, value_counts: Sequence[int], normaliser: torch.Tensor
+) -> torch.Tensor:
+    """The official code's morphology loss: asymmetric loss (arXiv 2009.14119) of each value on its own, summed.
+
+    Focusing exponents 1 (the labelled value) and 4 (the others), probability shift 0.08, no gradient through the focus.
+
+    Args:
+        logits (`torch.Tensor`): `[N, sum(value_counts)]`, attributes one after another.
+        targets (`torch.Tensor`): Index of the value, int64 `[N, attributes]`; -100 (missing) costs nothing.
+        value_counts (`Sequence[int]`): Values of each attribute.
+        normaliser (`torch.Tensor`): What the sum is divided by: the number of cells.
+
+    Returns:
+        `torch.Tensor`: Scalar, with a graph.
+    """
+    logits = logits.float()
+    total = logits.sum() * 0
+    for attribute, values in enumerate(logits.split(list(value_counts), -1)):
+        known = targets[:, attribute] != MISSING
+        values, value = values[known], targets[known, attribute]
+        wanted = functional.one_hot(value, values.shape[-1]).to(values.dtype)
+        probability = values.sigmoid()
+        right = torch.where(wanted.bool(), probability, (1 - probability + 0.08).clamp(max=1))
+        focus = (1 - right.detach()) ** (wanted + 4 * (1 - wanted))
+        total = total - (focus * right.clamp(min=1e-8).log()).sum()
+    return total / normaliser
+
+
+def average_over_processes(*counts: int | torch.Tensor, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Each count averaged over the processes of a distributed run, at least 1; in one exchange, in which every process
+    takes part.
+
+    A process's loss is its own sum over this count; since gradients are averaged between processes, that is the sum over
+    all samples divided by all that is counted.
+
+    Args:
+        *counts (`int` or `torch.Tensor`): Cells, tokens or images of this process's part of the batch.
+        device (`torch.device`): Of the loss.
+
+    Returns:
+        `tuple[torch.Tensor, ...]`: float32 scalars.
+    """
+    values = torch.stack([torch.as_tensor(count, dtype=torch.float32, device=device) for count in counts])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+        values = values / torch.distributed.get_world_size()
+    return tuple(values.clamp(min=1))
+
+
+def _area(boxes: torch.Tensor) -> torch.Tensor:
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+# Unlike torchvision's, these are finite for boxes without an area, which an untrained model predicts.
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """IoU and union of xyxy boxes, broadcast over the leading dimensions."""
+    size = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
+    intersection = size[..., 0] * size[..., 1]
+    union = _area(a) + _area(b) - intersection
+    return intersection / union.clamp(min=1e-9), union
+
+
+def _generalized(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    iou, union = _overlap(a, b)
+    size = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    hull = size[..., 0] * size[..., 1]
+    return iou - (hull - union) / hull.clamp(min=1e-9)
+
+
+def box_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Intersection over union `[n, m]` of every pair of xyxy boxes `[n, 4]` and `[m, 4]`."""
+    return _overlap(a[:, None], b[None])[0]
+
+
+def generalized_box_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Generalised IoU (arXiv 1902.09630) `[n, m]` of every pair of xyxy boxes `[n, 4]` and `[m, 4]`."""
+    return _generalized(a[:, None], b[None])
+
+
+def generalized_box_iou_pairs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Generalised IoU `[n]` of xyxy boxes `[n, 4]`, pair by pair."""
+    return _generalized(a, b)

@@ -1,33 +1,482 @@
-"""UniHema models: one class a task on a shared trunk, and one class with every head."""
+"""The model and its heads, in the order of the paper's figure 2 (Uni-Hema, arXiv 2511.13889).
 
-import inspect
+An image becomes feature levels and encoded tokens, a prompt text states; both together become the states that a head reads.
+`forward` is a function of its arguments and the weights: what is worth keeping between calls (`image_features`,
+`prompt_features`) is returned and given back by name.
+"""
+
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from .adapter_mixin import WithAdapters
 from .configuration_unihema import UniHemaConfig
 from .denoising import ContrastiveDenoising
-from .losses import detection_loss, segmentation_loss, single_cell_loss
+from .hema_former import CrossModalFusion, HemaFormer, SingleCellFeatureExtraction
+from .image_decoder import ImageDecoder, QuerySelection
+from .image_encoder import ImageEncoder
+from .losses import detection_loss, segmentation_loss, single_cell_loss, text_loss
 from .outputs import (
     UniHemaClassificationOutput,
     UniHemaDetectionOutput,
+    UniHemaImageFeatures,
+    UniHemaLanguageOutput,
     UniHemaModelOutput,
+    UniHemaPromptFeatures,
     UniHemaSegmentationOutput,
 )
 from .padding import strides
-from .question_answering import UniHemaForQA
 from .task_heads import DetectionHead, MaskHead, SingleCellHead
-from .trunk import TASKS, UniHemaModel, UniHemaPreTrainedModel, layer_options, skippable_keys
+from .tasks import LANGUAGE_TASKS, TASKS, check_task, head_keys, parts_of, skippable_keys
+from .text_branch import CACHE_NAME, TextBranch
+from .visual_backbone import FeatureLevels, VisualBackbone
 
 
 # Logit of a query that has no token of its image to stand on; small enough for half precision.
 NO_CELL = -1e4
+# What a caller may ask for of every layer, and where it is returned.
+LAYER_OPTIONS = ("output_hidden_states", "output_attentions")
+LAYER_OUTPUTS = (
+    "encoder_hidden_states",
+    "encoder_attentions",
+    "decoder_hidden_states",
+    "decoder_attentions",
+    "cross_attentions",
+)
 
 
-def _layers(trunk: UniHemaModelOutput) -> dict[str, tuple[torch.Tensor, ...] | None]:
+def layer_options(options: Mapping[str, Any]) -> dict[str, bool]:
+    """Those of a call's further arguments that ask for states or weights of every layer."""
+    return {name: options[name] for name in LAYER_OPTIONS if options.get(name) is not None}
+
+
+class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
+    """Initialisation and loading, common to all UniHema models."""
+
+    config: UniHemaConfig
+    config_class = UniHemaConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VisualBackbone", "ImageEncoderLayer", "ImageDecoderLayer", "CrossModalFusionBlock"]
+    _supports_sdpa = True
+    # Parts that the loss of a class does not reach.
+    _frozen_parts: tuple[str, ...] = ()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Loads a model, as [`~PreTrainedModel.from_pretrained`] does, which makes every parameter trainable; those of
+        the parts that the loss of this class does not reach are frozen again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._freeze_parts()
+        return loaded
+
+    def _freeze_parts(self) -> None:
+        for part in self._frozen_parts:
+            self.get_submodule(part).requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, VisualBackbone):
+                module.freeze_norms()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Xavier-uniform linears and convolutions, zero biases, standard normal queries and embeddings; and whatever a
+        layer was marked with: see `initialised`."""
+        super()._init_weights(module)
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.xavier_uniform_(module.weight, gain=getattr(module, "initial_gain", 1.0))
+            if module.bias is not None:
+                initial_bias = getattr(module, "initial_bias", None)
+                if initial_bias is None:
+                    init.zeros_(module.bias)
+                else:
+                    init.copy_(module.bias, initial_bias())
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, ImageEncoder):
+            init.normal_(module.level_embedding)
+        elif isinstance(module, CrossModalFusion):
+            init.normal_(module.queries)
+        elif isinstance(module, SingleCellFeatureExtraction):
+            init.normal_(module.query)
+
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, pixel_mask: torch.LongTensor | None = None, task: str | None = None
+    ) -> UniHemaImageFeatures:
+        """What a batch of images gives every task; every head takes it back as `image_features=`.
+
+        Args:
+            pixel_values (`torch.FloatTensor`): Normalised images `[B, 3, H, W]`.
+            pixel_mask (`torch.LongTensor`, *optional*): `[B, H, W]`, 1 on the image, 0 on padding.
+            task (`str`, *optional*): The image is encoded only as far as this task reads it; as far as any task of the model
+                does when missing. A head encodes what it needs and is not given.
+
+        Returns:
+            [`UniHemaImageFeatures`]
+
+        Raises:
+            ValueError: Unknown task.
+        """
+        return self.base_model.get_image_features(pixel_values, pixel_mask, task)
+
+    def get_prompt_features(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        task: str = "detection",
+        batch_size: int = 1,
+    ) -> UniHemaPromptFeatures:
+        """What a prompt gives the content queries of detection and segmentation, which take it back as `prompt_features=`.
+
+        Args:
+            input_ids (`torch.LongTensor`, *optional*): Prompt `[B, L]`; the configuration's default prompt of the task, for
+                `batch_size` images, when missing.
+            attention_mask (`torch.LongTensor`, *optional*): `[B, L]`, 0 on padding.
+            task (`str`): Whose default prompt.
+            batch_size (`int`): Images that the default prompt is for.
+
+        Returns:
+            [`UniHemaPromptFeatures`]
+        """
+        return self.base_model.get_prompt_features(input_ids, attention_mask, task, batch_size)
+
+
+class UniHemaModel(UniHemaPreTrainedModel):
+    """The trunk: everything but the heads.
+
+    Args:
+        config ([`UniHemaConfig`]): The configuration.
+        tasks (`tuple[str, ...]`): Tasks whose parts to build; all of them by default.
+    """
+
+    def __init__(self, config: UniHemaConfig, tasks: tuple[str, ...] = TASKS):
+        super().__init__(config)
+        parts = parts_of(tasks, config)
+        self.visual_backbone = VisualBackbone(config)
+        if "text_encoder" in parts:
+            self.text_branch = TextBranch(config, with_decoder="text_decoder" in parts)
+        if "image_encoder" in parts:
+            self.image_encoder = ImageEncoder(config)
+        if "query_selection" in parts:
+            self.query_selection = QuerySelection(config)
+            self.image_decoder = ImageDecoder(config)
+        self.hema_former = HemaFormer(config, parts)
+        self._keys_to_ignore_on_load_unexpected = head_keys()
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The text branch's token embedding.
+
+        Raises:
+            NotImplementedError: The model was built for a task that reads no text.
+        """
+        if "text_branch" not in self._modules:
+            raise NotImplementedError("This model reads no text, so it has no token embedding.")
+        return self.text_branch.shared
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the text branch's token embedding."""
+        self.text_branch.shared = value
+
+    def get_image_features(self, pixel_values, pixel_mask=None, task=None) -> UniHemaImageFeatures:
+        """See [`UniHemaPreTrainedModel.get_image_features`]."""
+        levels = self.visual_backbone(pixel_values, pixel_mask)
+        encodes = "image_encoder" in (self._modules if task is None else check_task(task).parts)
+        return UniHemaImageFeatures(
+            levels=levels,
+            last_hidden_state=self.image_encoder(levels).last_hidden_state if encodes else None,
+            pooler_output=levels.backbone_means,
+            image_size=tuple(pixel_values.shape[-2:]),
+        )
+
+    def get_prompt_features(
+        self, input_ids=None, attention_mask=None, task="detection", batch_size=1
+    ) -> UniHemaPromptFeatures:
+        """See [`UniHemaPreTrainedModel.get_prompt_features`]."""
+        if input_ids is None:
+            ids = self.config.default_prompt_ids.get(task, [self.config.text_config.eos_token_id])
+            input_ids = torch.tensor([ids], device=self.device).expand(batch_size, -1)
+        if attention_mask is None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        input_ids, attention_mask = self._official_length(input_ids, attention_mask)
+        states = self.text_branch.encode(input_ids, attention_mask).last_hidden_state
+        return UniHemaPromptFeatures(states, attention_mask)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_mask: torch.LongTensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        task: str = "detection",
+        image_features: UniHemaImageFeatures | None = None,
+        prompt_features: UniHemaPromptFeatures | None = None,
+        text_only: bool = False,
+        make_denoising: Callable | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> UniHemaModelOutput:
+        """
+        Args:
+            pixel_values (`torch.FloatTensor`): Normalised images `[B, 3, H, W]`.
+            pixel_mask (`torch.LongTensor`, *optional*): `[B, H, W]`, 1 on the image, 0 on padding.
+            input_ids (`torch.LongTensor`, *optional*): Prompt or question `[B, L]`. For language tasks `[K * B, L]` asks
+                K questions of each image, image by image. The configuration's default prompt when missing.
+            attention_mask (`torch.LongTensor`, *optional*): `[B, L]`, 0 on padding.
+            task (`str`): One of `TASKS`; decides which parts run.
+            image_features ([`UniHemaImageFeatures`], *optional*): Of `get_image_features`, instead of `pixel_values`.
+            prompt_features ([`UniHemaPromptFeatures`], *optional*): Of `get_prompt_features`, instead of `input_ids`.
+            text_only (`bool`): Language tasks: the text alone is read, E_W = E_T, as in the second stage of training.
+            make_denoising (`Callable`, *optional*): From the number of queries to `DenoisingQueries`; training only.
+            output_hidden_states (`bool`, *optional*): Also return the states of every layer.
+            output_attentions (`bool`, *optional*): Also return the attention weights of every layer. Those between
+                queries and of the text branch need `attn_implementation="eager"`.
+
+        Returns:
+            [`UniHemaModelOutput`]
+
+        Raises:
+            ValueError: Unknown task, no image, an image given twice, no text where a question is needed, or a text batch that
+                is no multiple of the images.
+        """
+        check_task(task)
+        states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        weights = self.config.output_attentions if output_attentions is None else output_attentions
+        if task in LANGUAGE_TASKS:
+            if not text_only:
+                image_features = self._features(pixel_values, pixel_mask, image_features)
+            return self._fuse_with_text(input_ids, attention_mask, image_features, text_only, states, weights)
+        features = self._features(pixel_values, pixel_mask, image_features)
+        encoded = self._encode(features, states, weights)
+        tokens, levels = encoded.last_hidden_state, features.levels
+        if task == "single_cell":
+            feature = self.hema_former.single_cell_feature_extraction(tokens, levels)
+            output = UniHemaModelOutput(last_hidden_state=feature[:, None], encoder_last_hidden_state=tokens)
+        else:
+            if self.config.text_guided_refinement and prompt_features is None:
+                prompt_features = self.get_prompt_features(input_ids, attention_mask, task, tokens.shape[0])
+            output = self._find_cells(tokens, levels, prompt_features, make_denoising, states, weights)
+            if task == "segmentation":
+                output["mask_logits"], output["mask_features"] = self.hema_former.query_guided_mask_finder(
+                    output.last_hidden_state[:, :1], tokens, levels
+                )
+                if levels.padded and not self.config.attend_to_padding:
+                    output["mask_valid"] = levels.valid[0]
+        if states:
+            output["encoder_hidden_states"] = encoded.hidden_states
+        if weights:
+            output["encoder_attentions"] = encoded.attentions
+        return output
+
+    @staticmethod
+    def _one_source(pixel_values, image_features) -> None:
+        if pixel_values is None and image_features is None:
+            raise ValueError("pixel_values is missing: every task of UniHema looks at an image.")
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("Give pixel_values or image_features, not both.")
+
+    def _features(self, pixel_values, pixel_mask, image_features) -> UniHemaImageFeatures:
+        """The features given, or the feature levels of the images given."""
+        self._one_source(pixel_values, image_features)
+        if image_features is not None:
+            return image_features
+        levels = self.visual_backbone(pixel_values, pixel_mask)
+        return UniHemaImageFeatures(levels=levels, image_size=tuple(pixel_values.shape[-2:]))
+
+    def _encode(self, features: UniHemaImageFeatures, states: bool, weights: bool) -> BaseModelOutput:
+        """The encoded tokens given; computed where they are not, or where states or weights of the layers are asked for."""
+        if features.last_hidden_state is not None and not states and not weights:
+            return BaseModelOutput(features.last_hidden_state)
+        return self.image_encoder(features.levels, output_hidden_states=states, output_attentions=weights)
+
+    def _find_cells(
+        self,
+        tokens: torch.Tensor,
+        levels: FeatureLevels,
+        prompt: UniHemaPromptFeatures | None,
+        make_denoising: Callable | None,
+        states: bool,
+        weights: bool,
+    ) -> UniHemaModelOutput:
+        """Encoded tokens to decoded queries: the best tokens become queries, read the prompt, then look at the image."""
+        proposals = self.query_selection(tokens, levels)
+        content, reference = proposals.content, proposals.reference_logits
+        denoising = make_denoising(content.shape[1]) if make_denoising is not None else None
+        noisy = 0
+        if denoising is not None:
+            noisy = denoising.content.shape[1]
+            content = torch.cat((denoising.content.to(content.dtype), content), 1)
+            reference = torch.cat((denoising.reference_logits.to(reference.dtype), reference), 1)
+        if self.config.text_guided_refinement:
+            refine = self.hema_former.text_guided_visual_refinement
+            content = refine(content, prompt.last_hidden_state, prompt.attention_mask)
+        decoded = self.image_decoder(content, reference, tokens, levels, denoising, proposals.padding)
+        # Denoising queries come first.
+        refined = content[:, noisy:]
+        return UniHemaModelOutput(
+            last_hidden_state=decoded.states[-1, :, noisy:],
+            encoder_last_hidden_state=tokens,
+            text_hidden_state=None if prompt is None else prompt.last_hidden_state,
+            decoder_states=decoded.states[:, :, noisy:],
+            decoder_boxes=decoded.boxes[:, :, noisy:],
+            denoising_states=decoded.states[:, :, :noisy] if noisy else None,
+            denoising_boxes=decoded.boxes[:, :, :noisy] if noisy else None,
+            denoising_queries=denoising,
+            proposal_logits=proposals.logits,
+            proposal_boxes=proposals.boxes,
+            proposal_indices=proposals.token_indices,
+            query_padding=proposals.padding,
+            refined_queries=refined,
+            decoder_hidden_states=(refined, *(layer[:, noisy:] for layer in decoded.hidden_states)) if states else None,
+            decoder_attentions=tuple(decoded.attentions) if weights else None,
+            cross_attentions=tuple(decoded.cross_attentions) if weights else None,
+        )
+
+    def _fuse_with_text(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        image_features: UniHemaImageFeatures | None,
+        text_only: bool,
+        states: bool,
+        weights: bool,
+    ) -> UniHemaModelOutput:
+        """Question or sentence and image to what the text decoder attends to, E_W (equation 1)."""
+        if input_ids is None:
+            raise ValueError("input_ids is missing: a question or a masked sentence is needed to generate text.")
+        if attention_mask is None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        length = input_ids.shape[1]
+        input_ids, attention_mask = self._official_length(input_ids, attention_mask)
+        text = self.text_branch.encode(
+            input_ids, attention_mask, output_hidden_states=states, output_attentions=weights
+        )
+        fused = text.last_hidden_state
+        if self.config.cross_modal_fusion and not text_only:
+            levels, texts = image_features.levels, len(input_ids)
+            images = len(levels.maps[0])
+            if texts % images:
+                raise ValueError(f"{texts} texts for {images} images: give every image the same number of texts.")
+            levels = levels.repeat_images(texts // images) if texts > images else levels
+            fused = self.hema_former.cross_modal_fusion(fused, attention_mask, levels)
+        return UniHemaModelOutput(
+            last_hidden_state=fused[:, :length],
+            text_hidden_state=text.last_hidden_state[:, :length],
+            encoder_hidden_states=text.hidden_states,
+            encoder_attentions=text.attentions,
+        )
+
+    def _official_length(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """The official model pads every text to its limit, and its padding takes part."""
+        missing = self.config.fusion_queries - input_ids.shape[1]
+        if not self.config.attend_to_padding or missing <= 0:
+            return input_ids, attention_mask
+        pad = torch.nn.functional.pad
+        return pad(input_ids, (0, missing), value=self.config.pad_token_id), pad(attention_mask, (0, missing))
+
+
+def detect(
+    model: UniHemaPreTrainedModel, labels: list[dict[str, torch.Tensor]] | None, **inputs: Any
+) -> UniHemaDetectionOutput:
+    """Boxes, classes and attributes by a model's trunk, `detection_head` and `denoising`; see [`UniHemaForDetection`]."""
+    make_denoising = partial(model.denoising, labels) if model.training and labels is not None else None
+    trunk = model.model(task="detection", make_denoising=make_denoising, return_dict=True, **inputs)
+    needed = trunk.decoder_states if labels is not None else trunk.decoder_states[-1:]
+    logits, morphology = model.detection_head(needed)
+    if trunk.query_padding is not None:
+        logits = logits.masked_fill(trunk.query_padding[None, ..., None], NO_CELL)
+    loss = loss_dict = None
+    if labels is not None:
+        noisy_logits = None
+        if trunk.denoising_states is not None:
+            noisy_logits, _ = model.detection_head(trunk.denoising_states)
+        loss, loss_dict = detection_loss(
+            logits,
+            trunk.decoder_boxes,
+            morphology,
+            trunk.proposal_logits,
+            trunk.proposal_boxes,
+            labels,
+            model.config,
+            denoising=trunk.denoising_queries,
+            denoising_logits=noisy_logits,
+            denoising_boxes=trunk.denoising_boxes,
+        )
+    return UniHemaDetectionOutput(
+        loss=loss,
+        loss_dict=loss_dict,
+        logits=logits[-1],
+        pred_boxes=trunk.decoder_boxes[-1],
+        pred_morphology=morphology[-1],
+        last_hidden_state=trunk.last_hidden_state,
+        encoder_last_hidden_state=trunk.encoder_last_hidden_state,
+        **_of_layers(trunk, LAYER_OUTPUTS),
+    )
+
+
+def segment(model: UniHemaPreTrainedModel, labels: torch.LongTensor | None, **inputs: Any) -> UniHemaSegmentationOutput:
+    """The mask of what the prompt names by a model's trunk and `mask_head`; see [`UniHemaForSegmentation`]."""
+    pixel_values, features = inputs["pixel_values"], inputs["image_features"]
+    trunk = model.model(task="segmentation", return_dict=True, **inputs)
+    size = features.image_size if pixel_values is None else tuple(pixel_values.shape[-2:])
+    level = trunk.mask_logits.shape[-2:]
+    # A whole number of pixels to a cell of the level, then cut: padding at the end does not stretch the mask.
+    whole = size
+    if not model.config.attend_to_padding:
+        whole = [cells * stride for cells, stride in zip(level, strides(size, level))]
+    mask_logits = model.mask_head(trunk.mask_logits, trunk.mask_features, whole, trunk.mask_valid)
+    mask_logits = mask_logits[:, : size[0], : size[1]]
+    loss = loss_dict = None
+    if labels is not None:
+        loss, loss_dict = segmentation_loss(
+            mask_logits,
+            labels,
+            dice_loss_coefficient=model.config.dice_loss_coefficient,
+            focal_loss_coefficient=model.config.focal_loss_coefficient,
+            dice_over=model.config.dice_over,
+        )
+    return UniHemaSegmentationOutput(
+        loss=loss,
+        loss_dict=loss_dict,
+        mask_logits=mask_logits,
+        encoder_last_hidden_state=trunk.encoder_last_hidden_state,
+        **_of_layers(trunk, LAYER_OUTPUTS),
+    )
+
+
+def classify(
+    model: UniHemaPreTrainedModel, labels: torch.LongTensor | None, **inputs: Any
+) -> UniHemaClassificationOutput:
+    """The class of a crop by a model's trunk and `single_cell_head`; see [`UniHemaForImageClassification`]."""
+    trunk = model.model(task="single_cell", return_dict=True, **inputs)
+    features = trunk.last_hidden_state[:, 0]
+    logits = model.single_cell_head(features)
+    loss = None if labels is None else single_cell_loss(logits, labels)
+    return UniHemaClassificationOutput(
+        loss=loss,
+        loss_dict=None if loss is None else {"loss_single_cell": loss.detach()},
+        logits=logits,
+        features=features,
+        **_of_layers(trunk, LAYER_OUTPUTS[:2]),
+    )
+
+
+def _of_layers(trunk: UniHemaModelOutput, names: tuple[str, ...]) -> dict[str, Any]:
     """States and weights of each layer, where asked for."""
-    return {name: trunk[name] for name in UniHemaModel._can_record_outputs if name in trunk}
+    return {name: trunk[name] for name in names if name in trunk}
 
 
 class UniHemaForDetection(UniHemaPreTrainedModel):
@@ -39,21 +488,20 @@ class UniHemaForDetection(UniHemaPreTrainedModel):
     def __init__(self, config: UniHemaConfig):
         super().__init__(config)
         self.model = UniHemaModel(config, self.tasks)
-        UniHemaForDetection._build_head(self, config)
-        self.post_init()
-
-    def _build_head(self, config: UniHemaConfig) -> None:
         self.detection_head = DetectionHead(config)
         self.denoising = ContrastiveDenoising(config)
+        self.post_init()
 
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor,
+        pixel_values: torch.FloatTensor | None = None,
         pixel_mask: torch.LongTensor | None = None,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.LongTensor | None = None,
         labels: list[dict[str, torch.Tensor]] | None = None,
+        image_features: UniHemaImageFeatures | None = None,
+        prompt_features: UniHemaPromptFeatures | None = None,
         **kwargs,
     ) -> UniHemaDetectionOutput:
         """
@@ -66,52 +514,23 @@ class UniHemaForDetection(UniHemaPreTrainedModel):
                 cxcywh in 0..1 relative to the image itself, optionally `morphology` `[n, attributes]` (-100 missing),
                 `annotated_classes` `[num_labels]` (`False`: neither target nor background) and `boxes_known` `[n]`
                 (`False`: the cell lies somewhere in its box).
+            image_features ([`UniHemaImageFeatures`], *optional*): Instead of `pixel_values`, see `get_image_features`.
+            prompt_features ([`UniHemaPromptFeatures`], *optional*): Instead of `input_ids`, see `get_prompt_features`.
 
         Returns:
             [`UniHemaDetectionOutput`]
         """
         self.follow_adapter()
-        make_denoising = partial(self.denoising, labels) if self.training and labels is not None else None
-        trunk = self.model(
-            pixel_values,
-            pixel_mask,
-            input_ids,
-            attention_mask,
-            task="detection",
-            make_denoising=make_denoising,
-            return_dict=True,
+        return detect(
+            self,
+            labels,
+            pixel_values=pixel_values,
+            pixel_mask=pixel_mask,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            image_features=image_features,
+            prompt_features=prompt_features,
             **layer_options(kwargs),
-        )
-        needed = trunk.decoder_states if labels is not None else trunk.decoder_states[-1:]
-        logits, morphology = self.detection_head(needed)
-        if trunk.query_padding is not None:
-            logits = logits.masked_fill(trunk.query_padding[None, ..., None], NO_CELL)
-        loss = loss_dict = None
-        if labels is not None:
-            noisy_logits = None
-            if trunk.denoising_states is not None:
-                noisy_logits, _ = self.detection_head(trunk.denoising_states)
-            loss, loss_dict = detection_loss(
-                logits,
-                trunk.decoder_boxes,
-                morphology,
-                trunk.proposal_logits,
-                trunk.proposal_boxes,
-                labels,
-                self.config,
-                denoising=trunk.denoising_queries,
-                denoising_logits=noisy_logits,
-                denoising_boxes=trunk.denoising_boxes,
-            )
-        return UniHemaDetectionOutput(
-            loss=loss,
-            loss_dict=loss_dict,
-            logits=logits[-1],
-            pred_boxes=trunk.decoder_boxes[-1],
-            pred_morphology=morphology[-1],
-            last_hidden_state=trunk.last_hidden_state,
-            encoder_last_hidden_state=trunk.encoder_last_hidden_state,
-            **_layers(trunk),
         )
 
 
@@ -132,21 +551,20 @@ class UniHemaForSegmentation(UniHemaPreTrainedModel):
     def __init__(self, config: UniHemaConfig):
         super().__init__(config)
         self.model = UniHemaModel(config, self.tasks)
-        UniHemaForSegmentation._build_head(self, config)
+        self.mask_head = MaskHead(config)
         self.post_init()
         self._freeze_parts()
-
-    def _build_head(self, config: UniHemaConfig) -> None:
-        self.mask_head = MaskHead(config)
 
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor,
+        pixel_values: torch.FloatTensor | None = None,
         pixel_mask: torch.LongTensor | None = None,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
+        image_features: UniHemaImageFeatures | None = None,
+        prompt_features: UniHemaPromptFeatures | None = None,
         **kwargs,
     ) -> UniHemaSegmentationOutput:
         """
@@ -156,42 +574,23 @@ class UniHemaForSegmentation(UniHemaPreTrainedModel):
             input_ids (`torch.LongTensor`, *optional*): Prompt that names what to segment, `[B, L]`.
             attention_mask (`torch.LongTensor`, *optional*): `[B, L]`.
             labels (`torch.LongTensor`, *optional*): `[B, H, W]`: 1 cell, 0 background, -100 ignored.
+            image_features ([`UniHemaImageFeatures`], *optional*): Instead of `pixel_values`, see `get_image_features`.
+            prompt_features ([`UniHemaPromptFeatures`], *optional*): Instead of `input_ids`, see `get_prompt_features`.
 
         Returns:
             [`UniHemaSegmentationOutput`]
         """
         self.follow_adapter()
-        trunk = self.model(
-            pixel_values,
-            pixel_mask,
-            input_ids,
-            attention_mask,
-            task="segmentation",
-            return_dict=True,
+        return segment(
+            self,
+            labels,
+            pixel_values=pixel_values,
+            pixel_mask=pixel_mask,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            image_features=image_features,
+            prompt_features=prompt_features,
             **layer_options(kwargs),
-        )
-        size, level = pixel_values.shape[-2:], trunk.mask_logits.shape[-2:]
-        # A whole number of pixels to a cell of the level, then cut: padding at the end does not stretch the mask.
-        whole = size
-        if not self.config.attend_to_padding:
-            whole = [cells * stride for cells, stride in zip(level, strides(size, level))]
-        mask_logits = self.mask_head(trunk.mask_logits, trunk.mask_features, whole, trunk.mask_valid)
-        mask_logits = mask_logits[:, : size[0], : size[1]]
-        loss = loss_dict = None
-        if labels is not None:
-            loss, loss_dict = segmentation_loss(
-                mask_logits,
-                labels,
-                dice_loss_coefficient=self.config.dice_loss_coefficient,
-                focal_loss_coefficient=self.config.focal_loss_coefficient,
-                dice_over=self.config.dice_over,
-            )
-        return UniHemaSegmentationOutput(
-            loss=loss,
-            loss_dict=loss_dict,
-            mask_logits=mask_logits,
-            encoder_last_hidden_state=trunk.encoder_last_hidden_state,
-            **_layers(trunk),
         )
 
 
@@ -205,18 +604,16 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
         super().__init__(config)
         self.model = UniHemaModel(config, self.tasks)
         config.single_cell_labels = config.given_labels or config.single_cell_labels
-        UniHemaForImageClassification._build_head(self, config)
-        self.post_init()
-
-    def _build_head(self, config: UniHemaConfig) -> None:
         self.single_cell_head = SingleCellHead(config)
+        self.post_init()
 
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor,
+        pixel_values: torch.FloatTensor | None = None,
         pixel_mask: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
+        image_features: UniHemaImageFeatures | None = None,
         **kwargs,
     ) -> UniHemaClassificationOutput:
         """
@@ -224,76 +621,330 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
             pixel_values (`torch.FloatTensor`): Normalised crops `[B, 3, H, W]`.
             pixel_mask (`torch.LongTensor`, *optional*): `[B, H, W]`, 1 on the image, 0 on padding.
             labels (`torch.LongTensor`, *optional*): `[B]`, indices into `config.single_cell_labels`; -100 ignored.
+            image_features ([`UniHemaImageFeatures`], *optional*): Instead of `pixel_values`, see `get_image_features`.
 
         Returns:
             [`UniHemaClassificationOutput`]
         """
         self.follow_adapter()
-        trunk = self.model(pixel_values, pixel_mask, task="single_cell", return_dict=True, **layer_options(kwargs))
-        features = trunk.last_hidden_state[:, 0]
-        logits = self.single_cell_head(features)
-        loss = None if labels is None else single_cell_loss(logits, labels)
-        return UniHemaClassificationOutput(
-            loss=loss,
-            loss_dict=None if loss is None else {"loss_single_cell": loss.detach()},
-            logits=logits,
-            features=features,
-            encoder_hidden_states=trunk.encoder_hidden_states,
-            encoder_attentions=trunk.encoder_attentions,
+        return classify(
+            self,
+            labels,
+            pixel_values=pixel_values,
+            pixel_mask=pixel_mask,
+            image_features=image_features,
+            **layer_options(kwargs),
         )
 
 
-class UniHemaForMultiTask(UniHemaForDetection, UniHemaForSegmentation, UniHemaForImageClassification, UniHemaForQA):
+class _QuestionEncoder:
+    """What `generate` calls to encode: the question and its image, fused."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, trunk: UniHemaModel):
+        self.trunk = trunk
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        pixel_values=None,
+        pixel_mask=None,
+        image_features=None,
+        text_only=False,
+        **kwargs,
+    ):
+        fused = self.trunk(
+            pixel_values,
+            pixel_mask,
+            input_ids,
+            attention_mask,
+            task="question_answering",
+            image_features=image_features,
+            text_only=text_only,
+            return_dict=True,
+            **layer_options(kwargs),
+        )
+        return BaseModelOutput(fused.last_hidden_state, fused.encoder_hidden_states, fused.encoder_attentions)
+
+    __call__ = forward
+
+
+class _Answers(GenerationMixin):
+    """What generating text needs of a model that has a trunk with a text decoder and an `lm_head`."""
+
+    main_input_name = "input_ids"
+
+    def _build_lm_head(self, config: UniHemaConfig) -> None:
+        self.lm_head = nn.Linear(config.text_config.d_model, config.text_config.vocab_size, bias=False)
+        self._tied_weights_keys = (
+            {"lm_head.weight": "model.text_branch.shared.weight"} if config.tie_word_embeddings else {}
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The text branch's token embedding."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the text branch's token embedding."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer of the text decoder."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the output layer of the text decoder."""
+        self.lm_head = value
+
+    def get_encoder(self, modality: str | None = None) -> _QuestionEncoder:
+        """What `generate` encodes a question and its image with."""
+        return _QuestionEncoder(self.model)
+
+    def get_decoder(self) -> nn.Module:
+        """The T5 decoder."""
+        return self.model.text_branch.decoder
+
+    @torch.no_grad()
+    def generate(self, *args, **kwargs):
+        """Answers, as [`~GenerationMixin.generate`] does, also in the midst of training: dropout, batch statistics and
+        checkpointing of activations are set aside, and every part is back in its mode afterwards.
+
+        Args:
+            *args, **kwargs: Those of `forward` that describe image and question, and settings of generation.
+
+        Raises:
+            ValueError: There is no question.
+        """
+        if not args and all(kwargs.get(name) is None for name in ("inputs", "input_ids", "encoder_outputs")):
+            raise ValueError("input_ids is missing: a question or a masked sentence is needed to generate text.")
+        training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            for module in training:
+                module.training = True
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
+        """Labels `[B, T]` shifted right behind the start token, -100 turned into padding."""
+        start = labels.new_full((len(labels), 1), self.config.decoder_start_token_id)
+        return torch.cat((start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, self.config.pad_token_id)), 1)
+
+    def _answer(
+        self,
+        labels: torch.LongTensor | None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.LongTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = None,
+        layers: Mapping[str, bool] | None = None,
+        **inputs: Any,
+    ) -> UniHemaLanguageOutput:
+        wanted = {name: getattr(self.config, name) for name in LAYER_OPTIONS} | dict(layers or {})
+        if encoder_outputs is None:
+            encoder_outputs = self.get_encoder()(input_ids, attention_mask, **inputs, **wanted)
+        elif not isinstance(encoder_outputs, BaseModelOutput):
+            encoder_outputs = BaseModelOutput(*encoder_outputs)
+        fused = encoder_outputs[0]
+        if attention_mask is None:
+            if input_ids is None:
+                attention_mask = fused.new_ones(fused.shape[:2], dtype=torch.long)
+            else:
+                attention_mask = (input_ids != self.config.pad_token_id).long()
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            if labels is None:
+                raise ValueError("Give labels or decoder_input_ids, or call generate() for an answer.")
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        decoded = self.model.text_branch.decode(
+            decoder_input_ids,
+            fused,
+            attention_mask,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            decoder_attention_mask=decoder_attention_mask,
+            cache=cache,
+            use_cache=use_cache,
+            **wanted,
+        )
+        states = decoded.last_hidden_state
+        if self.config.output_head_is_scaled:
+            states = states * self.config.text_config.d_model**-0.5
+        logits = self.lm_head(states)
+        loss = None if labels is None else text_loss(logits, labels)
+        return UniHemaLanguageOutput(
+            loss=loss,
+            loss_dict=None if loss is None else {"loss_text": loss.detach()},
+            logits=logits,
+            encoder_last_hidden_state=fused,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+            **{CACHE_NAME: decoded.get(CACHE_NAME)},
+        )
+
+
+class UniHemaForQA(_Answers, UniHemaPreTrainedModel):
+    """Answers a question about an image, and fills in a masked sentence. Both are generated, looking at the image."""
+
+    tasks = LANGUAGE_TASKS
+    _keys_to_ignore_on_load_unexpected = skippable_keys(tasks)
+
+    def __init__(self, config: UniHemaConfig):
+        super().__init__(config)
+        self.model = UniHemaModel(config, self.tasks)
+        self._build_lm_head(config)
+        self.post_init()
+        if not config.cross_modal_fusion:
+            self._frozen_parts = ("model.visual_backbone",)
+            self._freeze_parts()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_mask: torch.LongTensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.LongTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        cache: Cache | None = None,
+        image_features: UniHemaImageFeatures | None = None,
+        text_only: bool = False,
+        **kwargs,
+    ) -> UniHemaLanguageOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor`): Questions or masked sentences `[B, L]`, or `[K * B, L]`: K for each image.
+            attention_mask (`torch.LongTensor`, *optional*): As `input_ids`, 0 on padding.
+            pixel_values (`torch.FloatTensor`): Normalised images `[B, 3, H, W]`.
+            pixel_mask (`torch.LongTensor`, *optional*): `[B, H, W]`, 1 on the image, 0 on padding.
+            decoder_input_ids (`torch.LongTensor`, *optional*): `[B, T]`; made from `labels` when missing.
+            decoder_attention_mask (`torch.LongTensor`, *optional*): `[B, T]`.
+            decoder_inputs_embeds (`torch.FloatTensor`, *optional*): Embedded decoder tokens.
+            encoder_outputs (`BaseModelOutput` or `tuple`, *optional*): Fused question and image, computed before.
+            past_key_values (`Cache`, *optional*): Keys and values of earlier decoding steps.
+            labels (`torch.LongTensor`, *optional*): Answers `[B, T]`, -100 ignored.
+            use_cache (`bool`, *optional*): Return the keys and values of this step too.
+            cache (`Cache`, *optional*): The name of `past_key_values` from Transformers 5.24 on.
+            image_features ([`UniHemaImageFeatures`], *optional*): Instead of `pixel_values`, see `get_image_features`.
+            text_only (`bool`): Read the text alone, as in the second stage of training.
+
+        Returns:
+            [`UniHemaLanguageOutput`]
+        """
+        return self._answer(
+            labels,
+            input_ids,
+            attention_mask,
+            decoder_input_ids,
+            decoder_attention_mask,
+            decoder_inputs_embeds,
+            encoder_outputs,
+            past_key_values if cache is None else cache,
+            use_cache,
+            layer_options(kwargs),
+            pixel_values=pixel_values,
+            pixel_mask=pixel_mask,
+            image_features=image_features,
+            text_only=text_only,
+        )
+
+
+class UniHemaForMultiTask(_Answers, UniHemaPreTrainedModel):
     """All heads on one trunk: what training trains and a full checkpoint holds.
 
     A batch holds one task. `generate` answers questions, as with [`UniHemaForQA`].
     """
 
     tasks = TASKS
-    main_input_name = "input_ids"
-    _frozen_parts = ()
-    _keys_to_ignore_on_load_unexpected = None
 
     def __init__(self, config: UniHemaConfig):
-        UniHemaPreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.model = UniHemaModel(config)
-        for head in UniHemaForMultiTask.__bases__:
-            head._build_head(self, config)
+        self.detection_head = DetectionHead(config)
+        self.denoising = ContrastiveDenoising(config)
+        self.mask_head = MaskHead(config)
+        self.single_cell_head = SingleCellHead(config)
+        self._build_lm_head(config)
         self.post_init()
 
-    def forward(self, task: str | None = None, **inputs):
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+        """The inputs of a step of `generate`, which answers a question."""
+        return super().prepare_inputs_for_generation(*args, **kwargs) | {"task": "question_answering"}
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_mask: torch.LongTensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.LongTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        past_key_values: Cache | None = None,
+        labels: Any = None,
+        use_cache: bool | None = None,
+        cache: Cache | None = None,
+        image_features: UniHemaImageFeatures | None = None,
+        prompt_features: UniHemaPromptFeatures | None = None,
+        text_only: bool = False,
+        *,
+        task: str | None = None,
+        **kwargs,
+    ) -> UniHemaDetectionOutput | UniHemaSegmentationOutput | UniHemaClassificationOutput | UniHemaLanguageOutput:
         """
         Args:
-            task (`str`, *optional*): One of `TASKS`. When missing it is a language task if a decoder or encoder state is
-                given, as `generate` does, and detection otherwise.
-            **inputs: Those of the task's own class.
+            task (`str`): One of `TASKS`. The other arguments are those of the task's own class.
 
         Returns:
             The output of the task's own class.
 
         Raises:
-            ValueError: Unknown task.
+            ValueError: No task, or an unknown one.
         """
         if task is None:
-            generating = {"encoder_outputs", "decoder_input_ids", "past_key_values", "cache"} & inputs.keys()
-            task = "question_answering" if generating else "detection"
-        for head in UniHemaForMultiTask.__bases__:
-            if task in head.tasks:
-                return head.forward(self, **inputs)
-        raise ValueError(f"Unknown task '{task}'; choose one of {', '.join(TASKS)}.")
+            raise ValueError(f"task is missing: this model has all heads, so name one of {', '.join(TASKS)}.")
+        check_task(task)
+        self.follow_adapter()
+        image = {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "image_features": image_features}
+        layers = layer_options(kwargs)
+        if task in LANGUAGE_TASKS:
+            return self._answer(
+                labels,
+                input_ids,
+                attention_mask,
+                decoder_input_ids,
+                decoder_attention_mask,
+                decoder_inputs_embeds,
+                encoder_outputs,
+                past_key_values if cache is None else cache,
+                use_cache,
+                layers,
+                text_only=text_only,
+                **image,
+            )
+        if task == "single_cell":
+            return classify(self, labels, **image, **layers)
+        prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "prompt_features": prompt_features}
+        return {"detection": detect, "segmentation": segment}[task](self, labels, **image, **prompt, **layers)
 
-
-# generate() checks a model's keyword arguments against the signature of its forward.
-UniHemaForMultiTask.forward.__signature__ = inspect.signature(UniHemaForQA.forward).replace(
-    parameters=[
-        *list(inspect.signature(UniHemaForQA.forward).parameters.values())[:-1],
-        inspect.Parameter("task", inspect.Parameter.KEYWORD_ONLY, default=None),
-        list(inspect.signature(UniHemaForQA.forward).parameters.values())[-1],
-    ]
-)
 
 __all__ = [
-    "TASKS",
     "UniHemaForDetection",
     "UniHemaForImageClassification",
     "UniHemaForMultiTask",

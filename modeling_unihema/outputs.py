@@ -6,6 +6,38 @@ import torch
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
+from .visual_backbone import FeatureLevels
+
+
+@dataclass
+class UniHemaImageFeatures(ModelOutput):
+    """What a batch of images gives every task. Given back as `image_features=`, the images are looked at once.
+
+    Args:
+        levels (`FeatureLevels`): The projected feature levels.
+        last_hidden_state (`torch.FloatTensor`): Encoded image tokens `[B, S, d]`; `None` where no task at hand reads them.
+        pooler_output (`torch.FloatTensor`): Mean of each channel of the backbone's maps over the image, float32 `[B, D]`.
+        image_size (`tuple[int, int]`): Height and width of `pixel_values`, padding included.
+    """
+
+    levels: FeatureLevels | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    image_size: tuple[int, int] | None = None
+
+
+@dataclass
+class UniHemaPromptFeatures(ModelOutput):
+    """What a prompt gives the content queries. Given back as `prompt_features=`, the prompt is read once.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor`): Text encoder states `[B, L, text width]`.
+        attention_mask (`torch.LongTensor`): `[B, L]`, 0 on padding.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    attention_mask: torch.LongTensor | None = None
+
 
 @dataclass
 class UniHemaModelOutput(ModelOutput):

@@ -3,16 +3,20 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import nn
-from transformers.utils.output_capturing import CompileableContextVar
-
-from .tracing import is_traced
 
 
-# Valid pixels of the batch whose forward pass is running; per thread, and traceable by torch.compile.
-_valid_pixels = CompileableContextVar("valid_pixels")
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace records what runs: nothing may then hang on values, or be kept."""
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+# Valid pixels of the batch whose forward pass is running, for layers of other libraries, which take a map and nothing else.
+# Each thread has its own; it is set and reset within one call.
+_valid_pixels: ContextVar[torch.Tensor | None] = ContextVar("valid_pixels", default=None)
 
 
 def valid_at(pixels: torch.Tensor | None, maps: torch.Tensor) -> torch.Tensor | None:
@@ -125,37 +129,26 @@ def _blank_padding(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple
     return (filled(maps, valid_at(pixels, maps), blank), *inputs[1:])
 
 
-def _zero_padding_in_place(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+def blanked_in_place(maps: torch.Tensor) -> torch.Tensor:
+    """Maps `[B, C, h, w]` with zeros in their padding, as a convolution must read them; written into the maps themselves where
+    that is possible, which spares a copy: for maps whose padding nobody else reads."""
     pixels = _valid_pixels.get()
-    sizes = None if pixels is None else image_sizes(valid_at(pixels, inputs[0]))
+    if pixels is None:
+        return maps
+    valid = valid_at(pixels, maps)
+    sizes = image_sizes(valid)
     if sizes is None:
-        return _blank_padding(module, inputs)
-    for image, (height, width) in zip(inputs[0], sizes):
+        return filled(maps, valid, 0.0)
+    for image, (height, width) in zip(maps, sizes):
         image[:, height:] = 0.0
         image[:, :, width:] = 0.0
-    return None
+    return maps
 
 
 def _blank_result(module: nn.Module, inputs: tuple[torch.Tensor, ...], maps: torch.Tensor) -> torch.Tensor | None:
     # Where there was padding only, the least of all numbers came out, and would overflow in what adapters add.
     pixels = _valid_pixels.get()
     return None if pixels is None else filled(maps, valid_at(pixels, maps), 0.0)
-
-
-PADDING_HOOKS = (_blank_padding, _blank_result, _zero_padding_in_place)
-
-
-def ignore_padding_in_place(module: nn.Module) -> None:
-    """Lets the convolutions of a module prepared by [`ignore_padding`] write zeros into the padding of the maps they are given,
-    instead of copying the maps: for a backbone whose maps, and whose images, nobody else reads.
-
-    Args:
-        module (`nn.Module`): The module.
-    """
-    for part in module.modules():
-        for number, hook in part._forward_pre_hooks.items():
-            if hook is _blank_padding and not isinstance(part, nn.MaxPool2d):
-                part._forward_pre_hooks[number] = _zero_padding_in_place
 
 
 class MaskedGroupNorm(nn.GroupNorm):

@@ -1,63 +1,99 @@
 """Code beside the weights: a saved checkpoint also loads with `trust_remote_code=True` where `unihema` is not installed.
 
-Transformers copies the file of one class and what that imports, and notes that one class. A UniHema checkpoint serves
-several classes, processors and pipelines, so the configuration, which every way of saving a model writes, adds the rest.
+Transformers copies the file of one class and what that imports from its own folder, and notes that one class. A UniHema
+checkpoint serves several classes, processors and pipelines, whose files lie in several folders of the package. So we write
+them ourselves, into one flat folder, with their imports made flat.
 """
 
 import copy
-import shutil
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
+from .tasks import TASK_TABLE, auto_classes
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_unihema.UniHemaConfig",
-    "AutoModel": "modeling_unihema.UniHemaModel",
-    "AutoModelForObjectDetection": "modeling_unihema.UniHemaForDetection",
-    "AutoModelForImageSegmentation": "modeling_unihema.UniHemaForSegmentation",
-    "AutoModelForSemanticSegmentation": "modeling_unihema.UniHemaForSegmentation",
-    "AutoModelForImageClassification": "modeling_unihema.UniHemaForImageClassification",
-    "AutoModelForVisualQuestionAnswering": "modeling_unihema.UniHemaForQA",
-    "AutoModelForImageTextToText": "modeling_unihema.UniHemaForQA",
-}
 
-CUSTOM_PIPELINES = {
-    "visual-question-answering": {
-        "impl": "pipelines.VisualQuestionAnsweringPipeline",
-        "pt": ["AutoModelForVisualQuestionAnswering"],
-    },
-    "object-detection": {
-        "impl": "pipelines.UniHemaObjectDetectionPipeline",
-        "pt": ["AutoModelForObjectDetection"],
-    },
-    "image-segmentation": {
-        "impl": "pipelines.UniHemaImageSegmentationPipeline",
-        "pt": ["AutoModelForImageSegmentation"],
-    },
-    "image-classification": {
-        "impl": "pipelines.UniHemaImageClassificationPipeline",
-        "pt": ["AutoModelForImageClassification"],
-    },
-}
-
-_ENTRIES = ("configuration_unihema.py", "modeling_unihema.py", "processing_unihema.py", "pipelines.py")
+# Every file that a checkpoint needs is imported by one of these.
+ENTRIES = ("configuration_unihema", "modeling_unihema", "processing_unihema", "pipelines")
+_IMPORT = re.compile(r"^( *from )(?:unihema(?:\.\w+)*)?\.(\w+)( import )", re.MULTILINE)
 _HERE = Path(__file__).parent
 
 
-def code_files(folders: list[Path]) -> list[Path]:
+def auto_map() -> dict[str, str]:
+    """Auto class -> file and class, as `config.json` names them."""
+    models = {auto: f"modeling_unihema.{name}" for auto, name in auto_classes().items()}
+    return {"AutoConfig": "configuration_unihema.UniHemaConfig", **models}
+
+
+def custom_pipelines() -> dict[str, dict[str, Any]]:
+    """Pipeline -> our class of it, as `config.json` names them."""
+    return {
+        task.pipeline: {"impl": f"pipelines.{task.pipeline_class}", "pt": [task.auto_classes[0]]}
+        for task in TASK_TABLE.values()
+    }
+
+
+def is_remote(cls: type) -> bool:
+    """Whether a class was itself read from a checkpoint."""
+    return cls.__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
+
+
+def code_files(checkpoint: Path | None = None) -> dict[str, Path]:
     """The files that model, processor and pipelines consist of.
 
     Args:
-        folders (`list[Path]`): Where they are: the folders of the package, or a checkpoint.
+        checkpoint (`Path`, *optional*): A checkpoint that has them; the package when missing.
 
     Returns:
-        `list[Path]`: Those found there, with everything they import from their own folder.
+        `dict[str, Path]`: File name -> where it is.
     """
-    entries = [folder / name for name in _ENTRIES for folder in folders if (folder / name).is_file()]
-    return sorted({Path(file) for entry in entries for file in (entry, *get_relative_import_files(entry))})
+    if checkpoint is None:
+        package = _HERE.parent
+        folders = [_HERE, package / "processing_unihema", package]
+    else:
+        folders = [checkpoint]
+    found: dict[str, Path] = {}
+    waiting = list(ENTRIES)
+    while waiting:
+        name = f"{waiting.pop()}.py"
+        path = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        if path is None or name in found:
+            continue
+        found[name] = path
+        waiting += [match[2] for match in _IMPORT.finditer(path.read_text(encoding="utf-8"))]
+    return dict(sorted(found.items()))
+
+
+def write_code(folder: str | Path, checkpoint: Path | None = None) -> list[str]:
+    """Writes the code into a checkpoint folder, imports made flat.
+
+    Args:
+        folder (`str` or `Path`): The folder; made when missing.
+        checkpoint (`Path`, *optional*): Where the code is taken from, see [`code_files`].
+
+    Returns:
+        `list[str]`: Names of the files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = code_files(checkpoint)
+    for name, path in files.items():
+        if path.resolve() != (folder / name).resolve():
+            text = _IMPORT.sub(r"\1.\2\3", path.read_text(encoding="utf-8"))
+            (folder / name).write_text(text, encoding="utf-8")
+    return list(files)
+
+
+def code_source(instance: Any, name_or_path: str = "") -> Path | None:
+    """Where the code of a configuration or processor is: `None` for the package, the checkpoint on this disk, or what was
+    fetched of one on the Hub."""
+    if not is_remote(type(instance)):
+        return None
+    checkpoint = Path(name_or_path)
+    return checkpoint if name_or_path and checkpoint.is_dir() else Path(sys.modules[type(instance).__module__].__file__).parent
 
 
 class SavedWithCode:
@@ -65,22 +101,10 @@ class SavedWithCode:
 
     def __post_init__(self, **kwargs: Any):
         # Transformers asks for trust in a configuration's own pipelines even where the installed ones would do.
-        if not self._is_remote():
+        if not is_remote(type(self)):
             kwargs.pop("auto_map", None)
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
-
-    @classmethod
-    def _is_remote(cls) -> bool:
-        """Whether this class was itself read from a checkpoint."""
-        return cls.__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
-
-    def _code_folders(self) -> list[Path]:
-        """Where the code to save is: the package, the checkpoint on this disk, or what was fetched of one on the Hub."""
-        if not self._is_remote():
-            return [_HERE, _HERE.parent / "processing_unihema"]
-        checkpoint = Path(self._name_or_path)
-        return [checkpoint if checkpoint.is_dir() else _HERE]
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Saves the configuration, and the code of model, processor and pipelines beside it.
@@ -89,16 +113,33 @@ class SavedWithCode:
             save_directory (`str` or `Path`): The folder; made when missing.
             **kwargs: See [`~PreTrainedConfig.save_pretrained`].
         """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in code_files(self._code_folders()):
-            if file.resolve() != (folder / file.name).resolve():
-                shutil.copyfile(file, folder / file.name)
+        files = write_code(save_directory, code_source(self, self._name_or_path))
         written = copy.copy(self)
-        written.auto_map = dict(AUTO_MAP)
+        written.auto_map = auto_map()
         # A configuration from the Hub does not bring the pipelines along unless they were used.
-        written.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES) if (folder / "pipelines.py").is_file() else {}
+        written.custom_pipelines = custom_pipelines() if "pipelines.py" in files else {}
         super(SavedWithCode, written).save_pretrained(save_directory, **kwargs)
 
 
-__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "SavedWithCode", "code_files"]
+class ProcessorWithCode:
+    """Part of a processor class: saving it writes the code files beside its settings."""
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Saves the processor, and the code of model, processor and pipelines beside it.
+
+        Args:
+            save_directory (`str` or `Path`): The folder; made when missing.
+            push_to_hub (`bool`): Also push it to the Hub, under `repo_id` or the folder's name.
+            **kwargs: See [`~PushToHubMixin.push_to_hub`].
+
+        Returns:
+            `list[str]`: The files.
+        """
+        saved = super().save_pretrained(save_directory)
+        write_code(save_directory, code_source(self))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return saved
+
+
+__all__ = ["ProcessorWithCode", "SavedWithCode", "auto_map", "code_files", "code_source", "custom_pipelines", "write_code"]

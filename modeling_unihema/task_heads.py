@@ -3,9 +3,8 @@
 import torch
 from torch import nn
 
-from .class_rows import ClassLinear
 from .configuration_unihema import UniHemaConfig
-from .initialisation import class_scores
+from .layers import ClassLinear, class_scores
 from .padding import hold_edge, ignore_padding, without_padding
 
 

@@ -1,6 +1,7 @@
 """Image to feature levels: AutoBackbone, input projection, padding masks and sine positions."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,6 @@ from torch import nn
 from transformers import AutoBackbone
 
 from .configuration_unihema import UniHemaConfig
-from .inference_backbone import InferenceBackbone
 from .padding import MaskedGroupNorm, filled, ignore_padding, valid_at, without_padding
 
 
@@ -21,12 +21,15 @@ class FeatureLevels:
         valid (`list[torch.Tensor]`): Boolean `[B, h, w]`, `True` on the image, `False` on padding.
         positions (`list[torch.Tensor]`): Sine positions `[B, d, h, w]`.
         padded (`bool`): Whether any image has padding at all.
+        backbone_means (`torch.Tensor`): Mean of each channel of the backbone's own maps over the image, levels
+            concatenated, float32 `[B, D]`, without gradient. No task reads it; out-of-distribution scores do.
     """
 
     maps: list[torch.Tensor]
     valid: list[torch.Tensor]
     positions: list[torch.Tensor]
     padded: bool = True
+    backbone_means: torch.Tensor | None = None
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -59,7 +62,9 @@ class FeatureLevels:
     def repeat_images(self, times: int) -> "FeatureLevels":
         """Each image `times` in a row: several questions about one image."""
         parts = (self.maps, self.valid, self.positions)
-        return FeatureLevels(*[[level.repeat_interleave(times, 0) for level in part] for part in parts], self.padded)
+        repeated = [[level.repeat_interleave(times, 0) for level in part] for part in parts]
+        means = None if self.backbone_means is None else self.backbone_means.repeat_interleave(times, 0)
+        return FeatureLevels(*repeated, self.padded, means)
 
 
 def flatten_levels(maps: list[torch.Tensor]) -> torch.Tensor:
@@ -90,6 +95,26 @@ def sine_positions(valid: torch.Tensor, d_model: int, temperature: float) -> tor
     return torch.cat(halves, dim=-1).permute(0, 3, 1, 2)
 
 
+@torch.no_grad()
+def channel_means(maps: Sequence[torch.Tensor], valid: Sequence[torch.Tensor] | None) -> torch.Tensor:
+    """Mean of each channel over the image.
+
+    Args:
+        maps (`Sequence[torch.Tensor]`): `[B, channels, h, w]` of each level.
+        valid (`Sequence[torch.Tensor]`, *optional*): Boolean `[B, h, w]` of each level, `False` on padding.
+
+    Returns:
+        `torch.Tensor`: float32 `[B, D]`, D the channels of all levels.
+    """
+    if valid is None:
+        return torch.cat([level.float().mean((2, 3)) for level in maps], 1)
+    means = []
+    for level, inside in zip(maps, valid):
+        weight = inside[:, None].float()
+        means.append((level.float() * weight).sum((2, 3)) / weight.sum((2, 3)).clamp(min=1))
+    return torch.cat(means, 1)
+
+
 def _is_strided_pointwise(module: nn.Module) -> bool:
     """Whether oneDNN (in PyTorch 2.14.1) writes past the end of its memory in the module's backward with channels last."""
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride != (1, 1)
@@ -117,7 +142,6 @@ class VisualBackbone(nn.Module):
             self.input_projection.append(nn.Sequential(convolution, MaskedGroupNorm(groups, config.d_model)))
         ignore_padding(self.backbone)
         ignore_padding(self.input_projection)
-        self._inference_backbone = InferenceBackbone()
         self._trains_channels_last = not any(map(_is_strided_pointwise, self.backbone.modules()))
         self.freeze_norms()
 
@@ -154,12 +178,11 @@ class VisualBackbone(nn.Module):
         if self._trains_channels_last and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Depthwise and 1x1 convolutions, and above all their backward, are faster with channels last.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        if counted is not None and not torch.is_grad_enabled():
-            # The fast copy of the backbone writes into padding, which must not reach the caller's images.
+        if counted is not None:
+            # A layer may write into the padding of what it is given, which must not reach the caller's images.
             pixel_values = filled(pixel_values, counted, 0.0)
-        backbone = self._inference_backbone(self.backbone)
         with without_padding(counted):
-            maps = list(backbone(pixel_values).feature_maps)
+            maps = list(self.backbone(pixel_values).feature_maps)
             # The first extra level comes from the last backbone map, further ones from the level before.
             sources = [*maps, maps[-1]]
             projected = []
@@ -175,4 +198,4 @@ class VisualBackbone(nn.Module):
             positions.append(
                 sine_positions(mask, self.config.d_model, self.config.position_temperature).to(level.dtype)
             )
-        return FeatureLevels(projected, valid, positions, padded)
+        return FeatureLevels(projected, valid, positions, padded, channel_means(maps, valid if padded else None))

@@ -21,6 +21,9 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
+from unihema.modeling_unihema.remote_code import ProcessorWithCode
+from unihema.modeling_unihema.tasks import TASK_TABLE, TASKS, check_task
+
 from .annotations import detection_labels
 from .image_io import image_size, load_image, load_mask
 from .post_processing import (
@@ -29,7 +32,6 @@ from .post_processing import (
     post_process_object_detection,
     post_process_semantic_segmentation,
 )
-from .prompts import TASKS
 
 
 FIELD_SIZE = {"shortest_edge": 480, "longest_edge": 640}
@@ -45,7 +47,7 @@ class UniHemaImageProcessorKwargs(ImagesKwargs, total=False):
     invalid_boxes: str
 
 
-class UniHemaImageProcessor(TorchvisionBackend):
+class UniHemaImageProcessor(ProcessorWithCode, TorchvisionBackend):
     r"""Prepares images, with or without annotations, for a UniHema model.
 
     Images keep their aspect ratio: a task's size gives the shortest and longest edge they are resized to, up or down.
@@ -77,9 +79,8 @@ class UniHemaImageProcessor(TorchvisionBackend):
     task_sizes = None
 
     def __init__(self, **kwargs: Any):
-        sizes = {"detection": FIELD_SIZE, "segmentation": FIELD_SIZE} | dict.fromkeys(
-            ("single_cell", "question_answering", "cloze"), CROP_SIZE
-        )
+        # Fields of view are looked at to find cells by name, crops and what is asked about are smaller.
+        sizes = {name: FIELD_SIZE if task.default_prompt else CROP_SIZE for name, task in TASK_TABLE.items()}
         sizes |= kwargs.pop("task_sizes", None) or {}
         unknown = set(sizes) - set(TASKS)
         if unknown:
@@ -142,10 +143,8 @@ class UniHemaImageProcessor(TorchvisionBackend):
         given = {name: value for name, value in kwargs.items() if value is not None}
         options = {name: given.get(name, getattr(self, name, None)) for name in self._valid_kwargs_names}
         if "size" not in given:
-            task = options["task"]
-            if task not in TASKS:
-                raise ValueError(f"Unknown task '{task}'; choose one of {', '.join(TASKS)}.")
-            options["size"] = (self.task_sizes | options["task_sizes"])[task]
+            check_task(options["task"])
+            options["size"] = (self.task_sizes | options["task_sizes"])[options["task"]]
         options["size"] = get_size_dict(options["size"], default_to_square=False)
         if options["do_center_crop"]:
             raise ValueError("do_center_crop would cut cells off: give the part of the image to look at instead.")

@@ -3,10 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from unihema.modeling_unihema.tasks import TASK_TABLE
 
-TASKS = ("detection", "segmentation", "single_cell", "question_answering", "cloze")
-IMAGE_TASKS = ("detection", "segmentation", "single_cell")
-LANGUAGE_TASKS = ("question_answering", "cloze")
 
 _NAMES_TEMPLATE = "This image is for the detection of {names} cells"
 _SENTINEL = re.compile(r"<extra_id_\d+>|_{3,}")
@@ -26,10 +24,6 @@ def names_prompt(names: str | Sequence[str]) -> str:
     if not names:
         raise ValueError("A detection or segmentation prompt needs at least one class name or disease.")
     return _NAMES_TEMPLATE.format(names=", ".join(names))
-
-
-detection_prompt = names_prompt
-segmentation_prompt = names_prompt
 
 
 def question_prompt(question: str) -> str:
@@ -89,12 +83,9 @@ def task_prompt(task: str, text: str | Sequence[str]) -> str:
     Raises:
         ValueError: Unknown task, or a text the task cannot use.
     """
-    templates = {
-        "detection": names_prompt,
-        "segmentation": names_prompt,
-        "question_answering": question_prompt,
-        "cloze": cloze_prompt,
-    }
-    if task not in templates:
-        raise ValueError(f"Task '{task}' reads no text; texts go with {', '.join(templates)}.")
-    return templates[task](text)
+    reading = [name for name, row in TASK_TABLE.items() if row.reads_text]
+    if task not in reading:
+        raise ValueError(f"Task '{task}' reads no text; texts go with {', '.join(reading)}.")
+    if not TASK_TABLE[task].generates_text:
+        return names_prompt(text)
+    return cloze_prompt(text) if task == "cloze" else question_prompt(text)

@@ -6,7 +6,8 @@ import torch
 from tiny_models import very_tiny_config
 
 import unihema
-from unihema.processing_unihema.prompts import TASKS, task_prompt
+from unihema.modeling_unihema.tasks import TASKS
+from unihema.processing_unihema.prompts import task_prompt
 
 
 def save_tiny_checkpoint(folder: Path, model_class: type | None = None, text_length: int = 32, **overrides) -> Path:

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from unihema.hub_cards.usage import class_of_task
-from unihema.modeling_unihema.adapters import FIELDS_KEY, adapter_fields
-from unihema.modeling_unihema.class_rows import ClassEmbedding, ClassLinear
-from unihema.processing_unihema.prompts import TASKS
+from unihema.modeling_unihema.adapter_mixin import FIELDS_KEY, adapter_fields
+from unihema.modeling_unihema.layers import ClassEmbedding, ClassLinear
+from unihema.modeling_unihema.tasks import TASKS
 from unihema.training.adapter_config import AdapterConfig
 from unihema.training.data.class_hierarchy import known_parents
 from unihema.training.data.label_names import spelling_key

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unihema.processing_unihema.prompts import LANGUAGE_TASKS, TASKS
+from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
 from unihema.training.build import build, training_rows
 from unihema.training.checkpoint import save_trained
 from unihema.training.loop import train

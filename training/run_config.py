@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from unihema.processing_unihema.prompts import TASKS
+from unihema.modeling_unihema.tasks import TASKS
 from unihema.training.adapter_config import AdapterConfig
 from unihema.training.data.augmentation import AugmentationConfig
 from unihema.training.files import write_json

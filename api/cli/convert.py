@@ -15,7 +15,7 @@ def convert(
     """Convert the authors' Uni-Hema checkpoint into a UniHema checkpoint folder, or back."""
     from collections import Counter
 
-    from unihema.convert import convert_from_official, convert_to_official
+    from unihema.official.convert import convert_from_official, convert_to_official
 
     if to_official:
         count = convert_to_official(source, output)

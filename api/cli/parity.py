@@ -11,8 +11,8 @@ def parity(
 ) -> None:
     """Reproduce the recorded outputs of the official model and show the differences."""
     from unihema.files import write_text
-    from unihema.parity import parity as compare
-    from unihema.parity import parity_table
+    from unihema.official.parity import parity as compare
+    from unihema.official.parity import parity_table
 
     rows = compare(folder)
     table = parity_table(rows)

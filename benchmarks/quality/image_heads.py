@@ -6,7 +6,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from benchmarks.quality.peer import Peer, make_backbone, padded
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
-from unihema.modeling_unihema.morphology_losses import morphology_loss
+from unihema.modeling_unihema.losses import morphology_loss
 from unihema.modeling_unihema.outputs import UniHemaDetectionOutput, UniHemaSegmentationOutput
 from unihema.modeling_unihema.padding import valid_at
 

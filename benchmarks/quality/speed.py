@@ -13,7 +13,7 @@ from benchmarks.quality.peers import PEERS
 from benchmarks.quality.results import UNIHEMA, unihema_item
 from benchmarks.quality.saved import load_example, load_peer
 from unihema.checkpoint import load_checkpoint
-from unihema.processing_unihema.prompts import LANGUAGE_TASKS
+from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 
 
 ALL_PEERS = "all peers"

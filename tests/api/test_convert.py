@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from tiny_checkpoint import save_tiny_checkpoint
 
 import unihema
-from unihema.convert import TokenizerWarning, convert_from_official, convert_to_official
-from unihema.modeling_unihema.convert_official import OFFICIAL_MATHS, official_config, to_official
-from unihema.modeling_unihema.official_keys import OfficialKeyError, translate
-from unihema.processing_unihema.tokenizer_files import DEFAULT_TOKENIZER
+from unihema.official.convert import TokenizerWarning, convert_from_official, convert_to_official
+from unihema.official.convert import OFFICIAL_MATHS, official_config, to_official
+from unihema.official.keys import OfficialKeyError, translate
+from unihema.processing_unihema.processing_unihema import DEFAULT_TOKENIZER
 
 
 def small_config():
@@ -86,7 +86,7 @@ def test_the_result_is_a_whole_checkpoint(model, checkpoint, tmp_path):
 
 
 def test_larger_than_one_file(model, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("unihema.convert.SHARD_SIZE", "40MB")
+    monkeypatch.setattr("unihema.official.convert.SHARD_SIZE", "40MB")
     convert_from_official(checkpoint, tmp_path / "ours", DEFAULT_TOKENIZER, progress=False)
     assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 1
     loaded = unihema.UniHemaForMultiTask.from_pretrained(tmp_path / "ours").state_dict()

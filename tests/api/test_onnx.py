@@ -150,7 +150,7 @@ def test_file_that_is_not_ours(exported, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_official_maths_exports_too(tmp_path):
-    from unihema.modeling_unihema.convert_official import OFFICIAL_MATHS
+    from unihema.official.convert import OFFICIAL_MATHS
 
     folder = save_tiny_checkpoint(tmp_path / "checkpoint", **OPTIONS, **OFFICIAL_MATHS)
     model, processor = load_checkpoint(folder, device="cpu")

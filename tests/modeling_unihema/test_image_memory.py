@@ -7,7 +7,7 @@ import torch
 from tiny_models import batch, lively, very_tiny_config
 
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
-from unihema.processing_unihema.prompts import IMAGE_TASKS
+from unihema.modeling_unihema.tasks import IMAGE_TASKS
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import torch
 from tiny_models import very_tiny_config
 
 from unihema.modeling_unihema.denoising import ContrastiveDenoising
-from unihema.modeling_unihema.label_spaces import ancestor_matrix, class_targets
+from unihema.modeling_unihema.labels import ancestor_matrix, class_targets
 from unihema.modeling_unihema.losses import detection_loss
-from unihema.modeling_unihema.matching import match_queries
+from unihema.modeling_unihema.losses import match_queries
 
 
 RBC, WBC, NEUTROPHIL, LYMPHOCYTE = range(4)

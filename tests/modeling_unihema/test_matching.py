@@ -15,7 +15,7 @@ from unihema.modeling_unihema.box_geometry import (
     generalized_box_iou_pairs,
     inverse_sigmoid,
 )
-from unihema.modeling_unihema.matching import match_queries
+from unihema.modeling_unihema.losses import match_queries
 
 
 @pytest.fixture(autouse=True)

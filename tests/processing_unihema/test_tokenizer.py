@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from unihema.processing_unihema.tokenizer_files import DEFAULT_TOKENIZER, load_default_tokenizer
+from unihema.processing_unihema.processing_unihema import DEFAULT_TOKENIZER, load_default_tokenizer
 
 
 # The two label lists of the paper's official code, and the attribute words of WBCAtt.
@@ -105,13 +105,13 @@ def test_loading_needs_neither_sentencepiece_nor_protobuf_nor_the_network():
         "def refuse(*a, **k): raise AssertionError('network')\n"
         "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
         "sys.modules['sentencepiece'] = sys.modules['google.protobuf'] = None\n"
-        "from unihema.processing_unihema.tokenizer_files import load_default_tokenizer\n"
+        "from unihema.processing_unihema.processing_unihema import load_default_tokenizer\n"
         "print(len(load_default_tokenizer()('neutrophil')['input_ids']))"
     )
     assert int(python(code)) >= 2
     code = (
         "import sys\n"
-        "from unihema.processing_unihema.tokenizer_files import load_default_tokenizer\n"
+        "from unihema.processing_unihema.processing_unihema import load_default_tokenizer\n"
         "load_default_tokenizer()('neutrophil')\n"
         "print([name for name in sys.modules if name.split('.')[0] == 'sentencepiece'])"
     )

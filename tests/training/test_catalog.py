@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from unihema.modeling_unihema.official_labels import OFFICIAL_CELLS, OFFICIAL_CLASSES
+from unihema.official.labels import OFFICIAL_CELLS, OFFICIAL_CLASSES
 from unihema.training.data.catalog import catalog, find_entries, find_entry
 from unihema.training.data.foreign_layouts import FOREIGN_LAYOUTS
 from unihema.training.data.label_names import OFFICIAL_NAMES, label_map, official_name

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from unihema.processing_unihema.image_io import load_image
-from unihema.processing_unihema.prompts import LANGUAGE_TASKS
+from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng, drawn_scale
 from unihema.training.data.class_hierarchy import with_covered_parents
 from unihema.training.data.label_names import as_known

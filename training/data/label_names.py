@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from unihema.modeling_unihema.official_labels import OFFICIAL_CELLS, OFFICIAL_CLASSES
+from unihema.official.labels import OFFICIAL_CELLS, OFFICIAL_CLASSES
 
 
 # Logit 0 of the official detector was never used.

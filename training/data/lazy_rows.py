@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from unihema.processing_unihema.prompts import LANGUAGE_TASKS
+from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 from unihema.training.data.label_names import rename_rows
 
 

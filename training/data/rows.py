@@ -19,7 +19,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from unihema.processing_unihema.prompts import TASKS
+from unihema.modeling_unihema.tasks import TASKS
 from unihema.training.data.bad_rows import BadRows, BadRowsError, DatasetError
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from unihema.modeling_unihema.detection_labels import boxes_known
+from unihema.modeling_unihema.labels import boxes_known
 from unihema.processing_unihema.post_processing import (
     DEFAULT_THRESHOLD,
     ancestors_of,

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from unihema.processing_unihema.prompts import LANGUAGE_TASKS
+from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.label_names import as_known
 from unihema.training.data.rows import Row

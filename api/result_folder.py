@@ -1,4 +1,4 @@
-"""Many images analysed, one at a time: resumable, and nothing lost when it is stopped at any moment.
+"""The results folder of many images: resumable, and nothing lost when it is stopped at any moment.
 
 Each image ends as one record, `records/<name>.json`, written last and atomically: a record says that all the image's
 files are there. The tables (`cells.csv`, `counts.csv`, `results.json`) are made from the records at the end of a run,
@@ -9,31 +9,30 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import fingerprint, load_checkpoint, set_image_sizes
-from .files import find_images, sha256, write_atomically, write_text
-from .int8 import to_int8
-from .lookahead import ahead, in_buckets
-from .predict import OpenedImage, analyze_opened, check_request, check_threshold, open_image
-from .processing_unihema.results import SmearResult
-from .processing_unihema.results_export import cell_columns, cell_row
-from .version import __version__
+from unihema.analyzer import OpenedImage, Request, RequestError, open_image
+from unihema.files import find_images, sha256, write_atomically, write_text
+from unihema.inference.int8 import is_int8
+from unihema.results.export import cell_columns, cell_row
+from unihema.results.smear_result import SmearResult
+from unihema.version import __version__
 
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
+    from unihema.analyzer import Analyzer
+
 
 COUNT_COLUMNS = ["image", "label", "count", "percent_of_white_cells", "warnings"]
-# Images that are read before they are needed, and results that wait to be written, at most.
-READ_AHEAD = WRITE_BEHIND = 2
+# Images are held back until a batch of one size is full: so many batches of them at most.
+HELD_BATCHES = 4
 # What is wrong with one image, and no reason to stop.
 _FAILURES = (OSError, ValueError, RuntimeError, MemoryError)
 
@@ -60,97 +59,69 @@ class BatchReport:
     other_settings: int = 0
 
 
-def predict_files(
-    checkpoint: str | Path,
-    inputs: Sequence[str | Path],
+def analyze_into(
     output: str | Path,
-    tasks: Sequence[str] | None = None,
-    prompt: str | Sequence[str] | None = None,
-    questions: Sequence[str] = (),
-    threshold: float | None = None,
+    analyzer: "Analyzer",
+    inputs: Sequence[str | Path],
+    request: tuple,
     geojson: bool = False,
     overwrite: bool = False,
-    device: str | None = None,
     batch_size: int = 1,
-    int8: bool = False,
-    image_sizes: Mapping[str, int] | None = None,
     on_image: Callable[[int, int, Path, SmearResult | str | None], None] | None = None,
 ) -> BatchReport:
-    """Analyses files, folders and glob patterns into a results folder.
-
-    Images that were analysed with the same checkpoint and settings, and have not changed since, are skipped. A file
-    that cannot be read is reported and the rest goes on.
+    """Analyses files into a results folder; see [`Analyzer.analyze_files`].
 
     Args:
-        checkpoint (`str` or `Path`): Checkpoint folder.
-        inputs (`Sequence[str | Path]`): Image files, folders (with subfolders) and glob patterns.
-        output (`str` or `Path`): Folder for the results; made when missing.
-        tasks, prompt, questions, threshold: As for [`analyze`].
-        geojson (`bool`): Also write a GeoJSON file for QuPath for each image.
-        overwrite (`bool`): Analyse every image again.
-        device (`str`, *optional*): As for [`load_checkpoint`].
-        batch_size (`int`): Images of one size that are analysed together: faster on a GPU, with the same results up to
-            float rounding. Files are read ahead and written behind in any case.
-        int8 (`bool`): Quantise the model, see [`to_int8`]: faster answers on the CPU at some cost in accuracy.
-        image_sizes (`Mapping[str, int]`, *optional*): Task -> longest edge in pixels at which the model sees images, instead of
-            the checkpoint's: for another magnification, see [`set_image_sizes`].
-        on_image (`Callable`, *optional*): Called after each image with its number from 1, the number of images, its
-            path, and its result, an error message, or `None` when it was skipped.
+        output (`str` or `Path`): The results folder.
+        analyzer ([`Analyzer`]): Analyses.
+        inputs (`Sequence[str | Path]`): Image files, folders and glob patterns.
+        request (`tuple`): Tasks, prompt, questions and threshold.
+        geojson, overwrite, batch_size, on_image: As there.
 
     Returns:
         [`BatchReport`]
-
-    Raises:
-        CheckpointError: The checkpoint cannot be used, or lacks a head that is asked for.
-        ValueError: Unknown task, a threshold outside 0..1, an image size that cannot be, a text that is too long, a batch of
-            no images, an output folder that holds an image to analyse, or a model that cannot be quantised.
-        OSError: The output folder cannot be written.
     """
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"{output}: the output must be a folder, and this is a file.")
-    check_threshold(threshold)
     if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}.")
+        raise RequestError(f"batch_size must be 1 or more, got {batch_size}.")
+    checked = analyzer.request(*request)
     images, problems = find_images(inputs, exclude=output)
     beside = next((image for image in images if image.resolve().parent == output.resolve()), None)
     if beside is not None:
-        raise ValueError(
+        raise RequestError(
             f"{output}: this folder holds {beside.name}, an image to analyse; name another one for results."
         )
-    files = fingerprint(checkpoint)
-    model, processor = load_checkpoint(checkpoint, "cpu" if int8 and device is None else device)
-    set_image_sizes(processor, image_sizes or {})
-    tasks = check_request(model, processor, tasks, prompt, questions, threshold)
-    if int8:
-        model = to_int8(model)
-    settings = {
+    folder = ResultFolder(output, _settings(analyzer, checked, geojson))
+    report = BatchReport(failed=dict(problems))
+    attributes = list(analyzer.model.config.morphology) if "detection" in checked.tasks else []
+    run = _Run(analyzer, folder, report, checked, overwrite)
+    try:
+        for number, (path, outcome) in enumerate(run.outcomes(images, batch_size), 1):
+            if on_image:
+                on_image(number, len(images), path, outcome)
+    finally:
+        folder.write_tables(attributes, report)
+    return report
+
+
+def _settings(analyzer: "Analyzer", request: Request, geojson: bool) -> dict[str, Any]:
+    """Everything that decides a result."""
+    processor = analyzer.processor.image_processor
+    return {
         "unihema": __version__,
-        "checkpoint": str(checkpoint),
-        "checkpoint_sha256": files,
-        "tasks": list(tasks),
-        "prompt": prompt if isinstance(prompt, str) or prompt is None else list(prompt),
-        "questions": list(questions),
-        "threshold": threshold,
+        "checkpoint": analyzer.source or analyzer.model.config.name_or_path or None,
+        "checkpoint_sha256": analyzer.weights_sha256(),
+        "adapters": list(getattr(analyzer.model, "adapters_in_use", ())),
+        "dtype": "int8" if is_int8(analyzer.model) else str(analyzer.model.dtype).removeprefix("torch."),
+        "tasks": list(request.tasks),
+        "prompt": request.prompt if isinstance(request.prompt, str | None) else list(request.prompt),
+        "questions": list(request.questions),
+        "threshold": request.threshold,
+        "image_sizes": {task: dict(processor.task_sizes[task]) for task in request.tasks},
         "geojson": geojson,
     }
-    # Only where they are given: results made before these settings existed stay current.
-    if int8:
-        settings["int8"] = True
-    if image_sizes:
-        settings["image_sizes"] = dict(image_sizes)
-    records = Records(output, settings)
-    report = BatchReport(failed=dict(problems))
-    attributes = list(model.config.morphology) if "detection" in tasks else []
-    run = _Run(model, processor, records, report, (tasks, prompt, questions, threshold), files, overwrite)
-    try:
-        with closing(run.outcomes(images, batch_size)) as outcomes:
-            for number, (path, outcome) in enumerate(outcomes, 1):
-                if on_image:
-                    on_image(number, len(images), path, outcome)
-    finally:
-        records.write_tables(attributes, report)
-    return report
 
 
 @dataclass
@@ -165,27 +136,27 @@ class _Work:
 
 
 class _Run:
-    """Reads ahead, analyses and writes behind, each at the same time as the others."""
+    """One run over images: reads, analyses and writes each."""
 
-    def __init__(self, model, processor, records: "Records", report: BatchReport, request, files, overwrite: bool):
-        self.model, self.processor, self.request = model, processor, request
-        self.records, self.report, self.files, self.overwrite = records, report, files, overwrite
+    def __init__(
+        self, analyzer: "Analyzer", folder: "ResultFolder", report: BatchReport, request: Request, overwrite: bool
+    ):
+        self.analyzer, self.request = analyzer, request
+        self.folder, self.report, self.overwrite = folder, report, overwrite
 
     def outcomes(self, images: Sequence[Path], batch_size: int) -> Iterator[tuple[Path, SmearResult | str | None]]:
         """Each image and its result (once that is written), an error message, or `None` when it was there already."""
-        works = (_Work(path, name) for path, name in self.records.names(images).items())
-        # What an executor has started is finished when it is left, also after an interrupt.
-        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-            read = ahead(reader, self._read, works, waiting=batch_size + READ_AHEAD)
-            groups = in_buckets(read, self._size, batch_size)
-            analysed = (work for group in groups for work in self._analyse(group))
-            for work in ahead(writer, self._write, analysed, waiting=WRITE_BEHIND):
+        works = (self._read(_Work(path, name)) for path, name in self.folder.names(images).items())
+        for group in in_buckets(works, self._size, batch_size):
+            self._analyse(group)
+            for work in group:
+                self._write(work)
                 yield work.path, work.outcome
 
     def _read(self, work: _Work) -> _Work:
         try:
             work.digest = sha256(work.path)
-            if self.overwrite or not self.records.is_current(work.name, work.digest):
+            if self.overwrite or not self.folder.is_current(work.name, work.digest):
                 work.opened = open_image(work.path)
         except _FAILURES as error:
             work.outcome = _one_line(error, work.path)
@@ -196,32 +167,57 @@ class _Run:
         # The size in pixels decides the size after resizing, and so the padding. What is not analysed waits for nothing.
         return work.opened.pixels.size if work.opened else None
 
-    def _analyse(self, group: list[_Work]) -> list[_Work]:
+    def _analyse(self, group: list[_Work]) -> None:
         waiting = [work for work in group if work.opened]
         if not waiting:
-            return group
+            return
         try:
-            results = analyze_opened(self.model, self.processor, [work.opened for work in waiting], *self.request)
+            outcomes = self.analyzer.run(self.request, [work.opened for work in waiting])
         except _FAILURES as error:
             if len(waiting) > 1:
-                return [work for one in group for work in self._analyse([one])]
-            results = [_one_line(error, work.path) for work in waiting]
-        for work, outcome in zip(waiting, results, strict=True):
+                for work in waiting:
+                    self._analyse([work])
+                return
+            outcomes = [_one_line(error, waiting[0].path)]
+        for work, outcome in zip(waiting, outcomes, strict=True):
             work.outcome = outcome
-        return group
 
-    def _write(self, work: _Work) -> _Work:
+    def _write(self, work: _Work) -> None:
         # Where results cannot be written, no further image needs analysing: that is raised.
         if work.outcome is None:
             self.report.skipped.append(work.path)
         elif isinstance(work.outcome, str):
             self.report.failed[str(work.path)] = work.outcome
         else:
-            work.outcome.provenance |= {"checkpoint_sha256": self.files, "image_sha256": work.digest}
-            self.records.write(work.name, work.path, work.digest, work.outcome, work.opened.pixels)
+            files = self.folder.settings["checkpoint_sha256"]
+            work.outcome.provenance |= {"checkpoint_sha256": files, "image_sha256": work.digest}
+            self.folder.write(work.name, work.path, work.digest, work.outcome, work.opened.pixels)
             self.report.analysed.append(work.path)
         work.opened = None
-        return work
+
+
+def in_buckets(items: Iterable[_Work], key: Callable[[_Work], object], size: int) -> Iterator[list[_Work]]:
+    """Groups of up to `size` items with the same key; in order where `size` is 1.
+
+    At most `HELD_BATCHES * size` items are held back until their group is full; then the group that waits longest goes as it is.
+
+    Args:
+        items (`Iterable`): Read no further than needed.
+        key (`Callable`): What the items of a group share.
+        size (`int`): Items in a group at most.
+    """
+    buckets: OrderedDict[object, list[_Work]] = OrderedDict()
+    held = 0
+    for item in items:
+        bucket = buckets.setdefault(key(item), [])
+        bucket.append(item)
+        held += 1
+        if len(bucket) == size or held > HELD_BATCHES * size:
+            full = key(item) if len(bucket) == size else next(iter(buckets))
+            group = buckets.pop(full)
+            held -= len(group)
+            yield group
+    yield from buckets.values()
 
 
 def _one_line(error: Exception, path: Path) -> str:
@@ -229,7 +225,7 @@ def _one_line(error: Exception, path: Path) -> str:
     return text.removeprefix(f"{path}: ")
 
 
-class Records:
+class ResultFolder:
     """The records of a results folder, and the tables made from them.
 
     Args:
@@ -371,4 +367,4 @@ def _csv(columns: Sequence[str], rows: Iterator[list[Any]]) -> Iterator[str]:
         buffer.truncate()
 
 
-__all__ = ["BatchReport", "predict_files"]
+__all__ = ["BatchReport", "ResultFolder", "analyze_into"]

@@ -6,7 +6,6 @@ weight that its distance gives it, so that outside no pixel counts. Queries go t
 stay in the processor's cache.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -220,17 +219,6 @@ def _share(beyond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return 1 - beyond.abs().clamp_(max=1), grows
 
 
-class Arithmetic(NamedTuple):
-    """The parts between the reads, which a compiler can fuse: [`bags_of_queries`], [`located_bags`], [`slopes`]."""
-
-    bags_of_queries: Callable = bags_of_queries
-    located_bags: Callable = located_bags
-    slopes: Callable = slopes
-
-
-PLAIN = Arithmetic()
-
-
 def _chunks(number: int) -> list[slice]:
     return [slice(start, start + CHUNK) for start in range(0, number, CHUNK)]
 
@@ -240,7 +228,6 @@ def read(
     value: torch.Tensor,
     points: torch.Tensor,
     weights: torch.Tensor,
-    arithmetic: Arithmetic = PLAIN,
 ) -> torch.Tensor:
     """[`gather_rows`] of tensors of one dtype, without gradient."""
     batch, _, heads, width = value.shape
@@ -250,7 +237,7 @@ def read(
     points, weights = points.flatten(0, 1), weights.flatten(0, 1)
     sums = []
     for part in _chunks(batch * number):
-        rows, counts = arithmetic.bags_of_queries(points[part], weights[part], images[part], table.places, heads)
+        rows, counts = bags_of_queries(points[part], weights[part], images[part], table.places, heads)
         sums.append(nn.functional.embedding_bag(rows, pixels, per_sample_weights=counts, mode="sum"))
     return torch.cat(sums).view(batch, number, heads * width)
 
@@ -261,7 +248,6 @@ def gradients(
     value: torch.Tensor,
     all_points: torch.Tensor,
     all_weights: torch.Tensor,
-    arithmetic: Arithmetic = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of value, points and weights, from that of [`read`]'s result."""
     batch, _, heads, width = value.shape
@@ -272,9 +258,9 @@ def gradients(
     gradient = gradient.reshape(-1, width)
     of_points, of_weights, all_rows, all_counts = [], [], [], []
     for part in _chunks(batch * number):
-        rows, right, down, bags = arithmetic.located_bags(points[part], images[part], table.places, heads)
+        rows, right, down, bags = located_bags(points[part], images[part], table.places, heads)
         products = _dot_products(gradient[part.start * heads : part.stop * heads], pixels, bags)
-        along, steep, counts = arithmetic.slopes(products, right, down, weights[part], table.places)
+        along, steep, counts = slopes(products, right, down, weights[part], table.places)
         of_points.append(along)
         of_weights.append(steep)
         all_rows.append(rows.flatten())
@@ -343,4 +329,4 @@ def _spread(
     return corner[0].view(batch, table.tokens, heads, -1)
 
 
-__all__ = ["PLAIN", "Arithmetic", "fits", "gather_rows", "gradients", "read"]
+__all__ = ["fits", "gather_rows"]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
+    from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
 
 # They decide places and scores, where a small error changes what is found, and take next to no time.
 _KEPT = (
@@ -43,8 +43,6 @@ def to_int8(model: "UniHemaPreTrainedModel") -> "UniHemaPreTrainedModel":
     import torch
     from torch import nn
 
-    from .modeling_unihema.inference_linear import with_plain_linears
-
     if not isinstance(model, nn.Module):
         raise ValueError("int8: this is no PyTorch model; give a checkpoint folder, not an exported file.")
     if is_int8(model):
@@ -55,7 +53,6 @@ def to_int8(model: "UniHemaPreTrainedModel") -> "UniHemaPreTrainedModel":
         )
     if torch.backends.quantized.engine == "none":
         raise ValueError("int8: this build of PyTorch has no int8 kernels; run without it.")
-    with_plain_linears(model)
     names = [
         name
         for name, part in model.named_modules()
@@ -70,8 +67,6 @@ def to_int8(model: "UniHemaPreTrainedModel") -> "UniHemaPreTrainedModel":
         model.eval().requires_grad_(False)
         quantize_dynamic(model, dict.fromkeys(names, default_dynamic_qconfig), dtype=torch.qint8, inplace=True)
     setattr(model, _MARK, True)
-    # A layer's inputs are quantised together, so that tokens tried out would change the ones before them.
-    model.drafts_answers = False
     # The new layers start in training mode.
     return model.eval()
 

@@ -123,7 +123,7 @@ def compare_arrays(name: str, ours: "torch.Tensor", recorded: "torch.Tensor") ->
 
 
 def _recorded_model(manifest: Mapping[str, dict]):
-    from unihema.modeling_unihema.convert_official import from_official, official_config
+    from unihema.official.convert import from_official, official_config
     from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 
     state = official_state(manifest)
@@ -199,7 +199,7 @@ def _backbone_arrays(model, pixels, levels) -> Iterator[tuple[str, "torch.Tensor
 def _query_arrays(model, levels, states, seen) -> Iterator[tuple[str, "torch.Tensor"]]:
     import torch
 
-    from unihema.modeling_unihema.box_geometry import inverse_sigmoid
+    from unihema.modeling_unihema.layers import inverse_sigmoid
 
     trunk = model.model
     yield "encoder_memory", states.encoder_last_hidden_state
@@ -247,8 +247,7 @@ def _mask_arrays(model, states) -> Iterator[tuple[str, "torch.Tensor"]]:
 def _detection_losses(model, states, golden) -> Iterator[tuple[str, "torch.Tensor"]]:
     import torch
 
-    from unihema.modeling_unihema.losses import detection_loss
-    from unihema.modeling_unihema.matching import match_queries
+    from unihema.modeling_unihema.losses import detection_loss, match_queries
 
     labels = [
         {

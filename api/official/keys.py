@@ -7,7 +7,7 @@ of a name, and `{q}` on our side for the three layers that the official model st
 import re
 from dataclasses import dataclass
 
-from .configuration_unihema import UniHemaConfig
+from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 
 
 _RESNET, _OURS_RESNET = "backbone.0.body", "model.visual_backbone.backbone"

@@ -1,0 +1,641 @@
+"""One object that analyses: images in; cells, attributes, masks, single-cell classes and answers out."""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from unihema.checkpoint_files import CheckpointError, fingerprint, is_onnx, local_folder, reference_files
+from unihema.errors import UniHemaError
+from unihema.modeling_unihema.tasks import IMAGE_TASKS, TASK_TABLE, TASKS, check_task
+from unihema.results.smear_result import Cell, SmearResult
+from unihema.version import __version__
+
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+    from PIL import Image
+
+    from unihema.inference.onnx import OnnxModel
+    from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
+    from unihema.modeling_unihema.outputs import UniHemaImageFeatures, UniHemaPromptFeatures
+    from unihema.processing_unihema.processing_unihema import UniHemaProcessor
+    from unihema.result_folder import BatchReport
+    from unihema.results.out_of_distribution import ModelReference
+
+
+# From this share of the queries on, cells were probably left without one.
+CROWDED = 0.95
+
+
+class QueryCapWarning(UserWarning):
+    """The field holds about as many cells as the model has queries, so some are probably not counted."""
+
+
+class RequestError(UniHemaError, ValueError):
+    """What was asked for cannot be done by any checkpoint: an unknown task, a threshold that is none, a text too long."""
+
+
+class OpenedImage(NamedTuple):
+    """An image that was read.
+
+    Args:
+        pixels (`PIL.Image.Image`): RGB, perhaps reduced.
+        width (`int`): Of the file.
+        height (`int`): Of the file.
+        name (`str`, *optional*): Its path, where it came from one.
+    """
+
+    pixels: "Image.Image"
+    width: int
+    height: int
+    name: str | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be done with images, checked and read once for all of them.
+
+    Args:
+        tasks (`tuple[str, ...]`): Of the image tasks, in the order of the table.
+        prompt (`str` or `tuple[str, ...]`, *optional*): Class names, or a disease.
+        questions (`tuple[str, ...]`): Questions and sentences with blanks.
+        threshold (`float`, *optional*): Smallest detection score for all classes.
+        texts (`dict`): Task, or question -> token ids and mask `[1, L]`.
+        prompts (`dict`): Task -> what its prompt gives the queries, of one image.
+    """
+
+    tasks: tuple[str, ...]
+    prompt: str | tuple[str, ...] | None = None
+    questions: tuple[str, ...] = ()
+    threshold: float | None = None
+    texts: dict[str, dict[str, "torch.Tensor"]] = field(default_factory=dict)
+    prompts: dict[str, "UniHemaPromptFeatures"] = field(default_factory=dict)
+
+
+class Analyzer:
+    """Analyses images with a checkpoint, in PyTorch or from an ONNX file.
+
+    It holds model and processor and changes neither while it analyses, so any number of threads may share one. Results depend
+    on the image, the request and the weights, on nothing that was analysed before.
+
+    Args:
+        model (`UniHemaPreTrainedModel` or `OnnxModel`): The model; put into evaluation mode.
+        processor ([`UniHemaProcessor`]): Its processor.
+        reference ([`ModelReference`], *optional*): What the images it was trained on are like, for out-of-distribution scores.
+
+    Example:
+
+    ```python
+    >>> from unihema import Analyzer
+
+    >>> analyzer = Analyzer.from_pretrained("unihema")
+    >>> result = analyzer("smear.png")
+    >>> result.counts
+    >>> analyzer.ask("cell.png", "What type of white blood cell is this?")
+    ```
+    """
+
+    def __init__(
+        self,
+        model: "UniHemaPreTrainedModel | OnnxModel",
+        processor: "UniHemaProcessor",
+        reference: "ModelReference | None" = None,
+    ):
+        self.model = model.eval()
+        self.processor = processor
+        self.reference = reference
+        self.source: str | None = None
+        self.files: dict[str, str] = {}
+        # The reference is of the images that these were trained on.
+        self._reference_adapters = self._adapters()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        device: "str | torch.device | None" = None,
+        dtype: "str | torch.dtype | None" = None,
+        adapters: "Mapping[str, str | Path] | Sequence[str | Path]" = (),
+        image_sizes: Mapping[str, int] | None = None,
+        int8: bool = False,
+        load_in_8bit: bool = False,
+        prepare: bool = True,
+        **hub: Any,
+    ) -> "Analyzer":
+        """Loads a checkpoint, an adapter or an exported file, ready to analyse.
+
+        Args:
+            source (`str` or `Path`): Folder of a checkpoint or of an adapter, ONNX file of `unihema export`, or repository of
+                the Hub. What is on this machine is read without the network.
+            device (`str` or `torch.device`, *optional*): Such as `"cpu"`, `"cuda:0"` or `"mps"`; the first GPU where there is
+                one when missing.
+            dtype (`str` or `torch.dtype`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; the checkpoint's own when
+                missing.
+            adapters (`Mapping` or `Sequence`, *optional*): Adapters to load beside each other; the first is in use.
+            image_sizes (`Mapping[str, int]`, *optional*): Task -> longest edge in pixels at which the model sees images,
+                instead of the checkpoint's: for another magnification.
+            int8 (`bool`): Quantise the linear layers on the CPU, see [`to_int8`]: faster, less exact.
+            load_in_8bit (`bool`): Keep the linears of the base in 8 bit; needs an NVIDIA GPU and bitsandbytes.
+            prepare (`bool`): Make the model faster for inference, see [`prepare_for_inference`]. `False` for a model that will
+                be saved or trained.
+            **hub: `revision`, `token`, `cache_dir`, `local_files_only` of a repository.
+
+        Raises:
+            CheckpointError: It cannot be used.
+            ValueError: An unknown device or dtype, an image size that cannot be, or a model that cannot be quantised.
+        """
+        from unihema.loading import load_model
+
+        folder = local_folder(source, **hub)
+        files = fingerprint(folder)
+        device = "cpu" if int8 and device is None else device
+        model, processor = load_model(folder, device, dtype, adapters, load_in_8bit)
+        set_image_sizes(processor, image_sizes or {})
+        reference = None
+        if reference_files(folder) and not is_onnx(folder):
+            from unihema.results.out_of_distribution import ModelReference
+
+            reference = ModelReference.of_model(model, folder)
+        if prepare and not load_in_8bit and not is_onnx(folder):
+            from unihema.inference.prepare import prepare_for_inference
+
+            prepare_for_inference(model)
+        if int8:
+            from unihema.inference.int8 import to_int8
+
+            model = to_int8(model)
+        analyzer = cls(model, processor, reference)
+        analyzer.source, analyzer.files = str(source), files
+        return analyzer
+
+    def weights_sha256(self) -> dict[str, str]:
+        """SHA-256 of each file that decides what is answered; of the weights themselves where the model came from no file."""
+        if self.files:
+            return self.files
+        import torch
+
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            # As bytes: numpy knows no bfloat16.
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return {"weights": digest.hexdigest()}
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks that the model has a head for and was trained on (all of its heads where the checkpoint does not say)."""
+        return available_tasks(self.model)
+
+    def __call__(
+        self,
+        image: "str | Path | Image.Image | numpy.ndarray",
+        tasks: Sequence[str] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        questions: Sequence[str] = (),
+        threshold: float | None = None,
+    ) -> SmearResult:
+        """Analyses one image.
+
+        Args:
+            image (`str`, `Path`, `PIL.Image.Image` or `np.ndarray`): A smear, or a crop of one cell.
+            tasks (`Sequence[str]`, *optional*): Among `detection`, `segmentation` and `single_cell`; those of a field that the
+                checkpoint was trained on when missing. An empty list asks the questions only.
+            prompt (`str` or `Sequence[str]`, *optional*): Class names, or a disease, to look for; all classes when missing.
+                Where it names detection classes and nothing else, only these are answered and counted.
+            questions (`Sequence[str]`): Questions about the image, or sentences with blanks (`___`) to fill in.
+            threshold (`float`, *optional*): Smallest detection score for all classes, instead of the checkpoint's calibrated
+                one for each class.
+
+        Returns:
+            [`SmearResult`]: Coordinates in pixels of the image as it stands in its file.
+
+        Raises:
+            UnreadableImageError: The image cannot be read.
+            CheckpointError: The checkpoint lacks a head.
+            RequestError: Unknown task, a threshold outside 0..1, or a question longer than the limit.
+        """
+        return self.analyze_images([image], tasks, prompt, questions, threshold)[0]
+
+    def ask(
+        self, image: "str | Path | Image.Image | numpy.ndarray", questions: str | Sequence[str]
+    ) -> "str | list[str]":
+        """Answers questions about an image, or fills in sentences with blanks.
+
+        Args:
+            image (`str`, `Path`, `PIL.Image.Image` or `np.ndarray`): The image.
+            questions (`str` or `Sequence[str]`): One question, or several.
+
+        Returns:
+            `str` or `list[str]`: One answer for one question, else one for each.
+
+        Raises:
+            UnreadableImageError: The image cannot be read.
+            CheckpointError: The checkpoint answers no questions.
+            RequestError: A question longer than the limit.
+        """
+        asked = [questions] if isinstance(questions, str) else list(questions)
+        answers = [entry["answer"] for entry in self(image, (), questions=asked).answers]
+        return answers[0] if isinstance(questions, str) else answers
+
+    def analyze_images(
+        self,
+        images: "Sequence[str | Path | Image.Image | numpy.ndarray | OpenedImage]",
+        tasks: Sequence[str] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        questions: Sequence[str] = (),
+        threshold: float | None = None,
+    ) -> list[SmearResult]:
+        """Analyses several images at once; each has the result it has alone, up to float rounding.
+
+        Args:
+            images (`Sequence`): Images, best of one size: they are padded to the largest.
+            tasks, prompt, questions, threshold: As for a single image.
+
+        Returns:
+            `list[SmearResult]`: One for each image.
+        """
+        return self.run(self.request(tasks, prompt, questions, threshold), images)
+
+    def analyze_files(
+        self,
+        inputs: Sequence[str | Path],
+        output: str | Path,
+        tasks: Sequence[str] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        questions: Sequence[str] = (),
+        threshold: float | None = None,
+        geojson: bool = False,
+        overwrite: bool = False,
+        batch_size: int = 1,
+        on_image: Callable[[int, int, Path, SmearResult | str | None], None] | None = None,
+    ) -> "BatchReport":
+        """Analyses files, folders and glob patterns into a results folder.
+
+        Images that were analysed with the same checkpoint and settings, and have not changed since, are skipped. A file that
+        cannot be read is reported and the rest goes on.
+
+        Args:
+            inputs (`Sequence[str | Path]`): Image files, folders (with subfolders) and glob patterns.
+            output (`str` or `Path`): Folder for the results; made when missing.
+            tasks, prompt, questions, threshold: As for a single image.
+            geojson (`bool`): Also write a GeoJSON file for QuPath for each image.
+            overwrite (`bool`): Analyse every image again.
+            batch_size (`int`): Images of one size that are analysed together: faster on a GPU, with the same results up to
+                float rounding.
+            on_image (`Callable`, *optional*): Called after each image with its number from 1, the number of images, its path,
+                and its result, an error message, or `None` when it was skipped.
+
+        Returns:
+            [`BatchReport`]
+
+        Raises:
+            CheckpointError: The checkpoint lacks a head that is asked for.
+            RequestError: Unknown task, a threshold outside 0..1, a text that is too long, a batch of no images, or an output
+                folder that holds an image to analyse.
+            OSError: The output folder cannot be written.
+        """
+        from unihema.result_folder import analyze_into
+
+        return analyze_into(
+            output, self, inputs, (tasks, prompt, questions, threshold), geojson, overwrite, batch_size, on_image
+        )
+
+    def request(
+        self,
+        tasks: Sequence[str] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        questions: Sequence[str] = (),
+        threshold: float | None = None,
+    ) -> Request:
+        """Checks, before any image is opened, that the checkpoint can do what is asked, and reads the texts.
+
+        Args:
+            tasks, prompt, questions, threshold: As for a single image.
+
+        Returns:
+            [`Request`]: To be given to [`Analyzer.run`], as long as the weights stay what they are.
+
+        Raises:
+            CheckpointError: The checkpoint lacks a head.
+            RequestError: Unknown task, nothing to do, a threshold outside 0..1, or a text that is too long.
+        """
+        import torch
+
+        tasks = self._default_tasks() if tasks is None else tuple(dict.fromkeys(tasks))
+        for task in tasks:
+            if task not in IMAGE_TASKS:
+                raise RequestError(
+                    f"Unknown task '{task}'; choose among {', '.join(IMAGE_TASKS)}. Questions are asked apart."
+                )
+        if not tasks and not questions:
+            raise RequestError("Nothing to do: this checkpoint only answers questions, and no question was given.")
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise RequestError(f"The threshold must lie in 0..1, got {threshold}.")
+        require_tasks(self.model, [*tasks, *dict.fromkeys(map(_language_task, questions))])
+        tasks = tuple(task for task in IMAGE_TASKS if task in tasks)
+        asked = {
+            task: self.processor.default_prompts.get(task) if prompt is None else prompt
+            for task in tasks
+            if TASK_TABLE[task].reads_text
+        }
+        try:
+            texts = {task: dict(self.processor(text=text, task=task)) for task, text in asked.items()}
+            texts |= {question: dict(self.processor(text=question, task=_language_task(question))) for question in questions}
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        texts = {
+            name: {key: value.to(self.model.device) for key, value in tokens.items()} for name, tokens in texts.items()
+        }
+        prompts = {}
+        if hasattr(self.model, "get_prompt_features") and self.model.config.text_guided_refinement:
+            with torch.inference_mode():
+                prompts = {task: self.model.get_prompt_features(**texts[task], task=task) for task in asked}
+        kept = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
+        return Request(tasks, kept, tuple(questions), threshold, texts, prompts)
+
+    def run(
+        self, request: Request, images: "Sequence[str | Path | Image.Image | numpy.ndarray | OpenedImage]"
+    ) -> list[SmearResult]:
+        """Does what a request says with images.
+
+        Args:
+            request ([`Request`]): Of [`Analyzer.request`].
+            images (`Sequence`): Images, or what [`open_image`] gave.
+
+        Returns:
+            `list[SmearResult]`: One for each image.
+
+        Raises:
+            UnreadableImageError: An image cannot be read.
+            RequestError: The model was put into training mode.
+        """
+        import torch
+
+        if self.model.training:
+            raise RequestError("The model is in training mode: call model.eval() before analysing.")
+        opened = [image if isinstance(image, OpenedImage) else open_image(image) for image in images]
+        results = [SmearResult(image.width, image.height, image=image.name) for image in opened]
+        for result in results:
+            result.provenance = self._provenance(request)
+            result.class_parents = dict(self.model.config.label_parents or {})
+        seen = _SeenImages(self.model, self.processor, [image.pixels for image in opened], request)
+        with torch.inference_mode():
+            for task in request.tasks:
+                {"detection": self._detect, "segmentation": self._segment, "single_cell": self._classify}[task](
+                    request, seen, results
+                )
+            self._compare(request, seen, results)
+            for question in request.questions:
+                for result, answer in zip(results, self._answers(question, request, seen), strict=True):
+                    result.answers.append({"question": question, "answer": answer})
+        return results
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Saves model and processor, with the reference of the images they were trained on.
+
+        Args:
+            folder (`str` or `Path`): The folder.
+
+        Raises:
+            PreparedModelError: The model was prepared for inference; load it with `prepare=False`.
+        """
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        if self.reference is not None:
+            self.reference.save_with(self.model, folder)
+
+    def _default_tasks(self) -> tuple[str, ...]:
+        fields = tuple(task for task in IMAGE_TASKS if TASK_TABLE[task].reads_text and task in self.tasks)
+        return fields or tuple(task for task in IMAGE_TASKS if task in self.tasks)
+
+    def _adapters(self) -> tuple[str, ...]:
+        return tuple(getattr(self.model, "adapters_in_use", ()))
+
+    def _detect(self, request: Request, seen: "_SeenImages", results: list[SmearResult]) -> None:
+        from unihema.processing_unihema.post_processing import asked_classes, find_cells
+
+        config = self.model.config
+        outputs = seen.outputs("detection")
+        sizes = [(result.height, result.width) for result in results]
+        found = find_cells(outputs, config, sizes, prompt=request.prompt, threshold=request.threshold)
+        asked = asked_classes(config, request.prompt)
+        thresholds = config.class_thresholds(request.threshold)
+        for result, cells, logits in zip(results, found, outputs.logits, strict=True):
+            result.classes = [config.id2label[i] for i in range(config.num_labels) if asked is None or asked[i]]
+            result.cells = [
+                Cell(number, cell["box"], cell["label"], cell["score"], cell["attributes"])
+                for number, cell in enumerate(cells, 1)
+            ]
+            _warn_if_crowded(logits, thresholds, result)
+
+    def _segment(self, request: Request, seen: "_SeenImages", results: list[SmearResult]) -> None:
+        outputs = seen.outputs("segmentation")
+        masks = self.processor.image_processor.post_process_semantic_segmentation(
+            outputs,
+            target_sizes=[image.size[::-1] for image in seen.images],
+            pixel_mask=seen.batch("segmentation")["pixel_mask"],
+            threshold=self.model.config.segmentation_threshold,
+        )
+        asked = request.prompt or self.processor.default_prompts.get("segmentation")
+        for result, mask in zip(results, masks, strict=True):
+            result.mask = mask.to("cpu").numpy().astype("uint8")
+            result.mask_label = ", ".join([asked] if isinstance(asked, str) else asked or ["cell"])
+
+    def _classify(self, request: Request, seen: "_SeenImages", results: list[SmearResult]) -> None:
+        best = seen.outputs("single_cell").logits.float().softmax(-1).max(-1)
+        for result, label, score in zip(results, best.indices.tolist(), best.values.tolist(), strict=True):
+            result.single_cell = {"label": self.model.config.single_cell_labels[label], "score": score}
+
+    def _answers(self, question: str, request: Request, seen: "_SeenImages") -> list[str]:
+        tokens = self.model.generate(
+            **{name: value.expand(len(seen.images), -1) for name, value in request.texts[question].items()},
+            image_features=seen.features(_language_task(question)),
+            max_new_tokens=self.model.config.max_text_length,
+        )
+        return self.processor.decode_answers(tokens)
+
+    def _compare(self, request: Request, seen: "_SeenImages", results: list[SmearResult]) -> None:
+        """The first task that there is a reference for says how far each image is from those the model was trained on."""
+        if self.reference is None or self._adapters() != self._reference_adapters:
+            return
+        task = next((task for task in request.tasks if task in self.reference.tasks), None)
+        if task is None:
+            return
+        from unihema.results.out_of_distribution import compare_images
+
+        compare_images(
+            self.reference.tasks[task], seen.features(task), seen.batch(task)["pixel_values"], self.processor, task, results
+        )
+
+    def _provenance(self, request: Request) -> dict[str, Any]:
+        import torch
+        import transformers
+
+        from unihema.inference.int8 import is_int8
+        from unihema.processing_unihema.post_processing import NMS_IOU, NMS_WITHIN
+
+        config, tasks = self.model.config, request.tasks
+        labels = [config.id2label[index] for index in range(config.num_labels)]
+        thresholds = dict(zip(labels, config.class_thresholds(request.threshold)))
+        return {
+            "unihema": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "model": config.name_or_path or None,
+            "adapters": list(self._adapters()),
+            "device": str(self.model.device),
+            "dtype": "int8" if is_int8(self.model) else str(self.model.dtype).removeprefix("torch."),
+            "tasks": list(tasks),
+            "image_sizes": {task: dict(self.processor.image_processor.task_sizes[task]) for task in tasks},
+            "prompt": request.prompt if isinstance(request.prompt, str | None) else list(request.prompt),
+            "detection_thresholds": thresholds if "detection" in tasks else None,
+            "segmentation_threshold": config.segmentation_threshold if "segmentation" in tasks else None,
+            "nms_iou": NMS_IOU,
+            "nms_within": NMS_WITHIN,
+        }
+
+
+class _SeenImages:
+    """A batch of images as one call sees it: tasks that look at one size share the pixels and what the backbone makes of them.
+
+    Args:
+        model, processor: Of the analyzer.
+        images (`Sequence[PIL.Image.Image]`): The images.
+        request ([`Request`]): What is asked of them.
+    """
+
+    def __init__(self, model: Any, processor: "UniHemaProcessor", images: "Sequence[Image.Image]", request: Request):
+        self.model, self.processor, self.images, self.request = model, processor, images, request
+        self._batches: dict[tuple, dict[str, torch.Tensor]] = {}
+        self._features: dict[tuple, UniHemaImageFeatures] = {}
+
+    def _size(self, task: str) -> tuple:
+        return tuple(sorted(self.processor.image_processor.task_sizes[task].items()))
+
+    def batch(self, task: str) -> "dict[str, torch.Tensor]":
+        """`pixel_values` and `pixel_mask` at the size of a task."""
+        size = self._size(task)
+        if size not in self._batches:
+            batch = self.processor.image_processor(list(self.images), task=task).to(self.model.device)
+            self._batches[size] = dict(batch.to(self.model.dtype) if self.model.dtype.is_floating_point else batch)
+        return self._batches[size]
+
+    def features(self, task: str) -> "UniHemaImageFeatures":
+        """What the backbone, and the image encoder where a task at this size reads it, make of the images."""
+        size = self._size(task)
+        if size not in self._features:
+            encoding = next((other for other in self.request.tasks if self._size(other) == size), task)
+            self._features[size] = self.model.get_image_features(**self.batch(task), task=encoding)
+        return self._features[size]
+
+    def outputs(self, task: str) -> Any:
+        """What the head of a task says."""
+        images, inputs = len(self.images), {}
+        if not hasattr(self.model, "get_image_features"):
+            texts = self.request.texts.get(task, {})
+            inputs = self.batch(task) | {name: value.expand(images, -1) for name, value in texts.items()}
+        else:
+            inputs["image_features"] = self.features(task)
+            if task in self.request.prompts:
+                prompt = self.request.prompts[task]
+                inputs["prompt_features"] = type(prompt)(
+                    prompt.last_hidden_state.expand(images, -1, -1), prompt.attention_mask.expand(images, -1)
+                )
+        if len(self.model.tasks) > 1:
+            inputs["task"] = task
+        return self.model(**inputs)
+
+
+def open_image(image: "str | Path | Image.Image | numpy.ndarray") -> OpenedImage:
+    """Reads an image.
+
+    Args:
+        image (`str`, `Path`, `PIL.Image.Image` or `np.ndarray`): The image.
+
+    Raises:
+        UnreadableImageError: The image cannot be read.
+    """
+    from unihema.processing_unihema.image_io import image_size, load_image
+
+    opened = load_image(image)
+    from_file = isinstance(image, (str, Path))
+    height, width = image_size(image if from_file else opened)
+    return OpenedImage(opened, width, height, str(image) if from_file else None)
+
+
+def available_tasks(model: "UniHemaPreTrainedModel | OnnxModel") -> tuple[str, ...]:
+    """Tasks the model has a head for and was trained on (all of its heads where the checkpoint does not say)."""
+    trained = getattr(model.config, "trained_tasks", None)
+    return tuple(task for task in model.tasks if trained is None or task in trained)
+
+
+def require_tasks(model: "UniHemaPreTrainedModel | OnnxModel", tasks: Sequence[str]) -> None:
+    """Checks that a checkpoint can do what is asked.
+
+    Raises:
+        CheckpointError: It lacks the head, or the head was never trained.
+        ValueError: There is no such task.
+    """
+    available = available_tasks(model)
+    for task in tasks:
+        check_task(task)
+        if task not in available:
+            raise CheckpointError(
+                f"This checkpoint has no trained head for '{task}'; it does {', '.join(available) or 'nothing'}. Use "
+                f"another checkpoint, or train one with `unihema train ... --task {task}`."
+            )
+
+
+def set_image_sizes(processor: "UniHemaProcessor", sizes: Mapping[str, int]) -> None:
+    """Changes the size at which a processor gives images to the model, for another magnification than it was trained on.
+
+    Args:
+        processor ([`UniHemaProcessor`]): The processor.
+        sizes (`Mapping[str, int]`): Task -> longest edge in pixels.
+
+    Raises:
+        RequestError: Unknown task, or an edge that is no image's.
+    """
+    images = processor.image_processor
+    for task, edge in sizes.items():
+        if task not in images.task_sizes:
+            raise RequestError(f"Unknown task '{task}' for an image size; tasks are {', '.join(TASKS)}.")
+        if not 32 <= edge <= 8192:
+            raise RequestError(f"An image size is the longest edge in pixels, 32 to 8192; got {edge} for {task}.")
+    images.task_sizes = images.task_sizes | {task: {"longest_edge": int(edge)} for task, edge in sizes.items()}
+
+
+def _language_task(text: str) -> str:
+    return "cloze" if "___" in text or "<extra_id_" in text else "question_answering"
+
+
+def _warn_if_crowded(logits: "torch.Tensor", thresholds: Sequence[float], result: SmearResult) -> None:
+    # Counted before overlapping boxes are merged: a query that repeats a cell is not free for another one.
+    best = logits.float().sigmoid().max(-1)
+    used = int((best.values > best.values.new_tensor(thresholds)[best.indices]).sum())
+    queries = len(logits)
+    if used >= CROWDED * queries:
+        message = (
+            f"{used} of {queries} queries found a cell: there are probably more cells than queries, and the counts are "
+            "too low. Cut the image into smaller fields."
+        )
+        result.warnings.append(message)
+        warnings.warn(f"{result.image or 'image'}: {message}", QueryCapWarning, stacklevel=5)
+
+
+__all__ = [
+    "Analyzer",
+    "OpenedImage",
+    "QueryCapWarning",
+    "Request",
+    "RequestError",
+    "available_tasks",
+    "open_image",
+    "require_tasks",
+    "set_image_sizes",
+]

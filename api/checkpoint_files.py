@@ -1,0 +1,193 @@
+"""What a checkpoint, an adapter or an exported file consists of on disk, with errors that say what is wrong with it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from unihema.errors import UniHemaError
+from unihema.files import sha256
+
+
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What the images it was trained on are like; a checkpoint may have it.
+REFERENCE_FILE = "reference_features.safetensors"
+_PARTS = {
+    "config.json": "the model's configuration",
+    "processor_config.json": "the image processor and prompts",
+    "tokenizer.json": "the tokenizer",
+    "tokenizer_config.json": "the tokenizer's settings",
+}
+
+
+class CheckpointError(UniHemaError, ValueError):
+    """A checkpoint that cannot be used; the message names the file or task and the remedy."""
+
+
+def local_folder(source: str | Path, **hub: Any) -> Path:
+    """The folder or file that a source names on this machine; a repository of the Hub is fetched.
+
+    Args:
+        source (`str` or `Path`): A folder, a file, or a repository of the Hub. What exists here is never looked up there.
+        **hub: `revision`, `token`, `cache_dir` and `local_files_only` of a repository.
+
+    Raises:
+        CheckpointError: It is neither here nor on the Hub, or the Hub cannot be reached.
+    """
+    path = Path(source)
+    looks_local = path.exists() or isinstance(source, Path) or path.is_absolute() or str(source).count("/") > 1
+    if looks_local or str(source).startswith(".") or path.suffix == ".onnx":
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), **hub))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{source}: no such checkpoint folder here, and it cannot be had from the Hub ({reason}). Check the path, or train "
+            "one with `unihema train`."
+        ) from error
+
+
+def checkpoint_files(folder: str | Path) -> list[Path]:
+    """The files that a checkpoint folder needs.
+
+    Args:
+        folder (`str` or `Path`): A folder written by `unihema train` or by `save_pretrained`.
+
+    Returns:
+        `list[Path]`: Configuration, processor, tokenizer and weights, all of them there.
+
+    Raises:
+        CheckpointError: The folder or one of its files is missing, or it holds another model.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: no such checkpoint folder. Train one with `unihema train`, or check the path."
+        )
+    if (folder / WEIGHTS_INDEX).is_file():
+        shards = sorted(set(read_json(folder / WEIGHTS_INDEX).get("weight_map", {}).values()))
+        weights = {WEIGHTS_INDEX: "the list of weight files"} | dict.fromkeys(shards, "part of the weights")
+    else:
+        weights = {WEIGHTS: "the weights"}
+    needed = _PARTS | weights
+    missing = [f"{name} ({what})" for name, what in needed.items() if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: checkpoint without {', '.join(missing)}. Copy the whole folder again, or save model and "
+            "processor with save_pretrained."
+        )
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type != "unihema":
+        raise CheckpointError(f"{folder}: config.json is of model type {model_type!r}, not 'unihema'.")
+    return [folder / name for name in needed]
+
+
+def adapter_base(folder: str | Path) -> Path:
+    """The checkpoint folder that an adapter belongs to; the network is not asked.
+
+    It is where the adapter says (`base_model_name_or_path`): a folder, a folder of that name beside the adapter's, or a
+    repository of the Hub that was downloaded before.
+
+    Args:
+        folder (`str` or `Path`): The adapter.
+
+    Raises:
+        CheckpointError: It is in none of these places.
+    """
+    folder = Path(folder)
+    name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not name:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: no base_model_name_or_path; write its base's folder there.")
+    beside = folder.resolve().parent / Path(name).name
+    for place in (Path(name), beside):
+        if (place / "config.json").is_file():
+            return place
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        raise CheckpointError(
+            f"{folder}: an adapter of {name!r}, which is neither a folder here, nor lies beside the adapter as "
+            f"{beside}, nor was downloaded before. Copy the base there, or download it (hf download {name}), or write "
+            f"its folder as base_model_name_or_path into {ADAPTER_CONFIG}."
+        ) from None
+
+
+def adapter_files(folder: str | Path) -> list[Path]:
+    """The files of an adapter folder itself.
+
+    Raises:
+        CheckpointError: No adapter, no weights, or pickled ones.
+    """
+    folder = Path(folder)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{folder}: no adapter folder ({ADAPTER_CONFIG} is missing).")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        pickled = (
+            " Pickled weights (adapter_model.bin) are not read." if (folder / "adapter_model.bin").is_file() else ""
+        )
+        raise CheckpointError(
+            f"{folder}: adapter without {ADAPTER_WEIGHTS}. Copy the whole folder again, or save it again.{pickled}"
+        )
+    own = [folder / name for name in ("processor_config.json", "tokenizer.json")]
+    return [folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS, *(path for path in own if path.is_file())]
+
+
+def reference_files(folder: str | Path) -> list[Path]:
+    """The file that says what images a checkpoint was trained on, where it has one."""
+    return [path for path in [Path(folder) / REFERENCE_FILE] if path.is_file()]
+
+
+def fingerprint(source: str | Path) -> dict[str, str]:
+    """SHA-256 of each file that decides what a checkpoint answers, by file name; those of an adapter's base as `base/...`."""
+    if is_adapter(source):
+        base = {f"base/{path.name}": sha256(path) for path in checkpoint_files(adapter_base(source))}
+        files = [*adapter_files(source), *reference_files(source)]
+        return {path.name: sha256(path) for path in files} | base
+    files = [Path(source)] if is_onnx(source) else [*checkpoint_files(source), *reference_files(source)]
+    return {path.name: sha256(path) for path in files}
+
+
+def is_onnx(path: str | Path) -> bool:
+    """Whether this names a file made by `unihema export` rather than a checkpoint folder."""
+    return Path(path).suffix == ".onnx" and Path(path).is_file()
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether this is the folder of an adapter, which belongs to a checkpoint in another place."""
+    return (Path(folder) / ADAPTER_CONFIG).is_file() and not (Path(folder) / "config.json").is_file()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a checkpoint as JSON.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}). Copy the checkpoint again.") from error
+
+
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "REFERENCE_FILE",
+    "CheckpointError",
+    "adapter_base",
+    "adapter_files",
+    "checkpoint_files",
+    "fingerprint",
+    "is_adapter",
+    "is_onnx",
+    "local_folder",
+    "read_json",
+    "reference_files",
+]

@@ -1,0 +1,189 @@
+"""Model and processor of a checkpoint, with its adapters."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unihema.checkpoint_files import (
+    CheckpointError,
+    adapter_base,
+    adapter_files,
+    checkpoint_files,
+    is_adapter,
+    is_onnx,
+    read_json,
+)
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from unihema.inference.onnx import OnnxModel
+    from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
+    from unihema.processing_unihema.processing_unihema import UniHemaProcessor
+
+
+# What 8-bit linears would spoil: heads, whose copies an adapter trains, and layers whose few outputs are coordinates.
+_KEPT_WHOLE = (
+    "class_head",
+    "box_head",
+    "morphology_head",
+    "single_cell_head",
+    "single_cell_feature_extraction",
+    "lm_head",
+    "sampling_offsets",
+    "attention_weights",
+)
+
+
+def load_model(
+    folder: str | Path,
+    device: "str | torch.device | None" = None,
+    dtype: "str | torch.dtype | None" = None,
+    adapters: "Mapping[str, str | Path] | Sequence[str | Path]" = (),
+    load_in_8bit: bool = False,
+) -> "tuple[UniHemaPreTrainedModel | OnnxModel, UniHemaProcessor]":
+    """Model and processor of a folder on this machine; never touches the network.
+
+    Args:
+        folder (`str` or `Path`): A checkpoint: a full one loads with all its heads, one saved by a single head's class with that
+            head. Or an adapter, whose base must be on this machine (see `adapter_base`). Or an ONNX file made by
+            `unihema export`, which is called like the model.
+        device (`str` or `torch.device`, *optional*): See [`choose_device`].
+        dtype (`str` or `torch.dtype`, *optional*): Of the weights, such as `"bfloat16"`; the checkpoint's own when missing.
+        adapters (`Mapping` or `Sequence`, *optional*): Adapters to load beside each other, by name, or called as their folders.
+            The first one is in use; `model.set_adapter(name)` switches.
+        load_in_8bit (`bool`): Keep the linears of the base in 8 bit; needs an NVIDIA GPU and bitsandbytes.
+
+    Returns:
+        `tuple`: The model in evaluation mode, and the processor: that of the first adapter where it has its own.
+
+    Raises:
+        CheckpointError: Files are missing or damaged, weights of the model are missing from them, an adapter does not fit, or
+            8 bit cannot be had.
+        ValueError: An unknown device or dtype, or two adapters of one name.
+    """
+    if is_onnx(folder):
+        from unihema.inference.onnx import load_onnx
+
+        return load_onnx(folder)
+    places = _named(adapters)
+    if is_adapter(folder):
+        places = {_adapter_name(folder): Path(folder)} | places
+        folder = adapter_base(folder)
+    for place in places.values():
+        adapter_files(place)
+    model, processor = _load_plain(folder, device, dtype, load_in_8bit)
+    for name, place in places.items():
+        try:
+            model.load_adapter(place, name)
+        except (ValueError, TypeError, OSError) as error:
+            raise CheckpointError(f"{place}: adapter cannot be loaded ({error})") from error
+    if places:
+        from unihema.processing_unihema.processing_unihema import UniHemaProcessor
+
+        first, place = next(iter(places.items()))
+        model.set_adapter(first)
+        if (place / "processor_config.json").is_file():
+            processor = UniHemaProcessor.from_pretrained(place, local_files_only=True)
+    return model.eval(), processor
+
+
+def choose_device(device: "str | torch.device | None" = None) -> "torch.device":
+    """The device asked for; without one an NVIDIA GPU, else Apple's, else the processor.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    import torch
+
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r}: no such device; use cpu, cuda, cuda:0 or mps.") from error
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(chosen.type, lambda: True)
+    if not there():
+        raise ValueError(f"device {device!r}: not there on this machine; use cpu, or leave it out to take what there is.")
+    return chosen
+
+
+def choose_dtype(dtype: "str | torch.dtype") -> "torch.dtype":
+    """The dtype asked for.
+
+    Raises:
+        ValueError: It is none that weights may have.
+    """
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    chosen = known.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if chosen not in known.values():
+        raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(known)}.")
+    return chosen
+
+
+def _named(adapters: "Mapping[str, str | Path] | Sequence[str | Path]") -> dict[str, Path]:
+    if isinstance(adapters, Mapping):
+        return {name.replace(".", "_"): Path(place) for name, place in adapters.items()}
+    named = {_adapter_name(place): Path(place) for place in adapters}
+    if len(named) != len(adapters):
+        raise ValueError(f"{len(adapters)} adapters and the names {', '.join(named)}: give each its own.")
+    return named
+
+
+def _adapter_name(folder: str | Path) -> str:
+    # Names become parts of the names of weights.
+    return Path(folder).resolve().name.replace(".", "_")
+
+
+def _load_plain(folder: str | Path, device, dtype, load_in_8bit: bool):
+    files = checkpoint_files(folder)
+    from unihema.modeling_unihema import modeling_unihema
+    from unihema.processing_unihema.processing_unihema import UniHemaProcessor
+
+    folder, device = Path(folder), choose_device(device)
+    architecture = (read_json(folder / "config.json").get("architectures") or ["UniHemaForMultiTask"])[0]
+    model_class = getattr(modeling_unihema, architecture, None)
+    if model_class is None or not getattr(model_class, "tasks", None):
+        raise CheckpointError(
+            f"{folder}: config.json names the architecture {architecture!r}, which has no task head; save one of "
+            "UniHemaForMultiTask, ForDetection, ForSegmentation, ForImageClassification or ForQA."
+        )
+    options: dict[str, Any] = _in_8_bit(device) if load_in_8bit else {}
+    if dtype is not None:
+        options["dtype"] = choose_dtype(dtype)
+    try:
+        model, report = model_class.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, **options
+        )
+        processor = UniHemaProcessor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        names = ", ".join(path.name for path in files)
+        raise CheckpointError(f"{folder}: checkpoint cannot be read ({names}): {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} weights of {architecture} are missing from the checkpoint, first {missing[0]!r}."
+        )
+    # A model that was quantized while loading is where it should be, and cannot be moved.
+    return (model if load_in_8bit else model.to(device)), processor
+
+
+def _in_8_bit(device: "torch.device") -> dict[str, Any]:
+    if device.type != "cuda":
+        raise CheckpointError("Loading in 8 bit needs an NVIDIA GPU; without one, load the model as it is.")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise CheckpointError("Loading in 8 bit needs bitsandbytes: pip install bitsandbytes.") from None
+    from transformers import BitsAndBytesConfig
+
+    kept = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(_KEPT_WHOLE))
+    return {"quantization_config": kept, "device_map": {"": device}}
+
+
+__all__ = ["choose_device", "choose_dtype", "load_model"]

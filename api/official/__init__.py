@@ -1,0 +1,1 @@
+"""The authors' research checkpoint: converting it, and proving that outputs are equal."""
