@@ -22,8 +22,8 @@ from .files import find_images, sha256, write_atomically, write_text
 from .int8 import to_int8
 from .lookahead import ahead, in_buckets
 from .predict import OpenedImage, analyze_opened, check_request, check_threshold, open_image
-from .processing_unihema.results import SmearResult
-from .processing_unihema.results_export import cell_columns, cell_row
+from .results.export import cell_columns, cell_row
+from .results.smear_result import SmearResult
 from .version import __version__
 
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
 
-COUNT_COLUMNS = ["image", "label", "count", "percent_of_white_cells", "warnings"]
+COUNT_COLUMNS = ["image", "label", "count", "percent_of_white_cells", "differential", "warnings"]
 # Images that are read before they are needed, and results that wait to be written, at most.
 READ_AHEAD = WRITE_BEHIND = 2
 # What is wrong with one image, and no reason to stop.
@@ -328,11 +328,13 @@ class Records:
                 yield list(cell_row(result, cell, attributes).values())
 
     def _counts(self, paths: Sequence[Path]) -> Iterator[list[Any]]:
-        for result in self._results(paths):
-            for label, count in result["counts"].items():
-                share = result["differential"].get(label)
-                warnings = " ".join(result["warnings"]) or None
-                yield [result["image"], label, count, None if share is None else round(share, 1), warnings]
+        for values in self._results(paths):
+            result = SmearResult.from_dict(values | {"mask": None})
+            warnings = " ".join(result.warnings) or None
+            for label, count in result.counts.items():
+                percent = result.percent_of_white_cells(label)
+                percent = None if percent is None else round(percent, 1)
+                yield [result.image, label, count, percent, result.place_in_differential(label), warnings]
 
     def _json(self, paths: Sequence[Path], report: BatchReport) -> Iterator[str]:
         head = {"unihema": __version__, "settings": self.settings, "totals": report.totals, "failed": report.failed}

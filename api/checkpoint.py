@@ -136,7 +136,7 @@ def set_image_sizes(processor: "UniHemaProcessor", sizes: Mapping[str, int]) -> 
 def _with_reference(loaded, folder: str | Path):
     """Model and processor, the model with the reference that lies beside its weights."""
     if reference_files(folder):
-        from .reference import attach_reference
+        from .results.out_of_distribution import attach_reference
 
         try:
             attach_reference(loaded[0], folder)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .checkpoint import available_tasks, require_tasks
 from .int8 import is_int8
-from .processing_unihema.results import Cell, SmearResult
+from .results.smear_result import Cell, SmearResult
 from .version import __version__
 
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 IMAGE_TASKS = ("detection", "segmentation", "single_cell")
 # From this share of the queries on, cells were probably left without one.
 _CROWDED = 0.95
-# Nucleus and cytoplasm are not described on cells that have no nucleus.
-_ANUCLEATE = {"red blood cell", "red cell", "rbc", "erythrocyte", "platelet", "thrombocyte"}
 
 
 class QueryCapWarning(UserWarning):
@@ -195,8 +193,8 @@ def _language_task(text: str) -> str:
 
 
 def _compared(tasks: Sequence[str], calls, model, processor, results: list[SmearResult]) -> None:
-    """Does the tasks; the first that the checkpoint has reference images of also says how familiar each image is."""
-    from .reference import judge, looks_of, reference_of
+    """Does the tasks; the first that the checkpoint has reference images of also scores how far each image is from them."""
+    from .results.out_of_distribution import looks_of, reference_of, set_out_of_distribution
 
     reference = reference_of(model)
     compared = next((task for task in tasks if reference is not None and task in reference.tasks), None)
@@ -209,7 +207,7 @@ def _compared(tasks: Sequence[str], calls, model, processor, results: list[Smear
         (look,) = looks
         for result, features, quality in zip(results, look.features.cpu().numpy(), look.quality.tolist(), strict=True):
             scale = processor.image_processor.scale((result.height, result.width), task)
-            judge(reference.tasks[task], features, quality, result, scale)
+            set_out_of_distribution(reference.tasks[task], features, quality, result, scale)
 
 
 def _inputs(model, processor, images, text=None, **options):
@@ -219,52 +217,27 @@ def _inputs(model, processor, images, text=None, **options):
     return batch.to(model.dtype) if model.dtype.is_floating_point else batch
 
 
-def _thresholds(model, threshold: float | None) -> dict[str, float]:
-    from .processing_unihema.post_processing import DEFAULT_THRESHOLD
-
-    labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    calibrated = getattr(model.config, "detection_thresholds", None) or {}
-    return {label: calibrated.get(label, DEFAULT_THRESHOLD) if threshold is None else threshold for label in labels}
-
-
 def _detect(model, processor, images, prompt, threshold, results: list[SmearResult]) -> None:
-    import torch
+    from .processing_unihema.post_processing import asked_classes, find_cells
 
-    from .processing_unihema.post_processing import NMS_IOU, NMS_WITHIN, ancestors_of, asked_classes
-
-    thresholds = _thresholds(model, threshold)
-    asked = asked_classes(model.config, prompt)
+    config, asked = model.config, asked_classes(model.config, prompt)
     outputs = model(**_inputs(model, processor, images, task="detection", text=prompt), task="detection")
-    threshold_of_class = torch.tensor(list(thresholds.values()), device=outputs.logits.device)
-    found = processor.image_processor.post_process_object_detection(
-        outputs,
-        threshold=threshold_of_class,
-        target_sizes=[(result.height, result.width) for result in results],
-        nms_iou=NMS_IOU,
-        nms_within=NMS_WITHIN,
-        classes=asked,
-        ancestors=ancestors_of(model.config),
-    )
-    morphology = processor.image_processor.post_process_morphology(outputs, found, model.config.morphology)
-    classes = [name for index, name in enumerate(thresholds) if asked is None or asked[index]]
-    for result, detections, attributes, logits in zip(results, found, morphology, outputs.logits, strict=True):
-        result.classes = list(classes)
-        _collect(model, detections, attributes, result)
-        _warn_if_crowded(logits, threshold_of_class, result)
+    sizes = [(result.height, result.width) for result in results]
+    found = find_cells(outputs, config, sizes, prompt, threshold)
+    for result, cells, logits in zip(results, found, outputs.logits, strict=True):
+        result.classes = [name for index, name in enumerate(config.class_names) if asked is None or asked[index]]
+        result.class_parents = dict(config.label_parents or {})
+        result.cells += [
+            Cell(number, cell["box"], cell["label"], cell["score"], cell["attributes"])
+            for number, cell in enumerate(cells, 1)
+        ]
+        _warn_if_crowded(logits, config.class_thresholds(threshold), result)
 
 
-def _collect(model, detections, morphology, result: SmearResult) -> None:
-    rows = zip(*(detections[name].tolist() for name in ("boxes", "labels", "scores")), morphology, strict=True)
-    for number, (box, label, score, attributes) in enumerate(rows, 1):
-        name = model.config.id2label[label]
-        described = name.strip().lower().removesuffix("s") not in _ANUCLEATE
-        result.cells.append(Cell(number, box, name, score, attributes if described else {}))
-
-
-def _warn_if_crowded(logits, threshold_of_class, result: SmearResult) -> None:
+def _warn_if_crowded(logits, thresholds: Sequence[float], result: SmearResult) -> None:
     # Counted before overlapping boxes are merged: a query that repeats a cell is not free for another one.
     best = logits.float().sigmoid().max(-1)
-    used = int((best.values > threshold_of_class[best.indices]).sum())
+    used = int((best.values > best.values.new_tensor(thresholds)[best.indices]).sum())
     queries = len(logits)
     if used >= _CROWDED * queries:
         message = (
@@ -320,7 +293,11 @@ def _provenance(model, processor, tasks, prompt, threshold) -> dict[str, Any]:
         "tasks": list(tasks),
         "image_sizes": {task: dict(processor.image_processor.task_sizes[task]) for task in tasks},
         "prompt": prompt if isinstance(prompt, str) or prompt is None else list(prompt),
-        "detection_thresholds": _thresholds(model, threshold) if "detection" in tasks else None,
+        "detection_thresholds": (
+            dict(zip(model.config.class_names, model.config.class_thresholds(threshold), strict=True))
+            if "detection" in tasks
+            else None
+        ),
         "segmentation_threshold": model.config.segmentation_threshold if "segmentation" in tasks else None,
         "nms_iou": NMS_IOU,
         "nms_within": NMS_WITHIN,

@@ -9,7 +9,7 @@ from .box_geometry import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, inverse_sigmoi
 from .class_rows import ClassEmbedding
 from .configuration_unihema import UniHemaConfig
 from .detection_labels import boxes_known, check_detection_labels
-from .label_spaces import ancestor_matrix, is_target
+from .label_spaces import ancestors_of, is_target
 
 
 @dataclass
@@ -110,7 +110,7 @@ class ContrastiveDenoising(nn.Module):
 
     def _choose(self, image: dict[str, torch.Tensor]) -> torch.Tensor:
         """Indices of the cells to denoise, ascending: of annotated classes, with a box, at most `denoising_queries`."""
-        ancestors = ancestor_matrix(getattr(self.config, "class_ancestors", None))
+        ancestors = ancestors_of(self.config)
         cells = (is_target(image, ancestors) & boxes_known(image)).nonzero().flatten()
         if len(cells) <= self.denoising_queries:
             return cells
