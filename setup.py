@@ -16,7 +16,7 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "api" / "version.py").read
 PACKAGE_DIR = {
     "unihema": "api",
     "unihema.cli": "api/cli",
-    "unihema.reference": "api/reference",
+    "unihema.results": "api/results",
     "unihema.modeling_unihema": "modeling_unihema",
     "unihema.processing_unihema": "processing_unihema",
     "unihema.training": "training",

@@ -25,7 +25,7 @@ _SOURCES = {
     ],
     "processing_unihema.image_processing_unihema": ["UniHemaImageProcessor"],
     "processing_unihema.processing_unihema": ["UniHemaProcessor"],
-    "processing_unihema.results": ["Cell", "SmearResult"],
+    "results.smear_result": ["Cell", "SmearResult"],
     "checkpoint": ["CheckpointError", "load_checkpoint"],
     "adapters": ["load_adapted"],
     "predict": ["QueryCapWarning", "analyze"],

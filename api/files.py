@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".jp2"}
+from .processing_unihema.image_io import IMAGE_SUFFIXES
 
 
 def find_images(inputs: Sequence[str | Path], exclude: Path | None = None) -> tuple[list[Path], list[tuple[str, str]]]:
@@ -100,4 +99,4 @@ def _umask() -> int:
     return mask
 
 
-__all__ = ["IMAGE_SUFFIXES", "find_images", "sha256", "write_atomically", "write_text"]
+__all__ = ["find_images", "sha256", "write_atomically", "write_text"]

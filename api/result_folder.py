@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from unihema.analyzer import Analyzer
 
 
-COUNT_COLUMNS = ["image", "label", "count", "percent_of_white_cells", "warnings"]
+COUNT_COLUMNS = ["image", "label", "count", "percent_of_white_cells", "differential", "warnings"]
 # Images are held back until a batch of one size is full: so many batches of them at most.
 HELD_BATCHES = 4
 # What is wrong with one image, and no reason to stop.
@@ -324,11 +324,13 @@ class ResultFolder:
                 yield list(cell_row(result, cell, attributes).values())
 
     def _counts(self, paths: Sequence[Path]) -> Iterator[list[Any]]:
-        for result in self._results(paths):
-            for label, count in result["counts"].items():
-                share = result["differential"].get(label)
-                warnings = " ".join(result["warnings"]) or None
-                yield [result["image"], label, count, None if share is None else round(share, 1), warnings]
+        for values in self._results(paths):
+            result = SmearResult.from_dict(values | {"mask": None})
+            warnings = " ".join(result.warnings) or None
+            for label, count in result.counts.items():
+                percent = result.percent_of_white_cells(label)
+                percent = None if percent is None else round(percent, 1)
+                yield [result.image, label, count, percent, result.place_in_differential(label), warnings]
 
     def _json(self, paths: Sequence[Path], report: BatchReport) -> Iterator[str]:
         head = {"unihema": __version__, "settings": self.settings, "totals": report.totals, "failed": report.failed}

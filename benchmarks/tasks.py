@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import models
 from benchmarks.measuring import interleaved
-from unihema.int8 import to_int8
+from unihema.inference.int8 import to_int8
 
 
 NEW_TOKENS = 32

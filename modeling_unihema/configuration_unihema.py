@@ -10,6 +10,9 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from .remote_code import SavedWithCode
 
 
+# Smallest detection score of a class whose threshold was never calibrated.
+DEFAULT_THRESHOLD = 0.3
+
 PAPER_MORPHOLOGY = {
     "nuclear_chromatin": ["open", "coarse"],
     "nuclear_shape": ["regular", "irregular"],
@@ -288,14 +291,28 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         return found
 
     @property
-    def class_ancestors(self) -> list[list[int]] | None:
-        """The ids of the coarser classes of each detection class, by `label_parents`; `None` where there are none."""
-        ids = {name: index for index, name in self.id2label.items()}
-        found = [
-            [ids[name] for name in self._ancestor_names(self.id2label[index]) if name in ids]
-            for index in range(self.num_labels)
-        ]
-        return found if any(found) else None
+    def class_names(self) -> list[str]:
+        """The detection classes, in the order of their ids."""
+        return [name for _, name in sorted(self.id2label.items())]
+
+    @property
+    def ancestor_matrix(self) -> list[list[bool]] | None:
+        """For each pair of detection classes whether the second is coarser than the first, by `label_parents`; `None` where
+        no class is coarser than another."""
+        names = self.class_names
+        coarser = [set(self._ancestor_names(name)) for name in names]
+        matrix = [[other in own for other in names] for own in coarser]
+        return matrix if any(map(any, matrix)) else None
+
+    def class_thresholds(self, threshold: float | None = None) -> list[float]:
+        """The smallest detection score that counts, for each class.
+
+        Args:
+            threshold (`float`, *optional*): For all classes, instead of the calibrated one of each.
+        """
+        if threshold is not None:
+            return [threshold] * self.num_labels
+        return [self.detection_thresholds.get(name, DEFAULT_THRESHOLD) for name in self.class_names]
 
     @property
     def morphology_sizes(self) -> list[int]:

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.ops import box_convert
 
 from .configuration_unihema import UniHemaConfig
-from .labels import ancestor_matrix, boxes_known, check_detection_labels, is_target
+from .labels import ancestors_of, boxes_known, check_detection_labels, is_target
 from .layers import ClassEmbedding, inverse_sigmoid
 
 
@@ -109,7 +109,7 @@ class ContrastiveDenoising(nn.Module):
 
     def _choose(self, image: dict[str, torch.Tensor]) -> torch.Tensor:
         """Indices of the cells to denoise, ascending: of annotated classes, with a box, at most `denoising_queries`."""
-        ancestors = ancestor_matrix(getattr(self.config, "class_ancestors", None))
+        ancestors = ancestors_of(self.config)
         cells = (is_target(image, ancestors) & boxes_known(image)).nonzero().flatten()
         if len(cells) <= self.denoising_queries:
             return cells

@@ -137,21 +137,16 @@ def _check_values(
         )
 
 
-def ancestor_matrix(ancestors: Sequence[Sequence[int]] | None) -> torch.Tensor | None:
-    """`UniHemaConfig.class_ancestors` as a boolean matrix.
+def ancestors_of(config: Any) -> torch.Tensor | None:
+    """Which classes are coarser than which, `config.ancestor_matrix` as a tensor.
 
     Args:
-        ancestors (`Sequence[Sequence[int]]`, *optional*): The coarser classes of each class.
+        config ([`UniHemaConfig`]): Of the model.
 
     Returns:
-        `torch.Tensor` or `None`: `[C, C]`, `True` where the second class is coarser than the first.
+        `torch.Tensor` or `None`: bool `[C, C]`, `True` where the second class is coarser than the first.
     """
-    if ancestors is None:
-        return None
-    matrix = torch.zeros(len(ancestors), len(ancestors), dtype=torch.bool)
-    for label, coarser in enumerate(ancestors):
-        matrix[label, list(coarser)] = True
-    return matrix
+    return None if config.ancestor_matrix is None else torch.tensor(config.ancestor_matrix)
 
 
 def is_target(image: dict[str, torch.Tensor], ancestors: torch.Tensor | None = None) -> torch.Tensor:
@@ -159,7 +154,7 @@ def is_target(image: dict[str, torch.Tensor], ancestors: torch.Tensor | None = N
 
     Args:
         image (`dict[str, torch.Tensor]`): Labels of one image.
-        ancestors (`torch.Tensor`, *optional*): See `ancestor_matrix`.
+        ancestors (`torch.Tensor`, *optional*): See `ancestors_of`.
 
     Returns:
         `torch.Tensor`: Boolean `[n]`.
@@ -186,7 +181,7 @@ def class_targets(image: dict[str, Any], num_labels: int, ancestors: torch.Tenso
         image (`dict[str, torch.Tensor]`): Labels of one image: `class_labels` `[n]`, optionally `annotated_classes` and
             `taught_classes`, bool `[num_labels]`.
         num_labels (`int`): Classes of the model.
-        ancestors (`torch.Tensor`): See `ancestor_matrix`.
+        ancestors (`torch.Tensor`): See `ancestors_of`.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: bool `[n, num_labels]` each: the classes that the cell has, and those

@@ -8,7 +8,7 @@ from torchvision.ops import box_convert
 
 from .configuration_unihema import UniHemaConfig
 from .denoising import DenoisingQueries
-from .labels import BOXES_KNOWN, MISSING, ancestor_matrix, boxes_known, check_detection_labels, class_targets, is_target
+from .labels import BOXES_KNOWN, MISSING, ancestors_of, boxes_known, check_detection_labels, class_targets, is_target
 
 
 def sigmoid_focal_loss(
@@ -50,7 +50,7 @@ def detection_loss(
     Class and box losses are sums over the batch divided by its number of cells (for denoising: of positive queries),
     averaged over the processes of a distributed run, so every process has to call this in the same step. A class that
     is `False` in an image's `annotated_classes` costs nothing there, and its cells are not targets. A cell has its
-    coarser classes (`config.class_ancestors`) as well, and leaves the finer ones open, see `class_targets`. A cell whose box is
+    coarser classes (`config.ancestor_matrix`) as well, and leaves the finer ones open, see `class_targets`. A cell whose box is
     not known (`boxes_known`) is matched by class alone, and has no box loss and no denoising queries.
 
     Args:
@@ -61,7 +61,7 @@ def detection_loss(
         selection_boxes (`torch.Tensor`): Their boxes, with gradient, `[B, Q, 4]`.
         labels (`Sequence[dict[str, torch.Tensor]]`): See `check_detection_labels`; without `morphology` all is missing.
         config ([`UniHemaConfig`]): Costs, coefficients, `focal_alpha`, `auxiliary_loss`, `num_labels`, `morphology`,
-            `class_ancestors`.
+            `ancestor_matrix`.
         denoising ([`DenoisingQueries`], *optional*): How the denoising queries were made.
         denoising_logits (`torch.Tensor`, *optional*): Class logits of the denoising queries, `[L, B, P, num_labels]`.
         denoising_boxes (`torch.Tensor`, *optional*): Their boxes, `[L, B, P, 4]`.
@@ -79,7 +79,7 @@ def detection_loss(
     device, batch_size = layer_logits.device, layer_logits.shape[1]
     value_counts = [len(values) for values in (config.morphology or {}).values()]
     check_detection_labels(labels, batch_size, config.num_labels, len(value_counts), value_counts)
-    ancestors = ancestor_matrix(getattr(config, "class_ancestors", None))
+    ancestors = ancestors_of(config)
     targets = [_to_targets(image, len(value_counts), config.num_labels, ancestors, device) for image in labels]
     class_weight = _annotated_class_weight(labels, config.num_labels, device)
     num_cells = sum(len(image["class_labels"]) for image in targets)

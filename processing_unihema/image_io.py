@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
+# What names of image files end with, in lower case.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".jp2")
 # Images larger than this are reduced on opening: a whole slide does not fit into memory.
 MAX_PIXELS = 64_000_000
 _ORIENTATION = 0x0112

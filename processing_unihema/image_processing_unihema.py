@@ -27,7 +27,6 @@ from unihema.modeling_unihema.tasks import TASK_TABLE, TASKS, check_task
 from .annotations import detection_labels
 from .image_io import image_size, load_image, load_mask
 from .post_processing import (
-    DEFAULT_THRESHOLD,
     post_process_morphology,
     post_process_object_detection,
     post_process_semantic_segmentation,
@@ -234,9 +233,7 @@ class UniHemaImageProcessor(ProcessorWithCode, TorchvisionBackend):
             pixel_mask[row, : image.shape[-2], : image.shape[-1]] = 1
         return {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
 
-    def post_process_object_detection(
-        self, outputs, threshold=DEFAULT_THRESHOLD, target_sizes=None, **kwargs
-    ) -> list[dict]:
+    def post_process_object_detection(self, outputs, threshold=0.3, target_sizes=None, **kwargs) -> list[dict]:
         """See [`post_process_object_detection`]."""
         return post_process_object_detection(outputs, threshold, target_sizes, **kwargs)
 

@@ -27,14 +27,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .image_io import image_size, load_image
 from .post_processing import (
-    NMS_IOU,
-    NMS_WITHIN,
-    ancestors_of,
-    asked_classes,
-    post_process_morphology,
-    post_process_object_detection,
+    find_cells,
     post_process_semantic_segmentation,
-    thresholds_of,
 )
 from .prompts import task_prompt
 
@@ -133,7 +127,7 @@ class UniHemaObjectDetectionPipeline(ObjectDetectionPipeline):
 
     For UniHema models `prompt` or `candidate_labels` (class names or a disease) says what to look for, and the threshold is
     the calibrated one of each class unless given. Where the prompt names classes, only these are answered. `morphology`
-    maps each attribute to its value.
+    maps each attribute to its value, and is empty for cells without a nucleus.
     """
 
     def _sanitize_parameters(self, prompt=None, candidate_labels=None, **kwargs):
@@ -159,29 +153,16 @@ class UniHemaObjectDetectionPipeline(ObjectDetectionPipeline):
         if not _is_unihema(self):
             return super().postprocess(model_outputs, **({} if threshold is None else {"threshold": threshold}))
         model_outputs = _one(model_outputs)
-        config, outputs = self.model.config, SimpleNamespace(**model_outputs)
-        if threshold is None:
-            threshold = thresholds_of(config)
-        found = post_process_object_detection(
-            outputs,
-            threshold,
-            model_outputs["target_size"],
-            nms_iou=NMS_IOU,
-            nms_within=NMS_WITHIN,
-            classes=asked_classes(config, prompt),
-            ancestors=ancestors_of(config),
-        )
-        morphology = post_process_morphology(outputs, found, config.morphology)[0]
+        outputs = SimpleNamespace(**model_outputs)
+        (cells,) = find_cells(outputs, self.model.config, model_outputs["target_size"], prompt, threshold)
         return [
             {
-                "score": score,
-                "label": config.id2label[label],
-                "box": self._get_bounding_box(box),
-                "morphology": {name: read["value"] for name, read in attributes.items()},
+                "score": cell["score"],
+                "label": cell["label"],
+                "box": self._get_bounding_box(torch.tensor(cell["box"])),
+                "morphology": {name: read["value"] for name, read in cell["attributes"].items()},
             }
-            for score, label, box, attributes in zip(
-                found[0]["scores"].tolist(), found[0]["labels"].tolist(), found[0]["boxes"], morphology, strict=True
-            )
+            for cell in cells
         ]
 
 

@@ -1,12 +1,14 @@
 """Model outputs to results in pixels of the original image."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torchvision.ops import box_area, box_iou
 
+from .class_names import has_nucleus, plain_name
 
-DEFAULT_THRESHOLD = 0.3
+
 # What counts as one cell boxed twice when results are shown: boxes alike, or one of the same class in another.
 NMS_IOU = 0.6
 NMS_WITHIN = 0.75
@@ -14,56 +16,85 @@ NMS_WITHIN = 0.75
 FINER_SHARE = 0.5
 
 
-def thresholds_of(config, default: float = DEFAULT_THRESHOLD) -> torch.Tensor:
-    """The calibrated threshold of each detection class of a checkpoint, `[num_labels]`.
-
-    Args:
-        config (`UniHemaConfig`): With `id2label` and `detection_thresholds`.
-        default (`float`): For classes that were never calibrated.
-    """
-    return torch.tensor([config.detection_thresholds.get(name, default) for _, name in sorted(config.id2label.items())])
-
-
-def ancestors_of(config) -> torch.Tensor | None:
-    """Which detection classes of a checkpoint are coarser than which, bool `[num_labels, num_labels]`: `[i, j]` where
-    class j is coarser than class i. `None` where no class is.
-
-    Args:
-        config (`UniHemaConfig`): With `class_ancestors`.
-    """
-    coarser = config.class_ancestors
-    if coarser is None:
-        return None
-    return torch.tensor([[other in own for other in range(config.num_labels)] for own in coarser])
-
-
 def asked_classes(config, prompt: str | Sequence[str] | None) -> torch.Tensor | None:
     """The detection classes that a prompt names, bool `[num_labels]`.
 
     Args:
-        config (`UniHemaConfig`): With `id2label`.
-        prompt (`str` or `Sequence[str]`, *optional*): Class names, one text with commas or a list; case and plural do not
-            count.
+        config (`UniHemaConfig`): With `class_names`.
+        prompt (`str` or `Sequence[str]`, *optional*): Class names in any spelling, one text with commas or a list.
 
     Returns:
         `torch.Tensor` or `None`: `None`, which is all of them, without a prompt, or where some part of it is no class: a
         disease or a description.
     """
     parts = [prompt] if isinstance(prompt, str) else list(prompt or ())
-    asked = [_spelling(name) for part in parts for name in part.split(",") if name.strip()]
-    known = [_spelling(name) for _, name in sorted(config.id2label.items())]
+    asked = [plain_name(name) for part in parts for name in part.split(",") if name.strip()]
+    known = [plain_name(name) for name in config.class_names]
     if not asked or not set(asked) <= set(known):
         return None
     return torch.tensor([name in asked for name in known])
 
 
-def _spelling(name: str) -> str:
-    return " ".join(name.lower().replace("_", " ").split()).removesuffix("s")
+def find_cells(
+    outputs,
+    config,
+    target_sizes: torch.Tensor | Sequence[tuple[int, int]] | None = None,
+    prompt: str | Sequence[str] | None = None,
+    threshold: float | None = None,
+) -> list[list[dict[str, Any]]]:
+    """The cells of each image as they are shown and counted: with the checkpoint's names, thresholds and limits of overlap.
+
+    Args:
+        outputs (`UniHemaDetectionOutput`): With `logits` `[B, Q, C]`, `pred_boxes` `[B, Q, 4]` and `pred_morphology`
+            `[B, Q, values]`.
+        config (`UniHemaConfig`): Of the checkpoint.
+        target_sizes (`torch.Tensor` or `Sequence[tuple[int, int]]`, *optional*): `(h, w)` of each original image in
+            pixels. Without it boxes stay in 0..1.
+        prompt (`str` or `Sequence[str]`, *optional*): What was asked for. Where it names classes and nothing else, only these
+            are answered; see [`asked_classes`].
+        threshold (`float`, *optional*): Smallest score for all classes, instead of the calibrated one of each.
+
+    Returns:
+        `list[list[dict]]`: For each image its cells, best first: `label` (`str`), `score` (`float`), `box` (xyxy, `list` of
+        4 `float`), `attributes` (attribute -> `{"value": str, "score": float}`, empty for cells without a nucleus) and
+        `query` (`int`), the query it came from.
+
+    Raises:
+        ValueError: Not as many target sizes as images.
+    """
+    found = post_process_object_detection(
+        outputs,
+        config.class_thresholds(threshold),
+        target_sizes,
+        nms_iou=NMS_IOU,
+        nms_within=NMS_WITHIN,
+        classes=asked_classes(config, prompt),
+        ancestors=config.ancestor_matrix,
+    )
+    described = post_process_morphology(outputs, found, config.morphology)
+    names = config.class_names
+    nucleated = [has_nucleus(name, config.label_parents) for name in names]
+    keys = ("labels", "scores", "boxes", "queries")
+    return [
+        [
+            {
+                "label": names[label],
+                "score": score,
+                "box": box,
+                "attributes": attributes if nucleated[label] else {},
+                "query": query,
+            }
+            for label, score, box, query, attributes in zip(
+                *(image[key].tolist() for key in keys), morphology, strict=True
+            )
+        ]
+        for image, morphology in zip(found, described, strict=True)
+    ]
 
 
 def post_process_object_detection(
     outputs,
-    threshold: float | torch.Tensor = DEFAULT_THRESHOLD,
+    threshold: float | Sequence[float] | torch.Tensor = 0.3,
     target_sizes: torch.Tensor | Sequence[tuple[int, int]] | None = None,
     top_k: int | None = None,
     nms_iou: float | None = None,
@@ -71,14 +102,14 @@ def post_process_object_detection(
     one_class_per_query: bool = True,
     clip: bool = True,
     classes: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
-    ancestors: torch.Tensor | None = None,
-    finest: float | torch.Tensor | None = None,
+    ancestors: Sequence[Sequence[bool]] | torch.Tensor | None = None,
+    finest: float | Sequence[float] | torch.Tensor | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """Cells above the threshold, best first.
+    """Cells above the threshold, best first. [`find_cells`] does it with a checkpoint's own settings.
 
     Args:
         outputs (`UniHemaDetectionOutput`): With `logits` `[B, Q, C]` and `pred_boxes` `[B, Q, 4]`.
-        threshold (`float` or `torch.Tensor`): Smallest score, one for all classes or `[C]`.
+        threshold (`float`, `Sequence[float]` or `torch.Tensor`): Smallest score, one for all classes or `[C]`.
         target_sizes (`torch.Tensor` or `Sequence[tuple[int, int]]`, *optional*): `(h, w)` of each original image in
             pixels. Without it boxes stay in 0..1.
         top_k (`int`, *optional*): At most this many cells an image.
@@ -89,13 +120,14 @@ def post_process_object_detection(
         clip (`bool`): Cut boxes at the edge of the image.
         classes (`torch.Tensor` or `Sequence[torch.Tensor | None]`, *optional*): Classes to answer with, bool `[C]` for all
             images, or one (or `None`: all) for each; see [`asked_classes`].
-        ancestors (`torch.Tensor`, *optional*): See [`ancestors_of`]. Where a cell has one name, it is then the finest one
-            above the threshold: not WBC where it may be called neutrophil; and a cell that two queries call WBC and
+        ancestors (`Sequence[Sequence[bool]]` or `torch.Tensor`, *optional*): bool `[C, C]`, whether the second class is
+            coarser than the first (`config.ancestor_matrix`). Where a cell has one name, it is then the finest one above the
+            threshold: not WBC where it may be called neutrophil; and a cell that two queries call WBC and
             neutrophil is one neutrophil. A finer name with less than half the score of the coarser one is not given:
             thresholds are those of the stains they were chosen on, and on another a surely white cell may be of no sure
             type.
-        finest (`float` or `torch.Tensor`, *optional*): Score above which the finer name is taken; `threshold` when not
-            given.
+        finest (`float`, `Sequence[float]` or `torch.Tensor`, *optional*): Score above which the finer name is taken;
+            `threshold` when not given.
 
     Returns:
         `list[dict[str, torch.Tensor]]`: `scores` `[n]`, `labels` `[n]`, `boxes` `[n, 4]` xyxy and `queries` `[n]`, the
@@ -108,7 +140,7 @@ def post_process_object_detection(
     _check_target_sizes(target_sizes, len(probabilities))
     threshold = torch.as_tensor(threshold, dtype=probabilities.dtype, device=probabilities.device)
     finest = threshold if finest is None else torch.as_tensor(finest, dtype=threshold.dtype, device=threshold.device)
-    ancestors = None if ancestors is None else ancestors.to(probabilities.device)
+    ancestors = None if ancestors is None else torch.as_tensor(ancestors, device=probabilities.device)
     per_image = not isinstance(classes, torch.Tensor) and classes is not None
     results = []
     for image, scores in enumerate(probabilities):
@@ -181,7 +213,7 @@ def distinct_cells(
         iou (`float`, *optional*): A cell goes when its intersection over union with a better one is more than this.
         within (`float`, *optional*): And when more than this part of the smaller lies in the larger, of one class.
         across_classes (`bool`): Whether `iou` is judged between classes as well.
-        ancestors (`torch.Tensor`, *optional*): See [`ancestors_of`]. Of a cell under a finer and a coarser class the finer
+        ancestors (`torch.Tensor`, *optional*): bool `[C, C]`, as above. Of a cell under a finer and a coarser class the finer
             one is kept; `within` counts between them as it does within a class.
         scores (`torch.Tensor`, *optional*): `[n]`; a finer name with less than half the coarser one's score gives way to it.
 

@@ -16,9 +16,9 @@ from unihema.hub_cards.usage import class_of_task
 from unihema.modeling_unihema.adapter_mixin import FIELDS_KEY, adapter_fields
 from unihema.modeling_unihema.layers import ClassEmbedding, ClassLinear
 from unihema.modeling_unihema.tasks import TASKS
+from unihema.processing_unihema.class_names import usual_name
 from unihema.training.adapter_config import AdapterConfig
 from unihema.training.data.class_hierarchy import known_parents
-from unihema.training.data.label_names import spelling_key
 from unihema.training.data.rows import Row, class_names, single_cell_names
 from unihema.training.files import write_json
 
@@ -199,10 +199,10 @@ def start_classes(
             where, known = ("adapter", new) if name not in new else ("base", old)
             wrong = name if name not in new else source
             raise ValueError(f"adapter.start_from: the {where} has no class {wrong!r}; it has {', '.join(known)}.")
-    by_key = {spelling_key(name): index for index, name in reversed(list(enumerate(old)))}
+    by_key = {usual_name(name): index for index, name in reversed(list(enumerate(old)))}
     found: list[int | None] = []
     for name in new:
-        index = old.index(start_from[name]) if name in start_from else by_key.get(spelling_key(name))
+        index = old.index(start_from[name]) if name in start_from else by_key.get(usual_name(name))
         if index is None:
             parent = known_parents([name, *old]).get(name)
             index = None if parent is None else old.index(parent)

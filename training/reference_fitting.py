@@ -8,9 +8,14 @@ import torch
 from tqdm.auto import tqdm
 
 from unihema.processing_unihema.image_io import load_image
-from unihema.reference.features import looks_of
-from unihema.reference.gaussian import TiedGaussians
-from unihema.reference.model_reference import QUANTILE, ModelReference, TaskReference, backbone_checksum
+from unihema.results.out_of_distribution import (
+    QUANTILE,
+    ModelReference,
+    TaskReference,
+    TiedGaussians,
+    backbone_checksum,
+    looks_of,
+)
 from unihema.training.data.label_names import as_known
 from unihema.training.data.rows import Row
 from unihema.training.data.stored_rows import StoredFile

@@ -38,7 +38,7 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint on data folders."""
     from unihema.checkpoint import load_checkpoint, set_image_sizes
-    from unihema.int8 import to_int8
+    from unihema.inference.int8 import to_int8
     from unihema.training.build import load_rows
     from unihema.training.evaluation import evaluate_model, write_report
 

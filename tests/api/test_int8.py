@@ -6,7 +6,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 from torch import nn
 
 import unihema
-from unihema.int8 import is_int8, to_int8
+from unihema.inference.int8 import is_int8, to_int8
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tiny_models import batch, lively
 import unihema
 from unihema.checkpoint import CheckpointError, load_checkpoint
 from unihema.cli.app import app
-from unihema.onnx_export import OUTPUTS, MissingOnnxError, export_onnx
+from unihema.inference.onnx import OUTPUTS, MissingOnnxError, export_onnx
 
 
 OPTIONS = {"num_queries": 12}

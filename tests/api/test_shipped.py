@@ -85,10 +85,10 @@ def test_it_sees_what_is_on_the_examples(examples):
         assert analyze(model, processor, by_name[name], tasks=("single_cell",)).single_cell["label"] == label
 
 
-def test_an_image_that_is_known_is_judged_again(examples):
+def test_an_image_that_is_known_is_scored_again(examples):
     model, processor = load_checkpoint(SHIPPED / "checkpoint")
     first, again = (analyze(model, processor, examples[0], tasks=("detection",)) for _ in range(2))
-    assert first.familiarity is not None and again.familiarity == first.familiarity
+    assert first.out_of_distribution is not None and again.out_of_distribution == first.out_of_distribution
 
 
 def test_without_a_prompt_the_model_reads_what_the_processor_would_ask():

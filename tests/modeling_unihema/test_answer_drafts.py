@@ -10,7 +10,7 @@ from tiny_models import batch, lively, very_tiny_config
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from unihema.int8 import to_int8
+from unihema.inference.int8 import to_int8
 from unihema.modeling_unihema.answer_drafts import AnswerDrafts, AnswerMemory
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask, UniHemaForQA
 

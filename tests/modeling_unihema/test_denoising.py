@@ -21,6 +21,7 @@ def one_thread_and_seed():
 def denoising(**overrides) -> ContrastiveDenoising:
     fields = {
         "num_labels": 5,
+        "ancestor_matrix": None,
         "d_model": 8,
         "num_queries": 30,
         "denoising_queries": 20,

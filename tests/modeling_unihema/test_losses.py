@@ -34,6 +34,7 @@ def one_thread_and_seed():
 def make_config(**overrides) -> SimpleNamespace:
     fields = {
         "num_labels": CLASSES,
+        "ancestor_matrix": None,
         "d_model": 8,
         "morphology": ATTRIBUTES,
         "class_cost": 2,

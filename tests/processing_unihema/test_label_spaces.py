@@ -7,7 +7,6 @@ import torch
 
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.processing_unihema.post_processing import (
-    ancestors_of,
     asked_classes,
     distinct_cells,
     post_process_object_detection,
@@ -31,7 +30,7 @@ def output(*scores: list[float], boxes=None):
 
 
 def labels_of(config, found, **options):
-    options = {"threshold": THRESHOLDS, "ancestors": ancestors_of(config), **options}
+    options = {"threshold": THRESHOLDS, "ancestors": config.ancestor_matrix, **options}
     return post_process_object_detection(found, **options)[0]["labels"].tolist()
 
 
@@ -99,11 +98,11 @@ def test_a_cell_of_two_queries_is_boxed_once_under_the_finer_name(config):
     assert labels_of(config, found, nms_iou=0.6, ancestors=None) == [WBC, RBC]
     nucleus = torch.tensor([[0.0, 0, 10, 10], [3.0, 3, 7, 7]])
     labels = torch.tensor([WBC, NEUTROPHIL])
-    assert distinct_cells(nucleus, labels, ancestors=ancestors_of(config)).tolist() == [False, True]
+    assert distinct_cells(nucleus, labels, ancestors=torch.tensor(config.ancestor_matrix)).tolist() == [False, True]
     assert distinct_cells(nucleus, labels).tolist() == [True, True]
 
 
 def test_without_a_hierarchy_the_best_score_names_the_cell():
     plain = UniHemaConfig.tiny(id2label=NAMES)
-    assert ancestors_of(plain) is None
+    assert plain.ancestor_matrix is None
     assert labels_of(plain, output([0.1, 0.9, 0.6, 0.1])) == [WBC]

@@ -100,12 +100,12 @@ def test_a_mix_gives_the_model_one_list_and_its_hierarchy(tmp_path):
     model, processor = build(config, rows)
     assert list(model.config.id2label.values()) == ["RBC", "WBC", "platelet", "neutrophil"]
     assert model.config.label_parents == {"neutrophil": "WBC"}
-    assert model.denoising.config.class_ancestors == [[], [], [], [1]]
+    assert model.denoising.config.ancestor_matrix == [*[[False] * 4] * 3, [False, True, False, False]]
 
     apart = run_config(tmp_path, coarse, fine, canonical_names=False, label_parents={})
     model, _ = build(apart, training_rows(apart))
     assert list(model.config.id2label.values()) == ["RBC", "WBC", "Platelets", "neutrophil", "Platelet"]
-    assert model.config.class_ancestors is None
+    assert model.config.ancestor_matrix is None
 
     wrong = run_config(tmp_path, coarse, label_parents={"basophil": "WBC"})
     with pytest.raises(RunConfigError, match="data.label_parents: no class 'basophil'; the model's classes are RBC"):
@@ -128,7 +128,9 @@ def test_a_model_trained_on_gets_the_hierarchy_of_its_own_names(tmp_path):
         loaded, _ = build(again, training_rows(again))
         # Nothing said is not the same as none.
         assert loaded.config.label_parents == (parents if parents == {} else {"neutrophil": "WBC"})
-        assert loaded.denoising.config.class_ancestors == (None if parents == {} else [[], [], [1]])
+        assert loaded.denoising.config.ancestor_matrix == (
+            None if parents == {} else [*[[False] * 3] * 2, [False, True, False]]
+        )
 
 
 def test_labels_say_which_classes_the_image_and_the_run_annotate():

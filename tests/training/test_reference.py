@@ -19,9 +19,15 @@ import unihema
 from unihema.batch import predict_files
 from unihema.checkpoint import CheckpointError, fingerprint, load_checkpoint, set_image_sizes
 from unihema.cli.app import app
-from unihema.processing_unihema.results import Cell, SmearResult
-from unihema.reference import REFERENCE_FILE, ModelReference, ReferenceWarning, judge, reference_of
-from unihema.reference.gaussian import TiedGaussians
+from unihema.results.out_of_distribution import (
+    REFERENCE_FILE,
+    ModelReference,
+    ReferenceWarning,
+    TiedGaussians,
+    reference_of,
+    set_out_of_distribution,
+)
+from unihema.results.smear_result import Cell, SmearResult
 from unihema.training.build import build, load_rows, training_rows
 from unihema.training.data.synthetic import SyntheticSmears
 from unihema.training.data.synthetic_folder import write_synthetic
@@ -66,7 +72,7 @@ def strange_images() -> dict[str, Image.Image]:
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation", "single_cell"])
-def test_smears_are_familiar_and_other_images_are_not(made, task):
+def test_smears_are_within_the_limit_and_other_images_are_not(made, task):
     model, processor = load_checkpoint(made / "unihema")
     smears = SyntheticSmears(seed=77, width=224, height=168)
     if task == "single_cell":
@@ -75,17 +81,17 @@ def test_smears_are_familiar_and_other_images_are_not(made, task):
     else:
         new = [smears[number].image for number in range(6)]
     results = [unihema.analyze(model, processor, np.asarray(image), [task]) for image in new]
-    ratios = [result.familiarity["distance"] / result.familiarity["limit"] for result in results]
+    ratios = [result.out_of_distribution["distance"] / result.out_of_distribution["limit"] for result in results]
     strange = strange_images()
     if task == "single_cell":
         # Not always told by distance: of eight untrained networks, three had noise within the limit of sixteen crops.
         del strange["noise"]
     others = [unihema.analyze(model, processor, image, [task]) for image in strange.values()]
-    far = [result.familiarity["distance"] / result.familiarity["limit"] for result in others]
+    far = [result.out_of_distribution["distance"] / result.out_of_distribution["limit"] for result in others]
     # The limit comes from eight images, so single new ones may be beyond it. What is left held for all eight networks.
     assert np.median(ratios) < 1 < min(far), (ratios, far)
     assert all("unlike the images the model was trained on" in " ".join(result.warnings) for result in others)
-    assert results[0].familiarity["nearest"] == "smears"
+    assert results[0].out_of_distribution["nearest"] == "smears"
 
 
 def test_distances_are_those_of_the_gaussians():
@@ -125,19 +131,19 @@ def test_quality_and_cell_size_are_told_in_plain_words(made):
         assert f"The image is {word}" in " ".join(unihema.analyze(model, processor, image, ["detection"]).warnings)
     (label, (low, high)), *_ = reference.cell_sizes.items()
 
-    def judged(size: float, cells: int, scale: float = 1.0) -> list[str]:
+    def warnings_of(size: float, cells: int, scale: float = 1.0) -> list[str]:
         found = [Cell(n, (0, 0, size / scale, size / scale), label, 0.9) for n in range(cells)]
         result = SmearResult(round(224 / scale), round(168 / scale), found)
-        judge(reference, reference.gaussians.means[0], reference.quality[0].mean(1), result, scale)
+        set_out_of_distribution(reference, reference.gaussians.means[0], reference.quality[0].mean(1), result, scale)
         return result.warnings
 
-    assert judged((low + high) / 2, 5) == [] and judged(high * 3, 2) == []
-    (larger,) = judged(high * 2, 5)
+    assert warnings_of((low + high) / 2, 5) == [] and warnings_of(high * 3, 2) == []
+    (larger,) = warnings_of(high * 2, 5)
     assert f"{label} cells are larger for the model" in larger and "check the magnification" in larger
-    (smaller,) = judged(low / 2, 5, scale=0.25)
+    (smaller,) = warnings_of(low / 2, 5, scale=0.25)
     usual = 32 * round(224 * (low * high) ** 0.5 / (low / 2) / 32)
     assert "are smaller for the model" in smaller and f"(--image-size detection={usual})" in smaller
-    assert judged((low * high) ** 0.5, 5, scale=0.25) == []
+    assert warnings_of((low * high) ** 0.5, 5, scale=0.25) == []
 
 
 def test_cell_sizes_are_those_that_the_model_sees(made, tmp_path):
@@ -163,8 +169,12 @@ def test_warnings_are_in_every_output(checkpoint, tmp_path):
     told = json.loads((tmp_path / "out" / "results.json").read_text())
     of_image = {image["image"].rsplit("/")[-1]: image for image in told["images"]}
     assert "unlike the images" in of_image["noise.png"]["warnings"][0]
-    assert of_image["noise.png"]["familiarity"]["distance"] > of_image["noise.png"]["familiarity"]["limit"]
-    assert SmearResult.from_dict(of_image["noise.png"]).familiarity == of_image["noise.png"]["familiarity"]
+    assert (
+        of_image["noise.png"]["out_of_distribution"]["distance"] > of_image["noise.png"]["out_of_distribution"]["limit"]
+    )
+    assert (
+        SmearResult.from_dict(of_image["noise.png"]).out_of_distribution == of_image["noise.png"]["out_of_distribution"]
+    )
     with open(tmp_path / "out" / "counts.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["image"].endswith("noise.png")]
     assert rows and all("unlike the images" in row["warnings"] for row in rows)
@@ -184,7 +194,7 @@ def test_without_a_reference_nothing_changes(checkpoint):
     (checkpoint / REFERENCE_FILE).unlink()
     model, processor = load_checkpoint(checkpoint)
     plain = unihema.analyze(model, processor, image, ["detection"])
-    assert plain.familiarity is None and plain.warnings == [] and plain.cells == warned.cells
+    assert plain.out_of_distribution is None and plain.warnings == [] and plain.cells == warned.cells
     assert REFERENCE_FILE not in fingerprint(checkpoint)
     # Nothing is left behind in the model.
     assert not model.model.visual_backbone._forward_hooks and reference_of(model) is None
@@ -199,7 +209,7 @@ def test_a_batch_has_the_warnings_of_its_images(made):
     together = analyze_opened(model, processor, opened, ("detection", "segmentation"))
     for image, result in zip(opened, together, strict=True):
         (alone,) = analyze_opened(model, processor, [image], ("detection", "segmentation"))
-        assert alone.familiarity["distance"] == pytest.approx(result.familiarity["distance"], rel=1e-3)
+        assert alone.out_of_distribution["distance"] == pytest.approx(result.out_of_distribution["distance"], rel=1e-3)
         assert [text.split("(")[0] for text in alone.warnings] == [text.split("(")[0] for text in result.warnings]
 
 
@@ -258,4 +268,4 @@ def test_a_model_with_one_head_has_one_too(tmp_path, made):
     assert done.exit_code == 0, done.output
     model, processor = load_checkpoint(folder)
     result = unihema.analyze(model, processor, strange_images()["noise"])
-    assert set(reference_of(model).tasks) == {"single_cell"} and result.familiarity["nearest"] == "smears"
+    assert set(reference_of(model).tasks) == {"single_cell"} and result.out_of_distribution["nearest"] == "smears"

@@ -2,49 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from unihema.training.data.label_names import spelling_key
-
-
-# Nucleated red cells, stages of a parasite (the box may be that of the red cell it is in), debris and cells of no known
-# kind have no parent: a wrong one would teach a class its opposite.
-_PARENTS = {
-    "band neutrophil": "neutrophil",
-    "segmented neutrophil": "neutrophil",
-    "myeloblast": "blast",
-    "lymphoblast": "blast",
-    "monoblast": "blast",
-    "blast no lineage": "blast",
-    "abnormal promyelocyte": "promyelocyte",
-    "abnormal eosinophil": "eosinophil",
-    "sickle cell": "rbc",
-    "concentrated leishman parasite": "parasite",
-    "leishman parasite": "parasite",
-    "giant thrombocyte": "platelet",
-}
-_WHITE_CELLS = (
-    "neutrophil",
-    "eosinophil",
-    "basophil",
-    "lymphocyte",
-    "monocyte",
-    "blast",
-    "promyelocyte",
-    "myelocyte",
-    "metamyelocyte",
-    "immature granulocyte",
-    "promonocyte",
-    "prolymphocyte",
-    "immature lymphocyte",
-    "atypical lymphocyte",
-    "lymphocyte variant",
-    "plasma cell",
-    "hairy cell",
-    "faggot cell",
-)
+from unihema.processing_unihema.class_names import STANDARD_PARENTS, usual_name
 
 
 def known_parents(names: Sequence[str]) -> dict[str, str]:
-    """The closest coarser class in the list of each class that has one.
+    """The closest coarser class in the list of each class that has one, by the usual names of `class_names.py`.
+
+    Nucleated red cells, stages of a parasite (the box may be that of the red cell it is in), debris and cells of no known
+    kind have no parent: a wrong one would teach a class its opposite.
 
     Args:
         names (`Sequence[str]`): Detection classes, in any spelling.
@@ -52,14 +17,12 @@ def known_parents(names: Sequence[str]) -> dict[str, str]:
     Returns:
         `dict[str, str]`: Class -> its parent, both as they are spelled in `names`.
     """
-    parents = {spelling_key(child): spelling_key(parent) for child, parent in _PARENTS.items()}
-    parents |= {spelling_key(name): spelling_key("wbc") for name in _WHITE_CELLS}
-    listed = {spelling_key(name): name for name in reversed(names)}
+    listed = {usual_name(name): name for name in reversed(names)}
     found = {}
     for name in names:
-        parent = parents.get(spelling_key(name))
+        parent = STANDARD_PARENTS.get(usual_name(name))
         while parent is not None and parent not in listed:
-            parent = parents.get(parent)
+            parent = STANDARD_PARENTS.get(parent)
         if parent is not None:
             found[name] = listed[parent]
     return found

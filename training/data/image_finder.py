@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from unihema.training.data.annotation_files import IMAGE_SUFFIXES, checked_name
+from unihema.processing_unihema.image_io import IMAGE_SUFFIXES
+from unihema.training.data.annotation_files import checked_name
 from unihema.training.data.rows import DatasetError
 
 

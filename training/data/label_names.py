@@ -1,37 +1,22 @@
 """Class names of data sets: the 29 + 45 names of the official model, and one name for a class spelled in several ways."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from unihema.official.labels import OFFICIAL_CELLS, OFFICIAL_CLASSES
+from unihema.processing_unihema.class_names import short_name, usual_name
 
 
 # Logit 0 of the official detector was never used.
 DETECTION_NAMES = tuple(name for name in OFFICIAL_CLASSES if name != "unused")
 OFFICIAL_NAMES = {"detection": DETECTION_NAMES, "single_cell": tuple(OFFICIAL_CELLS)}
-_WRITTEN_OUT = {"red blood cell": "rbc", "white blood cell": "wbc"}
-# Words for the same cell. The official lists have some of them as classes of their own, so `official_name` keeps these
-# apart; in a mix of data sets they are one class.
-_SAME_CELL = {
-    "red cell": "rbc",
-    "erythrocyte": "rbc",
-    "white cell": "wbc",
-    "leukocyte": "wbc",
-    "leucocyte": "wbc",
-    "thrombocyte": "platelet",
-    "neutrophil granulocyte": "neutrophil",
-    "eosinophil granulocyte": "eosinophil",
-    "basophil granulocyte": "basophil",
-    "neutrophil band": "band neutrophil",
-    "neutrophil segmented": "segmented neutrophil",
-    "sickle": "sickle cell",
-}
 
 
 def official_name(name: str, task: str) -> str | None:
-    """The official name that a class name is another spelling of: case, plural, underscores and hyphens do not count.
+    """The official name that a class name is another spelling of; see `short_name`.
+
+    The official lists have some words for the same cell as classes of their own, and these are kept apart.
 
     Args:
         name (`str`): As a data set has it.
@@ -40,7 +25,7 @@ def official_name(name: str, task: str) -> str | None:
     Returns:
         `str` or `None`: None where no official name is spelled like it.
     """
-    return _spellings(task).get(_plain(name))
+    return _spellings(task).get(short_name(name))
 
 
 def label_map(names: Iterable[str], task: str, known: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -54,12 +39,6 @@ def label_map(names: Iterable[str], task: str, known: Mapping[str, str] | None =
     known = known or {}
     found = {name: known.get(name) or official_name(name, task) for name in names}
     return {name: official for name, official in found.items() if official is not None}
-
-
-def spelling_key(name: str) -> str:
-    """What all spellings of one class have in common, synonyms (`leukocyte`, `WBC`) included."""
-    plain = _plain(name)
-    return _SAME_CELL.get(plain, plain)
 
 
 def unify_names(rows_by_task: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
@@ -77,7 +56,7 @@ def unify_names(rows_by_task: Mapping[str, Sequence[dict[str, Any]]]) -> dict[st
     for task, rows in rows_by_task.items():
         spellings: dict[str, list[str]] = {}
         for name in dict.fromkeys(name for row in _witnesses(rows) for name in row_names(row)):
-            spellings.setdefault(spelling_key(name), []).append(name)
+            spellings.setdefault(usual_name(name), []).append(name)
         new_names = {}
         for key, names in spellings.items():
             if len(names) > 1:
@@ -97,10 +76,10 @@ def as_known(rows: Sequence[dict[str, Any]], known: Sequence[str]) -> list[dict[
     Returns:
         `list[Row]`: The same; rows with another name are copies. Names without a counterpart stay.
     """
-    plain = {_plain(name): name for name in reversed(known)}
-    by_key = {spelling_key(name): name for name in reversed(known)}
+    plain = {short_name(name): name for name in reversed(known)}
+    by_key = {usual_name(name): name for name in reversed(known)}
     names = dict.fromkeys(name for row in _witnesses(rows) for name in row_names(row))
-    found = {name: plain.get(_plain(name)) or by_key.get(spelling_key(name)) for name in names if name not in known}
+    found = {name: plain.get(short_name(name)) or by_key.get(usual_name(name)) for name in names if name not in known}
     return rename_rows(rows, {name: other for name, other in found.items() if other is not None})
 
 
@@ -139,14 +118,9 @@ def _renamed(row: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
 @cache
 def _official_by_key(task: str) -> dict[str, str]:
     # Of two official words for the same cell the first is taken.
-    return {spelling_key(name): name for name in reversed(OFFICIAL_NAMES.get(task, ()))}
+    return {usual_name(name): name for name in reversed(OFFICIAL_NAMES.get(task, ()))}
 
 
 @cache
 def _spellings(task: str) -> dict[str, str]:
-    return {_plain(name): name for name in OFFICIAL_NAMES.get(task, ())}
-
-
-def _plain(name: str) -> str:
-    plain = re.sub(r"[\s_\-]+", " ", name.strip().lower()).removesuffix("s")
-    return _WRITTEN_OUT.get(plain, plain)
+    return {short_name(name): name for name in OFFICIAL_NAMES.get(task, ())}

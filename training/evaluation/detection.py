@@ -6,13 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from unihema.modeling_unihema.labels import boxes_known
-from unihema.processing_unihema.post_processing import (
-    DEFAULT_THRESHOLD,
-    ancestors_of,
-    distinct_cells,
-    thresholds_of,
-)
+from unihema.modeling_unihema.labels import ancestors_of, boxes_known
+from unihema.processing_unihema.post_processing import distinct_cells
 from unihema.training.data.rows import Row
 from unihema.training.evaluation.measured import Measured, Resampler, class_names
 from unihema.training.metrics.coarse_classes import with_coarser_names, with_coarser_truth
@@ -57,7 +52,7 @@ class MeasuredDetections(Measured):
         process, sizes = self.processor.image_processor.post_process_object_detection, batch["target_sizes"]
         ranked = process(output, threshold=0.0, target_sizes=sizes, top_k=MAX_DETECTIONS, one_class_per_query=False)
         # Finer names are taken at the thresholds that the model has now, as no cell is left out yet.
-        names = {"ancestors": self.ancestors, "finest": thresholds_of(self.model.config)}
+        names = {"ancestors": self.ancestors, "finest": self.model.config.class_thresholds()}
         cells = process(output, threshold=0.0, target_sizes=sizes, **names)
         for image, index in enumerate(batch["row_indices"]):
             truth = _reference(rows[index], sizes[image].tolist(), self.names)
@@ -105,8 +100,7 @@ class MeasuredDetections(Measured):
         return figures
 
     def _at_threshold(self) -> dict[str, dict[str, Any]]:
-        known = self.model.config.detection_thresholds
-        thresholds = np.array([known.get(name, DEFAULT_THRESHOLD) for name in self.names])
+        thresholds = np.array(self.model.config.class_thresholds())
         shown = self._shown(thresholds)
         truth, found = self._truth(), {}
         for label, name in enumerate(self.names):

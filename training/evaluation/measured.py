@@ -65,4 +65,4 @@ class Measured(ABC):
 
 def class_names(model: Any) -> list[str]:
     """The detection classes of a model, in the order of their ids."""
-    return [model.config.id2label[index] for index in range(model.config.num_labels)]
+    return model.config.class_names

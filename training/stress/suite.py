@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from unihema.processing_unihema.results import SmearResult
-from unihema.reference import judge, looks_of, reference_of
+from unihema.results.out_of_distribution import looks_of, reference_of, set_out_of_distribution
+from unihema.results.smear_result import SmearResult
 from unihema.training.data.rows import Row
 from unihema.training.evaluation import HEADLINES, draw_rows, evaluate_model
 from unihema.training.files import write_json
@@ -143,7 +143,7 @@ def _measured(model, processor, task: str, rows: Sequence[Row], batch_size: int,
     for look in looks:
         for features, quality in zip(look.features.cpu().numpy(), look.quality.tolist(), strict=True):
             result = SmearResult(1, 1)
-            judge(reference.tasks[task], features, quality, result)
+            set_out_of_distribution(reference.tasks[task], features, quality, result)
             warned.append(bool(result.warnings))
     return _figures(task, found) | {"warned": float(np.mean(warned))}
 

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..processing_unihema.class_names import UNIDENTIFIED
+
 
 if TYPE_CHECKING:
-    from .results import SmearResult
+    from .smear_result import SmearResult
 
 
 Color = tuple[int, int, int]
@@ -133,14 +135,15 @@ def _free_place(draw, text, font, box, size, taken) -> tuple[int, int, int, int]
 
 
 def _legend_rows(result: "SmearResult", colors: dict[str, Color]) -> list[tuple[Color | None, str, str]]:
-    shares = result.differential
     rows: list[tuple[Color | None, str, str]] = []
     if result.classes or result.cells:
         # Without detection there is no count to report, not even zero.
         rows.append((None, f"{len(result.cells)} cells", ""))
     for label, count in result.counts.items():
-        share = f"{count}  ({shares[label]:.0f} % of white cells)" if label in shares else str(count)
-        rows.append((colors[label], label, share))
+        percent, place = result.percent_of_white_cells(label), result.place_in_differential(label)
+        untyped = f", {place}" if place == UNIDENTIFIED else ""
+        value = str(count) if percent is None else f"{count}  ({percent:.0f} % of white cells{untyped})"
+        rows.append((colors[label], label, value))
     if result.mask is not None:
         rows.append((_MASK_COLOR, result.mask_label or "mask", f"{100 * result.mask.mean():.1f} % of the image"))
     if result.single_cell is not None:

@@ -1,14 +1,20 @@
 """What an analysis of one image found: cells, counts, mask, answers, and how it was made."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from .results_export import cell_columns, cell_row, coco, geojson
-from .results_masks import rle_decode, rle_encode
-from .results_overlay import draw_overlay
+from ..processing_unihema.class_names import (
+    UNIDENTIFIED,
+    is_beside_differential,
+    is_untyped_white_cell,
+    is_white_cell,
+)
+from .export import cell_columns, cell_row, coco, geojson, rle_decode, rle_encode
+from .overlay import draw_overlay
 
 
 if TYPE_CHECKING:
@@ -16,29 +22,6 @@ if TYPE_CHECKING:
 
 
 FORMAT = 1
-
-# Classes of a differential count: the white cells of peripheral blood and their immature forms. Red-cell precursors are
-# counted apart from it.
-_DIFFERENTIAL = {
-    "neutrophil",
-    "segmented neutrophil",
-    "band neutrophil",
-    "lymphocyte",
-    "atypical lymphocyte",
-    "monocyte",
-    "eosinophil",
-    "basophil",
-    "immature granulocyte",
-    "metamyelocyte",
-    "myelocyte",
-    "promyelocyte",
-    "myeloblast",
-    "lymphoblast",
-    "monoblast",
-    "blast",
-    "plasma cell",
-}
-_UNTYPED_WHITE_CELL = {"white blood cell", "white cell", "wbc", "leukocyte", "leucocyte"}
 
 
 @dataclass
@@ -114,14 +97,15 @@ class SmearResult:
         height (`int`): Height of the image in pixels.
         cells (`list[Cell]`): The cells, best score first.
         classes (`list[str]`): Classes that were looked for, found or not.
+        class_parents (`dict[str, str]`): Class -> the coarser class that it is a kind of, where the checkpoint says so.
         image (`str`, *optional*): Path of the image.
         mask (`np.ndarray`, *optional*): uint8 [h, w] over the whole image, 1 on what `mask_label` names. Smaller than
             the image where that was reduced on opening.
         mask_label (`str`, *optional*): What the mask shows.
         single_cell (`dict`, *optional*): {"label", "score"} of an image that shows one cell.
         answers (`list[dict]`): {"question", "answer"} for each question asked.
-        familiarity (`dict`, *optional*): How like the image is to those the model was trained on: {"distance" to the most
-            similar data set, "limit" below which 99 % of its validation images are, "nearest": its name}. Of a
+        out_of_distribution (`dict`, *optional*): How far the image is from those the model was trained on: {"distance" to the
+            most similar data set, "limit" below which 99 % of its validation images are, "nearest": its name}. Of a
             checkpoint with a reference (`unihema reference`).
         warnings (`list[str]`): What a reader of the counts must know, such as a reached query cap.
         provenance (`dict`): Versions, checkpoint, SHA-256 of the weights, thresholds and settings.
@@ -131,12 +115,13 @@ class SmearResult:
     height: int
     cells: list[Cell] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
+    class_parents: dict[str, str] = field(default_factory=dict)
     image: str | None = None
     mask: np.ndarray | None = None
     mask_label: str | None = None
     single_cell: dict[str, Any] | None = None
     answers: list[dict[str, str]] = field(default_factory=list)
-    familiarity: dict[str, Any] | None = None
+    out_of_distribution: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -150,8 +135,22 @@ class SmearResult:
 
     @property
     def differential(self) -> dict[str, float]:
-        """Percent of each white-cell class among all white cells; empty when it cannot be known."""
-        return differential(self.counts)
+        """Percent of each white-cell class among all white cells, `unidentified` those without a type; see
+        [`differential`]."""
+        return differential(self.counts, self.class_parents)
+
+    def percent_of_white_cells(self, label: str) -> float | None:
+        """Percent of a class among all white cells; `None` for classes of other cells, and where no white cell was found."""
+        return _percent_of_white_cells(self.counts, self.class_parents).get(label)
+
+    def place_in_differential(self, label: str) -> str | None:
+        """What the differential count does with a class: `counted`, `unidentified` (white cells without a type), `beside`
+        (reported beside it: nucleated red cells, smudge cells, megakaryocytes), or `None` for all others."""
+        if is_untyped_white_cell(label):
+            return UNIDENTIFIED
+        if is_white_cell(label, self.class_parents):
+            return "counted"
+        return "beside" if is_beside_differential(label, self.class_parents) else None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types, with the counts beside it."""
@@ -163,12 +162,13 @@ class SmearResult:
             "counts": self.counts,
             "differential": self.differential,
             "classes": self.classes,
+            "class_parents": self.class_parents,
             "cells": [cell.to_dict() for cell in self.cells],
             "mask": None if self.mask is None else rle_encode(self.mask),
             "mask_label": self.mask_label,
             "single_cell": self.single_cell,
             "answers": self.answers,
-            "familiarity": self.familiarity,
+            "out_of_distribution": self.out_of_distribution,
             "warnings": self.warnings,
             "provenance": self.provenance,
         }
@@ -184,6 +184,10 @@ class SmearResult:
             raise ValueError(
                 f"Not a UniHema result of format {FORMAT} (found {values.get('format')!r}); analyse the image again."
             )
+        values = dict(values)
+        # Its name in older results.
+        if "familiarity" in values:
+            values["out_of_distribution"] = values.pop("familiarity")
         derived = {"format", "counts", "differential", "cells", "mask"}
         return cls(
             cells=[Cell.from_dict(cell) for cell in values["cells"]],
@@ -224,26 +228,29 @@ class SmearResult:
         return draw_overlay(self, image)
 
 
-def differential(counts: dict[str, int]) -> dict[str, float]:
-    """Percent of each white-cell class among all white cells.
+def differential(counts: Mapping[str, int], parents: Mapping[str, str] | None = None) -> dict[str, float]:
+    """Percent of each white-cell class among all nucleated white cells.
+
+    Nucleated red cells, smudge cells and megakaryocytes are not in it. White cells without a type are, as `unidentified`.
 
     Args:
-        counts (`dict[str, int]`): Class name -> cells; names in singular or plural, any case.
+        counts (`Mapping[str, int]`): Class name -> cells; names in any spelling.
+        parents (`Mapping[str, str]`, *optional*): Class -> coarser class, where the checkpoint says so; see `cell_kind`.
 
     Returns:
-        `dict[str, float]`: The white-cell classes only; empty when there is no white cell, or one without a type.
+        `dict[str, float]`: The white-cell classes that were looked for; empty when no white cell was found.
     """
-    names = {label: _normalised(label) for label in counts}
-    if any(counts[label] for label, name in names.items() if name in _UNTYPED_WHITE_CELL):
-        return {}
-    typed = {label: counts[label] for label, name in names.items() if name in _DIFFERENTIAL}
-    total = sum(typed.values())
-    return {label: 100 * count / total for label, count in typed.items()} if total else {}
+    found: dict[str, float] = {}
+    for label, percent in _percent_of_white_cells(counts, parents).items():
+        name = UNIDENTIFIED if is_untyped_white_cell(label) else label
+        found[name] = found.get(name, 0.0) + percent
+    return found
 
 
-def _normalised(label: str) -> str:
-    name = label.strip().lower().replace("_", " ").replace("-", " ")
-    return name.removesuffix("s")
+def _percent_of_white_cells(counts: Mapping[str, int], parents: Mapping[str, str] | None) -> dict[str, float]:
+    white = {label: count for label, count in counts.items() if is_white_cell(label, parents)}
+    total = sum(white.values())
+    return {label: 100 * count / total for label, count in white.items()} if total else {}
 
 
 __all__ = ["Cell", "SmearResult", "differential"]

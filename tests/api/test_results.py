@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unihema.processing_unihema.results import Cell, SmearResult, differential
+from unihema.results.smear_result import Cell, SmearResult, differential
 
 
 @pytest.fixture
@@ -23,6 +23,7 @@ def result():
             Cell(2, (50.5, 20.25, 70, 40), "red blood cell", 0.7),
         ],
         classes=["red blood cell", "neutrophil", "lymphocyte"],
+        class_parents={"neutrophil": "white blood cell"},
         image="smear.png",
         mask=mask,
         mask_label="white blood cell",
@@ -35,8 +36,40 @@ def result():
 def test_counts_have_every_class_and_the_differential_only_white_cells(result):
     assert result.counts == {"red blood cell": 1, "neutrophil": 1, "lymphocyte": 0}
     assert result.differential == {"neutrophil": 100.0, "lymphocyte": 0.0}
-    assert differential({"WBC": 3, "RBC": 40}) == {}
+    assert differential({"RBC": 40, "neutrophil": 0}) == {}
     assert differential({"Neutrophils": 3, "lymphocyte": 1, "platelet": 9}) == {"Neutrophils": 75.0, "lymphocyte": 25.0}
+
+
+def test_a_differential_counts_what_the_class_tree_calls_white_cells():
+    assert differential({"neutrophil": 5, "ig": 5, "RBC": 300, "erythroblast": 4}) == {"neutrophil": 50.0, "ig": 50.0}
+    assert differential({"band": 1, "segmented": 3}) == {"band": 25.0, "segmented": 75.0}
+    # A lab's own subtype counts by the lab's tree, and only by that.
+    own = {"neutrophil": 3, "Lab 7 lymphocyte": 1}
+    assert differential(own, {"Lab 7 lymphocyte": "WBC"}) == {"neutrophil": 75.0, "Lab 7 lymphocyte": 25.0}
+    assert differential(own) == {"neutrophil": 100.0}
+    beside = {"neutrophil": 2, "NRBC": 9, "smudge cell": 9, "megakaryocyte": 9}
+    assert differential(beside) == {"neutrophil": 100.0}
+
+
+def test_white_cells_without_a_type_are_unidentified_and_empty_nothing():
+    counts = {"RBC": 40, "WBC": 1, "leukocyte": 1, "neutrophil": 6}
+    assert differential(counts) == {"unidentified": 25.0, "neutrophil": 75.0}
+    assert differential({"WBC": 3, "RBC": 40}) == {"unidentified": 100.0}
+    cells = [
+        Cell(number, (0, 0, 1, 1), label, 0.5) for number, label in enumerate(["WBC", "leukocyte", "nRBC", "My type"])
+    ]
+    result = SmearResult(9, 9, cells, classes=["RBC"], class_parents={"My type": "WBC"})
+    told = {
+        label: (result.place_in_differential(label), result.percent_of_white_cells(label)) for label in result.counts
+    }
+    third = pytest.approx(100 / 3)
+    assert told == {
+        "RBC": (None, None),
+        "WBC": ("unidentified", third),
+        "leukocyte": ("unidentified", third),
+        "nRBC": ("beside", None),
+        "My type": ("counted", third),
+    }
 
 
 def test_round_trip_through_json(result):
@@ -46,6 +79,15 @@ def test_round_trip_through_json(result):
     assert (again.cells[0].mask == result.cells[0].mask).all()
     with pytest.raises(ValueError, match="Not a UniHema result"):
         SmearResult.from_dict({"format": "something else"})
+
+
+def test_results_written_before_are_read(result):
+    old = result.to_dict()
+    del old["class_parents"]
+    del old["out_of_distribution"]
+    score = {"distance": 2.0, "limit": 1.0, "nearest": "cbc"}
+    read = SmearResult.from_dict(old | {"familiarity": score})
+    assert read.class_parents == {} and read.out_of_distribution == score and read.cells[1] == result.cells[1]
 
 
 def test_coco(result):

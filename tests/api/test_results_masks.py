@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from unihema.processing_unihema.results_masks import mask_polygons, rle_decode, rle_encode
+from unihema.results.export import mask_polygons, rle_decode, rle_encode
 
 
 def masks():

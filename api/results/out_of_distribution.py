@@ -1,0 +1,438 @@
+"""The out-of-distribution score of an image: how far it is from the images a model was trained on.
+
+What is compared are the backbone's features, averaged over the image, and how sharp and bright the image is. Both are taken
+while the model computes its answer anyway, so they cost an average and no forward pass.
+
+The score is a Mahalanobis distance (Lee et al., A Simple Unified Framework for Detecting Out-of-Distribution Samples and
+Adversarial Attacks, arXiv 1807.03888, section 2.1), with data sets as the groups. The covariance is shrunk as Ledoit and Wolf
+do (A well-conditioned estimator for large-dimensional covariance matrices, 2004), for there may be fewer images than features.
+It is stored by its largest directions and one variance for all others.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from unihema.checkpoint import REFERENCE_FILE
+from unihema.files import write_atomically
+from unihema.results.smear_result import SmearResult
+
+
+QUALITIES = ("sharpness", "brightness", "white")
+# From this grey value on (of 255) a pixel counts as burnt out.
+_WHITE = 250
+# Directions of the covariance that are kept.
+_RANK = 64
+# Of a channel, as part of the root mean square of all channels' spreads.
+_LEAST_SPREAD = 0.1
+# Share of the images of a data set that are below its limit, and inside its ranges.
+QUANTILE = 0.99
+# How far outside its range a value must be: the range is that of the images at hand, and others vary a little more.
+_SHARPNESS_FACTOR = 1.5
+_BRIGHTNESS_STEP = 15
+_WHITE_STEP = 0.1
+_SIZE_FACTOR = 1.25
+# A median of fewer cells says little.
+_FEWEST_CELLS = 3
+_FORMAT = "unihema-reference-1"
+_ABOUT = "about"
+_ARRAYS = ("means", "scale", "vectors", "variances")
+# Where a model keeps it, with the adapters that were in use then.
+_ATTACHED = "_image_reference"
+
+
+class Look(NamedTuple):
+    """What was seen of the images of one forward pass.
+
+    Args:
+        features (`torch.Tensor`): `[B, D]` float32: mean of each channel of the backbone's maps.
+        quality (`torch.Tensor`): `[B, 3]` float32, `QUALITIES`: variance of the Laplacian as part of the variance of the
+            grey values; mean grey value, 0..255; share of burnt-out pixels.
+    """
+
+    features: torch.Tensor
+    quality: torch.Tensor
+
+
+@contextmanager
+def looks_of(model: Any, processor: Any) -> Iterator[list[Look]]:
+    """While it is open, collects a [`Look`] of every batch of images that goes through the model's backbone.
+
+    Args:
+        model ([`UniHemaForMultiTask`] or a model with one head): The model.
+        processor ([`UniHemaProcessor`]): Its processor, for what normalised pixels mean.
+    """
+    backbone = model.model.visual_backbone
+    normalised = processor.image_processor.image_mean, processor.image_processor.image_std
+    looks: list[Look] = []
+    maps: list[torch.Tensor] = []
+
+    def started(module, inputs):
+        maps.clear()
+
+    def projecting(module, inputs):
+        maps.append(inputs[0])
+
+    def finished(module, inputs, options, levels):
+        pixels = options.get("pixel_values", inputs[0] if inputs else None)
+        looks.append(Look(pooled_features(maps, levels.valid), image_quality(pixels, levels.valid[0], *normalised)))
+        maps.clear()
+
+    # Not on the backbone itself: it runs as a faster copy of itself only where nobody watches its layers.
+    projections = list(backbone.input_projection)[: len(backbone.backbone.channels)]
+    handles = [backbone.register_forward_pre_hook(started)]
+    handles += [convolution.register_forward_pre_hook(projecting) for convolution, _ in projections]
+    handles.append(backbone.register_forward_hook(finished, with_kwargs=True))
+    try:
+        yield looks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def pooled_features(maps: Sequence[torch.Tensor], valid: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean of each channel over the image.
+
+    Args:
+        maps (`Sequence[torch.Tensor]`): `[B, channels, h, w]` of each level.
+        valid (`Sequence[torch.Tensor]`): Boolean `[B, h, w]` of each level, `False` on padding.
+
+    Returns:
+        `torch.Tensor`: `[B, D]` float32, D the channels of all levels.
+    """
+    means = []
+    for level, inside in zip(maps, valid):
+        weight = inside[:, None].float()
+        means.append((level.float() * weight).sum((2, 3)) / weight.sum((2, 3)).clamp(min=1))
+    return torch.cat(means, 1)
+
+
+def image_quality(
+    pixel_values: torch.Tensor, valid: torch.Tensor, mean: Sequence[float], std: Sequence[float]
+) -> torch.Tensor:
+    """Sharpness, brightness and burnt-out share at the size at which the model sees the image; see [`Look`].
+
+    Args:
+        pixel_values (`torch.Tensor`): `[B, 3, H, W]`, normalised.
+        valid (`torch.Tensor`): Boolean `[B, h, w]` of the finest level, `False` on padding.
+        mean, std (`Sequence[float]`): With which they were normalised.
+
+    Returns:
+        `torch.Tensor`: `[B, 3]` float32.
+    """
+    shift, scale = (torch.tensor(list(values), device=pixel_values.device)[:, None, None] for values in (mean, std))
+    found = []
+    for pixels, inside in zip(pixel_values.float(), valid):
+        # Padding lies at the right and bottom; a border cell of the level may still hold some of it, so that is left out.
+        size = [
+            side if bool(line.all()) else (int(line.sum()) - 1) * (side // len(line))
+            for line, side in ((inside[:, 0], pixels.shape[1]), (inside[0], pixels.shape[2]))
+        ]
+        grey = 255 * (pixels[:, : max(size[0], 3), : max(size[1], 3)] * scale + shift).mean(0)
+        centre = grey[1:-1, 1:-1]
+        laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * centre
+        sharpness = laplacian.var() / centre.var().clamp(min=1)
+        found.append(torch.stack((sharpness, grey.mean(), (grey >= _WHITE).float().mean())))
+    return torch.stack(found)
+
+
+@dataclass(frozen=True)
+class TiedGaussians:
+    """Gaussians of groups (data sets), with one mean a group and one covariance for all.
+
+    Args:
+        means (`np.ndarray`): `[groups, D]`.
+        scale (`np.ndarray`): `[D]`, by which a difference to a mean is divided first.
+        vectors (`np.ndarray`): `[D, rank]`, directions of the largest variances of such differences.
+        variances (`np.ndarray`): `[rank]`.
+        rest (`float`): Variance in every other direction.
+    """
+
+    means: np.ndarray
+    scale: np.ndarray
+    vectors: np.ndarray
+    variances: np.ndarray
+    rest: float
+
+    @classmethod
+    def fit(cls, features: np.ndarray, groups: np.ndarray, rank: int = _RANK) -> "TiedGaussians":
+        """
+        Args:
+            features (`np.ndarray`): `[n, D]`.
+            groups (`np.ndarray`): `[n]`, the number of each one's group, from 0 without gaps.
+            rank (`int`): Directions to keep.
+
+        Raises:
+            ValueError: Fewer than two features in every group: no spread to learn.
+        """
+        features, groups = np.asarray(features, float), np.asarray(groups, int)
+        count = int(groups.max(initial=-1)) + 1
+        if len(features) <= count:
+            raise ValueError(f"{len(features)} images in {count} groups say nothing about spread; give more images.")
+        means = np.stack([features[groups == group].mean(0) for group in range(count)])
+        differences = features - means[groups]
+        spread = differences.std(0)
+        # A channel that was silent on every image would make the least sound of another one infinitely far.
+        scale = np.maximum(spread, _LEAST_SPREAD * np.sqrt((spread**2).mean())) + 1e-6
+        differences /= scale
+        values, vectors = np.linalg.eigh(_shrunk_covariance(differences))
+        values, vectors = values[::-1], vectors[:, ::-1]
+        kept = min(rank, len(values) - 1)
+        return cls(means, scale, vectors[:, :kept], values[:kept], float(values[kept:].mean()))
+
+    def distances(self, features: np.ndarray) -> np.ndarray:
+        """Mahalanobis distance to each group, over the root of D so that it is near 1 inside a group: `[n, groups]`."""
+        differences = (np.asarray(features, float)[:, None] - self.means) / self.scale
+        along = differences @ self.vectors
+        beside = np.maximum((differences**2).sum(-1) - (along**2).sum(-1), 0)
+        return np.sqrt(((along**2 / self.variances).sum(-1) + beside / self.rest) / len(self.scale))
+
+
+def _shrunk_covariance(centred: np.ndarray) -> np.ndarray:
+    """Covariance of centred rows `[n, D]`, drawn towards a multiple of the identity (Ledoit and Wolf 2004, section 3.3)."""
+    number, size = centred.shape
+    sample = centred.T @ centred / number
+    level = np.trace(sample) / size
+    spread = ((sample - level * np.eye(size)) ** 2).sum()
+    error = ((centred**2).sum(1) ** 2).sum() / number**2 - (sample**2).sum() / number
+    weight = min(max(error, 0.0) / spread, 1.0) if spread > 0 else 1.0
+    return (1 - weight) * sample + (weight * level + 1e-6) * np.eye(size)
+
+
+class ReferenceWarning(UserWarning):
+    """The reference beside a checkpoint belongs to other weights, so images are not compared with it."""
+
+
+@dataclass(frozen=True)
+class TaskReference:
+    """The images of one task that a model was trained on.
+
+    Args:
+        groups (`tuple[str, ...]`): Names of the data sets.
+        gaussians ([`TiedGaussians`]): Of their images' features, fitted on training images.
+        limits (`np.ndarray`): `[groups]`, the distance below which `QUANTILE` of a data set's validation images are.
+        quality (`np.ndarray`): `[groups, qualities, 2]`, the range that `QUANTILE` of its images are in.
+        cell_sizes (`dict[str, tuple[float, float]]`): Class -> smallest and largest median size (root of the box's area) of
+            the cells of an image, in pixels of the image as the model sees it.
+    """
+
+    groups: tuple[str, ...]
+    gaussians: TiedGaussians
+    limits: np.ndarray
+    quality: np.ndarray
+    cell_sizes: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """What a model was trained on.
+
+    Args:
+        tasks (`dict[str, TaskReference]`): For each task of images.
+        backbone (`str`): Of the weights it belongs to, see `backbone_checksum`.
+    """
+
+    tasks: dict[str, TaskReference]
+    backbone: str
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `reference_features.safetensors` into a checkpoint folder, whole or not at all."""
+        from safetensors.numpy import save
+
+        arrays, told = {}, {}
+        for task, of_task in self.tasks.items():
+            parts = {name: getattr(of_task.gaussians, name) for name in _ARRAYS}
+            parts |= {"rest": np.array([of_task.gaussians.rest]), "limits": of_task.limits, "quality": of_task.quality}
+            arrays |= {f"{task}.{name}": np.ascontiguousarray(part, np.float32) for name, part in parts.items()}
+            told[task] = {"groups": of_task.groups, "cell_sizes": of_task.cell_sizes}
+        about = {"format": _FORMAT, "backbone": self.backbone, "tasks": told}
+        # One entry, as the library writes several in any order: a file that is the same each time can be compared.
+        content = save(arrays, {_ABOUT: json.dumps(about, ensure_ascii=False)})
+        path = Path(folder) / REFERENCE_FILE
+        write_atomically(path, lambda file: file.write(content))
+        return path
+
+    def save_with(self, model: Any, folder: str | Path) -> None:
+        """Writes it beside a model's weights, if they are still those it was made with."""
+        if self.backbone == backbone_checksum(model):
+            self.save(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ModelReference":
+        """The reference in a checkpoint folder.
+
+        Raises:
+            ValueError: The file is missing, damaged or of another format.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(folder) / REFERENCE_FILE
+        try:
+            with safe_open(path, "np") as file:
+                about = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
+                if about.get("format") != _FORMAT:
+                    raise ValueError(f"format {about.get('format')!r}, not {_FORMAT!r}")
+                tasks = {
+                    task: _task_reference(told, lambda name, task=task: file.get_tensor(f"{task}.{name}"))
+                    for task, told in about["tasks"].items()
+                }
+            return cls(tasks, about["backbone"])
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: cannot be read ({error}). Delete it, or write it anew with `unihema reference`."
+            ) from error
+
+
+def _task_reference(told: dict[str, Any], tensor) -> TaskReference:
+    gaussians = TiedGaussians(*(tensor(name).astype(float) for name in _ARRAYS), float(tensor("rest")[0]))
+    sizes = {name: (float(low), float(high)) for name, (low, high) in told["cell_sizes"].items()}
+    limits, quality = tensor("limits").astype(float), tensor("quality").astype(float)
+    if quality.shape != (len(told["groups"]), len(QUALITIES), 2):
+        raise ValueError(f"quality of shape {quality.shape} for {len(told['groups'])} data sets")
+    return TaskReference(tuple(told["groups"]), gaussians, limits, quality, sizes)
+
+
+def backbone_checksum(model: Any) -> str:
+    """SHA-256 of the backbone's weights as float16, so that storing a checkpoint in half precision does not change it."""
+    digest = hashlib.sha256()
+    for name, tensor in model.model.visual_backbone.backbone.state_dict().items():
+        digest.update(name.encode())
+        if tensor.is_floating_point():
+            digest.update(tensor.detach().half().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def attach_reference(model: Any, folder: str | Path) -> None:
+    """Makes a model compare images with the reference of a folder, if that has one; with none otherwise.
+
+    Raises:
+        ValueError: The file there cannot be read.
+    """
+    reference = None
+    if (Path(folder) / REFERENCE_FILE).is_file() and hasattr(model, "model"):
+        reference = ModelReference.load(folder)
+        # In bfloat16 the weights have lost what the checksum is made of.
+        if str(model.dtype) in ("torch.float32", "torch.float16") and reference.backbone != backbone_checksum(model):
+            warnings.warn(
+                f"{Path(folder) / REFERENCE_FILE} was made with other weights, so images are not compared with it. Write "
+                "it anew with `unihema reference`.",
+                ReferenceWarning,
+                stacklevel=3,
+            )
+            reference = None
+    setattr(model, _ATTACHED, (reference, _adapters(model)))
+
+
+def reference_of(model: Any) -> ModelReference | None:
+    """The reference of a loaded model, if its checkpoint folder has one.
+
+    With another adapter in use than when it was attached there is none: that was trained on other images.
+
+    Raises:
+        ValueError: The file there cannot be read.
+    """
+    if not hasattr(model, _ATTACHED):
+        folder = model.config.name_or_path
+        if not folder or _adapters(model):
+            return None
+        attach_reference(model, folder)
+    reference, adapters = getattr(model, _ATTACHED)
+    return reference if adapters == _adapters(model) else None
+
+
+def _adapters(model: Any) -> tuple[str, ...]:
+    return tuple(getattr(model, "adapters_in_use", ()))
+
+
+def set_out_of_distribution(
+    reference: TaskReference, features: np.ndarray, quality: Sequence[float], result: SmearResult, scale: float = 1.0
+) -> None:
+    """Sets a result's `out_of_distribution`, and adds to its `warnings`.
+
+    Args:
+        reference ([`TaskReference`]): Of the task that was done.
+        features (`np.ndarray`): `[D]`, of the image.
+        quality (`Sequence[float]`): `QUALITIES` of the image.
+        result ([`SmearResult`]): Of the image, its cells in it.
+        scale (`float`): Pixels that the model saw for each pixel of the image, see `UniHemaImageProcessor.scale`.
+    """
+    distances = reference.gaussians.distances(features[None])[0]
+    inside = distances <= reference.limits
+    nearest = int(np.argmin(np.where(inside, distances, np.inf) if inside.any() else distances / reference.limits))
+    name, distance, limit = reference.groups[nearest], float(distances[nearest]), float(reference.limits[nearest])
+    result.out_of_distribution = {"distance": distance, "limit": limit, "nearest": name}
+    if distance > limit:
+        result.warnings.append(
+            f"This image looks unlike the images the model was trained on (distance {distance:.1f} to the most similar data "
+            f"set, {name}; {100 * QUANTILE:.0f} % of its validation images are below {limit:.1f}): check the result."
+        )
+    result.warnings += _quality_warnings(quality, reference.quality[nearest], name)
+    result.warnings += _size_warnings(result, reference.cell_sizes, scale)
+
+
+def _quality_warnings(quality: Sequence[float], ranges: np.ndarray, name: str) -> list[str]:
+    value = dict(zip(QUALITIES, map(float, quality)))
+    low, high = (dict(zip(QUALITIES, ranges[:, side].tolist())) for side in (0, 1))
+    found = []
+
+    def told(what: str, quality: str, digits: str) -> None:
+        found.append(
+            f"{what}: {quality} {value[quality]:{digits}}, images of {name} have {low[quality]:{digits}} to "
+            f"{high[quality]:{digits}}."
+        )
+
+    if value["sharpness"] * _SHARPNESS_FACTOR < low["sharpness"]:
+        told("The image is blurred", "sharpness", ".2g")
+    elif value["sharpness"] > high["sharpness"] * _SHARPNESS_FACTOR:
+        told("The image is noisy or over-sharpened", "sharpness", ".2g")
+    if value["brightness"] + _BRIGHTNESS_STEP < low["brightness"]:
+        told("The image is underexposed", "brightness", ".0f")
+    elif value["brightness"] > high["brightness"] + _BRIGHTNESS_STEP:
+        told("The image is overexposed", "brightness", ".0f")
+    elif value["white"] > high["white"] + _WHITE_STEP:
+        found.append(
+            f"The image is overexposed: {100 * value['white']:.0f} % of its pixels are burnt out, of images of {name} at most "
+            f"{100 * high['white']:.0f} %."
+        )
+    return found
+
+
+def _size_warnings(result: SmearResult, known: dict[str, tuple[float, float]], scale: float) -> list[str]:
+    edge, found = max(result.width, result.height) * scale, []
+    for label, (low, high) in known.items():
+        boxes = np.array([cell.box for cell in result.cells if cell.label == label])
+        if len(boxes) < _FEWEST_CELLS:
+            continue
+        size = scale * float(np.median(np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))))
+        kind = "smaller" if size * _SIZE_FACTOR < low else "larger" if size > high * _SIZE_FACTOR else None
+        if kind:
+            usual = 32 * max(1, round(edge * (low * high) ** 0.5 / size / 32))
+            found.append(
+                f"{label} cells are {kind} for the model than those it was trained on (median {size:.0f} pixels, trained on "
+                f"{low:.0f} to {high:.0f}): check the magnification. The image's longer side is {edge:.0f} pixels for the "
+                f"model; at {usual} its cells would be of the usual size (--image-size detection={usual})."
+            )
+    return found
+
+
+__all__ = [
+    "QUANTILE",
+    "REFERENCE_FILE",
+    "ModelReference",
+    "ReferenceWarning",
+    "TaskReference",
+    "TiedGaussians",
+    "attach_reference",
+    "backbone_checksum",
+    "looks_of",
+    "reference_of",
+    "set_out_of_distribution",
+]
