@@ -16,6 +16,8 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "api" / "version.py").read
 PACKAGE_DIR = {
     "unihema": "api",
     "unihema.cli": "api/cli",
+    "unihema.inference": "api/inference",
+    "unihema.official": "api/official",
     "unihema.results": "api/results",
     "unihema.modeling_unihema": "modeling_unihema",
     "unihema.processing_unihema": "processing_unihema",

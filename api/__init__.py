@@ -14,8 +14,8 @@ from .version import __version__
 
 _SOURCES = {
     "modeling_unihema.configuration_unihema": ["UniHemaConfig"],
+    "modeling_unihema.tasks": ["TASKS"],
     "modeling_unihema.modeling_unihema": [
-        "TASKS",
         "UniHemaModel",
         "UniHemaForDetection",
         "UniHemaForSegmentation",
@@ -26,11 +26,11 @@ _SOURCES = {
     "processing_unihema.image_processing_unihema": ["UniHemaImageProcessor"],
     "processing_unihema.processing_unihema": ["UniHemaProcessor"],
     "results.smear_result": ["Cell", "SmearResult"],
-    "checkpoint": ["CheckpointError", "load_checkpoint"],
-    "adapters": ["load_adapted"],
-    "predict": ["QueryCapWarning", "analyze"],
-    "batch": ["predict_files"],
-    "int8": ["to_int8"],
+    "analyzer": ["Analyzer", "QueryCapWarning"],
+    "checkpoint_files": ["CheckpointError"],
+    "errors": ["UniHemaError"],
+    "inference.int8": ["to_int8"],
+    "inference.prepare": ["prepare_for_inference"],
 }
 _HOME = {name: module for module, names in _SOURCES.items() for name in names}
 

@@ -345,7 +345,9 @@ class Analyzer:
         }
         try:
             texts = {task: dict(self.processor(text=text, task=task)) for task, text in asked.items()}
-            texts |= {question: dict(self.processor(text=question, task=_language_task(question))) for question in questions}
+            texts |= {
+                question: dict(self.processor(text=question, task=_language_task(question))) for question in questions
+            }
         except ValueError as error:
             raise RequestError(str(error)) from error
         texts = {
@@ -469,7 +471,12 @@ class Analyzer:
         from unihema.results.out_of_distribution import compare_images
 
         compare_images(
-            self.reference.tasks[task], seen.features(task), seen.batch(task)["pixel_values"], self.processor, task, results
+            self.reference.tasks[task],
+            seen.features(task),
+            seen.batch(task)["pixel_values"],
+            self.processor,
+            task,
+            results,
         )
 
     def _provenance(self, request: Request) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def local_folder(source: str | Path, **hub: Any) -> Path:
     if looks_local or str(source).startswith(".") or path.suffix == ".onnx":
         return path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(source), **hub))

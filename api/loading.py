@@ -107,7 +107,9 @@ def choose_device(device: "str | torch.device | None" = None) -> "torch.device":
         raise ValueError(f"device {device!r}: no such device; use cpu, cuda, cuda:0 or mps.") from error
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(chosen.type, lambda: True)
     if not there():
-        raise ValueError(f"device {device!r}: not there on this machine; use cpu, or leave it out to take what there is.")
+        raise ValueError(
+            f"device {device!r}: not there on this machine; use cpu, or leave it out to take what there is."
+        )
     return chosen
 
 
@@ -157,9 +159,7 @@ def _load_plain(folder: str | Path, device, dtype, load_in_8bit: bool):
     if dtype is not None:
         options["dtype"] = choose_dtype(dtype)
     try:
-        model, report = model_class.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, **options
-        )
+        model, report = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
         processor = UniHemaProcessor.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         names = ", ".join(path.name for path in files)

@@ -11,8 +11,6 @@ from .layers import FeedForward
 from .visual_backbone import FeatureLevels
 
 
-
-
 class ImageEncoderLayer(GradientCheckpointingLayer):
     """Deformable self-attention and a feed-forward, each with residual and LayerNorm."""
 

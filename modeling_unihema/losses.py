@@ -400,7 +400,9 @@ def match_queries(
             continue
         classification = _class_costs(image_logits.float(), image_labels, alpha, gamma)
         image_boxes = image_boxes.float()
-        overlap = generalized_box_iou(box_convert(image_boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy"))
+        overlap = generalized_box_iou(
+            box_convert(image_boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy")
+        )
         distance = bbox_cost * torch.cdist(image_boxes, target_boxes, p=1) - giou_cost * overlap
         cost = (class_cost * classification + distance * boxes_known(image_labels).to(distance.device)).cpu()
         if not cost.isfinite().all():

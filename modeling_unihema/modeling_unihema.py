@@ -671,7 +671,7 @@ class _QuestionEncoder:
     __call__ = forward
 
 
-class _Answers(GenerationMixin):
+class _Answers:
     """What generating text needs of a model that has a trunk with a text decoder and an `lm_head`."""
 
     main_input_name = "input_ids"
@@ -791,7 +791,7 @@ class _Answers(GenerationMixin):
         )
 
 
-class UniHemaForQA(_Answers, UniHemaPreTrainedModel):
+class UniHemaForQA(_Answers, UniHemaPreTrainedModel, GenerationMixin):
     """Answers a question about an image, and fills in a masked sentence. Both are generated, looking at the image."""
 
     tasks = LANGUAGE_TASKS
@@ -863,7 +863,7 @@ class UniHemaForQA(_Answers, UniHemaPreTrainedModel):
         )
 
 
-class UniHemaForMultiTask(_Answers, UniHemaPreTrainedModel):
+class UniHemaForMultiTask(_Answers, UniHemaPreTrainedModel, GenerationMixin):
     """All heads on one trunk: what training trains and a full checkpoint holds.
 
     A batch holds one task. `generate` answers questions, as with [`UniHemaForQA`].

@@ -93,7 +93,11 @@ def code_source(instance: Any, name_or_path: str = "") -> Path | None:
     if not is_remote(type(instance)):
         return None
     checkpoint = Path(name_or_path)
-    return checkpoint if name_or_path and checkpoint.is_dir() else Path(sys.modules[type(instance).__module__].__file__).parent
+    return (
+        checkpoint
+        if name_or_path and checkpoint.is_dir()
+        else Path(sys.modules[type(instance).__module__].__file__).parent
+    )
 
 
 class SavedWithCode:
@@ -142,4 +146,12 @@ class ProcessorWithCode:
         return saved
 
 
-__all__ = ["ProcessorWithCode", "SavedWithCode", "auto_map", "code_files", "code_source", "custom_pipelines", "write_code"]
+__all__ = [
+    "ProcessorWithCode",
+    "SavedWithCode",
+    "auto_map",
+    "code_files",
+    "code_source",
+    "custom_pipelines",
+    "write_code",
+]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unihema.checkpoint import load_checkpoint
+from unihema.loading import load_model
 from unihema.training.ablation_report import AblationReport, Comparison
 from unihema.training.ablations import ABLATIONS, WHOLE, Ablation
 from unihema.training.build import load_rows, training_rows
@@ -175,7 +175,7 @@ def _on_unseen(
     config: RunConfig, held_out: dict[str, Any], whole: Path, without: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Both models on the validation rows of what one of them never saw, of classes that both know."""
-    models = [load_checkpoint(folder) for folder in (whole, without)]
+    models = [load_model(folder) for folder in (whole, without)]
     rows = _unseen_rows(config, held_out)
     for model, _ in models:
         rows = {task: _of_known_classes(task, found, model.config) for task, found in rows.items()}

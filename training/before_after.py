@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unihema.checkpoint import available_tasks, load_checkpoint
+from unihema.analyzer import available_tasks
+from unihema.loading import load_model
 from unihema.training.build import build, load_rows, training_rows, validation_rows
 from unihema.training.class_agnostic import class_agnostic_precision
 from unihema.training.data.label_names import as_known, row_names
@@ -51,7 +52,7 @@ class BeforeAfter:
         """
         from accelerate.utils import set_seed
 
-        model, processor = load_checkpoint(self.config.model.initial_checkpoint, self.device)
+        model, processor = load_model(self.config.model.initial_checkpoint, self.device)
         known = available_tasks(model)
         if self.base_data is not None:
             self.base_rows = load_rows(DataConfig(folders=[self.base_data]), "val", list(known))
@@ -78,7 +79,7 @@ class BeforeAfter:
 
     def measure_adapter(self) -> None:
         """After training, with the adapter in the run's output folder."""
-        model, processor = load_checkpoint(self.config.output_dir, self.device)
+        model, processor = load_model(self.config.output_dir, self.device)
         for task, rows in self.rows.items():
             self.lab[task]["after"] = self._figure(model, processor, task, rows)
         self._boxes(self.lab, self.rows, model, processor, "after", list(self.rows))
@@ -88,7 +89,7 @@ class BeforeAfter:
             self.forgotten[task]["adapter on"] = self._figure(model, processor, task, rows)
         self._boxes(self.forgotten, self.base_rows, model, processor, "adapter on", list(self.base_rows))
         model.disable_adapters()
-        _, processor = load_checkpoint(self.config.model.initial_checkpoint, self.device)
+        _, processor = load_model(self.config.model.initial_checkpoint, self.device)
         for task, rows in self.base_rows.items():
             self.forgotten[task]["adapter off"] = self._figure(model, processor, task, rows)
         self._boxes(self.forgotten, self.base_rows, model, processor, "adapter off", list(self.base_rows))

@@ -7,8 +7,8 @@ from typing import Any
 
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
-from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.modeling_unihema.tasks import TASKS
+from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.adapters import attach_adapter
 from unihema.training.data.class_hierarchy import known_parents
 from unihema.training.data.folds import fold_rows

@@ -94,7 +94,6 @@ class _Run:
         self.val_rows = validation_rows(config, config.data.evaluation_tasks or self.rows)
         model, self.processor = build(config, self.rows)
         self.parts = TrainedParts(model, config.model.trained_parts)
-        model.model.reads_text_alone = config.data.text_only
         if self.accelerator.num_processes > 1:
             share_batch_norms(model)
         if self.accelerator.process_index:
@@ -356,7 +355,14 @@ class _Run:
 
     def _evaluate(self, samples: int | None) -> dict[str, Any]:
         progress = self.config.logging.progress
-        return evaluate_model(self._plain(), self.processor, self.val_rows, max_samples=samples, progress=progress)
+        return evaluate_model(
+            self._plain(),
+            self.processor,
+            self.val_rows,
+            max_samples=samples,
+            progress=progress,
+            text_only=self.config.data.text_only,
+        )
 
     def _finish(self) -> dict[str, Any]:
         logging = self.config.logging
@@ -376,6 +382,7 @@ class _Run:
                         max_samples=logging.final_samples,
                         progress=logging.progress,
                         calibrate=True,
+                        text_only=self.config.data.text_only,
                     )
                 self._save(model, report)
         self.accelerator.wait_for_everyone()

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from unihema.modeling_unihema.tasks import IMAGE_TASKS
 from unihema.processing_unihema.image_io import load_image
 from unihema.results.out_of_distribution import (
     QUANTILE,
@@ -14,7 +15,7 @@ from unihema.results.out_of_distribution import (
     TaskReference,
     TiedGaussians,
     backbone_checksum,
-    looks_of,
+    image_scores,
 )
 from unihema.training.data.label_names import as_known
 from unihema.training.data.rows import Row
@@ -22,7 +23,6 @@ from unihema.training.data.stored_rows import StoredFile
 from unihema.training.evaluation import draw_rows
 
 
-TASKS_OF_IMAGES = ("detection", "segmentation", "single_cell")
 _FEWEST_IMAGES = 2
 
 
@@ -57,11 +57,11 @@ def fit_reference(
     was_training = model.training
     model.eval()
     try:
-        for task in TASKS_OF_IMAGES:
+        for task in IMAGE_TASKS:
             both = [_by_dataset(rows.get(task, ()), max_images, seed) for rows in (train, val)]
             names = [name for name in both[0] if name in both[1] and len(both[0][name]) >= _FEWEST_IMAGES]
             if names:
-                seen = [[_looks(model, processor, task, part[name], progress) for name in names] for part in both]
+                seen = [[_seen(model, processor, task, part[name], progress) for name in names] for part in both]
                 tasks[task] = _fitted(
                     names, *seen, sizes=_cell_sizes(train[task], model, processor) if task == "detection" else {}
                 )
@@ -69,7 +69,7 @@ def fit_reference(
         model.train(was_training)
     if not tasks:
         raise ValueError(
-            f"No data set has {_FEWEST_IMAGES} training images and a validation image of {', '.join(TASKS_OF_IMAGES)}: "
+            f"No data set has {_FEWEST_IMAGES} training images and a validation image of {', '.join(IMAGE_TASKS)}: "
             "give the folders the model was trained on, with their val split."
         )
     return ModelReference(tasks, backbone_checksum(model))
@@ -84,15 +84,19 @@ def _by_dataset(rows: Iterable[Row], count: int | None, seed: int) -> dict[str, 
     return {name: draw_rows(list(found.values()), count, seed) for name, found in images.items()}
 
 
-def _looks(model, processor, task: str, rows: Sequence[Row], progress: bool) -> tuple[np.ndarray, np.ndarray]:
+def _seen(model, processor, task: str, rows: Sequence[Row], progress: bool) -> tuple[np.ndarray, np.ndarray]:
     """Features `[n, D]` and quality `[n, 3]` of images, one at a time as `unihema predict` sees them."""
     bar = tqdm(rows, desc=f"{task}, {rows[0]['dataset']}", unit="image", disable=not progress, leave=False)
-    with torch.inference_mode(), looks_of(model, processor) as looks:
+    seen = []
+    with torch.inference_mode():
         for row in bar:
             source = row["image"].opened() if isinstance(row["image"], StoredFile) else row["image"]
-            inputs = processor(images=[load_image(source)], task=task, return_tensors="pt").to(model.device)
-            model.model.visual_backbone(inputs["pixel_values"].to(model.dtype), inputs["pixel_mask"])
-    return tuple(torch.cat(parts).cpu().numpy() for parts in zip(*looks))
+            inputs = processor.image_processor([load_image(source)], task=task).to(model.device)
+            pixels = inputs["pixel_values"].to(model.dtype)
+            # The task that needs no encoder: the backbone's features are enough.
+            features = model.get_image_features(pixels, inputs["pixel_mask"], task="question_answering")
+            seen.append(image_scores(features, pixels, processor))
+    return tuple(np.concatenate(parts) for parts in zip(*seen))
 
 
 def _fitted(names: Sequence[str], train, val, sizes: dict[str, tuple[float, float]]) -> TaskReference:
@@ -126,4 +130,4 @@ def _cell_sizes(rows: Sequence[Row], model: Any, processor: Any) -> dict[str, tu
     }
 
 
-__all__ = ["TASKS_OF_IMAGES", "fit_reference"]
+__all__ = ["fit_reference"]

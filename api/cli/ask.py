@@ -11,10 +11,8 @@ def ask(
     question: list[str] = typer.Argument(..., help="Questions, or sentences with ___ where a word is to be filled in."),
 ) -> None:
     """Answer questions about an image."""
-    from unihema.checkpoint import load_checkpoint
-    from unihema.predict import analyze
+    from unihema.analyzer import Analyzer
 
-    model, processor = load_checkpoint(checkpoint)
-    result = analyze(model, processor, image, tasks=(), questions=question)
-    for entry in result.answers:
-        typer.echo(entry["answer"] if len(question) == 1 else f"{entry['question']} {entry['answer']}")
+    answers = Analyzer.from_pretrained(checkpoint).ask(image, question)
+    for asked, answer in zip(question, answers, strict=True):
+        typer.echo(answer if len(question) == 1 else f"{asked} {answer}")

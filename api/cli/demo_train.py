@@ -38,9 +38,7 @@ def demo_train(
 
     from PIL import Image
 
-    from unihema.batch import predict_files
-    from unihema.checkpoint import load_checkpoint
-    from unihema.predict import analyze
+    from unihema.analyzer import Analyzer
     from unihema.training.data.synthetic import WHITE_CELLS, SyntheticSmears
     from unihema.training.data.synthetic_folder import write_synthetic
     from unihema.training.loop import train
@@ -80,14 +78,13 @@ def demo_train(
     Image.fromarray(crop.image).save(folder / "smears" / "cell.png")
     results = folder / "results"
     fields_shown = sorted((folder / "smears").glob("field_*.png"))
-    batch = predict_files(checkpoint, fields_shown, results, overwrite=True)
+    analyzer = Analyzer.from_pretrained(checkpoint)
+    batch = analyzer.analyze_files(fields_shown, results, overwrite=True)
     typer.echo(f"Cells in {batch.images} fields: " + ", ".join(f"{k} {v}" for k, v in batch.totals.items()))
 
     typer.echo("4/4 Asking about a cell")
     question = "What type of white blood cell is this?"
-    model, processor = load_checkpoint(checkpoint)
-    answer = analyze(model, processor, folder / "smears" / "cell.png", tasks=(), questions=[question]).answers[0]
-    typer.echo(f"{question} {answer['answer']} (painted: {crop.label})")
+    typer.echo(f"{question} {analyzer.ask(folder / 'smears' / 'cell.png', question)} (painted: {crop.label})")
     typer.echo("Measured on synthetic validation fields:")
     for task, figures in json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8")).items():
         typer.echo(f"  {task}: {figures_text(figures)}")

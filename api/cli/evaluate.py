@@ -37,12 +37,13 @@ def evaluate(
     ),
 ) -> None:
     """Measure a checkpoint on data folders."""
-    from unihema.checkpoint import load_checkpoint, set_image_sizes
+    from unihema.analyzer import set_image_sizes
     from unihema.inference.int8 import to_int8
+    from unihema.loading import load_model
     from unihema.training.build import load_rows
     from unihema.training.evaluation import evaluate_model, write_report
 
-    model, processor = load_checkpoint(checkpoint, "cpu" if int8 else None)
+    model, processor = load_model(checkpoint, "cpu" if int8 else None)
     set_image_sizes(processor, pairs(image_size, "--image-size", "detection=480", int))
     rows = load_rows(data_to_measure(model, data, task, rename, attributes_as_detection=attributes), split)
     measure = partial(

@@ -32,14 +32,14 @@ def info(checkpoint: Path = typer.Argument(None, help="Checkpoint folder.")) -> 
     if checkpoint is None:
         return
 
-    from unihema.checkpoint import available_tasks, fingerprint, is_adapter, load_checkpoint
+    from unihema.analyzer import available_tasks
+    from unihema.checkpoint_files import adapter_base, fingerprint, is_adapter
+    from unihema.loading import load_model
 
-    model, processor = load_checkpoint(checkpoint, device="cpu")
+    model, processor = load_model(checkpoint, device="cpu")
     config = model.config
     typer.echo(f"\n{checkpoint}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters")
     if is_adapter(checkpoint):
-        from unihema.adapters import adapter_base
-
         (adapter,) = model.peft_config.values()
         rank = f", rank {adapter.r}" if hasattr(adapter, "r") else ""
         typer.echo(f"adapter ({adapter.peft_type.value}{rank}) of {adapter_base(checkpoint)}")

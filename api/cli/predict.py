@@ -30,8 +30,7 @@ def predict(
 
     from tqdm.auto import tqdm
 
-    from unihema.batch import predict_files
-    from unihema.predict import QueryCapWarning
+    from unihema.analyzer import Analyzer, QueryCapWarning
 
     image_sizes = pairs(image_size, "--image-size", "detection=480", int)
     # Shown beside the bar, from the result.
@@ -50,8 +49,8 @@ def predict(
             tqdm.write(f"{path}: {problem}")
 
     try:
-        report = predict_files(
-            checkpoint,
+        analyzer = Analyzer.from_pretrained(checkpoint, device=device, image_sizes=image_sizes, int8=int8)
+        report = analyzer.analyze_files(
             inputs,
             output,
             tasks=list(task) or None,
@@ -60,10 +59,7 @@ def predict(
             threshold=threshold,
             geojson=geojson,
             overwrite=overwrite,
-            device=device,
             batch_size=batch_size,
-            int8=int8,
-            image_sizes=image_sizes,
             on_image=on_image,
         )
     finally:

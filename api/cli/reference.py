@@ -19,17 +19,19 @@ def reference(
     ),
 ) -> None:
     """Record what the training images are like, so that results warn of images unlike them."""
-    from unihema.checkpoint import is_onnx, load_checkpoint
+    from unihema.checkpoint_files import is_onnx
+    from unihema.loading import load_model
+    from unihema.modeling_unihema.tasks import IMAGE_TASKS
     from unihema.training.build import load_rows
-    from unihema.training.reference_fitting import TASKS_OF_IMAGES, fit_reference
+    from unihema.training.reference_fitting import fit_reference
 
     if is_onnx(checkpoint):
         raise typer.BadParameter(f"{checkpoint}: an ONNX file has no place for a reference; name a checkpoint folder.")
-    wrong = [name for name in task if name not in TASKS_OF_IMAGES]
+    wrong = [name for name in task if name not in IMAGE_TASKS]
     if wrong:
-        raise typer.BadParameter(f"--task {wrong[0]}: choose among {', '.join(TASKS_OF_IMAGES)}.")
-    model, processor = load_checkpoint(checkpoint)
-    config = data_to_measure(model, data, task, rename, among=TASKS_OF_IMAGES)
+        raise typer.BadParameter(f"--task {wrong[0]}: choose among {', '.join(IMAGE_TASKS)}.")
+    model, processor = load_model(checkpoint)
+    config = data_to_measure(model, data, task, rename, among=IMAGE_TASKS)
     rows = [load_rows(config, name) for name in (train_split, split)]
     found = fit_reference(model, processor, *rows, max_images=max_images)
     for name, of_task in found.tasks.items():

@@ -27,11 +27,13 @@ def stress(
 
     A stopped run goes on where it stopped.
     """
-    from unihema.checkpoint import fingerprint, load_checkpoint
+    from unihema.checkpoint_files import fingerprint, is_onnx
+    from unihema.loading import load_model
+    from unihema.results.out_of_distribution import ModelReference
     from unihema.training.build import load_rows
     from unihema.training.stress import STRESS_TASKS, run_stress
 
-    model, processor = load_checkpoint(checkpoint)
+    model, processor = load_model(checkpoint)
     config = data_to_measure(model, data, task, rename, among=STRESS_TASKS)
     settings = {
         # Names, not places: the report is read elsewhere.
@@ -52,5 +54,6 @@ def stress(
         bootstrap=bootstrap,
         settings=settings,
         overwrite=overwrite,
+        reference=None if is_onnx(checkpoint) else ModelReference.of_model(model, checkpoint),
     )
     typer.echo(f"{len(report['points'])} points in {output / 'stress.json'}; tables in {output / 'stress.md'}.")

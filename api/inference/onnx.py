@@ -1,4 +1,4 @@
-"""A checkpoint's detection or single-cell path as one ONNX file that any ONNX runtime can run, and the file called as the model."""
+"""The detection or single-cell path of a checkpoint as one ONNX file, and such a file called as the model."""
 
 import importlib
 import tempfile

@@ -387,13 +387,12 @@ def convert_to_official(source: str | Path, path: str | Path) -> int:
         OSError: No such folder.
         ValueError: The file is there already, or the model is not of the official kind; see [`OfficialKeyError`].
     """
-    from unihema.loading import load_model
     from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 
     path = Path(path)
     if path.exists():
         raise ValueError(f"{path} is there already: choose a new file or delete it.")
-    model, _ = load_checkpoint(source, device="cpu")
+    model, _ = load_model(source, device="cpu")
     if not isinstance(model, UniHemaForMultiTask):
         raise ValueError(f"{source} is a {type(model).__name__}: the official model has every head, this one has not.")
     official = to_official(model.state_dict(), model.config)

@@ -123,8 +123,8 @@ def compare_arrays(name: str, ours: "torch.Tensor", recorded: "torch.Tensor") ->
 
 
 def _recorded_model(manifest: Mapping[str, dict]):
-    from unihema.official.convert import from_official, official_config
     from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
+    from unihema.official.convert import from_official, official_config
 
     state = official_state(manifest)
     model = UniHemaForMultiTask(official_config(state)).eval()

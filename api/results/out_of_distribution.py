@@ -12,20 +12,21 @@ It is stored by its largest directions and one variance for all others.
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from unihema.checkpoint import REFERENCE_FILE
+from unihema.checkpoint_files import REFERENCE_FILE, CheckpointError
 from unihema.files import write_atomically
+from unihema.modeling_unihema.outputs import UniHemaImageFeatures
 from unihema.results.smear_result import SmearResult
 
 
+# Variance of the Laplacian as part of the variance of the grey values; mean grey value, 0..255; share of burnt-out pixels.
 QUALITIES = ("sharpness", "brightness", "white")
 # From this grey value on (of 255) a pixel counts as burnt out.
 _WHITE = 250
@@ -45,80 +46,12 @@ _FEWEST_CELLS = 3
 _FORMAT = "unihema-reference-1"
 _ABOUT = "about"
 _ARRAYS = ("means", "scale", "vectors", "variances")
-# Where a model keeps it, with the adapters that were in use then.
-_ATTACHED = "_image_reference"
-
-
-class Look(NamedTuple):
-    """What was seen of the images of one forward pass.
-
-    Args:
-        features (`torch.Tensor`): `[B, D]` float32: mean of each channel of the backbone's maps.
-        quality (`torch.Tensor`): `[B, 3]` float32, `QUALITIES`: variance of the Laplacian as part of the variance of the
-            grey values; mean grey value, 0..255; share of burnt-out pixels.
-    """
-
-    features: torch.Tensor
-    quality: torch.Tensor
-
-
-@contextmanager
-def looks_of(model: Any, processor: Any) -> Iterator[list[Look]]:
-    """While it is open, collects a [`Look`] of every batch of images that goes through the model's backbone.
-
-    Args:
-        model ([`UniHemaForMultiTask`] or a model with one head): The model.
-        processor ([`UniHemaProcessor`]): Its processor, for what normalised pixels mean.
-    """
-    backbone = model.model.visual_backbone
-    normalised = processor.image_processor.image_mean, processor.image_processor.image_std
-    looks: list[Look] = []
-    maps: list[torch.Tensor] = []
-
-    def started(module, inputs):
-        maps.clear()
-
-    def projecting(module, inputs):
-        maps.append(inputs[0])
-
-    def finished(module, inputs, options, levels):
-        pixels = options.get("pixel_values", inputs[0] if inputs else None)
-        looks.append(Look(pooled_features(maps, levels.valid), image_quality(pixels, levels.valid[0], *normalised)))
-        maps.clear()
-
-    # Not on the backbone itself: it runs as a faster copy of itself only where nobody watches its layers.
-    projections = list(backbone.input_projection)[: len(backbone.backbone.channels)]
-    handles = [backbone.register_forward_pre_hook(started)]
-    handles += [convolution.register_forward_pre_hook(projecting) for convolution, _ in projections]
-    handles.append(backbone.register_forward_hook(finished, with_kwargs=True))
-    try:
-        yield looks
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def pooled_features(maps: Sequence[torch.Tensor], valid: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean of each channel over the image.
-
-    Args:
-        maps (`Sequence[torch.Tensor]`): `[B, channels, h, w]` of each level.
-        valid (`Sequence[torch.Tensor]`): Boolean `[B, h, w]` of each level, `False` on padding.
-
-    Returns:
-        `torch.Tensor`: `[B, D]` float32, D the channels of all levels.
-    """
-    means = []
-    for level, inside in zip(maps, valid):
-        weight = inside[:, None].float()
-        means.append((level.float() * weight).sum((2, 3)) / weight.sum((2, 3)).clamp(min=1))
-    return torch.cat(means, 1)
 
 
 def image_quality(
     pixel_values: torch.Tensor, valid: torch.Tensor, mean: Sequence[float], std: Sequence[float]
 ) -> torch.Tensor:
-    """Sharpness, brightness and burnt-out share at the size at which the model sees the image; see [`Look`].
+    """Sharpness, brightness and burnt-out share at the size at which the model sees the image; as [`QUALITIES`].
 
     Args:
         pixel_values (`torch.Tensor`): `[B, 3, H, W]`, normalised.
@@ -266,6 +199,35 @@ class ModelReference:
             self.save(folder)
 
     @classmethod
+    def of_model(cls, model: Any, folder: str | Path) -> "ModelReference | None":
+        """The reference beside a model's weights; `None` where there is none, or it was made with other weights.
+
+        Args:
+            model (`UniHemaPreTrainedModel`): As it was loaded from the folder.
+            folder (`str` or `Path`): Its checkpoint.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+        """
+        path = Path(folder) / REFERENCE_FILE
+        if not path.is_file():
+            return None
+        try:
+            reference = cls.load(folder)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        # In bfloat16 the weights have lost what the checksum is made of.
+        if str(model.dtype) in ("torch.float32", "torch.float16") and reference.backbone != backbone_checksum(model):
+            warnings.warn(
+                f"{path} was made with other weights, so images are not compared with it. Write it anew with "
+                "`unihema reference`.",
+                ReferenceWarning,
+                stacklevel=3,
+            )
+            return None
+        return reference
+
+    @classmethod
     def load(cls, folder: str | Path) -> "ModelReference":
         """The reference in a checkpoint folder.
 
@@ -310,46 +272,43 @@ def backbone_checksum(model: Any) -> str:
     return digest.hexdigest()
 
 
-def attach_reference(model: Any, folder: str | Path) -> None:
-    """Makes a model compare images with the reference of a folder, if that has one; with none otherwise.
+def image_scores(
+    features: UniHemaImageFeatures, pixel_values: torch.Tensor, processor: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """What images are compared by.
 
-    Raises:
-        ValueError: The file there cannot be read.
+    Args:
+        features ([`UniHemaImageFeatures`]): Of a batch of images.
+        pixel_values (`torch.Tensor`): `[B, 3, H, W]`, the same images.
+        processor ([`UniHemaProcessor`]): For what normalised pixels mean.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Backbone features `[B, D]`, and [`QUALITIES`] `[B, 3]`.
     """
-    reference = None
-    if (Path(folder) / REFERENCE_FILE).is_file() and hasattr(model, "model"):
-        reference = ModelReference.load(folder)
-        # In bfloat16 the weights have lost what the checksum is made of.
-        if str(model.dtype) in ("torch.float32", "torch.float16") and reference.backbone != backbone_checksum(model):
-            warnings.warn(
-                f"{Path(folder) / REFERENCE_FILE} was made with other weights, so images are not compared with it. Write "
-                "it anew with `unihema reference`.",
-                ReferenceWarning,
-                stacklevel=3,
-            )
-            reference = None
-    setattr(model, _ATTACHED, (reference, _adapters(model)))
+    images = processor.image_processor
+    quality = image_quality(pixel_values, features.levels.valid[0], images.image_mean, images.image_std)
+    return features.pooler_output.float().cpu().numpy(), quality.cpu().numpy()
 
 
-def reference_of(model: Any) -> ModelReference | None:
-    """The reference of a loaded model, if its checkpoint folder has one.
+def compare_images(
+    reference: TaskReference,
+    features: UniHemaImageFeatures,
+    pixel_values: torch.Tensor,
+    processor: Any,
+    task: str,
+    results: Sequence[SmearResult],
+) -> None:
+    """Sets the `out_of_distribution` of each result of a batch, and adds to its `warnings`.
 
-    With another adapter in use than when it was attached there is none: that was trained on other images.
-
-    Raises:
-        ValueError: The file there cannot be read.
+    Args:
+        reference ([`TaskReference`]): Of the task that was done.
+        features, pixel_values, processor: As for [`image_scores`].
+        task (`str`): The task.
+        results (`Sequence[SmearResult]`): Of the images, their cells in them.
     """
-    if not hasattr(model, _ATTACHED):
-        folder = model.config.name_or_path
-        if not folder or _adapters(model):
-            return None
-        attach_reference(model, folder)
-    reference, adapters = getattr(model, _ATTACHED)
-    return reference if adapters == _adapters(model) else None
-
-
-def _adapters(model: Any) -> tuple[str, ...]:
-    return tuple(getattr(model, "adapters_in_use", ()))
+    for result, pooled, quality in zip(results, *image_scores(features, pixel_values, processor), strict=True):
+        scale = processor.image_processor.scale((result.height, result.width), task)
+        set_out_of_distribution(reference, pooled, quality.tolist(), result, scale)
 
 
 def set_out_of_distribution(
@@ -430,9 +389,8 @@ __all__ = [
     "ReferenceWarning",
     "TaskReference",
     "TiedGaussians",
-    "attach_reference",
     "backbone_checksum",
-    "looks_of",
-    "reference_of",
+    "compare_images",
+    "image_scores",
     "set_out_of_distribution",
 ]

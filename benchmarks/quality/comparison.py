@@ -11,7 +11,9 @@ from benchmarks.quality.peers import PEERS, chosen_peers
 from benchmarks.quality.results import UNIHEMA, Results, unihema_item
 from benchmarks.quality.saved import save_example, save_peer
 from benchmarks.quality.training import peer_batches, peer_settings, train_peer
-from unihema.checkpoint import available_tasks, fingerprint, load_checkpoint
+from unihema.analyzer import available_tasks
+from unihema.checkpoint_files import fingerprint
+from unihema.loading import load_model
 from unihema.training.build import build, training_rows, validation_rows
 from unihema.training.data.rows import Row, morphology_schema
 from unihema.training.evaluation import evaluate_model
@@ -118,7 +120,7 @@ def _unihema(config: RunConfig, checkpoint: str | Path, val_rows: dict[str, list
     settings = {"checkpoint": fingerprint(checkpoint), "data": data, "final_samples": config.logging.final_samples}
     found = {one: results.finished(unihema_item(one), settings) for one in val_rows}
     if not all(found.values()):
-        model, processor = load_checkpoint(checkpoint)
+        model, processor = load_model(checkpoint)
         for one in [one for one in found if found[one] is None]:
             report = {}
             if _does(model, one, val_rows[one]):

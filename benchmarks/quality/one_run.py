@@ -11,12 +11,12 @@ import torch
 from benchmarks.measuring import say_peak
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.speed import runners
-from unihema.checkpoint import load_checkpoint
+from unihema.loading import load_model
 
 
 if __name__ == "__main__":
     folder, checkpoint, *items = sys.argv[1:]
-    unihema = None if all(item in PEERS for item in items) else load_checkpoint(checkpoint, "cpu")[0].eval()
+    unihema = None if all(item in PEERS for item in items) else load_model(checkpoint, "cpu")[0].eval()
     with torch.inference_mode():
         for run in runners(Path(folder), items, unihema).values():
             run()

@@ -12,7 +12,7 @@ from benchmarks.quality.compared import ATTRIBUTES, task_of
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.results import UNIHEMA, unihema_item
 from benchmarks.quality.saved import load_example, load_peer
-from unihema.checkpoint import load_checkpoint
+from unihema.loading import load_model
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 
 
@@ -87,7 +87,7 @@ def measure(
         `processor ms` of one image (medians), `spread` and `peak MB`.
     """
     own = [unihema_item(task) for task in tasks]
-    model = load_checkpoint(checkpoint, "cpu")[0].eval()
+    model = load_model(checkpoint, "cpu")[0].eval()
     run = runners(folder, [*peers, *own], model)
 
     def afresh(items: Sequence[str]) -> Callable[[], None]:

@@ -11,8 +11,14 @@ from safetensors.torch import load_file
 from tiny_checkpoint import save_tiny_checkpoint
 
 import unihema
-from unihema.official.convert import TokenizerWarning, convert_from_official, convert_to_official
-from unihema.official.convert import OFFICIAL_MATHS, official_config, to_official
+from unihema.official.convert import (
+    OFFICIAL_MATHS,
+    TokenizerWarning,
+    convert_from_official,
+    convert_to_official,
+    official_config,
+    to_official,
+)
 from unihema.official.keys import OfficialKeyError, translate
 from unihema.processing_unihema.processing_unihema import DEFAULT_TOKENIZER
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch._inductor.compile_fx import compile_fx
 
 from unihema.modeling_unihema import inference_linear
-from unihema.modeling_unihema.layers import ClassLinear
 from unihema.modeling_unihema.inference_linear import InferenceLinear, with_inference_linears, with_plain_linears
+from unihema.modeling_unihema.layers import ClassLinear
 from unihema.modeling_unihema.modeling_unihema import UniHemaForQA
 
 

@@ -8,8 +8,7 @@ from tiny_models import very_tiny_config
 
 from unihema.modeling_unihema.denoising import ContrastiveDenoising
 from unihema.modeling_unihema.labels import class_targets
-from unihema.modeling_unihema.losses import detection_loss
-from unihema.modeling_unihema.losses import match_queries
+from unihema.modeling_unihema.losses import detection_loss, match_queries
 
 
 RBC, WBC, NEUTROPHIL, LYMPHOCYTE = range(4)

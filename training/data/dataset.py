@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from unihema.processing_unihema.image_io import load_image
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
+from unihema.processing_unihema.image_io import load_image
 from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng, drawn_scale
 from unihema.training.data.class_hierarchy import with_covered_parents
 from unihema.training.data.label_names import as_known
@@ -319,6 +319,8 @@ class SmearDataset(Dataset):
                     if self._taught is not None:
                         labels["taught_classes"] = self._taught
         batch["task"] = self.task
+        if self.text_only:
+            batch["text_only"] = True
         if self.evaluation:
             if not self.text_only:
                 batch["target_sizes"] = torch.tensor([sample["original_size"] for sample in samples])

@@ -1,6 +1,6 @@
 """One evaluation for all tasks: predictions through the same post-processing as `unihema predict`, figures in one report."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ def evaluate_model(
     calibrate: bool = False,
     bootstrap: int = DRAWS,
     name_classes: bool = False,
+    text_only: bool = False,
+    on_features: Callable[[Any, torch.Tensor], None] | None = None,
 ) -> dict[str, Any]:
     """Measures a model on rows of any tasks, in evaluation mode, asked as `unihema predict` asks when given no prompt.
 
@@ -58,6 +60,8 @@ def evaluate_model(
             `at_threshold` are then those of the rows the thresholds were chosen on.
         bootstrap (`int`): Resamples of the images for the `intervals` (see `bootstrap_intervals`); 0 for none.
         name_classes (`bool`): Ask detection for the classes that each data set annotates, instead of the default prompt.
+        text_only (`bool`): Language tasks without their images.
+        on_features (`Callable`, *optional*): Gets the image features and pixels of every batch of an image task.
 
     Returns:
         `dict[str, Any]`: Task -> figures, with the number of `rows` and `images`, `intervals` and how they were made
@@ -77,14 +81,14 @@ def evaluate_model(
                     continue
                 rows = exchange_images(rows, seed)
             rows = draw_rows(rows, max_samples, seed)
-            measured = _measured(model, processor, task, generate_kwargs or {})
-            _look(measured, task, rows, batch_size, progress, name_classes)
+            measured = _measured(model, processor, task, generate_kwargs or {}, on_features)
+            _ask(measured, task, rows, batch_size, progress, name_classes, text_only)
             if calibrate and task == "detection":
                 model.config.detection_thresholds = measured.best_thresholds()
             report[task] = _task_report(measured, bootstrap, seed)
             if shuffle_images:
                 report[task]["image_blind"] = True
-            if task in LANGUAGE_TASKS and model.model.reads_text_alone:
+            if task in LANGUAGE_TASKS and text_only:
                 report[task]["text_only"] = True
     finally:
         model.train(was_training)
@@ -110,31 +114,45 @@ def calibrate_thresholds(
     model.eval()
     try:
         measured = MeasuredDetections(model, processor)
-        _look(measured, "detection", rows, batch_size, progress)
+        _ask(measured, "detection", rows, batch_size, progress)
     finally:
         model.train(was_training)
     return measured.best_thresholds()
 
 
-def _measured(model, processor, task: str, generate_kwargs: Mapping[str, Any]) -> Measured:
+def _measured(model, processor, task: str, generate_kwargs: Mapping[str, Any], on_features) -> Measured:
     if task in LANGUAGE_TASKS:
         return MeasuredTexts(model, processor, task, generate_kwargs)
     kinds = {"detection": MeasuredDetections, "segmentation": MeasuredMasks, "single_cell": MeasuredCells}
-    return kinds[task](model, processor)
+    return kinds[task](model, processor, on_features)
 
 
-def _look(
-    measured: Measured, task: str, rows: Sequence[Row], batch_size: int, progress: bool, name_classes: bool = False
+def _ask(
+    measured: Measured,
+    task: str,
+    rows: Sequence[Row],
+    batch_size: int,
+    progress: bool,
+    name_classes: bool = False,
+    text_only: bool = False,
 ) -> None:
     known = {"detection": class_names(measured.model), "single_cell": measured.model.config.single_cell_labels}
     rows = as_known(rows, known[task]) if task in known else rows
     with torch.inference_mode():
-        for batch in _batches(measured.model, measured.processor, task, rows, batch_size, progress, name_classes):
+        options = {"name_classes": name_classes, "text_only": text_only}
+        for batch in _batches(measured.model, measured.processor, task, rows, batch_size, progress, **options):
             measured.add(batch, rows)
 
 
 def _batches(
-    model, processor, task: str, rows: Sequence[Row], batch_size: int, progress: bool, name_classes: bool
+    model,
+    processor,
+    task: str,
+    rows: Sequence[Row],
+    batch_size: int,
+    progress: bool,
+    name_classes: bool,
+    text_only: bool,
 ) -> Iterator[dict]:
     config = model.config
     dataset = SmearDataset(
@@ -146,7 +164,7 @@ def _batches(
         morphology=config.morphology,
         questions_per_image=QUESTIONS_AT_ONCE,
         evaluation=True,
-        text_only=model.model.reads_text_alone,
+        text_only=text_only,
         name_classes=name_classes,
     )
     crops = dataset.one_cell

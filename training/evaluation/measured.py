@@ -21,10 +21,11 @@ class Measured(ABC):
     Args:
         model (`UniHemaForMultiTask`): The model.
         processor (`UniHemaProcessor`): Its processor.
+        on_features (`Callable`, *optional*): Gets the image features and pixels of every batch.
     """
 
-    def __init__(self, model: Any, processor: Any):
-        self.model, self.processor = model, processor
+    def __init__(self, model: Any, processor: Any, on_features: Callable[[Any, torch.Tensor], None] | None = None):
+        self.model, self.processor, self.on_features = model, processor, on_features
         self.rows: list[Row] = []
         self.records: list[Any] = []
 
@@ -59,8 +60,16 @@ class Measured(ABC):
 
     def inputs(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The model's inputs of a batch, on its device."""
-        names = ("pixel_values", "pixel_mask", "input_ids", "attention_mask")
-        return {name: batch[name].to(self.model.device) for name in names if name in batch}
+        names = ("pixel_values", "pixel_mask", "input_ids", "attention_mask", "text_only")
+        inputs = {name: batch[name] for name in names if name in batch}
+        inputs = {
+            name: value.to(self.model.device) if hasattr(value, "to") else value for name, value in inputs.items()
+        }
+        if self.on_features is not None:
+            pixels = inputs.pop("pixel_values")
+            inputs["image_features"] = self.model.get_image_features(pixels, inputs.pop("pixel_mask"))
+            self.on_features(inputs["image_features"], pixels)
+        return inputs
 
 
 def class_names(model: Any) -> list[str]:

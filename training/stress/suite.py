@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from unihema.results.out_of_distribution import looks_of, reference_of, set_out_of_distribution
+from unihema.modeling_unihema.tasks import IMAGE_TASKS
+from unihema.results.out_of_distribution import ModelReference, image_scores, set_out_of_distribution
 from unihema.results.smear_result import SmearResult
 from unihema.training.data.rows import Row
 from unihema.training.evaluation import HEADLINES, draw_rows, evaluate_model
@@ -18,7 +19,7 @@ from unihema.training.stress.shifted_rows import shifted_rows
 from unihema.training.stress.stress_report import write_stress_report
 
 
-STRESS_TASKS = ("detection", "segmentation", "single_cell")
+STRESS_TASKS = IMAGE_TASKS
 STRESS_FILE = "stress.json"
 CLEAN = "clean"
 
@@ -37,6 +38,7 @@ def run_stress(
     settings: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    reference: ModelReference | None = None,
 ) -> dict[str, Any]:
     """Measures a model on corrupted images, with the figures of `evaluate_model`.
 
@@ -55,10 +57,11 @@ def run_stress(
         settings (`Mapping[str, Any]`, *optional*): What else decides the figures, such as the checkpoint's SHA-256.
         overwrite (`bool`): Measure everything again.
         progress (`bool`): Show a progress bar.
+        reference ([`ModelReference`], *optional*): What the images it was trained on are like.
 
     Returns:
         `dict`: `settings` and `points`: each with `task`, `corruption`, `severity`, `amount`, `unit`, the figures, and
-        `warned`, the part of the images that `unihema predict` would warn of, where the checkpoint has a reference.
+        `warned`, the part of the images that `unihema predict` would warn of, where there is a reference.
 
     Raises:
         ValueError: Unknown corruption, severity or task, or the folder holds a run with other settings.
@@ -79,7 +82,8 @@ def run_stress(
             point = {"task": task, "corruption": corruption, "severity": severity}
             if kind is not None:
                 point |= {"amount": kind.amounts[severity - 1], "unit": kind.unit}
-            figures = _measured(model, processor, task, changed, batch_size, bootstrap, seed)
+            options = {"batch_size": batch_size, "bootstrap": bootstrap, "seed": seed}
+            figures = _measured(model, processor, task, changed, reference, **options)
             report["points"].append(point | figures)
             write_json(Path(output) / STRESS_FILE, report)
     finally:
@@ -132,19 +136,20 @@ def _begun(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return report
 
 
-def _measured(model, processor, task: str, rows: Sequence[Row], batch_size: int, bootstrap: int, seed: int):
-    reference = reference_of(model)
-    options = {"batch_size": batch_size, "bootstrap": bootstrap, "seed": seed, "progress": False}
+def _measured(
+    model, processor, task: str, rows: Sequence[Row], reference: ModelReference | None, **options: Any
+) -> dict[str, Any]:
     if reference is None or task not in reference.tasks:
-        return _figures(task, evaluate_model(model, processor, {task: rows}, **options)[task])
-    with looks_of(model, processor) as looks:
-        found = evaluate_model(model, processor, {task: rows}, **options)[task]
+        return _figures(task, evaluate_model(model, processor, {task: rows}, progress=False, **options)[task])
     warned = []
-    for look in looks:
-        for features, quality in zip(look.features.cpu().numpy(), look.quality.tolist(), strict=True):
+
+    def compare(features, pixels) -> None:
+        for pooled, quality in zip(*image_scores(features, pixels, processor), strict=True):
             result = SmearResult(1, 1)
-            set_out_of_distribution(reference.tasks[task], features, quality, result)
+            set_out_of_distribution(reference.tasks[task], pooled, quality.tolist(), result)
             warned.append(bool(result.warnings))
+
+    found = evaluate_model(model, processor, {task: rows}, progress=False, on_features=compare, **options)[task]
     return _figures(task, found) | {"warned": float(np.mean(warned))}
 
 
