@@ -123,6 +123,10 @@ def _fuse_norms(backbone: nn.Module) -> int:
                 # timm's norms have the activation, which comes after them, within.
                 setattr(parent, norm_name, nn.Sequential(*norm.children()))
                 count += 1
+    for part in backbone.modules():
+        if isinstance(part, nn.ReLU):
+            # What comes out of a convolution is read by its activation alone; checked with the norms.
+            part.inplace = True
     return count
 
 
