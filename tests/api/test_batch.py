@@ -114,6 +114,27 @@ def test_only_what_changed_is_analysed_again(checkpoint, draw, tmp_path):
     assert changed.analysed == [a] and changed.other_settings == 1 and changed.images == 1
 
 
+def test_counts_say_what_the_differential_does_with_a_class(draw, tmp_path):
+    names = ["WBC", "erythroblast", "my cell", "RBC"]
+    checkpoint = save_tiny_checkpoint(
+        tmp_path / "unihema", id2label=dict(enumerate(names)), label_parents={"my cell": "WBC"}
+    )
+    predict_files(checkpoint, [draw("a.png")], tmp_path / "results", tasks=["detection"])
+    table = {row["label"]: row for row in rows(tmp_path / "results" / "counts.csv")}
+    assert {name: row["differential"] for name, row in table.items()} == {
+        "WBC": "unidentified",
+        "erythroblast": "beside",
+        "my cell": "counted",
+        "RBC": "",
+    }
+    white = int(table["WBC"]["count"]) + int(table["my cell"]["count"])
+    assert white
+    for name in ("WBC", "my cell"):
+        share = 100 * int(table[name]["count"]) / white
+        assert float(table[name]["percent_of_white_cells"]) == pytest.approx(share, abs=0.05)
+    assert table["RBC"]["percent_of_white_cells"] == table["erythroblast"]["percent_of_white_cells"] == ""
+
+
 def test_tables_and_records_agree(checkpoint, draw, tmp_path):
     draw("a.png")
     results = tmp_path / "results"
