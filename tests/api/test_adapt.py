@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 import unihema
 from unihema.checkpoint import CheckpointError
-from unihema.cli.app import app
 from unihema.hub_cards import check_card, folder_card
 from unihema.training.adapt import adapt, adapt_config, find_base
 from unihema.training.data.rows import DatasetError
@@ -24,6 +23,7 @@ from unihema.training.data.synthetic import SyntheticSmears
 from unihema.training.data.synthetic_cells import CLASSES
 from unihema.training.data.synthetic_folder import write_synthetic
 from unihema.training.run_config import RunConfigError
+from unihema_cli.app import app
 
 
 BASE, ADAPTER = "lab/base", "lab/our-stain"

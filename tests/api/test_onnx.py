@@ -13,8 +13,8 @@ from tiny_models import batch, lively
 
 import unihema
 from unihema.checkpoint import CheckpointError, load_checkpoint
-from unihema.cli.app import app
 from unihema.inference.onnx import OUTPUTS, MissingOnnxError, export_onnx
+from unihema_cli.app import app
 
 
 OPTIONS = {"num_queries": 12}
