@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unihema.checkpoint import REFERENCE_FILE, CheckpointError, checkpoint_files
+from unihema.checkpoint_files import REFERENCE_FILE, CheckpointError, checkpoint_files
 
 from .fields import CardError, check_card, is_repo_id
 from .folder_card import ADAPTER_CONFIG, CARD_FILE, read_json
