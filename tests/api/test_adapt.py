@@ -15,7 +15,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 from typer.testing import CliRunner
 
 import unihema
-from unihema.checkpoint import CheckpointError
+from unihema.checkpoint_files import CheckpointError
 from unihema.cli.app import app
 from unihema.hub_cards import check_card, folder_card
 from unihema.training.adapt import adapt, adapt_config, find_base

@@ -12,7 +12,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 from tiny_models import batch, lively
 
 import unihema
-from unihema.checkpoint import CheckpointError, load_checkpoint
+from unihema.checkpoint_files import CheckpointError, load_checkpoint
 from unihema.cli.app import app
 from unihema.inference.onnx import OUTPUTS, MissingOnnxError, export_onnx
 

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoProcessor, pipeline
 from typer.testing import CliRunner
 
 import unihema
-from unihema.checkpoint import load_checkpoint
+from unihema.checkpoint_files import load_checkpoint
 from unihema.cli.app import app
 from unihema.predict import analyze
 from unihema.shipped import copy_examples, lay_down_checkpoint
