@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import unihema
 from unihema.batch import predict_files
-from unihema.checkpoint import CheckpointError, fingerprint, load_checkpoint, set_image_sizes
+from unihema.checkpoint_files import CheckpointError, fingerprint, load_checkpoint, set_image_sizes
 from unihema.results.out_of_distribution import (
     REFERENCE_FILE,
     ModelReference,
