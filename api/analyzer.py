@@ -15,7 +15,7 @@ from unihema.checkpoint_files import (
     local_folder,
     reference_files,
 )
-from unihema.errors import UniHemaError
+from unihema.errors import InputError
 from unihema.modeling_unihema.tasks import IMAGE_TASKS, TASK_TABLE, TASKS, check_task
 from unihema.results.smear_result import Cell, SmearResult
 from unihema.version import __version__
@@ -42,7 +42,7 @@ class QueryCapWarning(UserWarning):
     """The field holds about as many cells as the model has queries, so some are probably not counted."""
 
 
-class RequestError(UniHemaError, ValueError):
+class RequestError(InputError):
     """What was asked for cannot be done by any checkpoint: an unknown task, a threshold that is none, a text too long."""
 
 

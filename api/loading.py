@@ -14,7 +14,7 @@ from unihema.checkpoint_files import (
     named_adapters,
     read_json,
 )
-from unihema.errors import UniHemaError
+from unihema.errors import InputError
 
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _KEPT_WHOLE = (
 )
 
 
-class DeviceError(UniHemaError, ValueError):
+class DeviceError(InputError):
     """A device or a dtype that there is not."""
 
 

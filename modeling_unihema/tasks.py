@@ -8,6 +8,8 @@ This file imports nothing heavy, so the command and the cards read it too.
 import re
 from dataclasses import dataclass
 
+from unihema.errors import InputError
+
 
 # The parts of the model beside the visual backbone, and where each lives in a state dict (below `model.`).
 PARTS = {
@@ -118,7 +120,7 @@ def check_task(name: str) -> Task:
         ValueError: There is no such task.
     """
     if name not in TASK_TABLE:
-        raise ValueError(f"Unknown task '{name}'; choose one of {', '.join(TASKS)}.")
+        raise InputError(f"Unknown task '{name}'; choose one of {', '.join(TASKS)}.")
     return TASK_TABLE[name]
 
 

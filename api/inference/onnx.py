@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from unihema.checkpoint_files import CheckpointError
-from unihema.errors import UniHemaError
+from unihema.errors import InputError, PackageMissingError
 from unihema.files import write_atomically
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.outputs import UniHemaClassificationOutput, UniHemaDetectionOutput
@@ -33,7 +33,7 @@ _TRACED_SIZE = (192, 256)
 _OUTPUT_CLASS = {"detection": UniHemaDetectionOutput, "single_cell": UniHemaClassificationOutput}
 
 
-class MissingOnnxError(UniHemaError, ImportError):
+class MissingOnnxError(PackageMissingError):
     """A package of the `onnx` extra is not installed."""
 
     def __init__(self, package: str):
@@ -63,11 +63,11 @@ def export_onnx(checkpoint: str | Path, output: str | Path, task: str = "detecti
     """
     output = Path(output)
     if task not in OUTPUTS:
-        raise ValueError(f"Task '{task}' has no ONNX export; choose one of {', '.join(OUTPUTS)}.")
+        raise InputError(f"Task '{task}' has no ONNX export; choose one of {', '.join(OUTPUTS)}.")
     if output.suffix != ".onnx":
-        raise ValueError(f"{output}: name the file .onnx, by which `unihema predict` knows it.")
+        raise InputError(f"{output}: name the file .onnx, by which `unihema predict` knows it.")
     if output.exists():
-        raise ValueError(f"{output} is there already: choose another name or delete it.")
+        raise InputError(f"{output} is there already: choose another name or delete it.")
     for package in ("onnx", "onnxscript"):
         try:
             importlib.import_module(package)
@@ -167,7 +167,7 @@ class OnnxModel:
             ValueError: Training is asked for.
         """
         if mode:
-            raise ValueError("An ONNX file cannot be trained; train the checkpoint it was made from.")
+            raise InputError("An ONNX file cannot be trained; train the checkpoint it was made from.")
         return self
 
     def __call__(
@@ -193,9 +193,9 @@ class OnnxModel:
             ValueError: Another task, or images padded to a common size.
         """
         if task not in (None, *self.tasks):
-            raise ValueError(f"This ONNX file does {self.tasks[0]}, not {task}.")
+            raise InputError(f"This ONNX file does {self.tasks[0]}, not {task}.")
         if pixel_mask is not None and not pixel_mask.all():
-            raise ValueError("An ONNX file knows no padding: give it images of one size, or one at a time.")
+            raise InputError("An ONNX file knows no padding: give it images of one size, or one at a time.")
         given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
         feed = {}
         for argument in self.session.get_inputs():
