@@ -638,7 +638,7 @@ def set_image_sizes(processor: "UniHemaProcessor", sizes: Mapping[str, int]) -> 
 
 
 def _weights(model: Any) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Everything that a model computes with, by name. A prepared model has no state dict."""
+    """Everything that a model computes with, by name. The state dict of a model in 8 bit has more than tensors."""
     yield from model.named_parameters()
     yield from model.named_buffers()
     for name, part in model.named_modules():
