@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from threading import local
 
 import torch
 from torch import nn
@@ -15,8 +15,12 @@ def is_traced() -> bool:
 
 
 # Valid pixels of the batch whose forward pass is running, for layers of other libraries, which take a map and nothing else.
-# Each thread has its own; it is set and reset within one call.
-_valid_pixels: ContextVar[torch.Tensor | None] = ContextVar("valid_pixels", default=None)
+# Each thread has its own; they are set and reset within one call. torch.compile traces a `local`, but no `ContextVar`.
+_running = local()
+
+
+def _valid_pixels() -> torch.Tensor | None:
+    return getattr(_running, "valid_pixels", None)
 
 
 def valid_at(pixels: torch.Tensor | None, maps: torch.Tensor) -> torch.Tensor | None:
@@ -76,11 +80,12 @@ def without_padding(pixels: torch.Tensor | None) -> Iterator[None]:
     if pixels is None:
         yield
         return
-    token = _valid_pixels.set(pixels)
+    before = _valid_pixels()
+    _running.valid_pixels = pixels
     try:
         yield
     finally:
-        _valid_pixels.reset(token)
+        _running.valid_pixels = before
 
 
 def ignore_padding(module: nn.Module) -> None:
@@ -120,7 +125,7 @@ def image_sizes(valid: torch.Tensor) -> list[tuple[int, int]] | None:
 
 
 def _blank_padding(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-    pixels = _valid_pixels.get()
+    pixels = _valid_pixels()
     if pixels is None:
         return None
     maps = inputs[0]
@@ -132,7 +137,7 @@ def _blank_padding(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple
 def blanked_in_place(maps: torch.Tensor) -> torch.Tensor:
     """Maps `[B, C, h, w]` with zeros in their padding, as a convolution must read them; written into the maps themselves where
     that is possible, which spares a copy: for maps whose padding nobody else reads."""
-    pixels = _valid_pixels.get()
+    pixels = _valid_pixels()
     if pixels is None:
         return maps
     valid = valid_at(pixels, maps)
@@ -147,7 +152,7 @@ def blanked_in_place(maps: torch.Tensor) -> torch.Tensor:
 
 def _blank_result(module: nn.Module, inputs: tuple[torch.Tensor, ...], maps: torch.Tensor) -> torch.Tensor | None:
     # Where there was padding only, the least of all numbers came out, and would overflow in what adapters add.
-    pixels = _valid_pixels.get()
+    pixels = _valid_pixels()
     return None if pixels is None else filled(maps, valid_at(pixels, maps), 0.0)
 
 

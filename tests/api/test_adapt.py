@@ -15,7 +15,6 @@ from tiny_checkpoint import save_tiny_checkpoint
 from typer.testing import CliRunner
 
 from unihema.checkpoint_files import CheckpointError
-from unihema.cli.app import app
 from unihema.hub_cards import check_card, folder_card
 from unihema.loading import load_model
 from unihema.training.adapt import adapt, adapt_config, find_base
@@ -24,6 +23,7 @@ from unihema.training.data.synthetic import SyntheticSmears
 from unihema.training.data.synthetic_cells import CLASSES
 from unihema.training.data.synthetic_folder import write_synthetic
 from unihema.training.run_config import RunConfigError
+from unihema_cli.app import app
 
 
 BASE, ADAPTER = "lab/base", "lab/our-stain"

@@ -13,9 +13,9 @@ from tiny_models import batch, lively
 
 from unihema import Analyzer
 from unihema.checkpoint_files import CheckpointError
-from unihema.cli.app import app
 from unihema.inference.onnx import OUTPUTS, MissingOnnxError, export_onnx
 from unihema.loading import load_model
+from unihema_cli.app import app
 
 
 OPTIONS = {"num_queries": 12}

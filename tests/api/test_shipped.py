@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 import unihema
 from unihema import Analyzer
-from unihema.cli.app import app
 from unihema.loading import load_model
 from unihema.shipped import copy_examples, lay_down_checkpoint
+from unihema_cli.app import app
 
 
 SHIPPED = Path(str(files("unihema"))) / "shipped_files"

@@ -123,17 +123,17 @@ def test_gradient_checkpointing_computes_again_and_changes_nothing(task, reentra
         return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, calls[0]
 
     loss, gradients, once = run()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
-    assert model.is_activation_checkpointing
+    assert model.is_gradient_checkpointing
     loss_again, gradients_again, twice = run()
     assert (once, twice) == (1, 2)
     torch.testing.assert_close(loss_again, loss, rtol=0, atol=1e-6)
     assert gradients_again.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradients_again[name], gradient, rtol=1e-4, atol=1e-5)
-    model.activation_checkpointing_disable()
+    model.gradient_checkpointing_disable()
     assert run()[2] == 1
 
 

@@ -19,7 +19,6 @@ import unihema
 from unihema import Analyzer, CheckpointError
 from unihema.analyzer import set_image_sizes
 from unihema.checkpoint_files import fingerprint
-from unihema.cli.app import app
 from unihema.loading import load_model
 from unihema.results.out_of_distribution import (
     REFERENCE_FILE,
@@ -36,6 +35,7 @@ from unihema.training.data.synthetic import SyntheticSmears
 from unihema.training.data.synthetic_folder import write_synthetic
 from unihema.training.half_precision import store_in_half
 from unihema.training.reference_fitting import fit_reference
+from unihema_cli.app import app
 
 
 LOOK = {"width": 224, "height": 168, "crop_size": 96}
