@@ -1,4 +1,4 @@
-"""One object that analyses: any image, several checkpoints, threads and processes, prepared or not, PyTorch or ONNX."""
+"""One object that analyses: any image, several checkpoints, threads and processes, prepared or not."""
 
 import copy
 import multiprocessing
@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from same_results import assert_same
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_models import lively
 from torch import nn
 
 import unihema
 from unihema import Analyzer, CheckpointError, QueryCapWarning, SmearResult, UniHemaError, prepare_for_inference
-from unihema.inference.onnx import export_onnx
 from unihema.inference.prepare import PreparedModelError
 from unihema.loading import load_model
 from unihema.training.adapter_config import AdapterConfig
@@ -62,24 +62,6 @@ def tiny(tmp_path_factory):
 def noise(seed: int, size: tuple[int, int] = (60, 40)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 255, (size[1] // 4, size[0] // 4, 3), np.uint8)
     return Image.fromarray(pixels).resize(size)
-
-
-def assert_same(found: SmearResult, expected: SmearResult, atol: float = 0.0) -> None:
-    assert [cell.label for cell in found.cells] == [cell.label for cell in expected.cells]
-    for name in ("box", "score"):
-        values = [np.array([getattr(cell, name) for cell in result.cells]) for result in (found, expected)]
-        # Boxes are pixels of images of some hundred pixels.
-        np.testing.assert_allclose(*values, rtol=0, atol=atol * (100 if name == "box" else 1), err_msg=name)
-    assert [{name: value["value"] for name, value in cell.attributes.items()} for cell in found.cells] == [
-        {name: value["value"] for name, value in cell.attributes.items()} for cell in expected.cells
-    ]
-    assert found.answers == expected.answers and found.counts == expected.counts
-    assert (found.mask is None) == (expected.mask is None)
-    if expected.mask is not None:
-        np.testing.assert_array_equal(found.mask, expected.mask)
-    if expected.single_cell is not None:
-        assert found.single_cell["label"] == expected.single_cell["label"]
-        assert found.single_cell["score"] == pytest.approx(expected.single_cell["score"], abs=atol)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (640, 480)])
@@ -292,25 +274,6 @@ def test_a_prepared_model_has_the_results_of_an_unprepared_one(checkpoint, loade
         assert_same(result, Analyzer(model, processor)(image, **ALL), atol=1e-4)
 
 
-def test_preparing_says_what_it_did_and_does_it_once(checkpoint):
-    model, processor = load_model(checkpoint, "cpu")
-    linears = {name: (id(part), part.weight.clone()) for name, part in model.named_modules() if type(part) is nn.Linear}
-    backbone = model.model.visual_backbone
-    norms = sum(isinstance(part, nn.BatchNorm2d) for part in backbone.backbone.modules())
-    done = prepare_for_inference(model)
-    assert done.fused_norms == norms > 4 and done.channels_last and done.notes == ()
-    assert str(done) == f"{norms} norms fused into convolutions, channels last"
-    assert not any(isinstance(part, nn.BatchNorm2d) for part in backbone.backbone.modules())
-    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
-    assert linears
-    for name, (identity, weight) in linears.items():
-        part = model.get_submodule(name)
-        assert type(part) is nn.Linear and id(part) == identity and torch.equal(part.weight, weight)
-    parts = [id(part) for part in model.modules()]
-    assert prepare_for_inference(model) is done and [id(part) for part in model.modules()] == parts
-    assert_same(Analyzer(model, processor)(noise(0), **ALL), Analyzer(model, processor)(noise(0), **ALL))
-
-
 @pytest.mark.parametrize("device_dtype", [torch.bfloat16, torch.float16])
 def test_a_prepared_model_can_be_moved_to_another_dtype(checkpoint, device_dtype):
     model, processor = load_model(checkpoint, "cpu")
@@ -383,25 +346,6 @@ def test_a_dtype_is_what_is_computed_in(checkpoint, loaded, dtype):
     assert result.provenance["dtype"] == "bfloat16" and result.provenance["device"] == "cpu"
     assert len(result.answers) == 2 and result.mask.shape == exact.mask.shape
     assert result.single_cell["score"] == pytest.approx(exact.single_cell["score"], abs=0.05)
-
-
-def test_onnx_finds_the_cells_of_pytorch(checkpoint, loaded, tmp_path):
-    detector = Analyzer.from_pretrained(export_onnx(checkpoint, tmp_path / "detector.onnx"))
-    assert detector.tasks == ("detection",)
-    for image, options in (
-        (noise(0, (130, 90)), {}),
-        (noise(1, (500, 300)), {"prompt": "neutrophil"}),
-        (noise(2, (90, 130)), {"threshold": 0.0}),
-    ):
-        expected = loaded(image, ["detection"], **options)
-        found = detector(image, **options)
-        assert expected.cells
-        assert_same(found, expected, atol=1e-4)
-        assert any(cell.attributes for cell in found.cells) == any(cell.attributes for cell in expected.cells)
-    assert list(detector.weights_sha256()) == ["detector.onnx"]
-    assert Analyzer(detector.model, detector.processor).weights_sha256() == detector.weights_sha256()
-    with pytest.raises(CheckpointError, match="no trained head for 'question_answering'"):
-        detector.ask(noise(0), "What is it?")
 
 
 def test_a_model_with_one_head_does_its_task(tmp_path):
