@@ -669,7 +669,7 @@ def _warn_if_crowded(logits: "torch.Tensor", thresholds: Sequence[float], result
             "too low. Cut the image into smaller fields."
         )
         result.warnings.append(message)
-        warnings.warn(f"{result.image or 'image'}: {message}", QueryCapWarning, stacklevel=5)
+        warnings.warn(f"{result.image or 'image'}: {message}", QueryCapWarning, stacklevel=6)
 
 
 __all__ = [

@@ -97,9 +97,9 @@ def test_a_photo_on_its_side_is_turned_upright(tiny, tmp_path):
 
 def test_as_many_cells_as_queries_is_said(tiny):
     image = Image.effect_noise((60, 40), 50)
-    with pytest.warns(QueryCapWarning, match="20 of 20 queries"):
+    with pytest.warns(QueryCapWarning, match="20 of 20 queries") as warned:
         result = tiny(image, tasks=["detection"], threshold=0.0)
-    assert "too low" in result.warnings[0]
+    assert "too low" in result.warnings[0] and warned[0].filename == __file__
     assert tiny(image, tasks=["detection"], threshold=1.0).warnings == []
 
 

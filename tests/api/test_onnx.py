@@ -19,6 +19,7 @@ from unihema.loading import load_model
 from unihema_cli.app import app
 
 
+pytestmark = pytest.mark.filterwarnings("ignore::unihema.analyzer.QueryCapWarning")
 OPTIONS = {"num_queries": 12}
 
 
