@@ -638,7 +638,7 @@ def set_image_sizes(processor: "UniHemaProcessor", sizes: Mapping[str, int]) -> 
 
 
 def _weights(model: Any) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Everything that a model computes with, by name. A prepared model has no state dict."""
+    """Everything that a model computes with, by name. The state dict of a model in 8 bit has more than tensors."""
     yield from model.named_parameters()
     yield from model.named_buffers()
     for name, part in model.named_modules():
@@ -669,7 +669,7 @@ def _warn_if_crowded(logits: "torch.Tensor", thresholds: Sequence[float], result
             "too low. Cut the image into smaller fields."
         )
         result.warnings.append(message)
-        warnings.warn(f"{result.image or 'image'}: {message}", QueryCapWarning, stacklevel=5)
+        warnings.warn(f"{result.image or 'image'}: {message}", QueryCapWarning, stacklevel=6)
 
 
 __all__ = [

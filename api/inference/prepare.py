@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ TOLERANCE = 1e-3
 
 
 class PreparedModelError(InputError):
-    """A model prepared for inference was to be saved or trained; the message says what to do instead."""
+    """A model prepared for inference was to be saved; the message says what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def prepare_for_inference(model: UniHemaPreTrainedModel) -> Preparation:
     faster, fused, notes = _faster_backbone(visual.backbone)
     if faster is not None:
         visual.backbone = faster
-        if fused:
-            faster.register_state_dict_pre_hook(_refuse_state_dict)
+    # Not by a hook on the state dict, which PEFT reads when it loads an adapter.
+    model.save_pretrained = _refuse_to_save
     model.preparation = Preparation(fused, faster is not None, notes)
     return model.preparation
 
@@ -132,7 +133,7 @@ def _same_maps(expected, found) -> bool:
     return all(bool((b - a).abs().max() <= bound * a.abs().max()) for a, b in zip(expected, found, strict=True))
 
 
-def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
     raise PreparedModelError(
         "This model was prepared for inference and no longer has the weights of its checkpoint. Load the checkpoint again to "
         "save it or to train it."

@@ -51,6 +51,7 @@ def test_prepared_model_is_not_saved(tmp_path):
     prepare_for_inference(model)
     with pytest.raises(PreparedModelError, match="Load the checkpoint again"):
         model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("side", [64, 60, 52])
