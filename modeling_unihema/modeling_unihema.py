@@ -249,7 +249,8 @@ class UniHemaModel(UniHemaPreTrainedModel):
             [`UniHemaModelOutput`]
 
         Raises:
-            ValueError: Unknown task, no image, an image given twice, no text where a question is needed, or a text batch that
+            ValueError: Unknown task, no image, an image or a prompt given twice, no text where a question is needed, or a text
+                batch that
                 is no multiple of the images.
         """
         check_task(task)
@@ -266,6 +267,8 @@ class UniHemaModel(UniHemaPreTrainedModel):
             feature = self.hema_former.single_cell_feature_extraction(tokens, levels)
             output = UniHemaModelOutput(last_hidden_state=feature[:, None], encoder_last_hidden_state=tokens)
         else:
+            if input_ids is not None and prompt_features is not None:
+                raise ValueError("Give input_ids or prompt_features, not both.")
             if self.config.text_guided_refinement and prompt_features is None:
                 prompt_features = self.get_prompt_features(input_ids, attention_mask, task, tokens.shape[0])
             output = self._find_cells(tokens, levels, prompt_features, make_denoising, states, weights)
