@@ -249,9 +249,8 @@ class UniHemaModel(UniHemaPreTrainedModel):
             [`UniHemaModelOutput`]
 
         Raises:
-            ValueError: Unknown task, no image, an image or a prompt given twice, no text where a question is needed, or a text
-                batch that
-                is no multiple of the images.
+            ValueError: Unknown task, no image, an image or a prompt given twice, no text where a question is needed, or a
+                text batch that is no multiple of the images.
         """
         check_task(task)
         states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states

@@ -1,6 +1,8 @@
 """Every head: `HeadBehaviour` for each class, and for each task of the model of all heads."""
 
-from head_behaviour import AnsweringBehaviour, HeadBehaviour, OneHead, PromptedBehaviour
+import pytest
+from head_behaviour import AnsweringBehaviour, ExportsAnySize, HeadBehaviour, OneHead, PromptedBehaviour
+from tiny_models import HEADS, very_tiny_config
 
 from unihema.modeling_unihema.modeling_unihema import (
     UniHemaForDetection,
@@ -29,16 +31,27 @@ OF_TEXT = {
 }
 
 
-class TestDetection(OneHead, PromptedBehaviour):
+class TestDetection(ExportsAnySize, OneHead, PromptedBehaviour):
     task, model_class, layer_shapes = "detection", UniHemaForDetection, OF_QUERIES
 
 
 class TestSegmentation(OneHead, PromptedBehaviour):
     task, model_class, layer_shapes = "segmentation", UniHemaForSegmentation, OF_QUERIES
 
+    def test_what_a_mask_cannot_teach_is_frozen_also_after_loading(self, tmp_path):
+        model = self.make()
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        assert any("query_selection.class_head" in name for name in frozen)
+        loaded = self.save_and_load(model, tmp_path)
+        assert {name for name, p in loaded.named_parameters() if not p.requires_grad} == frozen
 
-class TestImageClassification(OneHead, HeadBehaviour):
+
+class TestImageClassification(ExportsAnySize, OneHead, HeadBehaviour):
     task, model_class, layer_shapes = "single_cell", UniHemaForImageClassification, OF_IMAGE
+
+    def test_a_model_that_reads_no_text_says_so(self):
+        with pytest.raises(NotImplementedError, match="reads no text"):
+            self.make().get_input_embeddings()
 
 
 class TestQA(OneHead, AnsweringBehaviour):
@@ -63,3 +76,11 @@ class TestMultiTaskQuestionAnswering(AnsweringBehaviour):
 
 class TestMultiTaskCloze(AnsweringBehaviour):
     task, model_class, layer_shapes = "cloze", UniHemaForMultiTask, OF_TEXT
+
+
+def test_every_parameter_is_taught_by_some_task(tmp_path):
+    model = UniHemaForMultiTask(very_tiny_config())
+    taught = {name for head in HEADS.values() for name, p in head(model.config).named_parameters() if p.requires_grad}
+    assert taught == {name for name, _ in model.named_parameters()}
+    model.save_pretrained(tmp_path)
+    assert all(parameter.requires_grad for parameter in UniHemaForMultiTask.from_pretrained(tmp_path).parameters())

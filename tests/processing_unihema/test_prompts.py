@@ -2,8 +2,8 @@ import pytest
 
 from unihema.processing_unihema.prompts import (
     cloze_prompt,
-    names_prompt,
     fill_blanks,
+    names_prompt,
     number_blanks,
     question_prompt,
     task_prompt,
