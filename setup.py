@@ -1,7 +1,8 @@
 """Distribution `unihema`: the folders of the repository's top level become the import package `unihema`.
 
 The top level holds `modeling_unihema`, `processing_unihema`, `training` and `hub_cards` side by side; the mapping below
-puts them under `unihema`, so that no generic name such as `training` lands in site-packages.
+puts them under `unihema`, so that no generic name such as `training` lands in site-packages. The command is a package of
+its own, `unihema_cli`: whatever lies in `unihema` imports PyTorch first, which takes seconds, and its help is to be quick.
 """
 
 import re
@@ -15,7 +16,6 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "api" / "version.py").read
 
 PACKAGE_DIR = {
     "unihema": "api",
-    "unihema.cli": "api/cli",
     "unihema.inference": "api/inference",
     "unihema.official": "api/official",
     "unihema.results": "api/results",
@@ -27,6 +27,7 @@ PACKAGE_DIR = {
     "unihema.training.metrics": "training/metrics",
     "unihema.training.stress": "training/stress",
     "unihema.hub_cards": "hub_cards",
+    "unihema_cli": "api/cli",
 }
 
 CONVERT = ["sentencepiece>=0.2.3,<1", "protobuf>=7,<8"]
@@ -95,7 +96,7 @@ setup(
         "imagenet": IMAGENET,
         "tokenizer-training": ["sentencepiece>=0.2.3,<1"],
     },
-    entry_points={"console_scripts": ["unihema=unihema.cli:main"]},
+    entry_points={"console_scripts": ["unihema=unihema_cli:main"]},
     # A plain editable install answers imports through a finder that comes after the working directory, so a checkpoint
     # folder named `unihema` there would hide the package. The link tree of strict mode has no such problem.
     options={"editable_wheel": {"mode": "strict"}},

@@ -1,6 +1,6 @@
 """`python -m unihema` is the `unihema` command."""
 
-from unihema.cli import main
+from unihema_cli import main
 
 
 main()

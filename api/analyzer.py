@@ -2,12 +2,19 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from unihema.checkpoint_files import CheckpointError, fingerprint, is_onnx, local_folder, reference_files
+from unihema.checkpoint_files import (
+    CheckpointError,
+    fingerprint,
+    is_adapter,
+    is_onnx,
+    local_folder,
+    reference_files,
+)
 from unihema.errors import UniHemaError
 from unihema.modeling_unihema.tasks import IMAGE_TASKS, TASK_TABLE, TASKS, check_task
 from unihema.results.smear_result import Cell, SmearResult
@@ -64,7 +71,8 @@ class Request:
         prompt (`str` or `tuple[str, ...]`, *optional*): Class names, or a disease.
         questions (`tuple[str, ...]`): Questions and sentences with blanks.
         threshold (`float`, *optional*): Smallest detection score for all classes.
-        texts (`dict`): Task, or question -> token ids and mask `[1, L]`.
+        texts (`dict`): Task -> token ids and mask of its prompt `[1, L]`.
+        question_texts (`tuple[dict]`): The same of each question.
         prompts (`dict`): Task -> what its prompt gives the queries, of one image.
     """
 
@@ -73,6 +81,7 @@ class Request:
     questions: tuple[str, ...] = ()
     threshold: float | None = None
     texts: dict[str, dict[str, "torch.Tensor"]] = field(default_factory=dict)
+    question_texts: tuple[dict[str, "torch.Tensor"], ...] = ()
     prompts: dict[str, "UniHemaPromptFeatures"] = field(default_factory=dict)
 
 
@@ -110,6 +119,8 @@ class Analyzer:
         self.reference = reference
         self.source: str | None = None
         self.files: dict[str, str] = {}
+        # What the weights were when they were read from these files.
+        self._loaded_weights: tuple[float, ...] = ()
         # The reference is of the images that these were trained on.
         self._reference_adapters = self._adapters()
 
@@ -147,12 +158,14 @@ class Analyzer:
 
         Raises:
             CheckpointError: It cannot be used.
-            ValueError: An unknown device or dtype, an image size that cannot be, or a model that cannot be quantised.
+            DeviceError: An unknown device or dtype.
+            RequestError: An image size that cannot be.
+            ValueError: The model cannot be quantised.
         """
         from unihema.loading import load_model
 
         folder = local_folder(source, **hub)
-        files = fingerprint(folder)
+        files = fingerprint(folder, adapters)
         device = "cpu" if int8 and device is None else device
         model, processor = load_model(folder, device, dtype, adapters, load_in_8bit)
         set_image_sizes(processor, image_sizes or {})
@@ -171,16 +184,23 @@ class Analyzer:
             model = to_int8(model)
         analyzer = cls(model, processor, reference)
         analyzer.source, analyzer.files = str(source), files
+        analyzer._loaded_weights = _weight_sums(model)
+        if not is_adapter(folder):
+            # Of its base, which is in use where no adapter is.
+            analyzer._reference_adapters = ()
         return analyzer
 
     def weights_sha256(self) -> dict[str, str]:
-        """SHA-256 of each file that decides what is answered; of the weights themselves where the model came from no file."""
-        if self.files:
+        """SHA-256 of each file that decides what is answered; of the weights themselves where they came from no file, or
+        were changed since."""
+        if self.files and self._loaded_weights == _weight_sums(self.model):
             return self.files
+        if not hasattr(self.model, "parameters"):
+            return fingerprint(self.model.config.name_or_path)
         import torch
 
         digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in _weights(self.model):
             digest.update(name.encode())
             # As bytes: numpy knows no bfloat16.
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -194,9 +214,9 @@ class Analyzer:
     def __call__(
         self,
         image: "str | Path | Image.Image | numpy.ndarray",
-        tasks: Sequence[str] | None = None,
+        tasks: str | Sequence[str] | None = None,
         prompt: str | Sequence[str] | None = None,
-        questions: Sequence[str] = (),
+        questions: str | Sequence[str] = (),
         threshold: float | None = None,
     ) -> SmearResult:
         """Analyses one image.
@@ -245,9 +265,9 @@ class Analyzer:
     def analyze_images(
         self,
         images: "Sequence[str | Path | Image.Image | numpy.ndarray | OpenedImage]",
-        tasks: Sequence[str] | None = None,
+        tasks: str | Sequence[str] | None = None,
         prompt: str | Sequence[str] | None = None,
-        questions: Sequence[str] = (),
+        questions: str | Sequence[str] = (),
         threshold: float | None = None,
     ) -> list[SmearResult]:
         """Analyses several images at once; each has the result it has alone, up to float rounding.
@@ -265,9 +285,9 @@ class Analyzer:
         self,
         inputs: Sequence[str | Path],
         output: str | Path,
-        tasks: Sequence[str] | None = None,
+        tasks: str | Sequence[str] | None = None,
         prompt: str | Sequence[str] | None = None,
-        questions: Sequence[str] = (),
+        questions: str | Sequence[str] = (),
         threshold: float | None = None,
         geojson: bool = False,
         overwrite: bool = False,
@@ -307,9 +327,9 @@ class Analyzer:
 
     def request(
         self,
-        tasks: Sequence[str] | None = None,
+        tasks: str | Sequence[str] | None = None,
         prompt: str | Sequence[str] | None = None,
-        questions: Sequence[str] = (),
+        questions: str | Sequence[str] = (),
         threshold: float | None = None,
     ) -> Request:
         """Checks, before any image is opened, that the checkpoint can do what is asked, and reads the texts.
@@ -326,6 +346,8 @@ class Analyzer:
         """
         import torch
 
+        tasks = [tasks] if isinstance(tasks, str) else tasks
+        questions = (questions,) if isinstance(questions, str) else tuple(questions)
         tasks = self._default_tasks() if tasks is None else tuple(dict.fromkeys(tasks))
         for task in tasks:
             if task not in IMAGE_TASKS:
@@ -344,21 +366,19 @@ class Analyzer:
             if TASK_TABLE[task].reads_text
         }
         try:
-            texts = {task: dict(self.processor(text=text, task=task)) for task, text in asked.items()}
-            texts |= {
-                question: dict(self.processor(text=question, task=_language_task(question))) for question in questions
-            }
+            texts = {task: self._tokens(text, task) for task, text in asked.items()}
+            question_texts = tuple(self._tokens(question, _language_task(question)) for question in questions)
         except ValueError as error:
             raise RequestError(str(error)) from error
-        texts = {
-            name: {key: value.to(self.model.device) for key, value in tokens.items()} for name, tokens in texts.items()
-        }
         prompts = {}
         if hasattr(self.model, "get_prompt_features") and self.model.config.text_guided_refinement:
             with torch.inference_mode():
                 prompts = {task: self.model.get_prompt_features(**texts[task], task=task) for task in asked}
         kept = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
-        return Request(tasks, kept, tuple(questions), threshold, texts, prompts)
+        return Request(tasks, kept, questions, threshold, texts, question_texts, prompts)
+
+    def _tokens(self, text: str | Sequence[str] | None, task: str) -> "dict[str, torch.Tensor]":
+        return dict(self.processor(text=text, task=task).to(self.model.device))
 
     def run(
         self, request: Request, images: "Sequence[str | Path | Image.Image | numpy.ndarray | OpenedImage]"
@@ -392,8 +412,8 @@ class Analyzer:
                     request, seen, results
                 )
             self._compare(request, seen, results)
-            for question in request.questions:
-                for result, answer in zip(results, self._answers(question, request, seen), strict=True):
+            for question, tokens in zip(request.questions, request.question_texts, strict=True):
+                for result, answer in zip(results, self._answers(question, tokens, seen), strict=True):
                     result.answers.append({"question": question, "answer": answer})
         return results
 
@@ -453,13 +473,13 @@ class Analyzer:
         for result, label, score in zip(results, best.indices.tolist(), best.values.tolist(), strict=True):
             result.single_cell = {"label": self.model.config.single_cell_labels[label], "score": score}
 
-    def _answers(self, question: str, request: Request, seen: "_SeenImages") -> list[str]:
-        tokens = self.model.generate(
-            **{name: value.expand(len(seen.images), -1) for name, value in request.texts[question].items()},
+    def _answers(self, question: str, tokens: "dict[str, torch.Tensor]", seen: "_SeenImages") -> list[str]:
+        answers = self.model.generate(
+            **{name: value.expand(len(seen.images), -1) for name, value in tokens.items()},
             image_features=seen.features(_language_task(question)),
             max_new_tokens=self.model.config.max_text_length,
         )
-        return self.processor.decode_answers(tokens)
+        return self.processor.decode_answers(answers)
 
     def _compare(self, request: Request, seen: "_SeenImages", results: list[SmearResult]) -> None:
         """The first task that there is a reference for says how far each image is from those the model was trained on."""
@@ -615,6 +635,23 @@ def set_image_sizes(processor: "UniHemaProcessor", sizes: Mapping[str, int]) -> 
         if not 32 <= edge <= 8192:
             raise RequestError(f"An image size is the longest edge in pixels, 32 to 8192; got {edge} for {task}.")
     images.task_sizes = images.task_sizes | {task: {"longest_edge": int(edge)} for task, edge in sizes.items()}
+
+
+def _weights(model: Any) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Everything that a model computes with, by name. A prepared model has no state dict."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+    for name, part in model.named_modules():
+        # The packed weights of a linear layer in 8 bit are no parameters.
+        if callable(getattr(part, "weight", None)):
+            yield f"{name}.weight", part.weight().dequantize()
+
+
+def _weight_sums(model: Any) -> tuple[float, ...]:
+    """Tells weights that were changed since, without the time that a hash takes."""
+    if not hasattr(model, "parameters"):
+        return ()
+    return tuple(float(tensor.detach().float().sum()) for _, tensor in _weights(model))
 
 
 def _language_task(text: str) -> str:

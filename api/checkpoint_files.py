@@ -1,6 +1,7 @@
 """What a checkpoint, an adapter or an exported file consists of on disk, with errors that say what is wrong with it."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,14 +145,44 @@ def reference_files(folder: str | Path) -> list[Path]:
     return [path for path in [Path(folder) / REFERENCE_FILE] if path.is_file()]
 
 
-def fingerprint(source: str | Path) -> dict[str, str]:
-    """SHA-256 of each file that decides what a checkpoint answers, by file name; those of an adapter's base as `base/...`."""
+def fingerprint(source: str | Path, adapters: Mapping[str, str | Path] | Sequence[str | Path] = ()) -> dict[str, str]:
+    """SHA-256 of each file that decides what a checkpoint answers.
+
+    Args:
+        source (`str` or `Path`): Checkpoint folder, adapter folder or exported file.
+        adapters (`Mapping` or `Sequence`): Further adapters that are loaded with it, see [`load_model`].
+
+    Returns:
+        `dict[str, str]`: By file name; those of an adapter's base as `base/...`, of a further adapter by its name.
+    """
+    files = [Path(source)] if is_onnx(source) else []
     if is_adapter(source):
-        base = {f"base/{path.name}": sha256(path) for path in checkpoint_files(adapter_base(source))}
-        files = [*adapter_files(source), *reference_files(source)]
-        return {path.name: sha256(path) for path in files} | base
-    files = [Path(source)] if is_onnx(source) else [*checkpoint_files(source), *reference_files(source)]
-    return {path.name: sha256(path) for path in files}
+        files += adapter_files(source)
+    elif not files:
+        files += checkpoint_files(source)
+    found = {path.name: path for path in [*files, *reference_files(source)]}
+    if is_adapter(source):
+        found |= {f"base/{path.name}": path for path in checkpoint_files(adapter_base(source))}
+    for name, folder in named_adapters(adapters).items():
+        found |= {f"{name}/{path.name}": path for path in adapter_files(folder)}
+    return {name: sha256(path) for name, path in found.items()}
+
+
+def named_adapters(adapters: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, Path]:
+    """Adapter folders by the names they have in a model: those given, or their folders'.
+
+    Raises:
+        CheckpointError: Two of one name.
+    """
+    if isinstance(adapters, Mapping):
+        pairs = list(adapters.items())
+    else:
+        pairs = [(Path(folder).resolve().name, folder) for folder in adapters]
+    # Names become parts of the names of weights.
+    named = {name.replace(".", "_"): Path(folder) for name, folder in pairs}
+    if len(named) != len(pairs):
+        raise CheckpointError(f"{len(pairs)} adapters and the names {', '.join(named)}: give each its own.")
+    return named
 
 
 def is_onnx(path: str | Path) -> bool:
@@ -188,6 +219,7 @@ __all__ = [
     "is_adapter",
     "is_onnx",
     "local_folder",
+    "named_adapters",
     "read_json",
     "reference_files",
 ]

@@ -11,8 +11,10 @@ from unihema.checkpoint_files import (
     checkpoint_files,
     is_adapter,
     is_onnx,
+    named_adapters,
     read_json,
 )
+from unihema.errors import UniHemaError
 
 
 if TYPE_CHECKING:
@@ -34,6 +36,10 @@ _KEPT_WHOLE = (
     "sampling_offsets",
     "attention_weights",
 )
+
+
+class DeviceError(UniHemaError, ValueError):
+    """A device or a dtype that there is not."""
 
 
 def load_model(
@@ -59,17 +65,22 @@ def load_model(
         `tuple`: The model in evaluation mode, and the processor: that of the first adapter where it has its own.
 
     Raises:
-        CheckpointError: Files are missing or damaged, weights of the model are missing from them, an adapter does not fit, or
-            8 bit cannot be had.
-        ValueError: An unknown device or dtype, or two adapters of one name.
+        CheckpointError: Files are missing or damaged, weights of the model are missing from them, an adapter does not fit, two
+            adapters have one name, or 8 bit cannot be had.
+        DeviceError: An unknown device or dtype.
     """
     if is_onnx(folder):
         from unihema.inference.onnx import load_onnx
 
         return load_onnx(folder)
-    places = _named(adapters)
+    places = named_adapters(adapters)
     if is_adapter(folder):
-        places = {_adapter_name(folder): Path(folder)} | places
+        ((own, place),) = named_adapters([folder]).items()
+        if own in places:
+            raise CheckpointError(
+                f"{folder} and {places[own]} are both adapters called {own!r}: give each its own name."
+            )
+        places = {own: place} | places
         folder = adapter_base(folder)
     for place in places.values():
         adapter_files(place)
@@ -93,7 +104,7 @@ def choose_device(device: "str | torch.device | None" = None) -> "torch.device":
     """The device asked for; without one an NVIDIA GPU, else Apple's, else the processor.
 
     Raises:
-        ValueError: There is no such device.
+        DeviceError: There is no such device.
     """
     import torch
 
@@ -104,10 +115,13 @@ def choose_device(device: "str | torch.device | None" = None) -> "torch.device":
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device {device!r}: no such device; use cpu, cuda, cuda:0 or mps.") from error
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(chosen.type, lambda: True)
-    if not there():
-        raise ValueError(
+        raise DeviceError(f"device {device!r}: no such device; use cpu, cuda, cuda:0 or mps.") from error
+    there = {
+        "cuda": torch.cuda.device_count() > (chosen.index or 0),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there.get(chosen.type, True):
+        raise DeviceError(
             f"device {device!r}: not there on this machine; use cpu, or leave it out to take what there is."
         )
     return chosen
@@ -117,29 +131,15 @@ def choose_dtype(dtype: "str | torch.dtype") -> "torch.dtype":
     """The dtype asked for.
 
     Raises:
-        ValueError: It is none that weights may have.
+        DeviceError: It is none that weights may have.
     """
     import torch
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     chosen = known.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if chosen not in known.values():
-        raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(known)}.")
+        raise DeviceError(f"dtype {dtype!r}: choose one of {', '.join(known)}.")
     return chosen
-
-
-def _named(adapters: "Mapping[str, str | Path] | Sequence[str | Path]") -> dict[str, Path]:
-    if isinstance(adapters, Mapping):
-        return {name.replace(".", "_"): Path(place) for name, place in adapters.items()}
-    named = {_adapter_name(place): Path(place) for place in adapters}
-    if len(named) != len(adapters):
-        raise ValueError(f"{len(adapters)} adapters and the names {', '.join(named)}: give each its own.")
-    return named
-
-
-def _adapter_name(folder: str | Path) -> str:
-    # Names become parts of the names of weights.
-    return Path(folder).resolve().name.replace(".", "_")
 
 
 def _load_plain(folder: str | Path, device, dtype, load_in_8bit: bool):
@@ -186,4 +186,4 @@ def _in_8_bit(device: "torch.device") -> dict[str, Any]:
     return {"quantization_config": kept, "device_map": {"": device}}
 
 
-__all__ = ["choose_device", "choose_dtype", "load_model"]
+__all__ = ["DeviceError", "choose_device", "choose_dtype", "load_model"]

@@ -5,7 +5,7 @@ import shutil
 from importlib.resources import files
 from pathlib import Path
 
-from .checkpoint import fingerprint
+from .checkpoint_files import fingerprint
 from .files import sha256
 
 

@@ -21,7 +21,9 @@ SIZES = [(512, 512), (800, 1066)]
 def bench(
     output: Path = typer.Option(Path("docs"), help="Folder for speed.md and benchmarks/."),
     rounds: int = typer.Option(3, help="Timed rounds of each case."),
-    compiled: bool = typer.Option(True, help="Also measure with torch.compile, which takes minutes to compile."),
+    compiled: bool = typer.Option(
+        True, help="Also measure detection with torch.compile, which takes minutes to compile."
+    ),
     section: list[str] = typer.Option([], help="Measure only these again; the others stay as they are in the JSON."),
 ) -> None:
     """Measure UniHema beside its peers; a section that is done is written at once."""
@@ -44,7 +46,7 @@ def bench(
         "memory": lambda: detection.memory(SIZES[1]),
         "growth": lambda: detection.growth(rounds),
         "step": lambda: training_step.step(rounds),
-        "attention": lambda: attention.measure(SIZES, rounds, compiled),
+        "attention": lambda: attention.measure(SIZES, rounds),
         "detection": lambda: detection.measure(SIZES, rounds, compiled, rate),
     }
     for name, measure in sections.items():

@@ -30,8 +30,8 @@ def problem(size: tuple[int, int], queries: int | None) -> tuple:
     return torch.randn(1, tokens, HEADS, WIDTH), shapes, points, weights
 
 
-def measure(sizes: list[tuple[int, int]], rounds: int, compiled: bool) -> list[dict]:
-    """Rows of the table: forward, forward and backward; ours eagerly and compiled, ratios to Transformers'."""
+def measure(sizes: list[tuple[int, int]], rounds: int) -> list[dict]:
+    """Rows of the table: forward, forward and backward; ratios to Transformers'."""
     from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 
     from unihema.modeling_unihema.deformable_attention import multi_scale_deformable_attention
@@ -42,9 +42,6 @@ def measure(sizes: list[tuple[int, int]], rounds: int, compiled: bool) -> list[d
         return theirs(value, torch.tensor(shapes), shapes, None, points, weights, 64)
 
     forms = {"Transformers": transformers_form, "ours": multi_scale_deformable_attention}
-    if compiled:
-        torch.compiler.reset()
-        forms["ours, compiled"] = torch.compile(multi_scale_deformable_attention, dynamic=False)
     rows = []
     for size in sizes:
         for place, queries in (("encoder", None), ("decoder", 900)):

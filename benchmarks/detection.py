@@ -18,11 +18,11 @@ def measure(sizes: list[tuple[int, int]], rounds: int, compiled: bool, rate: flo
     for size in sizes:
         cases = {name: build(size) for name, build in models.detectors().items()}
         image = torch.randn(1, 3, *size)
-        half = models.unihema_anew().to(torch.bfloat16)
+        half = models.prepared_unihema().to(torch.bfloat16)
         cases["UniHema base, bf16"] = lambda half=half, image=image: half(image.to(torch.bfloat16))
         if compiled:
             torch.compiler.reset()
-            fast = torch.compile(models.unihema(), dynamic=False)
+            fast = torch.compile(models.prepared_unihema(), dynamic=False)
             cases["UniHema base, compiled"] = lambda fast=fast, image=image: fast(image)
         with torch.no_grad():
             timings = interleaved(cases, rounds, f"detection {size}")
@@ -46,7 +46,7 @@ def measure(sizes: list[tuple[int, int]], rounds: int, compiled: bool, rate: flo
 def growth(rounds: int) -> list[dict]:
     """How time grows with pixels, queries and images, for the base preset and DeformableDetr."""
     rows = []
-    peers = {"UniHema base": models.unihema_anew(), "DeformableDetr": models.deformable_detr()}
+    peers = {"UniHema base": models.prepared_unihema(), "DeformableDetr": models.deformable_detr()}
     with torch.no_grad():
         for side in (320, 448, 640, 896):
             image = torch.randn(1, 3, side, side)
@@ -55,7 +55,7 @@ def growth(rounds: int) -> list[dict]:
             )
             rows += [{"by": "pixels", "value": side**2, "model": n, "s": t.processor} for n, t in timings.items()]
         for number in (300, 900, 1700):
-            model, image = models.unihema_anew(num_queries=number), torch.randn(1, 3, 512, 512)
+            model, image = models.prepared_unihema(num_queries=number), torch.randn(1, 3, 512, 512)
             timing = interleaved({"it": lambda m=model, i=image: m(i)}, rounds, f"{number} queries")["it"]
             rows.append({"by": "queries", "value": number, "model": "UniHema base", "s": timing.processor})
         for number in (1, 2, 4):

@@ -31,10 +31,12 @@ def unihema(task: str = "detection", preset: str = "base", **options) -> nn.Modu
     return classes[task](config).eval()
 
 
-def unihema_anew(**options) -> nn.Module:
-    """A detector of ours that looks at the image on every call, though it be the one of the call before."""
-    model = unihema(**options)
-    model.register_forward_pre_hook(lambda *_: model.model.image_memory.forget())
+def prepared_unihema(task: str = "detection", preset: str = "base", **options) -> nn.Module:
+    """A model of [`unihema`] as [`Analyzer`] runs it."""
+    from unihema import prepare_for_inference
+
+    model = unihema(task, preset, **options)
+    prepare_for_inference(model)
     return model
 
 
@@ -111,8 +113,8 @@ def detectors() -> dict[str, Callable[[tuple[int, int]], Callable[[], object]]]:
 
     prompt = torch.tensor([[101, 2668, 3526, 1012, 102]])
     return {
-        "UniHema base": plain(unihema_anew),
-        "UniHema tiny": plain(lambda: unihema_anew(preset="tiny")),
+        "UniHema base": plain(prepared_unihema),
+        "UniHema tiny": plain(lambda: prepared_unihema(preset="tiny")),
         "DeformableDetr two-stage R50": plain(deformable_detr),
         "RT-DETRv2 R50": plain(rt_detr_v2, multiple=32),
         "Mask2Former R50": plain(mask2former),

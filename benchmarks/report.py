@@ -16,9 +16,10 @@ TITLES = {
 }
 
 NOTES = {
-    "tasks": "Everything is every part once, the image looked at once. Answers have 32 tokens; other random questions in every "
-    "round, nothing remembered of earlier answers. Random weights repeat themselves more than trained ones on a question, and "
-    "less than those on a masked sentence: see docs/tasks.md for passes on a trained checkpoint.",
+    "tasks": "Everything is every part once, the image looked at once. Answers have 32 tokens, each a pass of the text decoder. "
+    "A second task or question is given the features of the image (`image_features=`). Models of ours are prepared with "
+    "`prepare_for_inference`, but for the row that says otherwise.",
+    "detection": "Models of ours are prepared with `prepare_for_inference`.",
 }
 
 

@@ -1,10 +1,7 @@
 """Each task beside the same model with every task's parts on, which is what the official code runs on every call."""
 
 import math
-import statistics
-from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import cycle
+from functools import partial
 
 import torch
 
@@ -16,122 +13,65 @@ from unihema.inference.int8 import to_int8
 NEW_TOKENS = 32
 WORDS = 7
 END = 1
-# The official code drafts nothing, and takes four beams.
-EACH_TOKEN = {"prompt_lookup_num_tokens": None}
-EVERYTHING = "everything, an answer with a pass for each token"
-
-
-class _Counted:
-    """Counts how often a model looks at an image and how often its text decoder runs, call by call of a case."""
-
-    def __init__(self):
-        self.now = Counter()
-        self.calls: dict[str, list[Counter]] = {}
-
-    def watch(self, model) -> None:
-        for part, name in ((model.model.visual_backbone, "images"), (model.get_decoder(), "passes")):
-            part.register_forward_hook(lambda *_, name=name: self.now.update([name]))
-
-    def __call__(self, name: str, run: Callable[[], None]) -> Callable[[], None]:
-        def counted() -> None:
-            self.now.clear()
-            run()
-            self.calls.setdefault(name, []).append(Counter(self.now))
-
-        return counted
-
-    def mean(self, name: str, what: str) -> float:
-        return statistics.mean(call[what] for call in self.calls[name][1:])
-
-
-def questions() -> Iterator[torch.Tensor]:
-    """The same random questions `[1, L]` for every case, another one in every round: how well an answer can be drafted
-    depends on it."""
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(3, 1000, (16, WORDS), generator=generator)
-    return cycle(torch.cat((text[None], torch.tensor([[END]])), dim=1) for text in words)
+EVERYTHING = "everything"
+# A second call that is given the features of the image -> the call that computes them.
+SECOND = {"second question, image features given": "question", "segmentation after detection": "detection"}
 
 
 def measure(size: tuple[int, int], rounds: int) -> list[dict]:
-    """Rows of the table: processor seconds of each task, and their share of everything with an answer."""
+    """Rows of the table: processor seconds of each task, their share of everything with an answer, and of a second task on an
+    image its share of the first."""
     torch.manual_seed(0)
-    model, image = models.unihema("multitask"), torch.randn(1, 3, *size)
-    trunk = model.model
-    peer = models.blip_vqa()
-    # Another model of the same kind: quantising changes it for good.
-    small = to_int8(models.unihema("question_answering"))
-    counted = _Counted()
-    counted.watch(model)
-    counted.watch(small)
+    image, question = (
+        torch.randn(1, 3, *size),
+        torch.cat((torch.randint(3, 1000, (1, WORDS)), torch.tensor([[END]])), 1),
+    )
+    model = models.prepared_unihema("multitask")
+    # Other models of the same kind: what is done to them cannot be undone.
+    unprepared, int8 = models.unihema("detection"), to_int8(models.prepared_unihema("question_answering"))
+    trunk, peer = model.model, models.blip_vqa()
 
-    def answer(question: torch.Tensor, asked=model, beams: int = 1, **options) -> None:
-        if asked is not peer:
-            # The case before may have asked the same.
-            asked.answer_memory.forget()
-        asked.generate(
-            input_ids=question,
-            pixel_values=image,
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            num_beams=beams,
-            **options,
-        )
+    def answer(asked=model, **options) -> None:
+        asked.generate(input_ids=question, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, **options)
 
-    def new_image(question: torch.Tensor, asked=model, **options) -> None:
-        asked.model.image_memory.forget()
-        answer(question, asked, **options)
-
-    def task_alone(task: str) -> None:
-        trunk.image_memory.forget()
-        model(task=task, pixel_values=image)
-
-    def everything(question: torch.Tensor, **options) -> None:
+    def everything(beams: int) -> None:
         """Every part once, nothing twice: the image's feature levels are shared, as in the official forward pass."""
-        trunk.image_memory.forget()
-        levels = trunk.image_memory.levels(trunk.visual_backbone, image, None)
-        tokens = trunk.image_memory.tokens(trunk.image_encoder, levels)
+        features = model.get_image_features(image)
+        levels, tokens = features.levels, features.last_hidden_state
         model.single_cell_head(trunk.hema_former.single_cell_feature_extraction(tokens, levels))
-        mask = torch.ones_like(question)
-        text = trunk.text_branch.encode(question, mask).last_hidden_state
+        prompt = model.get_prompt_features(question)
         chosen = trunk.query_selection(tokens, levels)
-        content = trunk.hema_former.text_guided_visual_refinement(chosen.content, text, mask)
-        states, _ = trunk.image_decoder(content, chosen.reference_logits, tokens, levels)
-        model.detection_head(states)
-        model.mask_head(*trunk.hema_former.query_guided_mask_finder(states[-1, :, :1], tokens, levels), size)
-        answer(question, **options)
+        refine = trunk.hema_former.text_guided_visual_refinement
+        content = refine(chosen.content, prompt.last_hidden_state, prompt.attention_mask)
+        decoded = trunk.image_decoder(content, chosen.reference_logits, tokens, levels)
+        model.detection_head(decoded.states)
+        model.mask_head(*trunk.hema_former.query_guided_mask_finder(decoded.states[-1, :, :1], tokens, levels), size)
+        answer(num_beams=beams, image_features=features)
 
-    def asking(run: Callable, *arguments, **options) -> Callable[[], None]:
-        turns = questions()
-        return lambda: run(next(turns), *arguments, **options)
-
-    cases = {
-        EVERYTHING: asking(everything, **EACH_TOKEN),
-        "everything, an answer of 4 beams as in the official code": asking(everything, beams=4),
-        "everything, a drafted answer": asking(everything),
-        "detection": lambda: task_alone("detection"),
-        "segmentation": lambda: task_alone("segmentation"),
-        "single cell": lambda: task_alone("single_cell"),
-        "question": asking(new_image),
-        "question, a pass for each token": asking(new_image, **EACH_TOKEN),
-        "second question": asking(answer),
-        "second question, a pass for each token": asking(answer, **EACH_TOKEN),
-        "question, int8": asking(new_image, small),
-        "question to BLIP": asking(answer, peer),
-    }
-    cases = {name: counted(name, run) for name, run in cases.items()}
     with torch.no_grad():
+        features = model.get_image_features(image)
+        cases = {
+            EVERYTHING: partial(everything, beams=1),
+            "everything, an answer of 4 beams as in the official code": partial(everything, beams=4),
+            "detection": lambda: model(task="detection", pixel_values=image),
+            "detection, model not prepared": lambda: unprepared(image),
+            "segmentation": lambda: model(task="segmentation", pixel_values=image),
+            "segmentation after detection": lambda: model(task="segmentation", image_features=features),
+            "single cell": lambda: model(task="single_cell", pixel_values=image),
+            "question": lambda: answer(pixel_values=image),
+            "second question, image features given": lambda: answer(image_features=features),
+            "question, int8": lambda: answer(int8, pixel_values=image),
+            "question to BLIP": lambda: answer(peer, pixel_values=image),
+        }
         timings = interleaved(cases, rounds, f"tasks {size}")
-    base = timings[EVERYTHING].processor
     return [
         {
             "size": size,
             "task": name,
             "processor s": timing.processor,
-            "share": timing.processor / base,
+            "share": timing.processor / timings[EVERYTHING].processor,
+            "share of the first": timing.processor / timings[SECOND[name]].processor if name in SECOND else math.nan,
             "wall s": timing.wall,
-            # BLIP has other parts, which are not watched.
-            "images looked at": math.nan if "BLIP" in name else counted.mean(name, "images"),
-            "passes of the text decoder": math.nan if "BLIP" in name else counted.mean(name, "passes"),
         }
         for name, timing in timings.items()
     ]

@@ -1,4 +1,4 @@
-"""A folder of fields through `predict_files`, beside the same work done one step after the other."""
+"""A folder of fields through `Analyzer`: one at a time, several together, and without files."""
 
 import tempfile
 import time
@@ -6,11 +6,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from unihema.batch import Records, predict_files
-from unihema.checkpoint import load_checkpoint
-from unihema.files import sha256
-from unihema.predict import analyze_opened, check_request, open_image
+from unihema import Analyzer
 from unihema.shipped import copy_examples, lay_down_checkpoint
+
+
+ONE_AT_A_TIME = "files, one at a time"
+TASKS = ("detection", "segmentation")
 
 
 def measure(images: int, rounds: int) -> list[dict]:
@@ -22,12 +23,14 @@ def measure(images: int, rounds: int) -> list[dict]:
     """
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        checkpoint = lay_down_checkpoint(work / "checkpoint")
+        analyzer = Analyzer.from_pretrained(lay_down_checkpoint(work / "checkpoint"), device="cpu")
         fields = _folder_of_fields(work / "fields", images)
         cases = {
-            "one step after the other": lambda output: _in_turn(checkpoint, fields, output),
-            "read ahead, written behind": lambda output: predict_files(checkpoint, [fields], output),
-            "the same, 4 of a size together": lambda output: predict_files(checkpoint, [fields], output, batch_size=4),
+            ONE_AT_A_TIME: lambda output: analyzer.analyze_files([fields], output, TASKS),
+            "files, 4 of a size together": lambda output: analyzer.analyze_files([fields], output, TASKS, batch_size=4),
+            "a field with detection and segmentation by Analyzer, no files written": lambda output: [
+                analyzer(path, TASKS) for path in sorted(fields.iterdir())
+            ],
         }
         seconds: dict[str, float] = {}
         for number in tqdm(range(rounds + 1), desc="throughput", unit="round"):
@@ -36,7 +39,7 @@ def measure(images: int, rounds: int) -> list[dict]:
                 run(work / f"{name}-{number}")
                 if number:
                     seconds[name] = min(seconds.get(name, float("inf")), time.perf_counter() - start)
-    base = seconds["one step after the other"]
+    base = seconds[ONE_AT_A_TIME]
     return [
         {"case": name, "fields": images, "fields a second": images / value, "times faster": base / value}
         for name, value in seconds.items()
@@ -51,14 +54,3 @@ def _folder_of_fields(folder: Path, images: int) -> Path:
         source = examples[number % len(examples)]
         (folder / f"{number:04d}{source.suffix}").write_bytes(source.read_bytes())
     return folder
-
-
-def _in_turn(checkpoint: Path, fields: Path, output: Path) -> None:
-    """What `predict_files` does, without any of it at the same time as another."""
-    model, processor = load_checkpoint(checkpoint)
-    tasks = check_request(model, processor, None, None, (), None)
-    records = Records(output, {"tasks": list(tasks), "geojson": False})
-    for path in sorted(fields.iterdir()):
-        digest, opened = sha256(path), open_image(path)
-        [result] = analyze_opened(model, processor, [opened], tasks)
-        records.write(path.stem, path, digest, result, opened.pixels)

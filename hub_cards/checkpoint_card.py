@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from unihema.modeling_unihema.tasks import TASK_TABLE
+
 from .data_sources import DataRecord, data_lines, hub_datasets
 from .fields import check_fields, is_repo_id
 from .results import eval_results, metric_ids, result_lines
@@ -32,12 +34,6 @@ DOES = {
     "single_cell": "names the cell of a single-cell crop",
     "question_answering": "answers questions about an image",
     "cloze": "fills in sentences about an image",
-}
-_HEADS = {
-    "UniHemaForDetection": ["detection"],
-    "UniHemaForSegmentation": ["segmentation"],
-    "UniHemaForImageClassification": ["single_cell"],
-    "UniHemaForQA": ["question_answering", "cloze"],
 }
 
 
@@ -126,8 +122,8 @@ def trained_tasks(config: "UniHemaConfig") -> list[str]:
     """What a checkpoint was trained for; all that its head does where that is not recorded."""
     architecture = (getattr(config, "architectures", None) or [""])[0]
     trained = getattr(config, "trained_tasks", None)
-    head = _HEADS.get(architecture, list(DOES))
-    return [task for task in DOES if task in (trained or head) and task in head]
+    head = [name for name, task in TASK_TABLE.items() if task.model_class == architecture] or list(TASK_TABLE)
+    return [task for task in head if task in (trained or head)]
 
 
 def classes_lines(config: "UniHemaConfig", tasks: Sequence[str]) -> list[str]:

@@ -5,6 +5,8 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from unihema.modeling_unihema.tasks import TASK_TABLE
+
 from .checkpoint_card import card_text
 from .data_sources import DataRecord, leakage_line
 from .fields import CardError, check_fields
@@ -12,13 +14,6 @@ from .terms import TAGS, licence_fields
 from .usage import dataset_usage
 
 
-CATEGORIES = {
-    "detection": "object-detection",
-    "segmentation": "image-segmentation",
-    "single_cell": "image-classification",
-    "question_answering": "visual-question-answering",
-    "cloze": "visual-question-answering",
-}
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
@@ -61,7 +56,7 @@ def dataset_card(
     metadata = DatasetCardData(
         pretty_name=source.name,
         **licence_fields(source.licence, licence_name, licence_link),
-        task_categories=list(dict.fromkeys(CATEGORIES[task] for task in tasks)),
+        task_categories=list(dict.fromkeys(TASK_TABLE[task].pipeline for task in tasks)),
         size_categories=_size(sum(source.images.values())),
         language="en" if text_tasks else None,
         source_datasets=[source.hub_id] if source.hub_id else None,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unihema.checkpoint import REFERENCE_FILE, CheckpointError, checkpoint_files
+from unihema.checkpoint_files import REFERENCE_FILE, CheckpointError, checkpoint_files
 
 from .fields import CardError, check_card, is_repo_id
 from .folder_card import ADAPTER_CONFIG, CARD_FILE, read_json
@@ -133,7 +133,7 @@ def plan_push(folder: str | Path, repo_id: str, base_model: str | None = None) -
 def _checkpoint_names(folder: Path) -> list[str]:
     from unihema.modeling_unihema.remote_code import code_files
 
-    files = [*checkpoint_files(folder), *code_files([folder])]
+    files = [*checkpoint_files(folder), *code_files(folder).values()]
     _check_whole([path for path in files if path.suffix == ".safetensors"])
     return [path.name for path in files] + [name for name in _CHECKPOINT if (folder / name).is_file()]
 

@@ -76,7 +76,7 @@ def folder_card(
             **terms,
         )
     else:
-        from unihema.checkpoint import checkpoint_files
+        from unihema.checkpoint_files import checkpoint_files
         from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 
         checkpoint_files(folder)

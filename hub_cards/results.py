@@ -6,16 +6,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from unihema.modeling_unihema.tasks import TASK_TABLE
+
 from .data_sources import DataRecord
 
 
-PIPELINES = {
-    "detection": "object-detection",
-    "segmentation": "image-segmentation",
-    "single_cell": "image-classification",
-    "question_answering": "visual-question-answering",
-    "cloze": "visual-question-answering",
-}
 # Figure -> the Hub's name of the metric, and what to call it.
 METRICS = {
     "mAP50": ("map", "mean average precision at IoU 0.5"),
@@ -82,11 +77,11 @@ def eval_results(metrics: Mapping[str, Any] | None, record: DataRecord, split: s
     for task, values in metrics.items():
         intervals = values.get("intervals") or {}
         for name, value in whole_figures(values):
-            if name in METRICS and task in PIPELINES:
+            if name in METRICS and task in TASK_TABLE:
                 metric_type, metric_name = METRICS[name]
                 found.append(
                     EvalResult(
-                        task_type=PIPELINES[task],
+                        task_type=TASK_TABLE[task].pipeline,
                         task_name=task,
                         dataset_type=identifier or names.lower().replace(" ", "-"),
                         dataset_name=names,
@@ -121,4 +116,4 @@ def _is_figure(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-__all__ = ["METRICS", "PIPELINES", "eval_results", "metric_ids", "result_lines", "stale_result", "whole_figures"]
+__all__ = ["METRICS", "eval_results", "metric_ids", "result_lines", "stale_result", "whole_figures"]

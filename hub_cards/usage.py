@@ -3,41 +3,34 @@
 import re
 from collections.abc import Sequence
 
-from .results import PIPELINES
+from unihema.modeling_unihema.tasks import TASK_TABLE
 
 
 # The one line of the code that differs between a folder and a repository.
 HERE = 'REPO = "."'
 _CALLS = {
     "detection": [
-        'detect = pipeline("object-detection", model=REPO)',
+        "detect = {pipeline}",
         'for cell in detect("smear.png"):',
         '    print(cell["label"], round(cell["score"], 2), cell["box"])',
     ],
     "segmentation": [
-        'segment = pipeline("image-segmentation", model=REPO)',
+        "segment = {pipeline}",
         'for region in segment("smear.png"):',
         '    region["mask"].save("mask.png")',
     ],
     "single_cell": [
-        'classify = pipeline("image-classification", model=REPO)',
+        "classify = {pipeline}",
         'print(classify("cell.png")[0])',
     ],
     "question_answering": [
-        'ask = pipeline("visual-question-answering", model=REPO)',
+        "ask = {pipeline}",
         'print(ask(image="cell.png", question="What type of white blood cell is this?"))',
     ],
     "cloze": [
-        'fill_in = pipeline("visual-question-answering", model=REPO)',
+        "fill_in = {pipeline}",
         'print(fill_in(image="cell.png", question="The cell is a ___."))',
     ],
-}
-_CLASSES = {
-    "detection": "UniHemaForDetection",
-    "segmentation": "UniHemaForSegmentation",
-    "single_cell": "UniHemaForImageClassification",
-    "question_answering": "UniHemaForQA",
-    "cloze": "UniHemaForQA",
 }
 
 
@@ -47,7 +40,11 @@ def checkpoint_usage(tasks: Sequence[str]) -> list[str]:
     Args:
         tasks (`Sequence[str]`): What it was trained for.
     """
-    calls = [["", *_CALLS[task]] for task in _CALLS if task in tasks]
+    calls = [
+        ["", *(line.replace("{pipeline}", f'pipeline("{row.pipeline}", model=REPO)') for line in _CALLS[task])]
+        for task, row in TASK_TABLE.items()
+        if task in tasks
+    ]
     return [
         "```python",
         "import unihema",
@@ -71,10 +68,10 @@ def adapter_usage(base_model: str, model_class: str, task: str, own_processor: b
         task (`str`): What it was trained for.
         own_processor (`bool`): Whether a processor lies beside the adapter; the base's is taken otherwise.
     """
-    text = task in ("question_answering", "cloze")
+    text = TASK_TABLE[task].generates_text
     prompt = ', text="What type of white blood cell is this?"' if task == "question_answering" else ""
     prompt = ', text="The cell is a ___."' if task == "cloze" else prompt
-    picture = "smear.png" if task in ("detection", "segmentation") else "cell.png"
+    picture = "smear.png" if TASK_TABLE[task].default_prompt else "cell.png"
     task_argument = ", task=task" if model_class == "UniHemaForMultiTask" and not text else ""
     run = [
         f'task = "{task}"',
@@ -126,12 +123,12 @@ def for_repo(text: str, repo_id: str) -> str:
 
 def class_of_task(task: str) -> str:
     """The class that has the head of a task."""
-    return _CLASSES[task]
+    return TASK_TABLE[task].model_class
 
 
 def pipeline_of(tasks: Sequence[str]) -> str:
     """The Hub's name of what a model with these tasks does first."""
-    return next(name for task, name in PIPELINES.items() if task in tasks)
+    return next(row.pipeline for task, row in TASK_TABLE.items() if task in tasks)
 
 
 __all__ = ["adapter_usage", "checkpoint_usage", "class_of_task", "dataset_usage", "for_repo", "pipeline_of"]

@@ -4,14 +4,24 @@ import copy
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers import CONFIG_MAPPING, AutoConfig
+from transformers.backbone_utils import consolidate_backbone_kwargs_to_config
+from transformers.configuration_utils import PreTrainedConfig
 
 from .remote_code import SavedWithCode
 
 
 # Smallest detection score of a class whose threshold was never calibrated.
 DEFAULT_THRESHOLD = 0.3
+
+FLAN_T5_BASE = {
+    "d_model": 768,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 12,
+    "num_heads": 12,
+    "feed_forward_proj": "gated-gelu",
+}
 
 PAPER_MORPHOLOGY = {
     "nuclear_chromatin": ["open", "coarse"],
@@ -117,25 +127,7 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         "num_hidden_layers": "encoder_layers",
         "max_text_length": "fusion_queries",
     }
-    sub_configs_defaults = {
-        "backbone_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="resnet",
-            init_kwargs={"out_features": ["stage2", "stage3", "stage4"]},
-        ),
-        "text_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="t5",
-            init_kwargs={
-                "d_model": 768,
-                "d_kv": 64,
-                "d_ff": 2048,
-                "num_layers": 12,
-                "num_heads": 12,
-                "feed_forward_proj": "gated-gelu",
-            },
-        ),
-    }
+    sub_configs = {"backbone_config": AutoConfig, "text_config": AutoConfig}
 
     backbone_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -202,6 +194,15 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any):
+        self.backbone_config, kwargs = consolidate_backbone_kwargs_to_config(
+            backbone_config=self.backbone_config,
+            default_config_type="resnet",
+            default_config_kwargs={"out_features": ["stage2", "stage3", "stage4"]},
+            **kwargs,
+        )
+        if not isinstance(self.text_config, PreTrainedConfig):
+            given = dict(self.text_config or FLAN_T5_BASE)
+            self.text_config = CONFIG_MAPPING[given.pop("model_type", "t5")](**given)
         if not {"id2label", "label2id", "num_labels"} & kwargs.keys() and getattr(self, "id2label", None) is None:
             kwargs["id2label"] = dict(enumerate(SMEAR_CLASSES))
         if self.single_cell_labels is None:

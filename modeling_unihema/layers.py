@@ -126,9 +126,9 @@ class FeedForward(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """`[..., width]` to `[..., width]`."""
-        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if states.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return self._transform(states)
-        # The wide states of so many tokens stay in the processor's cache, and their memory is used again.
+        # On a processor the wide states of so many tokens stay in its cache, and their memory is used again.
         parts = states.flatten(0, -2).split(CHUNK)
         return torch.cat([self._transform(part) for part in parts]).view_as(states)
 

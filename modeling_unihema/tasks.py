@@ -61,7 +61,7 @@ _LANGUAGE = {
     "model_class": "UniHemaForQA",
     "auto_classes": ("AutoModelForVisualQuestionAnswering", "AutoModelForImageTextToText"),
     "pipeline": "visual-question-answering",
-    "pipeline_class": "VisualQuestionAnsweringPipeline",
+    "pipeline_class": "UniHemaVisualQuestionAnsweringPipeline",
     "headline": "exact_match",
     "generates_text": True,
 }

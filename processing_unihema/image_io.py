@@ -1,8 +1,10 @@
 """Opening images of every kind a microscope or a phone writes, as 8-bit RGB."""
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +26,15 @@ class UnreadableImageError(ValueError):
     """An image file that is missing, empty, truncated or no image; the message names it and the remedy."""
 
 
-def load_image(image: "str | Path | Image.Image | np.ndarray", max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(image: "str | Path | bytes | Image.Image | np.ndarray", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Opens an image as 8-bit RGB, upright.
 
     16-bit images are scaled by the bits in use, palettes resolved, transparency laid over white, CMYK and grayscale
     converted and EXIF rotation applied.
 
     Args:
-        image (`str`, `Path`, `PIL.Image.Image` or `np.ndarray`): A file, an opened image, or pixels `[H, W]`,
-            `[H, W, 1|3|4]`.
+        image (`str`, `Path`, `bytes`, `PIL.Image.Image` or `np.ndarray`): A file, its content, an opened image, or pixels
+            `[H, W]`, `[H, W, 1|3|4]`.
         max_pixels (`int`): Larger files are reduced to about this many pixels; [`image_size`] tells their own size.
 
     Returns:
@@ -43,8 +45,8 @@ def load_image(image: "str | Path | Image.Image | np.ndarray", max_pixels: int =
         ValueError: Pixels of another shape.
         TypeError: Not an image at all.
     """
-    if isinstance(image, (str, Path)):
-        with _reading(Path(image)) as opened:
+    if isinstance(image, (str, Path, bytes)):
+        with _reading(image) as opened:
             return to_rgb(_reduced(opened, max_pixels))
     if isinstance(image, np.ndarray):
         pixels = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
@@ -55,7 +57,7 @@ def load_image(image: "str | Path | Image.Image | np.ndarray", max_pixels: int =
         # A file that PIL has opened is only read now.
         with _naming(getattr(image, "filename", None) or "image"):
             return to_rgb(image)
-    raise TypeError(f"Expected a path, PIL image or array, got {type(image).__name__}.")
+    raise TypeError(f"Expected a path, bytes, PIL image or array, got {type(image).__name__}.")
 
 
 def load_mask(path: "str | Path") -> np.ndarray:
@@ -64,35 +66,38 @@ def load_mask(path: "str | Path") -> np.ndarray:
     Raises:
         UnreadableImageError: The file cannot be read as an image.
     """
-    with _reading(Path(path)) as opened:
+    with _reading(path) as opened:
         return np.array(opened)
 
 
-def image_size(image: "str | Path | Image.Image") -> tuple[int, int]:
+def image_size(image: "str | Path | bytes | Image.Image") -> tuple[int, int]:
     """Height and width of an upright image in pixels; those of its file, however [`load_image`] reduces it.
 
     Raises:
         UnreadableImageError: The file cannot be read as an image.
     """
-    if isinstance(image, (str, Path)):
-        with _reading(Path(image)) as opened:
+    if isinstance(image, (str, Path, bytes)):
+        with _reading(image) as opened:
             return image_size(opened)
     sideways = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     return image.size if sideways else image.size[::-1]
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[Image.Image]:
-    """An image file opened whatever its size; what goes wrong is an [`UnreadableImageError`]."""
-    if not path.is_file():
-        raise UnreadableImageError(f"{path}: no such image file. Check the path.")
-    with _naming(path):
-        if path.stat().st_size == 0:
-            raise UnreadableImageError(f"{path}: the file is empty. Copy it again from the microscope.")
+def _reading(file: "str | Path | bytes") -> Iterator[Image.Image]:
+    """An image file, or its content, opened whatever its size; what goes wrong is an [`UnreadableImageError`]."""
+    content = isinstance(file, bytes)
+    name = "image" if content else file
+    # A text too long for the name of a file is none.
+    if not content and not os.path.isfile(file):
+        raise UnreadableImageError(f"{name}: no such image file. Check the path.")
+    with _naming(name):
+        if (len(file) if content else os.path.getsize(file)) == 0:
+            raise UnreadableImageError(f"{name}: the file is empty. Copy it again from the microscope.")
         with _opening:
             limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             try:
-                opened = Image.open(path)
+                opened = Image.open(BytesIO(file) if content else file)
             finally:
                 Image.MAX_IMAGE_PIXELS = limit
         with opened:

@@ -1,11 +1,13 @@
 """Transformers pipelines for UniHema checkpoints.
 
 `visual-question-answering`, which Transformers dropped, is brought back. Object detection, image segmentation and image
-classification are subclasses that treat UniHema models themselves and leave every other model to Transformers. For a
-UniHema checkpoint the originals would mistake the tokenizer in its folder for that of a document model, and would look up
-single-cell classes among the detection classes.
+classification need pipelines of their own: the originals would mistake the tokenizer in a UniHema checkpoint for that of a
+document model, and would look up single-cell classes among the detection classes. Transformers knows one pipeline a task,
+so ours stand in its registry, and a model of others gets the original: see [`_ForUniHema`].
 """
 
+import base64
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,18 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import (
-    AutoModelForVisualQuestionAnswering,
-    ImageClassificationPipeline,
-    ImageSegmentationPipeline,
-    ObjectDetectionPipeline,
-    Pipeline,
-    pipelines,
-)
+from transformers import ImageClassificationPipeline, ImageSegmentationPipeline, ObjectDetectionPipeline, Pipeline
 from transformers.image_utils import load_image as fetch_image
-from transformers.pipelines import PIPELINE_REGISTRY
 
-from .image_io import image_size, load_image
+from .image_io import UnreadableImageError, image_size, load_image
 from .post_processing import (
     find_cells,
     post_process_semantic_segmentation,
@@ -33,23 +27,40 @@ from .post_processing import (
 from .prompts import task_prompt
 
 
-VQA = "visual-question-answering"
+class _ForUniHema:
+    """Before a pipeline class: with a UniHema model that class, with any other model its `stock` pipeline instead."""
+
+    stock: type[Pipeline]
+
+    def __new__(cls, model=None, *args, **kwargs):
+        # Copying and unpickling name no model.
+        if model is None or model.config.model_type == "unihema":
+            return super().__new__(cls)
+        return cls.stock(model, *args, **kwargs)
+
+    def check_model_type(self, supported_models: list[str] | dict) -> None:
+        """Does nothing: what Transformers lists lacks a model whose code came with its checkpoint."""
 
 
-def _is_unihema(pipeline: Pipeline) -> bool:
-    return pipeline.model.config.model_type == "unihema"
-
-
-def _open_image(image: Any, timeout: float | None = None) -> Image.Image:
-    """An image from a file, by our own rules; from an address or base64 text, by those of Transformers."""
-    if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
+def _image_source(image: Any, timeout: float | None = None) -> Any:
+    """What [`load_image`] opens: an address is fetched as Transformers does, text that names no file is read as base64."""
+    if not isinstance(image, str) or os.path.isfile(image):
+        return image
+    if image.startswith(("http://", "https://")):
         return fetch_image(image, timeout=timeout)
-    return load_image(image)
+    try:
+        content = base64.b64decode(image.partition(",")[2] if image.startswith("data:") else image)
+        image_size(content)
+    except (UnreadableImageError, ValueError) as error:
+        shown = image if len(image) <= 100 else f"{image[:60]}..."
+        raise UnreadableImageError(f"{shown}: no such image file, and no image as base64 text. Check it.") from error
+    return content
 
 
 def _image_inputs(pipeline: Pipeline, image: Any, task: str, prompt: str | Sequence[str] | None, timeout) -> dict:
     """Model inputs for one image; without a prompt the model uses its configuration's default."""
-    opened = _open_image(image, timeout)
+    source = _image_source(image, timeout)
+    opened = load_image(source)
     inputs = dict(pipeline.image_processor(opened, task=task))
     inputs["pixel_values"] = inputs["pixel_values"].to(pipeline.dtype)
     if prompt is not None:
@@ -60,8 +71,9 @@ def _image_inputs(pipeline: Pipeline, image: Any, task: str, prompt: str | Seque
         if length > limit:
             raise ValueError(f"The prompt has {length} tokens; the limit is {limit}. Name fewer classes.")
         inputs.update(tokens)
-    from_file = isinstance(image, (str, Path)) and Path(image).is_file()
-    inputs["target_size"] = torch.tensor([image_size(image if from_file and task == "detection" else opened)])
+    # Boxes are in pixels of the file, however large; masks have the size of the opened image.
+    from_file = task == "detection" and isinstance(source, (str, Path, bytes))
+    inputs["target_size"] = torch.tensor([image_size(source if from_file else opened)])
     return {"sample": inputs}
 
 
@@ -122,13 +134,15 @@ def _one(model_outputs: dict) -> dict:
     return {name: value[0][None] if isinstance(value, list) else value for name, value in model_outputs.items()}
 
 
-class UniHemaObjectDetectionPipeline(ObjectDetectionPipeline):
+class UniHemaObjectDetectionPipeline(_ForUniHema, ObjectDetectionPipeline):
     """Object detection: `[{"score", "label", "box": {"xmin", "ymin", "xmax", "ymax"}, "morphology"}]`, pixels.
 
-    For UniHema models `prompt` or `candidate_labels` (class names or a disease) says what to look for, and the threshold is
-    the calibrated one of each class unless given. Where the prompt names classes, only these are answered. `morphology`
-    maps each attribute to its value, and is empty for cells without a nucleus.
+    `prompt` or `candidate_labels` (class names or a disease) says what to look for, and the threshold is the calibrated one
+    of each class unless given. Where the prompt names classes, only these are answered. `morphology` maps each attribute to
+    its value, and is empty for cells without a nucleus.
     """
+
+    stock = ObjectDetectionPipeline
 
     def _sanitize_parameters(self, prompt=None, candidate_labels=None, **kwargs):
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
@@ -140,18 +154,12 @@ class UniHemaObjectDetectionPipeline(ObjectDetectionPipeline):
         return preprocess, forward, postprocess
 
     def preprocess(self, image, timeout=None, prompt=None):
-        if not _is_unihema(self):
-            return super().preprocess(image, timeout=timeout)
         return _image_inputs(self, image, "detection", prompt, timeout)
 
     def _forward(self, model_inputs):
-        if not _is_unihema(self):
-            return super()._forward(model_inputs)
         return _run_head(self, model_inputs, ("logits", "pred_boxes", "pred_morphology"))
 
     def postprocess(self, model_outputs, threshold=None, prompt=None):
-        if not _is_unihema(self):
-            return super().postprocess(model_outputs, **({} if threshold is None else {"threshold": threshold}))
         model_outputs = _one(model_outputs)
         outputs = SimpleNamespace(**model_outputs)
         (cells,) = find_cells(outputs, self.model.config, model_outputs["target_size"], prompt, threshold)
@@ -166,14 +174,16 @@ class UniHemaObjectDetectionPipeline(ObjectDetectionPipeline):
         ]
 
 
-class UniHemaImageSegmentationPipeline(ImageSegmentationPipeline):
+class UniHemaImageSegmentationPipeline(_ForUniHema, ImageSegmentationPipeline):
     """Image segmentation: `[{"score", "label", "mask"}]`, the mask a PIL image of the input's size, 255 on cells.
 
     The mask of a file too large to be opened whole (`image_io.MAX_PIXELS`) has the size it was reduced to.
 
-    For UniHema models `prompt` says what to segment; it becomes the label. The score is the mean probability inside the
-    mask. An image without any gives an empty list.
+    `prompt` says what to segment; it becomes the label. The score is the mean probability inside the mask. An image without
+    any gives an empty list.
     """
+
+    stock = ImageSegmentationPipeline
 
     def _sanitize_parameters(self, prompt=None, **kwargs):
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
@@ -182,22 +192,14 @@ class UniHemaImageSegmentationPipeline(ImageSegmentationPipeline):
         return preprocess, forward, postprocess
 
     def preprocess(self, image, subtask=None, timeout=None, prompt=None):
-        if not _is_unihema(self):
-            return super().preprocess(image, subtask=subtask, timeout=timeout)
         if subtask not in (None, "semantic"):
             raise ValueError(f"UniHema segments semantically; subtask '{subtask}' is not possible.")
         return _image_inputs(self, image, "segmentation", prompt, timeout)
 
     def _forward(self, model_inputs):
-        if not _is_unihema(self):
-            return super()._forward(model_inputs)
         return _run_head(self, model_inputs, ("mask_logits",))
 
     def postprocess(self, model_outputs, prompt=None, mask_threshold=None, **kwargs):
-        if not _is_unihema(self):
-            if mask_threshold is not None:
-                kwargs["mask_threshold"] = mask_threshold
-            return super().postprocess(model_outputs, **kwargs)
         config, model_outputs = self.model.config, _one(model_outputs)
         probability = post_process_semantic_segmentation(
             SimpleNamespace(**model_outputs),
@@ -218,22 +220,18 @@ class UniHemaImageSegmentationPipeline(ImageSegmentationPipeline):
         ]
 
 
-class UniHemaImageClassificationPipeline(ImageClassificationPipeline):
-    """Image classification: `[{"label", "score"}]`, best first; for UniHema models over the single-cell classes."""
+class UniHemaImageClassificationPipeline(_ForUniHema, ImageClassificationPipeline):
+    """Image classification: `[{"label", "score"}]`, best first, over the single-cell classes."""
+
+    stock = ImageClassificationPipeline
 
     def preprocess(self, image, timeout=None):
-        if not _is_unihema(self):
-            return super().preprocess(image, timeout=timeout)
         return _image_inputs(self, image, "single_cell", None, timeout)
 
     def _forward(self, model_inputs):
-        if not _is_unihema(self):
-            return super()._forward(model_inputs)
         return _run_head(self, model_inputs, ("logits",))
 
     def postprocess(self, model_outputs, function_to_apply=None, top_k=5):
-        if not _is_unihema(self):
-            return super().postprocess(model_outputs, function_to_apply=function_to_apply, top_k=top_k)
         names = self.model.config.single_cell_labels
         logits = _one(model_outputs)["logits"][0].float()
         function = getattr(function_to_apply, "value", function_to_apply) or "softmax"
@@ -248,8 +246,8 @@ class UniHemaImageClassificationPipeline(ImageClassificationPipeline):
 class VisualQuestionAnsweringPipeline(Pipeline):
     """Answers questions about images: `[{"answer", "score"}]`.
 
-    The answer is generated by the model from question and image; the score is the mean probability of its tokens. Models of
-    others that choose among fixed answers instead give the `top_k` most probable.
+    The answer is generated by the model from question and image; the score is the mean probability of its tokens. Models
+    that choose among fixed answers instead give the `top_k` most probable.
 
     Example:
 
@@ -267,6 +265,7 @@ class VisualQuestionAnsweringPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
     _pipeline_calls_generate = True
+    _processor_options = {"return_tensors": "pt"}
 
     def _sanitize_parameters(self, generate_kwargs=None, max_new_tokens=None, timeout=None, top_k=None, **kwargs):
         if kwargs:
@@ -310,19 +309,14 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         missing = {"image", "question"} - inputs.keys()
         if missing:
             raise ValueError(f"The input has no {' and no '.join(sorted(missing))}.")
-        image = _open_image(inputs["image"], timeout)
-        if _is_unihema(self):
-            found = dict(self.processor(images=image, text=inputs["question"], task="question_answering"))
-        else:
-            found = dict(self.processor(images=image, text=inputs["question"], return_tensors="pt"))
+        image = load_image(_image_source(inputs["image"], timeout))
+        found = dict(self.processor(images=image, text=inputs["question"], **self._processor_options))
         found["pixel_values"] = found["pixel_values"].to(self.dtype)
-        return {"sample": found} if _is_unihema(self) else found
+        return found
 
     def _forward(self, model_inputs, generate_kwargs=None):
         if not self.model.can_generate():
             return {"logits": self.model(**model_inputs).logits}
-        if _is_unihema(self):
-            return _run(self, model_inputs, lambda inputs: self._generate(inputs, generate_kwargs))
         return self._generate(model_inputs, generate_kwargs)
 
     def _generate(self, inputs: dict, generate_kwargs: dict | None) -> dict:
@@ -359,25 +353,21 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         return answers
 
 
+class UniHemaVisualQuestionAnsweringPipeline(_ForUniHema, VisualQuestionAnsweringPipeline):
+    """Visual question answering where an answer does not depend on the images and questions of its batch."""
+
+    stock = VisualQuestionAnsweringPipeline
+    _processor_options = {"task": "question_answering"}
+
+    def preprocess(self, inputs, timeout=None):
+        return {"sample": super().preprocess(inputs, timeout)}
+
+    def _forward(self, model_inputs, generate_kwargs=None):
+        return _run(self, model_inputs, lambda inputs: self._generate(inputs, generate_kwargs))
+
+
 def _is_stream(inputs: Any) -> bool:
     """A dictionary, generator or dataset, and not an image or a list."""
-    if isinstance(inputs, (str, list, Image.Image, np.ndarray, torch.Tensor)):
+    if isinstance(inputs, (str, bytes, list, Image.Image, np.ndarray, torch.Tensor)):
         return False
     return isinstance(inputs, Iterable) or hasattr(inputs, "__getitem__")
-
-
-def register_pipelines() -> None:
-    """Makes `transformers.pipeline` know the pipelines above; calling it again changes nothing."""
-    # Transformers refuses the tasks in this (private) table before it looks at the registry.
-    getattr(pipelines, "REMOVED_TASKS", {}).pop(VQA, None)
-    tasks = PIPELINE_REGISTRY.supported_tasks
-    if VQA not in tasks:
-        PIPELINE_REGISTRY.register_pipeline(
-            VQA,
-            pipeline_class=VisualQuestionAnsweringPipeline,
-            pt_model=AutoModelForVisualQuestionAnswering,
-            type="multimodal",
-        )
-    tasks["object-detection"]["impl"] = UniHemaObjectDetectionPipeline
-    tasks["image-segmentation"]["impl"] = UniHemaImageSegmentationPipeline
-    tasks["image-classification"]["impl"] = UniHemaImageClassificationPipeline

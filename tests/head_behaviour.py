@@ -331,17 +331,17 @@ class HeadBehaviour:
             return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, len(calls)
 
         loss, gradients, once = run()
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         if reentrant:
             model.enable_input_require_grads()
-        assert model.is_activation_checkpointing
+        assert model.is_gradient_checkpointing
         loss_again, gradients_again, twice = run()
         assert (once, twice) == (1, 2)
         torch.testing.assert_close(loss_again, loss, rtol=1e-6, atol=0)
         assert gradients_again.keys() == gradients.keys()
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradients_again[name], gradient, rtol=1e-4, atol=1e-5)
-        model.activation_checkpointing_disable()
+        model.gradient_checkpointing_disable()
         assert run()[2] == 1
 
     def test_an_adapter_is_trained_alone(self):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, detection, models, throughput, training_step
+from benchmarks import attention, detection, models, tasks, throughput, training_step
 from benchmarks.measuring import interleaved
 from benchmarks.report import page, plot
 
@@ -42,7 +42,7 @@ def test_page_has_a_table_for_what_was_measured_and_nothing_else(tmp_path):
 
 
 def test_attention_forms_compute_the_same():
-    rows = attention.measure([(96, 128)], rounds=1, compiled=False)
+    rows = attention.measure([(96, 128)], rounds=1)
     assert {(row["place"], row["kind"]) for row in rows} == {
         (place, kind) for place in ("encoder", "decoder") for kind in ("forward", "forward + backward")
     }
@@ -52,11 +52,28 @@ def test_attention_forms_compute_the_same():
 def test_throughput_is_measured_on_every_field():
     rows = throughput.measure(1, rounds=1)
     assert [row["case"] for row in rows] == [
-        "one step after the other",
-        "read ahead, written behind",
-        "the same, 4 of a size together",
+        "files, one at a time",
+        "files, 4 of a size together",
+        "a field with detection and segmentation by Analyzer, no files written",
     ]
     assert rows[0]["times faster"] == 1 and all(row["fields"] == 1 and row["fields a second"] > 0 for row in rows)
+
+
+def test_every_task_is_timed_and_second_ones_beside_the_first(monkeypatch):
+    small = {task: models.unihema(task, "tiny") for task in ("multitask", "detection", "question_answering")}
+    monkeypatch.setattr(models, "unihema", lambda task, *_: small[task])
+    monkeypatch.setattr(models, "blip_vqa", lambda: small["question_answering"])
+    monkeypatch.setattr(tasks, "NEW_TOKENS", 2)
+    looks, backbone = [], small["multitask"].model.visual_backbone
+    backbone.register_forward_hook(lambda *_: looks.append(1))
+    rows = {row["task"]: row for row in tasks.measure((64, 96), rounds=1)}
+    assert rows[tasks.EVERYTHING]["share"] == 1 and all(row["processor s"] > 0 for row in rows.values())
+    for second, first in tasks.SECOND.items():
+        expected = rows[second]["processor s"] / rows[first]["processor s"]
+        assert rows[second]["share of the first"] == expected
+    assert math.isnan(rows["question"]["share of the first"])
+    # Once for the features given to the second ones, then once in each of two rounds of all others on this model.
+    assert len(looks) == 1 + 2 * 6
 
 
 def test_peak_memory_is_that_of_the_process_itself():

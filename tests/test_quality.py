@@ -153,6 +153,18 @@ def test_all_models_are_timed_alone_and_together(lab, results, monkeypatch):
     assert tuple(best) in measured and tuple(f"unihema/{compared}" for compared in asked) in measured
 
 
+def test_tasks_on_one_image_look_at_it_once(lab, results):
+    model = speed.load_prepared(lab[1])
+    looks = []
+    model.model.visual_backbone.register_forward_hook(lambda *_: looks.append(1))
+    items = [f"{UNIHEMA}/{compared}" for compared in (ATTRIBUTES, "single_cell", "question_answering", "cloze")]
+    features = {}
+    with torch.inference_mode():
+        for run in speed.runners(Path(lab[0].output_dir), items, model).values():
+            run(features)
+    assert len(looks) == len(features) == 1
+
+
 def test_attribute_peer_learns_attributes_and_its_one_cell_is_the_crop():
     torch.manual_seed(0)
     peer = AttributeHeads(very_tiny_config(**LITE0, morphology={"size": ["big", "small"], "shape": ["a", "b", "c"]}))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unihema.checkpoint import CheckpointError, is_adapter
+from unihema.checkpoint_files import CheckpointError, is_adapter
 from unihema.hub_cards.fields import is_repo_id
 from unihema.training.adapter_config import AdapterConfig
 from unihema.training.adapters import CONFIG, WEIGHTS

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from unihema.checkpoint import REFERENCE_FILE
+from unihema.checkpoint_files import REFERENCE_FILE
 from unihema.training.files import write_json
 
 

@@ -1,4 +1,7 @@
-"""The `unihema` command."""
+"""The `unihema` command, a package beside `unihema`: its help needs neither that, nor PyTorch, nor Transformers.
+
+So a command imports what it needs when it is called.
+"""
 
 from .app import app, main
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from unihema.cli.options import run_overrides, stopped_runs_exit
+from .options import run_overrides, stopped_runs_exit
 
 
 def ablate(

@@ -5,7 +5,7 @@ from typing import Any
 
 import typer
 
-from unihema.cli.options import pairs, run_overrides, stopped_runs_exit
+from .options import pairs, run_overrides, stopped_runs_exit
 
 
 def adapt(

@@ -5,25 +5,24 @@ import sys
 
 import typer
 
-from unihema.cli.ablate import ablate
-from unihema.cli.adapt import adapt
-from unihema.cli.ask import ask
-from unihema.cli.card import card
-from unihema.cli.convert import convert
-from unihema.cli.data import data
-from unihema.cli.demo import demo
-from unihema.cli.demo_train import demo_train
-from unihema.cli.evaluate import evaluate
-from unihema.cli.export import export
-from unihema.cli.info import info
-from unihema.cli.init import init
-from unihema.cli.parity import parity
-from unihema.cli.predict import predict
-from unihema.cli.push import push
-from unihema.cli.reference import reference
-from unihema.cli.stress import stress
-from unihema.cli.train import train
-from unihema.version import __version__
+from .ablate import ablate
+from .adapt import adapt
+from .ask import ask
+from .card import card
+from .convert import convert
+from .data import data
+from .demo import demo
+from .demo_train import demo_train
+from .evaluate import evaluate
+from .export import export
+from .info import info
+from .init import init
+from .parity import parity
+from .predict import predict
+from .push import push
+from .reference import reference
+from .stress import stress
+from .train import train
 
 
 app = typer.Typer(
@@ -37,7 +36,9 @@ app = typer.Typer(
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(__version__)
+        from importlib import metadata
+
+        typer.echo(metadata.version("unihema"))
         raise typer.Exit
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from unihema.cli.options import pairs
+from .options import pairs
 
 
 def card(

@@ -119,9 +119,10 @@ def check(
 
     Exit code 1: something has to be put right.
     """
-    from unihema.cli.data_report import report_lines
     from unihema.training.data.check import check_data
     from unihema.training.files import write_json
+
+    from .data_report import report_lines
 
     report = check_data(
         paths,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from unihema.cli.figures import figures_text
+from .figures import figures_text
 
 
 FIELDS, VALIDATION_FIELDS, SHOWN_FIELDS = 240, 20, 4

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import typer
 
-from unihema.cli.figures import figures_text
-from unihema.cli.options import IMAGE_SIZE_HELP, data_to_measure, pairs
+from .figures import figures_text
+from .options import IMAGE_SIZE_HELP, data_to_measure, pairs
 
 
 def evaluate(

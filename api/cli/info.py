@@ -2,12 +2,11 @@
 
 import json
 import platform
-from importlib import metadata
 from pathlib import Path
 
 import typer
 
-from unihema.cli.figures import figures_text
+from .figures import figures_text
 
 
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "evaluate", "safetensors", "timm")
@@ -15,6 +14,8 @@ PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "peft", "datas
 
 def info(checkpoint: Path = typer.Argument(None, help="Checkpoint folder.")) -> None:
     """Show versions, and of a checkpoint its size, tasks, classes, thresholds and measured figures."""
+    from importlib import metadata
+
     import torch
 
     from unihema.version import __version__

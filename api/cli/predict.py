@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from unihema.cli.options import IMAGE_SIZE_HELP, pairs
+from .options import IMAGE_SIZE_HELP, pairs
 
 
 def predict(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from unihema.cli.options import data_to_measure
+from .options import data_to_measure
 
 
 def reference(

@@ -5,8 +5,8 @@ from typing import Any
 
 import typer
 
-from unihema.cli.figures import figures_text
-from unihema.cli.options import pairs, run_overrides, stopped_runs_exit
+from .figures import figures_text
+from .options import pairs, run_overrides, stopped_runs_exit
 
 
 def train(

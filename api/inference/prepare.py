@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.parametrize import is_parametrized
 
 from unihema.errors import UniHemaError
 from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
@@ -43,25 +44,21 @@ class FusedConvolution(nn.Module):
     """A convolution and the BatchNorm after it as one convolution. It reads padding as if the image ended there.
 
     Args:
-        convolution (`nn.Conv2d`): With zero padding.
+        convolution (`nn.Conv2d`): Of any kind, such as one that pads in a way of its own.
         norm (`nn.BatchNorm2d`): In evaluation mode.
     """
 
     def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d):
         super().__init__()
-        weight, bias = fuse_conv_bn_weights(
-            convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        self.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        self.settings = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
+        self.convolution = fuse_conv_bn_eval(convolution, norm)
         self.looks_around = convolution.kernel_size != (1, 1)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """`[B, C, h, w]` to `[B, C', h', w']`."""
         if self.looks_around:
             maps = blanked_in_place(maps)
-        return nn.functional.conv2d(maps, self.weight, self.bias, *self.settings)
+        # Its hook would blank a copy of the maps.
+        return self.convolution.forward(maps)
 
 
 def prepare_for_inference(model: UniHemaPreTrainedModel) -> Preparation:
@@ -116,13 +113,17 @@ def _fuse_norms(backbone: nn.Module) -> int:
     for parent in list(backbone.modules()):
         children = list(parent.named_children())
         for (name, convolution), (norm_name, norm) in zip(children, children[1:]):
-            # Other kinds, such as the layers of an adapter or convolutions that pad in a way of their own, do more.
-            pair = type(convolution) is nn.Conv2d and isinstance(norm, nn.BatchNorm2d)
-            if pair and convolution.padding_mode == "zeros" and norm.track_running_stats and norm.affine:
+            # The layers of an adapter, which do more, are no `nn.Conv2d`.
+            pair = isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+            if pair and not is_parametrized(convolution) and norm.track_running_stats and norm.affine:
                 setattr(parent, name, FusedConvolution(convolution, norm))
                 # timm's norms have the activation, which comes after them, within.
                 setattr(parent, norm_name, nn.Sequential(*norm.children()))
                 count += 1
+    for part in backbone.modules():
+        if isinstance(part, nn.ReLU):
+            # What comes out of a convolution is read by its activation alone; checked with the norms.
+            part.inplace = True
     return count
 
 

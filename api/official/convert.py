@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from unihema.files import write_text
+from unihema.loading import load_model
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.official.keys import OfficialKeyError, copies, dead_shapes, official_name, translate
 from unihema.official.labels import OFFICIAL_CELLS, OFFICIAL_CLASSES

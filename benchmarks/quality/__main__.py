@@ -18,9 +18,9 @@ from benchmarks.quality.peers import PEERS
 from benchmarks.quality.results import UNIHEMA
 from benchmarks.quality.speed import conditions, measure
 from benchmarks.quality.table import best_peers, comparison, page
-from unihema.cli.options import pairs, run_overrides
 from unihema.training.files import write_json, write_text
 from unihema.training.run_config import RunConfig
+from unihema_cli.options import pairs, run_overrides
 
 
 PEER_HELP = f"Train this peer only; may be repeated. There are {', '.join(PEERS)}."

@@ -17,7 +17,7 @@ class TextOnlyT5(Peer):
     """A T5 of the size of UniHema's text branch that never sees the image, which is what the official code amounts to."""
 
     backbone_part = None
-    reads_text_alone = True
+    text_only = True
     backbone_network = None
 
     def __init__(self, config: UniHemaConfig):
@@ -39,8 +39,10 @@ class TextOnlyT5(Peer):
         """
         return self.network(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
 
-    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options) -> torch.Tensor:
-        """Token ids of the answers `[N, T]`; `options` are those of `generate`."""
+    def generate(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, text_only: bool = True, **options
+    ) -> torch.Tensor:
+        """Token ids of the answers `[N, T]`; `options` are those of `generate`. `text_only` is a mark of batches."""
         return self.network.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
 
 

@@ -193,6 +193,7 @@ def _measured(compared: str, model, processor, rows: Sequence[Row], config: RunC
         max_samples=logging.final_samples,
         progress=logging.progress,
         seed=config.optimisation.seed,
+        text_only=getattr(model, "text_only", False),
     )
     return compared_figures(compared, report)
 

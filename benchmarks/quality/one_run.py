@@ -10,14 +10,14 @@ import torch
 
 from benchmarks.measuring import say_peak
 from benchmarks.quality.peers import PEERS
-from benchmarks.quality.speed import runners
-from unihema.loading import load_model
+from benchmarks.quality.speed import load_prepared, runners
 
 
 if __name__ == "__main__":
     folder, checkpoint, *items = sys.argv[1:]
-    unihema = None if all(item in PEERS for item in items) else load_model(checkpoint, "cpu")[0].eval()
+    unihema = None if all(item in PEERS for item in items) else load_prepared(checkpoint)
     with torch.inference_mode():
+        features: dict = {}
         for run in runners(Path(folder), items, unihema).values():
-            run()
+            run(features)
     say_peak()

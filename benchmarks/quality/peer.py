@@ -25,16 +25,12 @@ class Peer(nn.Module):
 
     # In the names of the backbone's parameters; `None` without one.
     backbone_part: str | None = "backbone"
-    reads_text_alone = False
+    # Whether it never sees an image, so that none is read for it.
+    text_only = False
 
     def __init__(self, config: UniHemaConfig):
         super().__init__()
         self.config = config
-
-    @property
-    def model(self) -> "Peer":
-        """Evaluation asks UniHema's trunk whether it reads text alone."""
-        return self
 
     @property
     def device(self) -> torch.device:

@@ -58,7 +58,7 @@ def save_example(folder: Path, compared: str, model, processor, rows: list[Row])
         single_cell_labels=config.single_cell_labels,
         morphology=config.morphology,
         evaluation=True,
-        text_only=model.model.reads_text_alone,
+        text_only=getattr(model, "text_only", False),
     )
     batch = dataset.collate([dataset[0]])
     inputs = {name: value.contiguous() for name, value in model_inputs(batch).items()}

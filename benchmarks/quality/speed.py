@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 
 from benchmarks.measuring import interleaved, peak_memory
 from benchmarks.quality.compared import ATTRIBUTES, task_of
+from benchmarks.quality.peer import Peer
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.results import UNIHEMA, unihema_item
 from benchmarks.quality.saved import load_example, load_peer
+from unihema.inference.prepare import prepare_for_inference
 from unihema.loading import load_model
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 
@@ -26,8 +29,10 @@ _IMAGE_OF = {
 }
 
 
-def runners(folder: Path, items: Sequence[str], unihema: Any) -> dict[str, Callable[[], Any]]:
+def runners(folder: Path, items: Sequence[str], unihema: Any) -> dict[str, Callable[[dict], Any]]:
     """For each model a function that runs it on its example, on the CPU.
+
+    It is given a dictionary, in which UniHema leaves the features of the image for its further tasks on the same one.
 
     Args:
         folder (`Path`): Of the comparison.
@@ -37,10 +42,12 @@ def runners(folder: Path, items: Sequence[str], unihema: Any) -> dict[str, Calla
     found = {}
     for item in items:
         if item in PEERS:
-            model, compared, own = load_peer(folder / item), PEERS[item].compared, folder / item
+            compared, own = PEERS[item].compared, folder / item
+            found[item] = _peer_runner(load_peer(own), task_of(compared), _inputs(folder, own, compared))
         else:
-            model, compared, own = unihema, item.split("/")[1], folder / UNIHEMA
-        found[item] = _runner(model, task_of(compared), _inputs(folder, own, compared))
+            compared = item.split("/")[1]
+            inputs = _inputs(folder, folder / UNIHEMA, compared)
+            found[item] = _unihema_runner(unihema, task_of(compared), inputs, _IMAGE_OF.get(compared, compared))
     return found
 
 
@@ -57,13 +64,33 @@ def _inputs(folder: Path, own: Path, compared: str) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _runner(model, task: str, inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
-    if task in LANGUAGE_TASKS:
-        # As many tokens as the true answer has: no model is faster for saying less.
-        tokens = int((inputs.pop("labels") >= 0).sum())
-        length = {"min_new_tokens": tokens, "max_new_tokens": tokens}
-        return lambda: model.generate(**inputs, **length, num_beams=1, do_sample=False)
-    return lambda: model(task=task, **inputs)
+def _peer_runner(model: Peer, task: str, inputs: dict[str, torch.Tensor]) -> Callable[[dict], Any]:
+    length = _answer_length(task, inputs)
+    return lambda _: model.generate(**inputs, **length) if length else model(**inputs)
+
+
+def _unihema_runner(model: Any, task: str, inputs: dict[str, torch.Tensor], image: str) -> Callable[[dict], Any]:
+    length = _answer_length(task, inputs)
+    pixels = {name: inputs.pop(name) for name in ("pixel_values", "pixel_mask")}
+    image = (image, tuple(pixels["pixel_values"].shape))
+
+    def run(features: dict) -> Any:
+        if image not in features:
+            features[image] = model.get_image_features(**pixels, task=task)
+        if length:
+            return model.generate(**inputs, **length, image_features=features[image])
+        return model(task=task, **inputs, image_features=features[image])
+
+    return run
+
+
+def _answer_length(task: str, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Settings of `generate` for as many tokens as the true answer has, so that no model is faster for saying less; none for
+    tasks that answer no text."""
+    if task not in LANGUAGE_TASKS:
+        return {}
+    tokens = int((inputs.pop("labels") >= 0).sum())
+    return {"min_new_tokens": tokens, "max_new_tokens": tokens, "num_beams": 1, "do_sample": False}
 
 
 def measure(
@@ -71,8 +98,7 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Times all models in turn, then each one's memory in a process of its own.
 
-    UniHema forgets the image and its answers before it is asked anew; where it does all tasks, tasks on the same image share
-    it.
+    UniHema is prepared for inference; where it does all tasks, those on the same image share its features.
 
     Args:
         folder (`Path`): Of the comparison.
@@ -87,22 +113,18 @@ def measure(
         `processor ms` of one image (medians), `spread` and `peak MB`.
     """
     own = [unihema_item(task) for task in tasks]
-    model = load_model(checkpoint, "cpu")[0].eval()
-    run = runners(folder, [*peers, *own], model)
+    run = runners(folder, [*peers, *own], load_prepared(checkpoint))
 
-    def afresh(items: Sequence[str]) -> Callable[[], None]:
-        def one_after_another() -> None:
-            model.model.image_memory.forget()
-            model.answer_memory.forget()
-            for item in items:
-                run[item]()
-
-        return one_after_another
+    def one_after_another(items: Sequence[str]) -> None:
+        features: dict = {}
+        for item in items:
+            run[item](features)
 
     groups = {item: [item] for item in run} | {ALL_PEERS: list(best), UNIHEMA: own}
     groups = {name: items for name, items in groups.items() if items}
     with torch.inference_mode():
-        timings = interleaved({name: afresh(items) for name, items in groups.items()}, rounds, "time of one image")
+        cases = {name: partial(one_after_another, items) for name, items in groups.items()}
+        timings = interleaved(cases, rounds, "time of one image")
     return {
         name: {
             "wall ms": timing.wall * 1e3,
@@ -112,6 +134,13 @@ def measure(
         }
         for name, timing in timings.items()
     }
+
+
+def load_prepared(checkpoint: str | Path) -> Any:
+    """UniHema's checkpoint on the CPU, prepared for inference."""
+    model, _ = load_model(checkpoint, "cpu")
+    prepare_for_inference(model)
+    return model
 
 
 def conditions() -> dict[str, Any]:

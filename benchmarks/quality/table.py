@@ -122,9 +122,10 @@ def page(compared: Mapping[str, Any], conditions: Mapping[str, Any]) -> str:
         "",
         f"Times and memory: {had['processor']}, {had['threads']} thread(s), torch {had['torch']}, Transformers "
         f"{had['transformers']}, float32, one image (one question): the same field for detection and segmentation, the same "
-        "cell for the others, and answers as long as the true one; medians of interleaved rounds, without reading the image and "
-        f"making results of outputs; the machine's load was {had['load']:.1f} when it began. Memory is the largest of a process "
-        "that has the model only, Python and its libraries included.",
+        "cell for the others, and answers as long as the true one. UniHema is prepared with `prepare_for_inference`, and its "
+        "tasks on one image share the image's features. Medians of interleaved rounds, without reading the image and making "
+        f"results of outputs; the machine's load was {had['load']:.1f} when it began. Memory is the largest of a process that "
+        "has the model only, Python and its libraries included.",
         *(("", had["note"]) if had.get("note") else ()),
         "",
         "| task | model | figures (95 % interval) | images | rows | parameters, M | ms | processor ms | peak MB | minutes "

@@ -41,7 +41,7 @@ def peer_batches(peer: Peer, processor: UniHemaProcessor, task: str, rows: list[
         seed=config.optimisation.seed,
         questions_per_image=config.data.questions_per_image,
         cache_images=config.data.cache_images,
-        text_only=peer.reads_text_alone,
+        text_only=peer.text_only,
     )
     # A share of the tasks' batches says nothing where there is one task.
     data = config.with_overrides({"data.task_weights": {}}).data

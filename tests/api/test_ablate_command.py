@@ -3,9 +3,9 @@
 import pytest
 from typer.testing import CliRunner
 
-from unihema.cli import app
 from unihema.training import ablate as runner
 from unihema.training.loop import TrainingInterrupted
+from unihema_cli import app
 
 
 @pytest.fixture

@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 from tiny_checkpoint import save_tiny_checkpoint
 from typer.testing import CliRunner
 
-import unihema
-from unihema.checkpoint import CheckpointError
-from unihema.cli.app import app
+from unihema.checkpoint_files import CheckpointError
 from unihema.hub_cards import check_card, folder_card
+from unihema.loading import load_model
 from unihema.training.adapt import adapt, adapt_config, find_base
 from unihema.training.data.rows import DatasetError
 from unihema.training.data.synthetic import SyntheticSmears
 from unihema.training.data.synthetic_cells import CLASSES
 from unihema.training.data.synthetic_folder import write_synthetic
 from unihema.training.run_config import RunConfigError
+from unihema_cli.app import app
 
 
 BASE, ADAPTER = "lab/base", "lab/our-stain"
@@ -127,7 +127,8 @@ assert unihema.UniHemaProcessor.from_pretrained("{ADAPTER}").default_prompts["de
 import huggingface_hub
 huggingface_hub.snapshot_download("{BASE}")
 folder = huggingface_hub.snapshot_download("{ADAPTER}", local_files_only=True)
-assert unihema.load_checkpoint(folder, "cpu")[0].config.label2id.keys() == beside.config.label2id.keys()
+from unihema.loading import load_model
+assert load_model(folder, "cpu")[0].config.label2id.keys() == beside.config.label2id.keys()
 save_file(found, {str(tmp_path / "found.safetensors")!r})
 """
     try:
@@ -137,7 +138,7 @@ save_file(found, {str(tmp_path / "found.safetensors")!r})
         assert result.returncode == 0, result.stderr
     finally:
         hub.close()
-    model = unihema.load_checkpoint(root / "adapter", "cpu")[0]
+    model = load_model(root / "adapter", "cpu")[0]
     pixels = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
     with torch.no_grad():
         expected = model(task="detection", pixel_values=pixels).logits
@@ -158,7 +159,7 @@ def test_folds_without_validation_data_and_then_all_images(lab, tmp_path):
     assert all(0 <= run["single_cell macro_f1"] <= 1 for run in report["folds"])
     settings = json.loads((tmp_path / "run" / "run_config.json").read_text())
     assert settings["data"]["folds"] is None and settings["optimisation"]["max_steps"] <= 2
-    model, _ = unihema.load_checkpoint(tmp_path / "run", "cpu")
+    model, _ = load_model(tmp_path / "run", "cpu")
     assert model.config.trained_tasks == ["detection", "single_cell"]
 
 

@@ -6,8 +6,8 @@ import pytest
 from tiny_checkpoint import save_tiny_checkpoint
 from typer.testing import CliRunner
 
-from unihema.cli import app
 from unihema.training.data.synthetic_folder import write_synthetic
+from unihema_cli import app
 
 
 @pytest.fixture(scope="module")

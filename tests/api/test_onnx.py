@@ -11,10 +11,11 @@ from PIL import Image
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_models import batch, lively
 
-import unihema
-from unihema.checkpoint import CheckpointError, load_checkpoint
-from unihema.cli.app import app
+from unihema import Analyzer
+from unihema.checkpoint_files import CheckpointError
 from unihema.inference.onnx import OUTPUTS, MissingOnnxError, export_onnx
+from unihema.loading import load_model
+from unihema_cli.app import app
 
 
 OPTIONS = {"num_queries": 12}
@@ -23,7 +24,7 @@ OPTIONS = {"num_queries": 12}
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = save_tiny_checkpoint(tmp_path_factory.mktemp("onnx") / "checkpoint", **OPTIONS)
-    model, _ = load_checkpoint(folder, device="cpu")
+    model, _ = load_model(folder, device="cpu")
     torch.manual_seed(1)
     lively(model).save_pretrained(folder)
     return folder
@@ -46,7 +47,7 @@ def smear(checkpoint):
 @pytest.mark.parametrize("task", OUTPUTS)
 @pytest.mark.parametrize(("images", "size"), [(1, (65, 131)), (2, (192, 256)), (3, (160, 97))])
 def test_any_batch_and_size_gives_the_models_numbers(checkpoint, exported, task, images, size):
-    model, _ = load_checkpoint(checkpoint, device="cpu")
+    model, _ = load_model(checkpoint, device="cpu")
     session = onnxruntime.InferenceSession(exported[task])
     inputs = batch(task, images, size)
     names = [argument.name for argument in session.get_inputs()]
@@ -92,16 +93,16 @@ def test_predict_takes_the_file_as_a_checkpoint(checkpoint, exported, smear, tmp
 
 
 def test_single_cell_class_is_the_models(checkpoint, exported, smear):
-    expected = unihema.analyze(*load_checkpoint(checkpoint, device="cpu"), smear, tasks=["single_cell"]).single_cell
-    found = unihema.analyze(*load_checkpoint(exported["single_cell"]), smear).single_cell
+    expected = Analyzer.from_pretrained(checkpoint, device="cpu")(smear, tasks=["single_cell"]).single_cell
+    found = Analyzer.from_pretrained(exported["single_cell"])(smear).single_cell
     assert found["label"] == expected["label"]
     assert found["score"] == pytest.approx(expected["score"], abs=1e-5)
 
 
 def test_file_does_its_own_task_only(exported, smear):
-    model, processor = load_checkpoint(exported["single_cell"])
+    model, processor = load_model(exported["single_cell"])
     with pytest.raises(CheckpointError, match="no trained head for 'detection'; it does single_cell"):
-        unihema.analyze(model, processor, smear, tasks=["detection"])
+        Analyzer(model, processor)(smear, tasks=["detection"])
     with pytest.raises(ValueError, match="does single_cell, not detection"):
         model(torch.zeros(1, 3, 96, 96), task="detection")
     with pytest.raises(ValueError, match="cannot be trained"):
@@ -109,7 +110,7 @@ def test_file_does_its_own_task_only(exported, smear):
 
 
 def test_padded_batch_is_refused_as_the_file_would_see_the_padding(exported):
-    model, _ = load_checkpoint(exported["single_cell"])
+    model, _ = load_model(exported["single_cell"])
     mask = torch.ones(1, 96, 96, dtype=torch.long)
     mask[:, :, 64:] = 0
     with pytest.raises(ValueError, match="knows no padding"):
@@ -135,17 +136,17 @@ def test_file_that_is_not_ours(exported, tmp_path, monkeypatch):
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(exported["detection"].read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"broken\.onnx: not readable as ONNX"):
-        load_checkpoint(broken)
+        load_model(broken)
     stranger = onnx.load(exported["single_cell"])
     del stranger.metadata_props[:]
     onnx.save(stranger, tmp_path / "stranger.onnx")
     with pytest.raises(CheckpointError, match=r"stranger\.onnx: not made by `unihema export`"):
-        load_checkpoint(tmp_path / "stranger.onnx")
+        load_model(tmp_path / "stranger.onnx")
     with pytest.raises(CheckpointError, match="no such checkpoint folder"):
-        load_checkpoint(tmp_path / "missing.onnx")
+        load_model(tmp_path / "missing.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingOnnxError, match="onnxruntime is not installed"):
-        load_checkpoint(exported["detection"])
+        load_model(exported["detection"])
 
 
 @pytest.mark.slow
@@ -153,8 +154,8 @@ def test_official_maths_exports_too(tmp_path):
     from unihema.official.convert import OFFICIAL_MATHS
 
     folder = save_tiny_checkpoint(tmp_path / "checkpoint", **OPTIONS, **OFFICIAL_MATHS)
-    model, processor = load_checkpoint(folder, device="cpu")
-    exported, _ = load_checkpoint(export_onnx(folder, tmp_path / "model.onnx"))
+    model, processor = load_model(folder, device="cpu")
+    exported, _ = load_model(export_onnx(folder, tmp_path / "model.onnx"))
     inputs = processor(images=Image.new("RGB", (520, 360), "pink"), text="platelet", task="detection")
     inputs["pixel_values"] = inputs["pixel_values"].repeat(1, 1, 4, 4)
     del inputs["pixel_mask"]

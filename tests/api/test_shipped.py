@@ -12,10 +12,10 @@ from transformers import AutoModel, AutoProcessor, pipeline
 from typer.testing import CliRunner
 
 import unihema
-from unihema.checkpoint import load_checkpoint
-from unihema.cli.app import app
-from unihema.predict import analyze
+from unihema import Analyzer
+from unihema.loading import load_model
 from unihema.shipped import copy_examples, lay_down_checkpoint
+from unihema_cli.app import app
 
 
 SHIPPED = Path(str(files("unihema"))) / "shipped_files"
@@ -77,22 +77,22 @@ def test_init_deletes_nothing_unasked(tmp_path):
 def test_it_sees_what_is_on_the_examples(examples):
     """Cells of every kind on a field of CBC, a white cell and no red one where a data set boxes white cells only, and the class
     of crops: what a person sees on these files."""
-    model, processor = load_checkpoint(SHIPPED / "checkpoint")
+    analyzer = Analyzer.from_pretrained(SHIPPED / "checkpoint")
     by_name = {path.name: path for path in examples}
-    counts = analyze(model, processor, by_name["field_1.jpg"]).counts
+    counts = analyzer(by_name["field_1.jpg"]).counts
     assert counts["RBC"] >= 8
     for name, label in (("white_cell_1.jpg", "neutrophil"), ("white_cell_2.jpg", "eosinophil")):
-        assert analyze(model, processor, by_name[name], tasks=("single_cell",)).single_cell["label"] == label
+        assert analyzer(by_name[name], tasks=("single_cell",)).single_cell["label"] == label
 
 
 def test_an_image_that_is_known_is_scored_again(examples):
-    model, processor = load_checkpoint(SHIPPED / "checkpoint")
-    first, again = (analyze(model, processor, examples[0], tasks=("detection",)) for _ in range(2))
+    analyzer = Analyzer.from_pretrained(SHIPPED / "checkpoint")
+    first, again = (analyzer(examples[0], tasks=("detection",)) for _ in range(2))
     assert first.out_of_distribution is not None and again.out_of_distribution == first.out_of_distribution
 
 
 def test_without_a_prompt_the_model_reads_what_the_processor_would_ask():
-    model, processor = load_checkpoint(SHIPPED / "checkpoint")
+    model, processor = load_model(SHIPPED / "checkpoint")
     for task in ("detection", "segmentation"):
         asked = processor(images=Image.open(SHIPPED / "examples" / "field_1.jpg"), task=task)
         assert model.config.default_prompt_ids[task] == asked["input_ids"][0].tolist()

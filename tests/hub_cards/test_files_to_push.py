@@ -44,7 +44,7 @@ def test_what_loading_needs_goes_and_nothing_else(checkpoint):
     (checkpoint / "metrics.json").write_text("{}")
     plan = plan_push(checkpoint, REPO)
     names = {upload.name for upload in plan.uploads}
-    assert {"config.json", "model.safetensors", "README.md", "metrics.json", "trunk.py"} <= names
+    assert {"config.json", "model.safetensors", "README.md", "metrics.json", "tasks.py", "modeling_unihema.py"} <= names
     assert plan.kind == "checkpoint" and len(names) == len(plan.uploads)
     assert plan.left_out == {
         "checkpoints": "training checkpoints with optimizer state",

@@ -127,9 +127,9 @@ def test_training_mode_is_left_alone_and_leaves_the_answer_alone():
     assert model.training and model.model.text_branch.decoder.training
     assert not model.model.visual_backbone.backbone.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     assert model.generate(**question(), max_new_tokens=NEW).tolist() == expected
-    assert model.is_activation_checkpointing
+    assert model.is_gradient_checkpointing
 
 
 def test_generation_config_is_saved_and_obeyed(model, tmp_path):

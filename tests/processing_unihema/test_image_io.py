@@ -80,6 +80,18 @@ def test_a_reduced_photo_stays_upright_and_its_own_size_is_known(tmp_path):
     assert image_size(Image.new("RGB", (30, 20))) == (20, 30)
 
 
+def test_the_content_of_a_file_is_opened_as_the_file(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 4096, (20, 30), np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "camera.png")
+    content = (tmp_path / "camera.png").read_bytes()
+    assert load_image(content).tobytes() == load_image(tmp_path / "camera.png").tobytes()
+    assert image_size(content) == (20, 30)
+    with pytest.raises(UnreadableImageError, match="image: the image is truncated or damaged"):
+        load_image(content[: len(content) // 2])
+    with pytest.raises(UnreadableImageError, match="no such image file"):
+        load_image("a" * 5000)
+
+
 def test_opening_in_threads_leaves_the_limit_of_pixels_as_it_was(tmp_path, monkeypatch):
     Image.fromarray(RGB).save(tmp_path / "image.png")
     opening, before = Image.open, Image.MAX_IMAGE_PIXELS

@@ -15,7 +15,7 @@ from transformers import AutoModelForObjectDetection
 
 import unihema
 from unihema.adapters import adapter_base, load_adapted
-from unihema.checkpoint import CheckpointError
+from unihema.checkpoint_files import CheckpointError
 from unihema.modeling_unihema.layers import ClassEmbedding, ClassLinear
 from unihema.training.adapter_config import AdapterConfig
 from unihema.training.adapters import attach_adapter, load_adapter_weights, save_adapter, save_merged, start_classes

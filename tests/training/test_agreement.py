@@ -8,9 +8,9 @@ from data_folders import photograph, write_coco, write_photograph
 from PIL import Image
 from typer.testing import CliRunner
 
-from unihema.cli.app import app
 from unihema.training.data.agreement import annotation_agreement
 from unihema.training.data.rows import DatasetError
+from unihema_cli.app import app
 
 
 SIZE = (192, 144)

@@ -17,8 +17,7 @@ from typer.testing import CliRunner
 
 import unihema
 from unihema.batch import predict_files
-from unihema.checkpoint import CheckpointError, fingerprint, load_checkpoint, set_image_sizes
-from unihema.cli.app import app
+from unihema.checkpoint_files import CheckpointError, fingerprint, load_checkpoint, set_image_sizes
 from unihema.results.out_of_distribution import (
     REFERENCE_FILE,
     ModelReference,
@@ -33,6 +32,7 @@ from unihema.training.data.synthetic import SyntheticSmears
 from unihema.training.data.synthetic_folder import write_synthetic
 from unihema.training.half_precision import store_in_half
 from unihema.training.reference_fitting import fit_reference
+from unihema_cli.app import app
 
 
 LOOK = {"width": 224, "height": 168, "crop_size": 96}

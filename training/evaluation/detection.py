@@ -9,7 +9,7 @@ import torch
 from unihema.modeling_unihema.labels import ancestors_of, boxes_known
 from unihema.processing_unihema.post_processing import distinct_cells
 from unihema.training.data.rows import Row
-from unihema.training.evaluation.measured import Measured, Resampler, class_names
+from unihema.training.evaluation.measured import FeatureListener, Measured, Resampler, class_names
 from unihema.training.metrics.coarse_classes import with_coarser_names, with_coarser_truth
 from unihema.training.metrics.counting import count_error
 from unihema.training.metrics.detection import (
@@ -41,8 +41,8 @@ class MeasuredDetections(Measured):
     one that is. Where it annotates a class and a coarser one, a cell counts under both. A crop whose cell has no box (rows
     `from_attributes`) counts for the attributes alone: those of the best-scoring cell found in it."""
 
-    def __init__(self, model: Any, processor: Any):
-        super().__init__(model, processor)
+    def __init__(self, model: Any, processor: Any, on_features: FeatureListener | None = None):
+        super().__init__(model, processor, on_features)
         self.names = class_names(model)
         self.ancestors = ancestors_of(model.config)
 

@@ -1,6 +1,6 @@
 """One evaluation for all tasks: predictions through the same post-processing as `unihema predict`, figures in one report."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from unihema.training.data.rows import Row
 from unihema.training.evaluation.detection import MeasuredDetections
 from unihema.training.evaluation.intervals import DRAWS, LEVEL, bootstrap_intervals
 from unihema.training.evaluation.language import MeasuredTexts
-from unihema.training.evaluation.measured import Measured, class_names
+from unihema.training.evaluation.measured import FeatureListener, Measured, class_names
 from unihema.training.evaluation.segmentation import MeasuredMasks
 from unihema.training.evaluation.selection import draw_rows, exchange_images, image_numbers
 from unihema.training.evaluation.single_cell import MeasuredCells
@@ -38,7 +38,7 @@ def evaluate_model(
     bootstrap: int = DRAWS,
     name_classes: bool = False,
     text_only: bool = False,
-    on_features: Callable[[Any, torch.Tensor], None] | None = None,
+    on_features: FeatureListener | None = None,
 ) -> dict[str, Any]:
     """Measures a model on rows of any tasks, in evaluation mode, asked as `unihema predict` asks when given no prompt.
 
@@ -120,7 +120,9 @@ def calibrate_thresholds(
     return measured.best_thresholds()
 
 
-def _measured(model, processor, task: str, generate_kwargs: Mapping[str, Any], on_features) -> Measured:
+def _measured(
+    model, processor, task: str, generate_kwargs: Mapping[str, Any], on_features: FeatureListener | None
+) -> Measured:
     if task in LANGUAGE_TASKS:
         return MeasuredTexts(model, processor, task, generate_kwargs)
     kinds = {"detection": MeasuredDetections, "segmentation": MeasuredMasks, "single_cell": MeasuredCells}

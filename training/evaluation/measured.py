@@ -8,11 +8,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from unihema.modeling_unihema.outputs import UniHemaImageFeatures
 from unihema.training.data.rows import Row
 
 
 # From how often each row counts to figures; `None` where there is nothing to measure.
 Resampler = Callable[[np.ndarray], Mapping[str, float | None]]
+# Gets the image features and the pixels of a batch.
+FeatureListener = Callable[[UniHemaImageFeatures, torch.Tensor], None]
 
 
 class Measured(ABC):
@@ -24,7 +27,7 @@ class Measured(ABC):
         on_features (`Callable`, *optional*): Gets the image features and pixels of every batch.
     """
 
-    def __init__(self, model: Any, processor: Any, on_features: Callable[[Any, torch.Tensor], None] | None = None):
+    def __init__(self, model: Any, processor: Any, on_features: FeatureListener | None = None):
         self.model, self.processor, self.on_features = model, processor, on_features
         self.rows: list[Row] = []
         self.records: list[Any] = []

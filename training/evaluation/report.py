@@ -6,17 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from unihema.modeling_unihema.tasks import TASK_TABLE
 from unihema.training.files import write_json, write_text
 
 
 # The figure that stands for a task: in progress messages, and to choose the best evaluation of a run.
-HEADLINES = {
-    "detection": "mAP50",
-    "segmentation": "dice",
-    "single_cell": "macro_f1",
-    "question_answering": "exact_match",
-    "cloze": "exact_match",
-}
+HEADLINES = {name: task.headline for name, task in TASK_TABLE.items()}
 _BESIDES = ("intervals", "datasets", "bootstrap")
 
 

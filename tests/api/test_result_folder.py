@@ -10,19 +10,28 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_checkpoint import save_tiny_checkpoint
 
-from unihema import CheckpointError, SmearResult, predict_files
+from unihema import Analyzer, CheckpointError, SmearResult
 from unihema.files import find_images
+from unihema.inference.int8 import to_int8
+from unihema.inference.prepare import prepare_for_inference
+from unihema.loading import load_model
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::unihema.predict.QueryCapWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::unihema.analyzer.QueryCapWarning")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return save_tiny_checkpoint(tmp_path_factory.mktemp("model") / "unihema")
+
+
+@pytest.fixture(scope="module")
+def analyzer(checkpoint):
+    return Analyzer.from_pretrained(checkpoint, device="cpu")
 
 
 @pytest.fixture
@@ -68,23 +77,23 @@ def test_folders_globs_and_files_give_each_image_once(draw, tmp_path):
     )
 
 
-def test_results_beside_or_above_the_images_are_not_taken_for_images(checkpoint, draw, tmp_path):
+def test_results_beside_or_above_the_images_are_not_taken_for_images(analyzer, draw, tmp_path):
     draw("a.png")
     images = tmp_path / "images"
     for output in (images / "results", tmp_path):
         for _ in range(2):
-            report = predict_files(checkpoint, [images], output)
+            report = analyzer.analyze_files([images], output)
             assert report.images == 1 and report.failed == {}
     with pytest.raises(ValueError, match="holds a.png, an image to analyse; name another"):
-        predict_files(checkpoint, [images], images)
+        analyzer.analyze_files([images], images)
     assert sorted(path.name for path in images.iterdir()) == ["a.png", "results"]
 
 
-def test_same_stems_keep_their_own_files_and_names_over_runs(checkpoint, draw, tmp_path):
+def test_same_stems_keep_their_own_files_and_names_over_runs(analyzer, draw, tmp_path):
     day, night, other = draw("day/s.png", (60, 40)), draw("night/s.png", (50, 40)), draw("night/s.jpg", (40, 40))
     results = tmp_path / "results"
-    predict_files(checkpoint, [night], results)
-    report = predict_files(checkpoint, [day, night, other], results, tasks=None)
+    analyzer.analyze_files([night], results)
+    report = analyzer.analyze_files([day, night, other], results, tasks=None)
     assert len(report.analysed) == 2 and report.skipped == [night]
     records = [json.loads(path.read_text()) for path in (results / "records").glob("*.json")]
     assert {(record["source"], record["result"]["width"]) for record in records} == {
@@ -97,29 +106,51 @@ def test_same_stems_keep_their_own_files_and_names_over_runs(checkpoint, draw, t
     assert {row["image"] for row in rows(results / "cells.csv")} == {str(day), str(night), str(other)}
 
 
-def test_only_what_changed_is_analysed_again(checkpoint, draw, tmp_path):
+def test_only_what_changed_is_analysed_again(analyzer, draw, tmp_path):
     a, b = draw("a.png"), draw("b.png", seed=1)
     results = tmp_path / "results"
-    predict_files(checkpoint, [a, b], results)
+    analyzer.analyze_files([a, b], results)
     before = contents(results)
-    assert predict_files(checkpoint, [a, b], results).analysed == []
+    assert analyzer.analyze_files([a, b], results).analysed == []
     assert contents(results) == before
     draw("b.png", seed=2)
-    assert predict_files(checkpoint, [a, b], results).analysed == [b]
+    assert analyzer.analyze_files([a, b], results).analysed == [b]
     (results / "a_overlay.png").unlink()
-    assert predict_files(checkpoint, [a, b], results).analysed == [a]
+    assert analyzer.analyze_files([a, b], results).analysed == [a]
     (results / "records" / "b.json").write_text("{half a rec")
-    assert predict_files(checkpoint, [a, b], results).analysed == [b]
-    changed = predict_files(checkpoint, [a], results, threshold=0.9)
+    assert analyzer.analyze_files([a, b], results).analysed == [b]
+    changed = analyzer.analyze_files([a], results, threshold=0.9)
     assert changed.analysed == [a] and changed.other_settings == 1 and changed.images == 1
 
 
-def test_tables_and_records_agree(checkpoint, draw, tmp_path):
+def test_counts_say_what_the_differential_does_with_a_class(draw, tmp_path):
+    names = ["WBC", "erythroblast", "my cell", "RBC"]
+    checkpoint = save_tiny_checkpoint(
+        tmp_path / "unihema", id2label=dict(enumerate(names)), label_parents={"my cell": "WBC"}
+    )
+    analyzer = Analyzer.from_pretrained(checkpoint, device="cpu")
+    analyzer.analyze_files([draw("a.png")], tmp_path / "results", tasks=["detection"])
+    table = {row["label"]: row for row in rows(tmp_path / "results" / "counts.csv")}
+    assert {name: row["differential"] for name, row in table.items()} == {
+        "WBC": "unidentified",
+        "erythroblast": "beside",
+        "my cell": "counted",
+        "RBC": "",
+    }
+    white = int(table["WBC"]["count"]) + int(table["my cell"]["count"])
+    assert white
+    for name in ("WBC", "my cell"):
+        share = 100 * int(table[name]["count"]) / white
+        assert float(table[name]["percent_of_white_cells"]) == pytest.approx(share, abs=0.05)
+    assert table["RBC"]["percent_of_white_cells"] == table["erythroblast"]["percent_of_white_cells"] == ""
+
+
+def test_tables_and_records_agree(analyzer, draw, tmp_path):
     draw("a.png")
     results = tmp_path / "results"
     seen = []
-    report = predict_files(
-        checkpoint, [tmp_path / "images"], results, questions=["What is it?"], geojson=True,
+    report = analyzer.analyze_files(
+        [tmp_path / "images"], results, questions=["What is it?"], geojson=True,
         on_image=lambda *call: seen.append(call),
     )  # fmt: skip
     assert [(number, total, path.name) for number, total, path, _ in seen] == [(1, 1, "a.png")]
@@ -139,16 +170,16 @@ def test_tables_and_records_agree(checkpoint, draw, tmp_path):
     assert {"checkpoint_sha256", "image_sha256", "detection_thresholds", "torch"} <= result.provenance.keys()
 
 
-def test_images_of_one_size_together_have_the_results_they_have_alone(checkpoint, draw, tmp_path):
+def test_images_of_one_size_together_have_the_results_they_have_alone(analyzer, draw, tmp_path):
     sizes = [(60, 40), (50, 50), (60, 40), (60, 40), (50, 50), (30, 60), (60, 40)]
     images = [draw(f"{number}.png", size, seed=number) for number, size in enumerate(sizes)]
     bad = tmp_path / "images" / "bad.png"
     bad.write_bytes(b"no image")
     options = {"tasks": ["detection", "segmentation", "single_cell"], "questions": ["What is it?"]}
-    predict_files(checkpoint, [*images, bad], tmp_path / "alone", **options)
+    analyzer.analyze_files([*images, bad], tmp_path / "alone", **options)
     seen = []
-    report = predict_files(
-        checkpoint, [*images, bad], tmp_path / "together", batch_size=3, **options,
+    report = analyzer.analyze_files(
+        [*images, bad], tmp_path / "together", batch_size=3, **options,
         on_image=lambda number, total, path, outcome: seen.append((number, total, path)),
     )  # fmt: skip
     assert [call[0] for call in seen] == list(range(1, 9)) and {call[2] for call in seen} == {*images, bad}
@@ -165,59 +196,76 @@ def test_images_of_one_size_together_have_the_results_they_have_alone(checkpoint
         masks = [np.asarray(Image.open(tmp_path / run / f"{number}_mask.png")) for run in ("alone", "together")]
         assert (masks[0] != masks[1]).mean() < 0.01
     with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
-        predict_files(checkpoint, images, tmp_path / "alone", batch_size=0)
+        analyzer.analyze_files(images, tmp_path / "alone", batch_size=0)
 
 
-def test_a_batch_that_fails_is_tried_one_by_one(checkpoint, draw, tmp_path, monkeypatch):
-    import unihema.batch
-
+def test_a_batch_that_fails_is_tried_one_by_one(analyzer, draw, tmp_path, monkeypatch):
     images = [draw(f"{number}.png", seed=number) for number in range(3)]
-    whole = unihema.batch.analyze_opened
+    whole = Analyzer.run
 
-    def short_of_memory(model, processor, opened, *request):
+    def short_of_memory(self, request, opened):
         if len(opened) > 1 or opened[0].name == str(images[1]):
             raise MemoryError("no room")
-        return whole(model, processor, opened, *request)
+        return whole(self, request, opened)
 
-    monkeypatch.setattr(unihema.batch, "analyze_opened", short_of_memory)
-    report = predict_files(checkpoint, images, tmp_path / "results", batch_size=3)
+    monkeypatch.setattr(Analyzer, "run", short_of_memory)
+    report = analyzer.analyze_files(images, tmp_path / "results", batch_size=3)
     assert report.failed == {str(images[1]): "no room"} and len(report.analysed) == 2
 
 
-def test_int8_is_said_in_the_results(checkpoint, draw, tmp_path):
+def test_int8_is_another_setting(checkpoint, analyzer, draw, tmp_path):
     image, seen = draw("a.png"), []
-    predict_files(checkpoint, [image], tmp_path / "results")
+    analyzer.analyze_files([image], tmp_path / "results")
+    faster = Analyzer.from_pretrained(checkpoint, int8=True)
     for analysed in ([image], []):
-        report = predict_files(
-            checkpoint, [image], tmp_path / "results", int8=True, on_image=lambda *call: seen.append(call[3])
-        )
+        report = faster.analyze_files([image], tmp_path / "results", on_image=lambda *call: seen.append(call[3]))
         assert report.analysed == analysed
     assert seen[0].provenance["dtype"] == "int8"
-    assert json.loads((tmp_path / "results" / "results.json").read_text())["settings"]["int8"] is True
+    assert json.loads((tmp_path / "results" / "results.json").read_text())["settings"]["dtype"] == "int8"
 
 
-def test_an_image_size_is_another_setting(checkpoint, draw, tmp_path):
+def test_an_image_size_is_another_setting(checkpoint, analyzer, draw, tmp_path):
     image, seen = draw("a.png"), []
-    predict_files(checkpoint, [image], tmp_path / "results")
-    for sizes, analysed in (({"detection": 96}, [image]), ({"detection": 96}, []), ({"detection": 64}, [image])):
-        report = predict_files(
-            checkpoint, [image], tmp_path / "results", image_sizes=sizes, on_image=lambda *call: seen.append(call[3])
-        )
+    analyzer.analyze_files([image], tmp_path / "results")
+    for edge, analysed in ((96, [image]), (96, []), (128, [image])):
+        other = Analyzer.from_pretrained(checkpoint, device="cpu", image_sizes={"detection": edge})
+        report = other.analyze_files([image], tmp_path / "results", on_image=lambda *call: seen.append(call[3]))
         assert report.analysed == analysed
-    assert [result.provenance["image_sizes"]["detection"] for result in seen if result] == [
-        {"longest_edge": 96},
-        {"longest_edge": 64},
-    ]
-    assert json.loads((tmp_path / "results" / "results.json").read_text())["settings"]["image_sizes"] == {
-        "detection": 64
-    }
+    sizes = [result.provenance["image_sizes"]["detection"] for result in seen if result]
+    assert sizes == [{"longest_edge": 96}, {"longest_edge": 128}]
+    settings = json.loads((tmp_path / "results" / "results.json").read_text())["settings"]
+    assert settings["image_sizes"]["detection"] == {"longest_edge": 128}
+    # The size of the checkpoint is no other setting, whoever names it.
+    named = Analyzer.from_pretrained(checkpoint, device="cpu", image_sizes={"detection": 64})
+    named.analyze_files([image], tmp_path / "named")
+    assert analyzer.analyze_files([image], tmp_path / "named").skipped == [image]
     for sizes, message in (
         ({"detect": 96}, "Unknown task 'detect' for an image size"),
         ({"detection": 3}, "32 to 8192"),
     ):
         with pytest.raises(ValueError, match=message):
-            predict_files(checkpoint, [image], tmp_path / "other", image_sizes=sizes)
-    assert not (tmp_path / "other").exists()
+            Analyzer.from_pretrained(checkpoint, device="cpu", image_sizes=sizes)
+
+
+def test_weights_that_changed_are_another_setting(checkpoint, draw, tmp_path):
+    """In memory, where the files say what they said; of models that came from no file, prepared or in 8 bit."""
+    image, results = draw("a.png"), tmp_path / "results"
+    analyzer = Analyzer.from_pretrained(checkpoint, device="cpu")
+    assert analyzer.analyze_files([image], results).analysed == [image]
+    with torch.no_grad():
+        analyzer.model.detection_head.class_head.bias[0] += 0.5
+    assert analyzer.analyze_files([image], results).analysed == [image]
+    assert analyzer.analyze_files([image], results).skipped == [image]
+    for change in (prepare_for_inference, to_int8):
+        model, processor = load_model(checkpoint, "cpu")
+        change(model)
+        given, folder = Analyzer(model, processor), tmp_path / change.__name__
+        assert given.analyze_files([image], folder).analysed == given.analyze_files([image], folder).skipped == [image]
+        assert list(given.weights_sha256()) == ["weights"]
+        first = given.weights_sha256()
+        with torch.no_grad():
+            model.detection_head.class_head.bias[0] += 0.5
+        assert given.weights_sha256() != first
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
@@ -255,7 +303,9 @@ def test_a_run_that_is_cut_off_loses_nothing_that_was_done(checkpoint, draw, tmp
     if stop == signal.SIGINT:
         assert len({row["image"] for row in rows(results / "cells.csv")}) == len(done)
     sources = [record["source"] for record in done]
-    report = predict_files(checkpoint, [*sources, tmp_path / "images" / "199.png"], results)
+    # As the command loads it.
+    analyzer = Analyzer.from_pretrained(checkpoint)
+    report = analyzer.analyze_files([*sources, tmp_path / "images" / "199.png"], results)
     assert sorted(map(str, report.skipped)) == sorted(sources) and len(report.analysed) == 1
     assert report.images == len(done) + 1
 
@@ -270,9 +320,9 @@ def test_a_run_that_is_cut_off_loses_nothing_that_was_done(checkpoint, draw, tmp
         ({"threshold": float("nan")}, ValueError, "0..1"),
     ],
 )
-def test_what_cannot_be_asked_stops_before_the_first_image(checkpoint, draw, tmp_path, options, error, message):
+def test_what_cannot_be_asked_stops_before_the_first_image(analyzer, draw, tmp_path, options, error, message):
     with pytest.raises(error, match=message):
-        predict_files(checkpoint, [draw("a.png")], tmp_path / "results", **options)
+        analyzer.analyze_files([draw("a.png")], tmp_path / "results", **options)
     assert not (tmp_path / "results").exists()
 
 
@@ -281,8 +331,10 @@ def test_a_question_for_a_checkpoint_without_the_head(draw, tmp_path):
 
     folder = save_tiny_checkpoint(tmp_path / "detector", UniHemaForDetection)
     with pytest.raises(CheckpointError, match="no trained head for 'question_answering'; it does detection"):
-        predict_files(folder, [draw("a.png")], tmp_path / "results", questions=["What is it?"])
-    assert predict_files(folder, [draw("a.png")], tmp_path / "results").totals
+        Analyzer.from_pretrained(folder, device="cpu").analyze_files(
+            [draw("a.png")], tmp_path / "results", questions=["What is it?"]
+        )
+    assert Analyzer.from_pretrained(folder, device="cpu").analyze_files([draw("a.png")], tmp_path / "results").totals
 
 
 def test_damaged_weights_are_named(draw, tmp_path):
@@ -290,14 +342,14 @@ def test_damaged_weights_are_named(draw, tmp_path):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: os.path.getsize(weights) // 2])
     with pytest.raises(CheckpointError, match="cannot be read .*model.safetensors"):
-        predict_files(folder, [draw("a.png")], tmp_path / "results")
+        Analyzer.from_pretrained(folder, device="cpu").analyze_files([draw("a.png")], tmp_path / "results")
     (folder / "config.json").write_text('{"model_type": "detr"}')
     with pytest.raises(CheckpointError, match="model type 'detr', not 'unihema'"):
-        predict_files(folder, [draw("a.png")], tmp_path / "results")
+        Analyzer.from_pretrained(folder, device="cpu").analyze_files([draw("a.png")], tmp_path / "results")
 
 
-def test_an_output_that_is_a_file(checkpoint, draw, tmp_path):
+def test_an_output_that_is_a_file(analyzer, draw, tmp_path):
     (tmp_path / "results").write_text("mine")
     with pytest.raises(NotADirectoryError, match="results: the output must be a folder"):
-        predict_files(checkpoint, [draw("a.png")], tmp_path / "results")
+        analyzer.analyze_files([draw("a.png")], tmp_path / "results")
     assert (tmp_path / "results").read_text() == "mine"
