@@ -220,6 +220,9 @@ def _share(beyond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _chunks(number: int) -> list[slice]:
+    if torch.compiler.is_compiling():
+        # A loop is traced turn by turn, which takes minutes; compiled code needs no chunks.
+        return [slice(0, number)]
     return [slice(start, start + CHUNK) for start in range(0, number, CHUNK)]
 
 

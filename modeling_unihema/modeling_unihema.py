@@ -251,8 +251,8 @@ class UniHemaModel(UniHemaPreTrainedModel):
             [`UniHemaModelOutput`]
 
         Raises:
-            ValueError: Unknown task, no image, an image given twice, no text where a question is needed, or a text batch that
-                is no multiple of the images.
+            ValueError: Unknown task, no image, an image or a prompt given twice, no text where a question is needed, or a
+                text batch that is no multiple of the images.
         """
         check_task(task)
         states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -268,6 +268,8 @@ class UniHemaModel(UniHemaPreTrainedModel):
             feature = self.hema_former.single_cell_feature_extraction(tokens, levels)
             output = UniHemaModelOutput(last_hidden_state=feature[:, None], encoder_last_hidden_state=tokens)
         else:
+            if input_ids is not None and prompt_features is not None:
+                raise ValueError("Give input_ids or prompt_features, not both.")
             if self.config.text_guided_refinement and prompt_features is None:
                 prompt_features = self.get_prompt_features(input_ids, attention_mask, task, tokens.shape[0])
             output = self._find_cells(tokens, levels, prompt_features, make_denoising, states, weights)

@@ -1,6 +1,5 @@
 """An image gives the same result alone and in a padded batch: convolutions and norms that do not see padding."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import local
@@ -45,8 +44,16 @@ def valid_at(pixels: torch.Tensor | None, maps: torch.Tensor) -> torch.Tensor | 
 
 
 def strides(full: Sequence[int], part: Sequence[int]) -> list[int]:
-    """Strides of a map of size `part` made from one of size `full` by halving it, each time rounded up."""
-    return [2 ** round(math.log2(whole / cells)) for whole, cells in zip(full, part)]
+    """Strides of a map of size `part` made from one of size `full` by halving it, each time rounded up (or down, where that
+    is the only way)."""
+    found = []
+    for whole, cells in zip(full, part):
+        stride = 1
+        # By comparing whole numbers, which holds for any size that a graph is traced for.
+        while -(-whole // stride) > cells:
+            stride *= 2
+        found.append(stride if -(-whole // stride) == cells else stride // 2)
+    return found
 
 
 def hold_edge(maps: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

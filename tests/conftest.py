@@ -1,5 +1,6 @@
 """What every test runs under: no network, few threads, seeds."""
 
+import logging
 import os
 
 
@@ -18,6 +19,9 @@ import numpy as np
 import pytest
 import torch
 from pytest_socket import socket_allow_hosts
+
+
+pytest.register_assert_rewrite("head_behaviour")
 
 
 def pytest_configure(config):
@@ -39,6 +43,16 @@ def seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def loading_log(caplog):
+    """What loading says, which is where Transformers tells of missing and mismatched weights."""
+    logger = logging.getLogger("transformers")
+    propagates, logger.propagate = logger.propagate, True
+    with caplog.at_level(logging.INFO, logger="transformers"):
+        yield caplog
+    logger.propagate = propagates
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from unihema.modeling_unihema import deformable_compiled, deformable_gather
+from unihema.modeling_unihema import deformable_cpu
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.deformable_attention import (
     MultiScaleDeformableAttention,
     multi_scale_deformable_attention,
     sample_grid,
 )
-from unihema.modeling_unihema.deformable_gather import gather_rows
+from unihema.modeling_unihema.deformable_cpu import gather_rows
 
 
 BACKENDS = {"plain": sample_grid, "rows": gather_rows}
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_finite_differences(problem, backend):
 # More points than pixels, fewer, and levels of one row, column or pixel.
 @pytest.mark.parametrize("shapes", [[(13, 9), (7, 5), (4, 3), (2, 2)], [(40, 50), (20, 25)], [(1, 1), (1, 6), (5, 1)]])
 def test_backends_agree_in_float32_whatever_the_chunk(shapes, chunk, monkeypatch):
-    monkeypatch.setattr(deformable_gather, "CHUNK", chunk)
+    monkeypatch.setattr(deformable_cpu, "CHUNK", chunk)
     torch.manual_seed(0)
     tokens, levels = sum(h * w for h, w in shapes), len(shapes)
     value = torch.randn(3, tokens, 4, 8, requires_grad=True)
@@ -122,53 +122,40 @@ def test_what_is_not_a_number_stays_where_it_is(problem, backend):
 
 def test_a_level_with_too_many_pixels_for_float32_takes_the_plain_form(monkeypatch, problem):
     expected = sample_grid(*problem)
-    monkeypatch.setattr(deformable_gather, "LARGEST_LEVEL", 30)
-    assert not deformable_gather.fits(problem[1])
+    monkeypatch.setattr(deformable_cpu, "LARGEST_LEVEL", 30)
+    assert not deformable_cpu.fits(problem[1])
     torch.testing.assert_close(multi_scale_deformable_attention(*problem), expected, rtol=0, atol=0)
 
 
-def test_compiled_forward_and_backward_agree(problem):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_forward_and_backward_agree(problem, dynamic):
+    value, shapes, points, weights = [part.detach().float() if torch.is_tensor(part) else part for part in problem]
+    torch.compiler.reset()
+    compiled = torch.compile(multi_scale_deformable_attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for queries in (6, 5):
+        parts = [value, points[:, :queries], weights[:, :queries]]
+        parts = [part.clone().requires_grad_() for part in parts]
+        expected = multi_scale_deformable_attention(parts[0], shapes, *parts[1:])
+        gradients = torch.autograd.grad(expected.square().sum(), parts)
+        found = compiled(parts[0], shapes, *parts[1:])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        for a, b in zip(torch.autograd.grad(found.square().sum(), parts), gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(parts[0], shapes, *parts[1:]), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_to_machine_code_values_and_gradients_agree(problem):
     value, shapes, points, weights = [part.detach().float() if torch.is_tensor(part) else part for part in problem]
     parts = [value.requires_grad_(), points.requires_grad_(), weights.requires_grad_()]
-    expected = multi_scale_deformable_attention(value, shapes, points, weights)
-    gradients = torch.autograd.grad(expected.square().sum(), parts)
     torch.compiler.reset()
-    compiled = torch.compile(multi_scale_deformable_attention, fullgraph=True, backend="aot_eager")
-    found = compiled(value, shapes, points, weights)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for a, b in zip(torch.autograd.grad(found.square().sum(), parts), gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def check_agreement(shapes, queries):
-    """Checks values and gradients of the compiled operator beside those of the plain form."""
-    torch.manual_seed(0)
-    tokens, levels = sum(h * w for h, w in shapes), len(shapes)
-    value = torch.randn(2, tokens, 4, 8, requires_grad=True)
-    points = (torch.rand(2, queries, 4, levels, 4, 2) * 1.6 - 0.3).requires_grad_()
-    weights = torch.rand(2, queries, 4, levels, 4, requires_grad=True)
     found = []
-    for form in (sample_grid, deformable_compiled.gather_rows_compiled):
-        output = form(value, shapes, points, weights)
-        found.append((output, *torch.autograd.grad(output.square().sum(), [value, points, weights])))
-    for plain, ours in zip(*found, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5 * max(1, plain.abs().max().item()))
-
-
-def test_the_compiled_operator_agrees_also_with_the_last_chunk_shorter(monkeypatch):
-    monkeypatch.setattr(deformable_gather, "CHUNK", 20)
-    check_agreement([(13, 9), (7, 5), (2, 2)], 37)
-
-
-def test_without_a_compiler_the_operator_runs_uncompiled(monkeypatch, caplog):
-    def no_compiler(*arguments):
-        raise RuntimeError("no C++ compiler")
-
-    for part in deformable_compiled._FUSED:
-        monkeypatch.setattr(part, "fast", no_compiler)
-    check_agreement([(13, 9), (7, 5)], 17)
-    assert "it runs uncompiled: no C++ compiler" in caplog.text
-    assert all(part.fast is None for part in deformable_compiled._FUSED)
+    for form in (multi_scale_deformable_attention, torch.compile(multi_scale_deformable_attention, fullgraph=True)):
+        output = form(parts[0], shapes, *parts[1:])
+        found.append([output, *torch.autograd.grad(output.square().sum(), parts)])
+    for compiled, plain in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_points_far_outside_the_image_read_zero(problem):

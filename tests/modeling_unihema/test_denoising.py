@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torchvision.ops import box_convert
 
-from unihema.modeling_unihema.box_geometry import box_cxcywh_to_xyxy, inverse_sigmoid
 from unihema.modeling_unihema.denoising import ContrastiveDenoising
+from unihema.modeling_unihema.layers import inverse_sigmoid
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +17,10 @@ def one_thread_and_seed():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+def corners_of(boxes: torch.Tensor) -> torch.Tensor:
+    return box_convert(boxes, "cxcywh", "xyxy")
 
 
 def denoising(**overrides) -> ContrastiveDenoising:
@@ -52,7 +57,7 @@ def corner_shifts(queries, batch, image: int, positive: bool) -> torch.Tensor:
     """How far each side moved, in halves of the cell's width or height: `[slots, 4]`."""
     slots = slots_of(queries, image, positive)
     boxes = batch[image]["boxes"][queries.target_indices[image, slots]]
-    moved = box_cxcywh_to_xyxy(queries.reference_logits[image, slots].sigmoid()) - box_cxcywh_to_xyxy(boxes)
+    moved = corners_of(queries.reference_logits[image, slots].sigmoid()) - corners_of(boxes)
     return moved.abs() / (boxes[:, 2:].repeat(1, 2) / 2)
 
 
@@ -93,8 +98,8 @@ def test_sides_move_both_ways():
     batch = labels(5)
     queries = denoising(denoising_queries=200)(batch, 30)
     slots = slots_of(queries, 0, positive=True)
-    boxes = box_cxcywh_to_xyxy(batch[0]["boxes"][queries.target_indices[0, slots]])
-    outwards = (box_cxcywh_to_xyxy(queries.reference_logits[0, slots].sigmoid()) > boxes).float().mean(0)
+    boxes = corners_of(batch[0]["boxes"][queries.target_indices[0, slots]])
+    outwards = (corners_of(queries.reference_logits[0, slots].sigmoid()) > boxes).float().mean(0)
     # 200 slots a side: five standard deviations of a fair coin are 0.18.
     assert ((outwards - 0.5).abs() < 0.18).all()
 
@@ -121,7 +126,7 @@ def test_boxes_at_the_border_stay_in_the_image():
     batch = [{"class_labels": torch.tensor([0]), "boxes": torch.tensor([[0.05, 0.95, 0.1, 0.1]])}]
     queries = denoising(denoising_queries=100, box_noise_scale=1.0)(batch, 30)
     assert queries.reference_logits.isfinite().all()
-    corners = box_cxcywh_to_xyxy(queries.reference_logits[0, slots_of(queries, 0, positive=True)].sigmoid())
+    corners = corners_of(queries.reference_logits[0, slots_of(queries, 0, positive=True)].sigmoid())
     assert corners.min() >= -2e-3 and corners.max() <= 1 + 2e-3  # inverse_sigmoid's eps
 
 

@@ -7,15 +7,8 @@ import time
 import pytest
 import torch
 
-from unihema.modeling_unihema.box_geometry import (
-    box_cxcywh_to_xyxy,
-    box_iou,
-    box_xyxy_to_cxcywh,
-    generalized_box_iou,
-    generalized_box_iou_pairs,
-    inverse_sigmoid,
-)
-from unihema.modeling_unihema.losses import match_queries
+from unihema.modeling_unihema.layers import inverse_sigmoid
+from unihema.modeling_unihema.losses import box_iou, generalized_box_iou, generalized_box_iou_pairs, match_queries
 
 
 @pytest.fixture(autouse=True)
@@ -47,13 +40,6 @@ def pair_cost(logit: float, box: list[float], target: list[float]) -> float:
     union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - overlap
     hull = (max(x2, u2) - min(x1, u1)) * (max(y2, v2) - min(y1, v1))
     return 2 * focal + 5 * distance - 2 * (overlap / union - (hull - union) / hull)
-
-
-def test_box_formats_are_inverse_and_correct():
-    boxes = torch.tensor([[0.5, 0.4, 0.2, 0.6]])
-    assert torch.allclose(box_cxcywh_to_xyxy(boxes), torch.tensor([[0.4, 0.1, 0.6, 0.7]]), atol=1e-6)
-    many = random_boxes(3, 7)
-    assert torch.allclose(box_xyxy_to_cxcywh(box_cxcywh_to_xyxy(many)), many, atol=1e-6)
 
 
 def test_overlap_by_hand():

@@ -1,8 +1,8 @@
-"""Every model class: losses, what runs for which task, padding, saving and loading."""
+"""The model of all heads and its trunk: losses, what runs for which task, options, first weights."""
 
 import pytest
 import torch
-from tiny_models import HEADS, batch, very_tiny_config
+from tiny_models import batch, very_tiny_config
 
 from unihema.modeling_unihema.modeling_unihema import (
     TASKS,
@@ -26,6 +26,7 @@ OPTIONS = {
 }
 
 PARTS = {
+    "visual backbone": "model.visual_backbone",
     "image encoder": "model.image_encoder",
     "text encoder": "model.text_branch.encoder",
     "text decoder": "model.text_branch.decoder",
@@ -56,34 +57,45 @@ def model():
     return UniHemaForMultiTask(very_tiny_config()).eval()
 
 
+def unlabelled(task: str, **options) -> dict:
+    """Inputs of a task, with what its answer needs."""
+    inputs = batch(task, **options)
+    labels = inputs.pop("labels")
+    if task in ("question_answering", "cloze"):
+        inputs["decoder_input_ids"] = labels.clamp(min=0)
+    return inputs
+
+
 def primary(output) -> torch.Tensor:
     return output.mask_logits if "mask_logits" in output else output.logits
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_runs_only_its_own_parts(model, task):
-    calls = dict.fromkeys(PARTS, 0)
-    hooks = []
-    for name, path in PARTS.items():
+    inputs, ran = unlabelled(task), set()
+    hooks = [
+        model.get_submodule(path).register_forward_hook(lambda *_, name=name: ran.add(name))
+        for name, path in PARTS.items()
+    ]
 
-        def count(*_, name=name):
-            calls[name] += 1
+    def run(**given) -> set[str]:
+        ran.clear()
+        model(task=task, **given)
+        return set(ran)
 
-        hooks.append(model.get_submodule(path).register_forward_hook(count))
     with torch.no_grad():
-        model.model.text_branch._prompt_states.clear()
-        model.model.image_memory.forget()
-        model(task=task, **batch(task))
-        ran = {name for name, number in calls.items() if number}
-        for name in calls:
-            calls[name] = 0
-        model(task=task, **batch(task))
+        image = {name: inputs.pop(name) for name in ("pixel_values", "pixel_mask")}
+        features = model.get_image_features(**image, task=task)
+        assert run(**inputs, **image) == RUNS[task] | {"visual backbone"}
+        assert run(**inputs, image_features=features) == RUNS[task] - {"image encoder"}
+        if task in ("detection", "segmentation"):
+            prompt = model.get_prompt_features(inputs["input_ids"], inputs["attention_mask"])
+            assert run(image_features=features, prompt_features=prompt) == RUNS[task] - {
+                "image encoder",
+                "text encoder",
+            }
     for hook in hooks:
         hook.remove()
-    assert ran == RUNS[task]
-    cached = task in ("detection", "segmentation")
-    assert calls["text encoder"] == (0 if cached or task == "single_cell" else 1)
-    assert not calls["image encoder"]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -102,39 +114,11 @@ def test_every_option_trains(task, options):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_gradients_reach_every_trainable_parameter():
-    torch.manual_seed(0)
-    model = UniHemaForMultiTask(very_tiny_config()).train()
-    # Box heads and sampling offsets start at zero weight, which stops the gradient of what lies behind them.
-    for name, parameter in model.named_parameters():
-        if "box_head" in name or "sampling_offsets.weight" in name or "attention_weights" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    for task in TASKS:
-        model(task=task, **batch(task, size=(96, 128))).loss.backward()
-    untouched = [
-        name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
-    ]
-    assert untouched == []
-
-
-@pytest.mark.parametrize("task", HEADS)
-def test_full_checkpoint_loads_into_each_head_and_predicts_the_same(model, task, tmp_path):
-    model.save_pretrained(tmp_path)
-    head, info = HEADS[task].from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert sum(p.numel() for p in head.parameters()) < sum(p.numel() for p in model.parameters())
-    with torch.no_grad():
-        expected, found = model(task=task, **batch(task)), head.eval()(**batch(task))
-    torch.testing.assert_close(primary(found), primary(expected), rtol=0, atol=0)
-    torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=0)
-
-
 def test_trunk_loads_from_a_full_checkpoint(model, tmp_path):
     model.save_pretrained(tmp_path)
     trunk, info = UniHemaModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    inputs = batch("detection")
-    inputs.pop("labels")
+    inputs = unlabelled("detection")
     with torch.no_grad():
         found = trunk(**inputs)
         expected = model.model(**inputs)
@@ -174,37 +158,6 @@ def test_several_questions_about_one_image_equal_one_at_a_time(model):
             )
 
 
-@pytest.mark.parametrize("task", TASKS)
-@torch.no_grad()
-def test_states_and_attentions_of_every_layer_on_request(task):
-    model = UniHemaForMultiTask(very_tiny_config(num_queries=12)).eval()
-    model.set_attn_implementation("eager")
-    inputs = batch(task)
-    plain = model(task=task, **inputs)
-    output = model(task=task, **inputs, output_hidden_states=True, output_attentions=True)
-    torch.testing.assert_close(primary(output), primary(plain), rtol=0, atol=1e-6)
-    assert "encoder_hidden_states" not in plain and "encoder_attentions" not in plain
-    heads, levels, points, queries = 4, 4, 2, 12
-    if task in ("question_answering", "cloze"):
-        assert [tuple(states.shape) for states in output.encoder_hidden_states] == [(2, 7, 24)] * 2
-        assert [tuple(states.shape) for states in output.decoder_hidden_states] == [(2, 5, 24)] * 2
-        assert output.encoder_attentions[0].shape == (2, 2, 7, 7)
-        assert output.decoder_attentions[0].shape == (2, 2, 5, 5)
-        assert output.cross_attentions[0].shape == (2, 2, 5, 7)
-        return
-    tokens = 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2
-    assert [tuple(states.shape) for states in output.encoder_hidden_states] == [(2, tokens, 32)] * 2
-    assert output.encoder_attentions[0].shape == (2, tokens, heads, levels, points)
-    if task == "single_cell":
-        return
-    torch.testing.assert_close(output.encoder_hidden_states[-1], output.encoder_last_hidden_state, rtol=0, atol=0)
-    assert [tuple(states.shape) for states in output.decoder_hidden_states] == [(2, queries, 32)] * 3
-    assert [tuple(weights.shape) for weights in output.decoder_attentions] == [(2, heads, queries, queries)] * 2
-    assert [tuple(w.shape) for w in output.cross_attentions] == [(2, queries, heads, levels, points)] * 2
-    for weights in (*output.encoder_attentions, *output.cross_attentions):
-        torch.testing.assert_close(weights.sum((-1, -2)), torch.ones(weights.shape[:3]), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("task", ["detection", "question_answering"])
 @torch.no_grad()
 def test_official_maths_pads_text_to_its_limit(task):
@@ -219,22 +172,8 @@ def test_official_maths_pads_text_to_its_limit(task):
     )
 
 
-def test_prompt_cache_forgets_when_the_weights_change():
-    torch.manual_seed(0)
-    model = UniHemaForDetection(very_tiny_config()).eval()
-    inputs = batch("detection")
-    inputs.pop("labels")
-    with torch.no_grad():
-        before = model(**inputs).logits
-        assert torch.equal(before, model(**inputs).logits)
-        model.model.text_branch.encoder.final_layer_norm.weight.mul_(3)
-        after = model(**inputs).logits
-    assert (before - after).abs().max() > 1e-5
-
-
 def test_prompt_changes_the_detections(model):
-    inputs = batch("detection")
-    inputs.pop("labels")
+    inputs = unlabelled("detection")
     with torch.no_grad():
         a = model(task="detection", **inputs).logits
         inputs["input_ids"] = (inputs["input_ids"] + 1) * inputs["attention_mask"]
@@ -265,8 +204,7 @@ def test_more_queries_than_tokens(model):
 
 
 def test_boxes_are_relative_to_the_image_not_its_padding(model):
-    inputs = batch("detection")
-    inputs.pop("labels")
+    inputs = unlabelled("detection")
     with torch.no_grad():
         boxes = model(task="detection", **inputs).pred_boxes
     assert ((boxes >= 0) & (boxes <= 1)).all()
@@ -316,3 +254,43 @@ def test_layers_start_where_their_method_says():
     torch.testing.assert_close(offsets[0, :, 0], torch.tensor([[1.0, 0.0]]).expand(4, -1), rtol=0, atol=1e-6)
     torch.testing.assert_close(offsets[1, 0, 1], torch.tensor([0.0, 2.0]), rtol=0, atol=1e-6)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_every_parameter_is_initialised():
+    """Parameters filled with NaN beforehand are all drawn; what is not drawn would stay NaN."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = UniHemaForMultiTask(very_tiny_config())
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+            parameter._is_hf_initialized = False
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.init_weights()
+    assert [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()] == []
+
+
+def test_initial_spread_is_the_documented_one():
+    torch.manual_seed(0)
+    model = UniHemaForMultiTask(very_tiny_config(d_model=64, fusion_queries=64))
+    projection = model.model.hema_former.cross_modal_fusion.image_projection
+    bound = (6 / (64 + 64)) ** 0.5
+    assert 0.95 * bound < projection.weight.abs().max() <= bound and not projection.bias.any()
+    for drawn in (
+        model.model.hema_former.cross_modal_fusion.queries,
+        model.model.query_selection.content_queries.weight,
+        model.model.image_encoder.level_embedding,
+    ):
+        assert drawn.std().item() == pytest.approx(1, abs=0.15)
+    norm = model.model.image_decoder.norm
+    assert (norm.weight == 1).all() and not norm.bias.any()
+
+
+def test_trunk_has_no_loss_and_gives_states():
+    torch.manual_seed(0)
+    trunk = UniHemaModel(very_tiny_config(num_queries=12)).eval()
+    with torch.no_grad():
+        output = trunk(**unlabelled("detection"))
+    assert "loss" not in output and output.last_hidden_state.shape == (2, 12, 32)

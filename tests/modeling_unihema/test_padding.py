@@ -5,12 +5,14 @@ import torch
 from tiny_models import lively, very_tiny_config
 
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
-from unihema.modeling_unihema.padding import MaskedGroupNorm
+from unihema.modeling_unihema.padding import MaskedGroupNorm, strides
 from unihema.modeling_unihema.visual_backbone import FeatureLevels
 
 
-# Sizes that are no multiples of the strides, one with fewer tokens than there are queries.
+# Sizes that are no multiples of the strides, one with fewer tokens than there are queries; and what they are padded to: the
+# second has one row and one column more than whole cells of the coarsest level.
 SIZES = [(70, 100), (61, 128), (96, 33), (32, 40)]
+PADDED = [(128, 160), (129, 193)]
 VISUAL = ("detection", "segmentation", "single_cell")
 
 
@@ -25,7 +27,7 @@ def images(seed: int = 0) -> list[torch.Tensor]:
     return [torch.randn(3, h, w, generator=generator) for h, w in SIZES]
 
 
-def padded(pictures: list[torch.Tensor], size: tuple[int, int] = (128, 160)) -> dict[str, torch.Tensor]:
+def padded(pictures: list[torch.Tensor], size: tuple[int, int] = PADDED[0]) -> dict[str, torch.Tensor]:
     pixels, mask = torch.zeros(len(pictures), 3, *size), torch.zeros(len(pictures), *size, dtype=torch.long)
     for row, picture in enumerate(pictures):
         h, w = picture.shape[1:]
@@ -33,11 +35,12 @@ def padded(pictures: list[torch.Tensor], size: tuple[int, int] = (128, 160)) -> 
     return {"pixel_values": pixels, "pixel_mask": mask}
 
 
+@pytest.mark.parametrize("size", PADDED)
 @pytest.mark.parametrize("task", VISUAL)
 @torch.no_grad()
-def test_alone_equals_in_a_padded_batch(model, task):
+def test_alone_equals_in_a_padded_batch(model, task, size):
     pictures = images()
-    together = model(task=task, **padded(pictures))
+    together = model(task=task, **padded(pictures, size))
     for row, picture in enumerate(pictures):
         alone = model(task=task, pixel_values=picture[None])
         if task == "single_cell":
@@ -51,6 +54,20 @@ def test_alone_equals_in_a_padded_batch(model, task):
             assert torch.allclose(alone.logits[0], together.logits[row, :queries], atol=1e-3)
             assert torch.allclose(alone.pred_morphology[0], together.pred_morphology[row, :queries], atol=1e-3)
             assert (together.logits[row, queries:] < -1e3).all()
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4, 8, 16, 32, 64])
+def test_strides_of_any_size(stride):
+    for whole in range(stride + 1, 300):
+        assert strides([whole], [-(-whole // stride)]) == [stride]
+    # A patch embedding leaves out the last pixels.
+    assert strides([35, 50], [8, 12]) == [4, 4]
+
+
+@torch.no_grad()
+def test_a_mask_has_the_size_of_a_small_image(model):
+    for side in range(8, 20):
+        assert model(task="segmentation", pixel_values=torch.randn(1, 3, side, 40)).mask_logits.shape == (1, side, 40)
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@ import pytest
 
 from unihema.processing_unihema.prompts import (
     cloze_prompt,
-    detection_prompt,
     fill_blanks,
+    names_prompt,
     number_blanks,
     question_prompt,
     task_prompt,
@@ -11,9 +11,9 @@ from unihema.processing_unihema.prompts import (
 
 
 def test_templates():
-    assert detection_prompt("malaria") == "This image is for the detection of malaria cells"
-    assert detection_prompt(["RBC", "WBC", "RBC"]) == "This image is for the detection of RBC, WBC cells"
-    assert detection_prompt(["RBC ", "", "RBC"]) == "This image is for the detection of RBC cells"
+    assert names_prompt("malaria") == "This image is for the detection of malaria cells"
+    assert names_prompt(["RBC", "WBC", "RBC"]) == "This image is for the detection of RBC, WBC cells"
+    assert names_prompt(["RBC ", "", "RBC"]) == "This image is for the detection of RBC cells"
     assert question_prompt(" What is it? ") == "Q: What is it?"
     assert cloze_prompt("A ___ cell.") == "mask: A <extra_id_0> cell."
 
@@ -28,7 +28,7 @@ def test_blanks_are_numbered_from_left_to_right():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: detection_prompt([]), "at least one"),
+        (lambda: names_prompt([]), "at least one"),
         (lambda: question_prompt("  "), "question is empty"),
         (lambda: number_blanks("no blank"), "No blank"),
         (lambda: fill_blanks("a ___ b", ["x", "y"]), "2 answers for 1 blanks"),
