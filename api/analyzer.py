@@ -5,18 +5,19 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from unihema.checkpoint_files import (
-    CheckpointError,
     fingerprint,
     is_adapter,
     is_onnx,
     local_folder,
     reference_files,
 )
-from unihema.errors import UniHemaError
-from unihema.modeling_unihema.tasks import IMAGE_TASKS, TASK_TABLE, TASKS, check_task
+from unihema.errors import RequestError
+from unihema.files import OpenedImage, open_image
+from unihema.loading import available_tasks, load_model, require_tasks
+from unihema.modeling_unihema.tasks import IMAGE_TASKS, TASK_TABLE, TASKS
 from unihema.results.smear_result import Cell, SmearResult
 from unihema.version import __version__
 
@@ -40,26 +41,6 @@ CROWDED = 0.95
 
 class QueryCapWarning(UserWarning):
     """The field holds about as many cells as the model has queries, so some are probably not counted."""
-
-
-class RequestError(UniHemaError, ValueError):
-    """What was asked for cannot be done by any checkpoint: an unknown task, a threshold that is none, a text too long."""
-
-
-class OpenedImage(NamedTuple):
-    """An image that was read.
-
-    Args:
-        pixels (`PIL.Image.Image`): RGB, perhaps reduced.
-        width (`int`): Of the file.
-        height (`int`): Of the file.
-        name (`str`, *optional*): Its path, where it came from one.
-    """
-
-    pixels: "Image.Image"
-    width: int
-    height: int
-    name: str | None
 
 
 @dataclass(frozen=True)
@@ -162,8 +143,6 @@ class Analyzer:
             RequestError: An image size that cannot be.
             ValueError: The model cannot be quantised.
         """
-        from unihema.loading import load_model
-
         folder = local_folder(source, **hub)
         files = fingerprint(folder, adapters)
         device = "cpu" if int8 and device is None else device
@@ -578,46 +557,6 @@ class _SeenImages:
         return self.model(**inputs)
 
 
-def open_image(image: "str | Path | Image.Image | numpy.ndarray") -> OpenedImage:
-    """Reads an image.
-
-    Args:
-        image (`str`, `Path`, `PIL.Image.Image` or `np.ndarray`): The image.
-
-    Raises:
-        UnreadableImageError: The image cannot be read.
-    """
-    from unihema.processing_unihema.image_io import image_size, load_image
-
-    opened = load_image(image)
-    from_file = isinstance(image, (str, Path))
-    height, width = image_size(image if from_file else opened)
-    return OpenedImage(opened, width, height, str(image) if from_file else None)
-
-
-def available_tasks(model: "UniHemaPreTrainedModel | OnnxModel") -> tuple[str, ...]:
-    """Tasks the model has a head for and was trained on (all of its heads where the checkpoint does not say)."""
-    trained = getattr(model.config, "trained_tasks", None)
-    return tuple(task for task in model.tasks if trained is None or task in trained)
-
-
-def require_tasks(model: "UniHemaPreTrainedModel | OnnxModel", tasks: Sequence[str]) -> None:
-    """Checks that a checkpoint can do what is asked.
-
-    Raises:
-        CheckpointError: It lacks the head, or the head was never trained.
-        ValueError: There is no such task.
-    """
-    available = available_tasks(model)
-    for task in tasks:
-        check_task(task)
-        if task not in available:
-            raise CheckpointError(
-                f"This checkpoint has no trained head for '{task}'; it does {', '.join(available) or 'nothing'}. Use "
-                f"another checkpoint, or train one with `unihema train ... --task {task}`."
-            )
-
-
 def set_image_sizes(processor: "UniHemaProcessor", sizes: Mapping[str, int]) -> None:
     """Changes the size at which a processor gives images to the model, for another magnification than it was trained on.
 
@@ -674,12 +613,7 @@ def _warn_if_crowded(logits: "torch.Tensor", thresholds: Sequence[float], result
 
 __all__ = [
     "Analyzer",
-    "OpenedImage",
     "QueryCapWarning",
     "Request",
-    "RequestError",
-    "available_tasks",
-    "open_image",
-    "require_tasks",
     "set_image_sizes",
 ]

@@ -5,4 +5,8 @@ class UniHemaError(Exception):
     """Something about the input, the settings or the machine; the message names it and the remedy."""
 
 
-__all__ = ["UniHemaError"]
+class RequestError(UniHemaError, ValueError):
+    """What was asked for cannot be done by any checkpoint: an unknown task, a threshold that is none, a text too long."""
+
+
+__all__ = ["RequestError", "UniHemaError"]

@@ -15,6 +15,7 @@ from unihema.checkpoint_files import (
     read_json,
 )
 from unihema.errors import UniHemaError
+from unihema.modeling_unihema.tasks import check_task
 
 
 if TYPE_CHECKING:
@@ -186,4 +187,27 @@ def _in_8_bit(device: "torch.device") -> dict[str, Any]:
     return {"quantization_config": kept, "device_map": {"": device}}
 
 
-__all__ = ["DeviceError", "choose_device", "choose_dtype", "load_model"]
+def available_tasks(model: "UniHemaPreTrainedModel | OnnxModel") -> tuple[str, ...]:
+    """Tasks the model has a head for and was trained on (all of its heads where the checkpoint does not say)."""
+    trained = getattr(model.config, "trained_tasks", None)
+    return tuple(task for task in model.tasks if trained is None or task in trained)
+
+
+def require_tasks(model: "UniHemaPreTrainedModel | OnnxModel", tasks: Sequence[str]) -> None:
+    """Checks that a checkpoint can do what is asked.
+
+    Raises:
+        CheckpointError: It lacks the head, or the head was never trained.
+        ValueError: There is no such task.
+    """
+    available = available_tasks(model)
+    for task in tasks:
+        check_task(task)
+        if task not in available:
+            raise CheckpointError(
+                f"This checkpoint has no trained head for '{task}'; it does {', '.join(available) or 'nothing'}. Use "
+                f"another checkpoint, or train one with `unihema train ... --task {task}`."
+            )
+
+
+__all__ = ["DeviceError", "available_tasks", "choose_device", "choose_dtype", "load_model", "require_tasks"]

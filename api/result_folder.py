@@ -16,8 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unihema.analyzer import OpenedImage, Request, RequestError, open_image
-from unihema.files import find_images, sha256, write_atomically, write_text
+from unihema.errors import RequestError
+from unihema.files import OpenedImage, find_images, open_image, sha256, write_atomically, write_text
 from unihema.inference.int8 import is_int8
 from unihema.results.export import cell_columns, cell_row
 from unihema.results.smear_result import SmearResult
@@ -27,7 +27,7 @@ from unihema.version import __version__
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
-    from unihema.analyzer import Analyzer
+    from unihema.analyzer import Analyzer, Request
 
 
 COUNT_COLUMNS = ["image", "label", "count", "percent_of_white_cells", "differential", "warnings"]
