@@ -95,7 +95,7 @@ class Analyzer:
         processor: "UniHemaProcessor",
         reference: "ModelReference | None" = None,
     ):
-        self.model = model.eval()
+        self.model: Any = model.eval()
         self.processor = processor
         self.reference = reference
         self.source: str | None = None
@@ -146,6 +146,7 @@ class Analyzer:
         folder = local_folder(source, **hub)
         files = fingerprint(folder, adapters)
         device = "cpu" if int8 and device is None else device
+        model: Any
         model, processor = load_model(folder, device, dtype, adapters, load_in_8bit)
         set_image_sizes(processor, image_sizes or {})
         reference = None
@@ -427,7 +428,7 @@ class Analyzer:
         asked = asked_classes(config, request.prompt)
         thresholds = config.class_thresholds(request.threshold)
         for result, cells, logits in zip(results, found, outputs.logits, strict=True):
-            result.classes = [config.id2label[i] for i in range(config.num_labels) if asked is None or asked[i]]
+            result.classes = [name for i, name in enumerate(config.class_names) if asked is None or asked[i]]
             result.cells = [
                 Cell(number, cell["box"], cell["label"], cell["score"], cell["attributes"])
                 for number, cell in enumerate(cells, 1)
@@ -486,8 +487,7 @@ class Analyzer:
         from unihema.processing_unihema.post_processing import NMS_IOU, NMS_WITHIN
 
         config, tasks = self.model.config, request.tasks
-        labels = [config.id2label[index] for index in range(config.num_labels)]
-        thresholds = dict(zip(labels, config.class_thresholds(request.threshold)))
+        thresholds = dict(zip(config.class_names, config.class_thresholds(request.threshold)))
         return {
             "unihema": __version__,
             "transformers": transformers.__version__,
@@ -541,14 +541,15 @@ class _SeenImages:
 
     def outputs(self, task: str) -> Any:
         """What the head of a task says."""
-        images, inputs = len(self.images), {}
+        images = len(self.images)
+        inputs: dict[str, Any] = {}
         if not hasattr(self.model, "get_image_features"):
             texts = self.request.texts.get(task, {})
             inputs = self.batch(task) | {name: value.expand(images, -1) for name, value in texts.items()}
         else:
             inputs["image_features"] = self.features(task)
             if task in self.request.prompts:
-                prompt = self.request.prompts[task]
+                prompt: Any = self.request.prompts[task]
                 inputs["prompt_features"] = type(prompt)(
                     prompt.last_hidden_state.expand(images, -1, -1), prompt.attention_mask.expand(images, -1)
                 )

@@ -87,9 +87,11 @@ def open_image(image: str | Path | Image.Image | numpy.ndarray) -> OpenedImage:
         UnreadableImageError: The image cannot be read.
     """
     opened = load_image(image)
-    from_file = isinstance(image, (str, Path))
-    height, width = image_size(image if from_file else opened)
-    return OpenedImage(opened, width, height, str(image) if from_file else None)
+    if isinstance(image, (str, Path)):
+        height, width = image_size(image)
+        return OpenedImage(opened, width, height, str(image))
+    height, width = image_size(opened)
+    return OpenedImage(opened, width, height, None)
 
 
 def sha256(path: Path) -> str:

@@ -137,13 +137,15 @@ def choose_dtype(dtype: "str | torch.dtype") -> "torch.dtype":
     import torch
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    chosen = known.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if chosen not in known.values():
+    chosen = known.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in known.values():
         raise DeviceError(f"dtype {dtype!r}: choose one of {', '.join(known)}.")
     return chosen
 
 
-def _load_plain(folder: str | Path, device, dtype, load_in_8bit: bool):
+def _load_plain(
+    folder: str | Path, device: "str | torch.device | None", dtype: "str | torch.dtype | None", load_in_8bit: bool
+) -> "tuple[UniHemaPreTrainedModel, UniHemaProcessor]":
     files = checkpoint_files(folder)
     from unihema.modeling_unihema import modeling_unihema
     from unihema.processing_unihema.processing_unihema import UniHemaProcessor

@@ -73,7 +73,7 @@ def export_onnx(checkpoint: str | Path, output: str | Path, task: str = "detecti
     return output
 
 
-def _trace(model: "UniHemaPreTrainedModel", task: str):
+def _trace(model: "UniHemaPreTrainedModel", task: str) -> torch.onnx.ONNXProgram:
     class Exported(torch.nn.Module):
         """Positional inputs in, a tuple of tensors out."""
 

@@ -106,7 +106,7 @@ def analyze_into(
     return report
 
 
-def _settings(analyzer: "Analyzer", request: Request, geojson: bool) -> dict[str, Any]:
+def _settings(analyzer: "Analyzer", request: "Request", geojson: bool) -> dict[str, Any]:
     """Everything that decides a result."""
     processor = analyzer.processor.image_processor
     return {
@@ -139,7 +139,7 @@ class _Run:
     """One run over images: reads, analyses and writes each."""
 
     def __init__(
-        self, analyzer: "Analyzer", folder: "ResultFolder", report: BatchReport, request: Request, overwrite: bool
+        self, analyzer: "Analyzer", folder: "ResultFolder", report: BatchReport, request: "Request", overwrite: bool
     ):
         self.analyzer, self.request = analyzer, request
         self.folder, self.report, self.overwrite = folder, report, overwrite
@@ -171,6 +171,7 @@ class _Run:
         waiting = [work for work in group if work.opened]
         if not waiting:
             return
+        outcomes: Sequence[SmearResult | str]
         try:
             outcomes = self.analyzer.run(self.request, [work.opened for work in waiting])
         except _FAILURES as error:

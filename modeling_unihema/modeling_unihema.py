@@ -63,6 +63,8 @@ class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
     """Initialisation and loading, common to all UniHema models."""
 
     config: UniHemaConfig
+    # What the class has heads for; the model without heads has none.
+    tasks: tuple[str, ...]
     config_class = UniHemaConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
