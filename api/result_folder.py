@@ -16,9 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unihema.analyzer import OpenedImage, Request, RequestError, open_image
-from unihema.errors import OutputError
-from unihema.files import find_images, sha256, write_atomically, write_text
+from unihema.errors import RequestError
+from unihema.files import OpenedImage, find_images, open_image, sha256, write_atomically, write_text
 from unihema.inference.int8 import is_int8
 from unihema.results.export import cell_columns, cell_row
 from unihema.results.smear_result import SmearResult
@@ -28,7 +27,7 @@ from unihema.version import __version__
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
-    from unihema.analyzer import Analyzer
+    from unihema.analyzer import Analyzer, Request
 
 
 COUNT_COLUMNS = ["image", "label", "count", "percent_of_white_cells", "differential", "warnings"]
@@ -107,7 +106,7 @@ def analyze_into(
     return report
 
 
-def _settings(analyzer: "Analyzer", request: Request, geojson: bool) -> dict[str, Any]:
+def _settings(analyzer: "Analyzer", request: "Request", geojson: bool) -> dict[str, Any]:
     """Everything that decides a result."""
     processor = analyzer.processor.image_processor
     return {
@@ -140,7 +139,7 @@ class _Run:
     """One run over images: reads, analyses and writes each."""
 
     def __init__(
-        self, analyzer: "Analyzer", folder: "ResultFolder", report: BatchReport, request: Request, overwrite: bool
+        self, analyzer: "Analyzer", folder: "ResultFolder", report: BatchReport, request: "Request", overwrite: bool
     ):
         self.analyzer, self.request = analyzer, request
         self.folder, self.report, self.overwrite = folder, report, overwrite
@@ -172,6 +171,7 @@ class _Run:
         waiting = [work for work in group if work.opened]
         if not waiting:
             return
+        outcomes: Sequence[SmearResult | str]
         try:
             outcomes = self.analyzer.run(self.request, [work.opened for work in waiting])
         except _FAILURES as error:

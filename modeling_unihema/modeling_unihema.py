@@ -65,6 +65,8 @@ class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
     """Initialisation and loading, common to all UniHema models."""
 
     config: UniHemaConfig
+    # What the class has heads for; the model without heads has none.
+    tasks: tuple[str, ...]
     config_class = UniHemaConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
@@ -269,7 +271,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
             output = UniHemaModelOutput(last_hidden_state=feature[:, None], encoder_last_hidden_state=tokens)
         else:
             if input_ids is not None and prompt_features is not None:
-                raise ValueError("Give input_ids or prompt_features, not both.")
+                raise InputError("Give input_ids or prompt_features, not both.")
             if self.config.text_guided_refinement and prompt_features is None:
                 prompt_features = self.get_prompt_features(input_ids, attention_mask, task, tokens.shape[0])
             output = self._find_cells(tokens, levels, prompt_features, make_denoising, states, weights)

@@ -71,7 +71,7 @@ def data_to_measure(
         ValueError: See `require_tasks`.
         typer.BadParameter: See [`pairs`].
     """
-    from unihema.analyzer import available_tasks, require_tasks
+    from unihema.loading import available_tasks, require_tasks
     from unihema.training.run_config import DataConfig
 
     require_tasks(model, tasks)

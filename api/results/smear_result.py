@@ -50,9 +50,9 @@ class Cell:
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     mask: np.ndarray | None = None
 
-    def __post_init__(self):
-        self.box = tuple(float(value) for value in self.box)
-        x_min, y_min, x_max, y_max = self.box
+    def __post_init__(self) -> None:
+        x_min, y_min, x_max, y_max = (float(value) for value in self.box)
+        self.box = (x_min, y_min, x_max, y_max)
         if x_max < x_min or y_max < y_min:
             raise InputError(f"Cell {self.id}: box {self.box} must be x_min, y_min, x_max, y_max.")
         if self.mask is not None:

@@ -14,8 +14,9 @@ from tiny_models import batch, lively
 
 from unihema import Analyzer
 from unihema.checkpoint_files import CheckpointError
-from unihema.inference.onnx import OUTPUTS, MissingOnnxError, export_onnx
+from unihema.inference.onnx import OUTPUTS, MissingOnnxError
 from unihema.loading import load_model
+from unihema.onnx_export import export_onnx
 from unihema_cli.app import app
 
 
