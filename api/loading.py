@@ -14,6 +14,7 @@ from unihema.checkpoint_files import (
     named_adapters,
     read_json,
 )
+from unihema.errors import InputError
 from unihema.modeling_unihema.tasks import check_task
 
 

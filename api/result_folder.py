@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unihema.errors import RequestError
+from unihema.errors import OutputError, RequestError
 from unihema.files import OpenedImage, find_images, open_image, sha256, write_atomically, write_text
 from unihema.inference.int8 import is_int8
 from unihema.results.export import cell_columns, cell_row
