@@ -44,7 +44,51 @@ class PackageMissingError(UniHemaError, ImportError):
     """A package of an extra is not installed."""
 
 
+class CheckpointError(InputError):
+    """A checkpoint that cannot be used; the message names the file or task and the remedy."""
+
+
+class UnreadableImageError(InputError):
+    """An image file that is missing, empty, truncated or no image; the message names it and the remedy."""
+
+
+class DatasetError(InputError):
+    """A data folder, file or row that cannot be used; the message names it and the remedy."""
+
+
+class RunConfigError(InputError):
+    """A setting that does not exist, has the wrong type, or contradicts another; the message names it."""
+
+
+class TrainingError(RunError):
+    """Training cannot go on; the message says where it stood and what to do."""
+
+
+class TrainingInterrupted(TrainingError):
+    """Stopped by the user or the system; a checkpoint to resume from is saved."""
+
+
+class PushError(RunError):
+    """A push that did not happen; the message names the repository and the remedy, never the token."""
+
+
+class CardError(InputError):
+    """A card with an empty or false field; the message names the field and the remedy."""
+
+
+class PreparedModelError(InputError):
+    """A model prepared for inference was to be saved; the message says what to do instead."""
+
+
+class DeviceError(InputError):
+    """A device or a dtype that there is not."""
+
+
 __all__ = [
+    "CardError",
+    "CheckpointError",
+    "DatasetError",
+    "DeviceError",
     "FileMissingError",
     "FileThereError",
     "InputError",
@@ -52,7 +96,13 @@ __all__ = [
     "NotFiniteError",
     "OutputError",
     "PackageMissingError",
+    "PreparedModelError",
+    "PushError",
     "RequestError",
+    "RunConfigError",
     "RunError",
+    "TrainingError",
+    "TrainingInterrupted",
     "UniHemaError",
+    "UnreadableImageError",
 ]

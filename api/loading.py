@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unihema.checkpoint_files import (
-    CheckpointError,
     adapter_base,
     adapter_files,
     checkpoint_files,
@@ -14,7 +13,7 @@ from unihema.checkpoint_files import (
     named_adapters,
     read_json,
 )
-from unihema.errors import InputError
+from unihema.errors import CheckpointError, DeviceError
 from unihema.modeling_unihema.tasks import check_task
 
 
@@ -37,10 +36,6 @@ _KEPT_WHOLE = (
     "sampling_offsets",
     "attention_weights",
 )
-
-
-class DeviceError(InputError):
-    """A device or a dtype that there is not."""
 
 
 def load_model(
@@ -212,4 +207,4 @@ def require_tasks(model: "UniHemaPreTrainedModel | OnnxModel", tasks: Sequence[s
             )
 
 
-__all__ = ["DeviceError", "available_tasks", "choose_device", "choose_dtype", "load_model", "require_tasks"]
+__all__ = ["available_tasks", "choose_device", "choose_dtype", "load_model", "require_tasks"]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unihema.checkpoint_files import REFERENCE_FILE, CheckpointError, checkpoint_files
-from unihema.errors import InputError
+from unihema.checkpoint_files import REFERENCE_FILE, checkpoint_files
+from unihema.errors import CardError, CheckpointError, InputError
 
-from .fields import CardError, check_card, is_repo_id
+from .fields import check_card, is_repo_id
 from .folder_card import ADAPTER_CONFIG, CARD_FILE, read_json
 from .results import stale_result
 from .usage import for_repo

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from unihema.errors import InputError, InputTypeError
+from unihema.errors import InputError, InputTypeError, UnreadableImageError
 
 
 # What names of image files end with, in lower case.
@@ -22,10 +22,6 @@ _ORIENTATION = 0x0112
 _BEFORE_REDUCING = {"1": "L", "P": "RGBA", "PA": "RGBA", "I;16": "I", "I;16L": "I", "I;16B": "I", "I;16N": "I"}
 # PIL keeps its limit of pixels in a global.
 _opening = threading.Lock()
-
-
-class UnreadableImageError(InputError):
-    """An image file that is missing, empty, truncated or no image; the message names it and the remedy."""
 
 
 def load_image(image: "str | Path | bytes | Image.Image | np.ndarray", max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -19,9 +19,9 @@ from PIL import Image
 from transformers import ImageClassificationPipeline, ImageSegmentationPipeline, ObjectDetectionPipeline, Pipeline
 from transformers.image_utils import load_image as fetch_image
 
-from unihema.errors import InputError, InputTypeError
+from unihema.errors import InputError, InputTypeError, UnreadableImageError
 
-from .image_io import UnreadableImageError, image_size, load_image
+from .image_io import image_size, load_image
 from .post_processing import (
     find_cells,
     post_process_semantic_segmentation,

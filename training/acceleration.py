@@ -8,7 +8,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 
-from unihema.training.run_config import OptimisationConfig, RunConfigError
+from unihema.errors import RunConfigError
+from unihema.training.run_config import OptimisationConfig
 
 
 # The other processes wait this long for the one that evaluates.

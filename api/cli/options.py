@@ -86,7 +86,7 @@ def data_to_measure(
 @contextmanager
 def stopped_runs_exit() -> Iterator[None]:
     """A run that was stopped, with a checkpoint saved, ends the command with exit code 3."""
-    from unihema.training.loop import TrainingInterrupted
+    from unihema.errors import TrainingInterrupted
 
     try:
         yield

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from unihema.checkpoint_files import CheckpointError
-from unihema.errors import InputError, PackageMissingError
+from unihema.errors import CheckpointError, InputError, PackageMissingError
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.outputs import UniHemaClassificationOutput, UniHemaDetectionOutput
 

@@ -9,17 +9,13 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 
-from unihema.errors import InputError
+from unihema.errors import PreparedModelError
 from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
 from unihema.modeling_unihema.padding import blanked_in_place
 
 
 # Of the largest value of the backbone's maps; fusing changes the order of float operations, nothing else.
 TOLERANCE = 1e-3
-
-
-class PreparedModelError(InputError):
-    """A model prepared for inference was to be saved; the message says what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -140,4 +136,4 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
     )
 
 
-__all__ = ["Preparation", "PreparedModelError", "prepare_for_inference"]
+__all__ = ["Preparation", "prepare_for_inference"]

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from unihema.checkpoint_files import REFERENCE_FILE, CheckpointError
-from unihema.errors import InputError
+from unihema.checkpoint_files import REFERENCE_FILE
+from unihema.errors import CheckpointError, InputError
 from unihema.files import write_atomically
 from unihema.modeling_unihema.outputs import UniHemaImageFeatures
 from unihema.results.smear_result import SmearResult

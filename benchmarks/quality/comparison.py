@@ -12,11 +12,12 @@ from benchmarks.quality.results import UNIHEMA, Results, unihema_item
 from benchmarks.quality.saved import save_example, save_peer
 from benchmarks.quality.training import peer_batches, peer_settings, train_peer
 from unihema.checkpoint_files import fingerprint
+from unihema.errors import RunConfigError
 from unihema.loading import available_tasks, load_model
 from unihema.training.build import build, training_rows, validation_rows
 from unihema.training.data.rows import Row, morphology_schema
 from unihema.training.evaluation import evaluate_model
-from unihema.training.run_config import DataConfig, ModelConfig, OptimisationConfig, RunConfig, RunConfigError
+from unihema.training.run_config import DataConfig, ModelConfig, OptimisationConfig, RunConfig
 
 
 FIELDS, CELLS = 320, 128

@@ -17,7 +17,7 @@ from torch import nn
 
 import unihema
 from unihema import Analyzer, CheckpointError, QueryCapWarning, SmearResult, UniHemaError, prepare_for_inference
-from unihema.inference.prepare import PreparedModelError
+from unihema.errors import PreparedModelError
 from unihema.loading import load_model
 from unihema.training.adapter_config import AdapterConfig
 from unihema.training.adapters import attach_adapter, save_adapter

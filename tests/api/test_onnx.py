@@ -13,7 +13,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 from tiny_models import batch, lively
 
 from unihema import Analyzer
-from unihema.checkpoint_files import CheckpointError
+from unihema.errors import CheckpointError
 from unihema.inference.onnx import OUTPUTS, MissingOnnxError
 from unihema.loading import load_model
 from unihema.onnx_export import export_onnx

@@ -6,7 +6,7 @@ from tiny_models import batch, lively, very_tiny_config
 from torch import nn
 
 from unihema import prepare_for_inference
-from unihema.inference.prepare import PreparedModelError
+from unihema.errors import PreparedModelError
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.modeling_unihema import UniHemaForImageClassification
 from unihema.training.pretrained_backbone import LITE0_BACKBONE

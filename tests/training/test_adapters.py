@@ -14,13 +14,14 @@ from tiny_runs import run_config
 from transformers import AutoModelForObjectDetection
 
 import unihema
-from unihema.checkpoint_files import CheckpointError, adapter_base
+from unihema.checkpoint_files import adapter_base
+from unihema.errors import CheckpointError, RunConfigError
 from unihema.loading import load_model
 from unihema.modeling_unihema.layers import ClassEmbedding, ClassLinear
 from unihema.training.adapter_config import AdapterConfig
 from unihema.training.adapters import attach_adapter, load_adapter_weights, save_adapter, save_merged, start_classes
 from unihema.training.loop import train
-from unihema.training.run_config import RunConfig, RunConfigError
+from unihema.training.run_config import RunConfig
 
 
 LAB = ["neutrophil", "eosinophil", "band", "red cell"]

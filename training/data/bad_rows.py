@@ -5,17 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from unihema.errors import InputError
+from unihema.errors import DatasetError, InputError
 
 
 logger = logging.getLogger(__name__)
 
 OnInvalid = Literal["error", "skip"]
 SHOWN = 50
-
-
-class DatasetError(InputError):
-    """A data folder, file or row that cannot be used; the message names it and the remedy."""
 
 
 class BadRowsError(DatasetError):

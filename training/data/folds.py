@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from unihema.errors import InputError
-from unihema.training.data.rows import GROUP_KEYS, DatasetError, Row
+from unihema.errors import DatasetError, InputError
+from unihema.training.data.rows import GROUP_KEYS, Row
 
 
 def fold_rows(

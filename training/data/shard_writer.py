@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image as Picture
 from tqdm.auto import tqdm
 
-from unihema.errors import InputError
-from unihema.training.data.bad_rows import BadRowsError, DatasetError, OnInvalid
+from unihema.errors import DatasetError, InputError
+from unihema.training.data.bad_rows import BadRowsError, OnInvalid
 from unihema.training.data.description import DESCRIPTION_FILE
 from unihema.training.data.label_names import row_names
 from unihema.training.data.lazy_rows import rows_by_sample

@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from unihema.errors import InputError
-from unihema.training.data.rows import DatasetError
+from unihema.errors import DatasetError, InputError
 from unihema.training.data.synthetic import SyntheticSmears
 from unihema.training.data.synthetic_cells import CLASSES
 
