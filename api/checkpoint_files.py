@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unihema.errors import UniHemaError
+from unihema.errors import InputError
 from unihema.files import sha256
 
 
@@ -21,7 +21,7 @@ _PARTS = {
 }
 
 
-class CheckpointError(UniHemaError, ValueError):
+class CheckpointError(InputError):
     """A checkpoint that cannot be used; the message names the file or task and the remedy."""
 
 

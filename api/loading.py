@@ -14,7 +14,7 @@ from unihema.checkpoint_files import (
     named_adapters,
     read_json,
 )
-from unihema.errors import UniHemaError
+from unihema.errors import InputError
 from unihema.modeling_unihema.tasks import check_task
 
 
@@ -39,7 +39,7 @@ _KEPT_WHOLE = (
 )
 
 
-class DeviceError(UniHemaError, ValueError):
+class DeviceError(InputError):
     """A device or a dtype that there is not."""
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from unihema.errors import InputError
 from unihema.files import write_atomically
 from unihema.inference.onnx import (
     METADATA_FILES,
@@ -53,11 +54,11 @@ def export_onnx(checkpoint: str | Path, output: str | Path, task: str = "detecti
     """
     output = Path(output)
     if task not in OUTPUTS:
-        raise ValueError(f"Task '{task}' has no ONNX export; choose one of {', '.join(OUTPUTS)}.")
+        raise InputError(f"Task '{task}' has no ONNX export; choose one of {', '.join(OUTPUTS)}.")
     if output.suffix != ".onnx":
-        raise ValueError(f"{output}: name the file .onnx, by which `unihema predict` knows it.")
+        raise InputError(f"{output}: name the file .onnx, by which `unihema predict` knows it.")
     if output.exists():
-        raise ValueError(f"{output} is there already: choose another name or delete it.")
+        raise InputError(f"{output} is there already: choose another name or delete it.")
     for package in ("onnx", "onnxscript"):
         try:
             importlib.import_module(package)

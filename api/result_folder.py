@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unihema.errors import RequestError
+from unihema.errors import OutputError, RequestError
 from unihema.files import OpenedImage, find_images, open_image, sha256, write_atomically, write_text
 from unihema.inference.int8 import is_int8
 from unihema.results.export import cell_columns, cell_row
@@ -83,7 +83,7 @@ def analyze_into(
     """
     output = Path(output)
     if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"{output}: the output must be a folder, and this is a file.")
+        raise OutputError(f"{output}: the output must be a folder, and this is a file.")
     if batch_size < 1:
         raise RequestError(f"batch_size must be 1 or more, got {batch_size}.")
     checked = analyzer.request(*request)

@@ -9,6 +9,8 @@ from huggingface_hub import DatasetCard, ModelCard
 from huggingface_hub.repocard import RepoCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from unihema.errors import InputError
+
 
 # Identifiers that the Hub accepts as `license`. Its "unknown" is not among them: that would be an empty field.
 # fmt: off
@@ -31,7 +33,7 @@ PLACEHOLDERS = ("[more information needed]", "todo", "tbd", "fixme", "n/a", "unk
 NO_DEVICE = "not a medical device"
 
 
-class CardError(ValueError):
+class CardError(InputError):
     """A card with an empty or false field; the message names the field and the remedy."""
 
 

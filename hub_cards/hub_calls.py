@@ -9,6 +9,8 @@ from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import parse_ratelimit_headers
 
+from unihema.errors import RunError
+
 
 # huggingface_hub itself tries these again, and every PUT.
 RETRIED = ("/preupload/", "/info/lfs/")
@@ -29,7 +31,7 @@ _REMEDIES = {
 }
 
 
-class PushError(RuntimeError):
+class PushError(RunError):
     """A push that did not happen; the message names the repository and the remedy, never the token."""
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from unihema.errors import InputError, PackageMissingError
+
 
 # Fields of the configuration that an adapter may have its own values of, in its `adapter_config.json`.
 ADAPTER_FIELDS = (
@@ -67,7 +69,7 @@ class WithAdapters:
         loaded = getattr(self, "peft_config", None) or {}
         missing = [name for name in names if name not in loaded]
         if missing or not names:
-            raise ValueError(f"No adapter {', '.join(missing) or 'named'}; loaded are {', '.join(loaded) or 'none'}.")
+            raise InputError(f"No adapter {', '.join(missing) or 'named'}; loaded are {', '.join(loaded) or 'none'}.")
         inference = all(loaded[name].inference_mode for name in names)
         for module in _adapted_modules(self):
             if hasattr(module, "modules_to_save"):
@@ -234,13 +236,13 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
         import peft
         from peft.utils import load_peft_weights, set_peft_model_state_dict
     except ImportError as error:
-        raise ImportError("Adapters need PEFT: pip install peft.") from error
+        raise PackageMissingError("Adapters need PEFT: pip install peft.") from error
     import warnings
 
     from transformers.utils.loading_report import LoadStateDictInfo
 
     if name in (getattr(model, "peft_config", None) or {}):
-        raise ValueError(
+        raise InputError(
             f"An adapter named {name!r} is loaded already; give another adapter_name, or delete that first."
         )
     given = {
@@ -256,7 +258,7 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
     others = {other.peft_type for other in (getattr(model, "peft_config", None) or {}).values()}
     if others - {config.peft_type}:
         # PEFT would put one layer around the other, and switching would reach the outer one only.
-        raise ValueError(
+        raise InputError(
             f"{source}: an adapter of kind {config.peft_type.value} cannot lie beside one of {others.pop().value}. Load it "
             "into another copy of the base."
         )
@@ -272,12 +274,12 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
     try:
         result = set_peft_model_state_dict(model, weights, adapter_name=name)
     except (KeyError, RuntimeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{source}: the adapter does not fit this {type(model).__name__} ({error}). Load its own base."
         ) from error
     absent = {key for key in result.missing_keys if f".{name}." in f"{key}." and name in key.split(".")}
     if result.unexpected_keys:
-        raise ValueError(
+        raise InputError(
             f"{source}: the adapter does not fit this {type(model).__name__}, which has no "
             f"{result.unexpected_keys[0]!r} ({len(result.unexpected_keys)} such weights). Load its own base."
         )

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from unihema.errors import InputError
+
 
 # The parts of the model beside the visual backbone, and where each lives in a state dict (below `model.`).
 PARTS = {
@@ -119,7 +121,7 @@ def check_task(name: str) -> Task:
         ValueError: There is no such task.
     """
     if name not in TASK_TABLE:
-        raise ValueError(f"Unknown task '{name}'; choose one of {', '.join(TASKS)}.")
+        raise InputError(f"Unknown task '{name}'; choose one of {', '.join(TASKS)}.")
     return TASK_TABLE[name]
 
 

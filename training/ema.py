@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from unihema.errors import InputError
+
 
 class ExponentialMovingAverage:
     """Keeps `average = d * average + (1 - d) * weights`, with `d = min(decay, (1 + t) / (warmup + t))` at update t.
@@ -20,7 +22,7 @@ class ExponentialMovingAverage:
 
     def __init__(self, model: nn.Module, decay: float = 0.9997, warmup: float = 10.0):
         if not 0 <= decay < 1:
-            raise ValueError(f"EMA decay {decay} must lie in [0, 1).")
+            raise InputError(f"EMA decay {decay} must lie in [0, 1).")
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
@@ -76,7 +78,7 @@ class ExponentialMovingAverage:
         """
         if set(state) - {"updates"} != set(self.average):
             odd = sorted((set(state) - {"updates"}) ^ set(self.average))
-            raise ValueError(f"The averaged weights are of another model; '{odd[0]}' is in one of the two only.")
+            raise InputError(f"The averaged weights are of another model; '{odd[0]}' is in one of the two only.")
         self.updates = int(state["updates"])
         for name, value in self.average.items():
             value.copy_(state[name])

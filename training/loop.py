@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from unihema.errors import NotFiniteError, RunError
 from unihema.hub_cards import checkpoint_card
 from unihema.hub_cards.data_sources import RECORD_FILE
 from unihema.training.acceleration import make_accelerator
@@ -39,7 +40,7 @@ DEFAULT_EPOCHS = 24
 DIVERGED_FILE = "diverged.json"
 
 
-class TrainingError(RuntimeError):
+class TrainingError(RunError):
     """Training cannot go on; the message says where it stood and what to do."""
 
 
@@ -297,10 +298,7 @@ class _Run:
         """The output, or what is wrong with its loss."""
         try:
             output = self.model(task=task, **self._on_device(batch))
-        except RuntimeError as error:
-            # The matching of cells refuses predictions that are not numbers.
-            if "not finite" not in str(error):
-                raise
+        except NotFiniteError as error:
             return None, f"the {task} loss is nan ({error})"
         value = float(output.loss.detach())
         return output, None if math.isfinite(value) else f"the {task} loss is {value}"

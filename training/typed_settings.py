@@ -6,8 +6,10 @@ import types
 import typing
 from typing import Any, Literal
 
+from unihema.errors import InputError
 
-class RunConfigError(ValueError):
+
+class RunConfigError(InputError):
     """A setting that does not exist, has the wrong type, or contradicts another; the message names it."""
 
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import typer
 
+from unihema.errors import InputError
+
 
 data = typer.Typer(help="List, prepare, check and shard data sets.", no_args_is_help=True)
 
@@ -209,6 +211,6 @@ def _pairs(values: list[str], option: str) -> dict[str, str]:
     for value in values:
         name, equals, new = value.rpartition("=")
         if not equals or not name or not new:
-            raise ValueError(f"{option} {value!r}: write it as name=value.")
+            raise InputError(f"{option} {value!r}: write it as name=value.")
         pairs[name] = new
     return pairs

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import typer
 
+from unihema.errors import InputError
+
 from .figures import figures_text
 from .options import IMAGE_SIZE_HELP, data_to_measure, pairs
 
@@ -62,7 +64,7 @@ def evaluate(
         to_int8(model)
         report, exact = measure(), report
     if not report:
-        raise ValueError("Nothing to measure: the image-blind control is for question_answering and cloze.")
+        raise InputError("Nothing to measure: the image-blind control is for question_answering and cloze.")
     for name, figures in report.items():
         typer.echo(f"{name} ({figures['rows']} rows): {figures_text(figures)}")
         if exact:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from unihema.checkpoint_files import CheckpointError
-from unihema.errors import UniHemaError
+from unihema.errors import InputError, PackageMissingError
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.outputs import UniHemaClassificationOutput, UniHemaDetectionOutput
 
@@ -26,7 +26,7 @@ METADATA_TASK = f"{METADATA_PREFIX}task"
 _OUTPUT_CLASS = {"detection": UniHemaDetectionOutput, "single_cell": UniHemaClassificationOutput}
 
 
-class MissingOnnxError(UniHemaError, ImportError):
+class MissingOnnxError(PackageMissingError):
     """A package of the `onnx` extra is not installed."""
 
     def __init__(self, package: str):
@@ -62,7 +62,7 @@ class OnnxModel:
             ValueError: Training is asked for.
         """
         if mode:
-            raise ValueError("An ONNX file cannot be trained; train the checkpoint it was made from.")
+            raise InputError("An ONNX file cannot be trained; train the checkpoint it was made from.")
         return self
 
     def __call__(
@@ -88,9 +88,9 @@ class OnnxModel:
             ValueError: Another task, or images padded to a common size.
         """
         if task not in (None, *self.tasks):
-            raise ValueError(f"This ONNX file does {self.tasks[0]}, not {task}.")
+            raise InputError(f"This ONNX file does {self.tasks[0]}, not {task}.")
         if pixel_mask is not None and not pixel_mask.all():
-            raise ValueError("An ONNX file knows no padding: give it images of one size, or one at a time.")
+            raise InputError("An ONNX file knows no padding: give it images of one size, or one at a time.")
         given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
         feed = {}
         for argument in self.session.get_inputs():

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 
-from unihema.errors import UniHemaError
+from unihema.errors import InputError
 from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
 from unihema.modeling_unihema.padding import blanked_in_place
 
@@ -17,7 +17,7 @@ from unihema.modeling_unihema.padding import blanked_in_place
 TOLERANCE = 1e-3
 
 
-class PreparedModelError(UniHemaError, ValueError):
+class PreparedModelError(InputError):
     """A model prepared for inference was to be saved or trained; the message says what to do instead."""
 
 
@@ -50,7 +50,7 @@ class FusedConvolution(nn.Module):
 
     def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d):
         super().__init__()
-        self.convolution = fuse_conv_bn_eval(convolution, norm)
+        self.fused = fuse_conv_bn_eval(convolution, norm)
         self.looks_around = convolution.kernel_size != (1, 1)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ class FusedConvolution(nn.Module):
         if self.looks_around:
             maps = blanked_in_place(maps)
         # Its hook would blank a copy of the maps.
-        return self.convolution.forward(maps)
+        return self.fused.forward(maps)
 
 
 def prepare_for_inference(model: UniHemaPreTrainedModel) -> Preparation:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from unihema.errors import InputError
+
 from .overlay import class_colors
 
 
@@ -185,7 +187,7 @@ def rle_decode(code: dict[str, Any]) -> np.ndarray:
     height, width = code["size"]
     counts = np.asarray(code["counts"], dtype=np.int64)
     if counts.sum() != height * width:
-        raise ValueError(f"Mask runs add up to {counts.sum()} pixels, but its size is {height} x {width}.")
+        raise InputError(f"Mask runs add up to {counts.sum()} pixels, but its size is {height} x {width}.")
     values = np.arange(len(counts), dtype=np.uint8) % 2
     return np.repeat(values, counts).reshape((height, width), order="F")
 
