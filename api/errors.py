@@ -20,6 +20,10 @@ class InputTypeError(UniHemaError, TypeError):
     """An argument of the wrong kind."""
 
 
+class RequestError(InputError):
+    """What was asked for cannot be done by any checkpoint: an unknown task, a threshold that is none, a text too long."""
+
+
 class RunError(UniHemaError, RuntimeError):
     """Work that was begun and could not go on."""
 

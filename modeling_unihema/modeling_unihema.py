@@ -185,7 +185,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
         Raises:
             NotImplementedError: The model was built for a task that reads no text.
         """
-        if "text_branch" not in self._modules:
+        if not hasattr(self, "text_branch"):
             raise NotImplementedError("This model reads no text, so it has no token embedding.")
         return self.text_branch.shared
 
@@ -196,7 +196,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
     def get_image_features(self, pixel_values, pixel_mask=None, task=None) -> UniHemaImageFeatures:
         """See [`UniHemaPreTrainedModel.get_image_features`]."""
         levels = self.visual_backbone(pixel_values, pixel_mask)
-        encodes = "image_encoder" in (self._modules if task is None else check_task(task).parts)
+        encodes = hasattr(self, "image_encoder") if task is None else "image_encoder" in check_task(task).parts
         return UniHemaImageFeatures(
             levels=levels,
             last_hidden_state=self.image_encoder(levels).last_hidden_state if encodes else None,

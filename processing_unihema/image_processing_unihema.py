@@ -129,7 +129,7 @@ class UniHemaImageProcessor(ProcessorWithCode, TorchvisionBackend):
     def preprocess(self, images, annotations=None, masks=None, **kwargs: Any) -> BatchFeature:
         """See [`~UniHemaImageProcessor.__call__`]."""
         images = image_list(images)
-        unknown = kwargs.keys() - set(self._valid_kwargs_names)
+        unknown = kwargs.keys() - self.valid_kwargs.__annotations__.keys()
         if unknown:
             raise InputTypeError(f"{type(self).__name__} has no argument {' and no '.join(sorted(unknown))}.")
         if annotations is not None and masks is not None:
@@ -141,7 +141,7 @@ class UniHemaImageProcessor(ProcessorWithCode, TorchvisionBackend):
             masks = list(masks) if isinstance(masks, (list, tuple)) else [masks]
             _check_count("masks", masks, images)
         given = {name: value for name, value in kwargs.items() if value is not None}
-        options = {name: given.get(name, getattr(self, name, None)) for name in self._valid_kwargs_names}
+        options = {name: given.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__}
         if "size" not in given:
             check_task(options["task"])
             options["size"] = (self.task_sizes | options["task_sizes"])[options["task"]]

@@ -165,7 +165,7 @@ class UniHemaProcessor(ProcessorWithCode, ProcessorMixin):
     def _options(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
         """Of the call's arguments those of the image processor, and the length to pad texts to."""
         known = {
-            "images_kwargs": set(self.image_processor._valid_kwargs_names),
+            "images_kwargs": set(self.image_processor.valid_kwargs.__annotations__),
             "text_kwargs": set(TextKwargs.__annotations__),
             "common_kwargs": {"return_tensors"},
         }

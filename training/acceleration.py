@@ -57,5 +57,6 @@ def make_accelerator(
         state = AcceleratorState()
         if state.num_processes > 1:
             raise
+        # Private: Accelerate has no public way to forget it.
         state._reset_state(reset_partial_state=True)
         return make()

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from unihema.errors import InputError
 
@@ -35,7 +36,6 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Takes in the weights after an optimizer step."""
-        step = 1 - self.current_decay()
         averages, values = [], []
         for name, value in _tensors(model).items():
             if value.is_floating_point():
@@ -43,7 +43,7 @@ class ExponentialMovingAverage:
                 values.append(value.detach().to(self.average[name].dtype))
             else:
                 self.average[name].copy_(value)
-        torch._foreach_lerp_(averages, values, step)
+        get_ema_multi_avg_fn(self.current_decay())(averages, values, self.updates)
         self.updates += 1
 
     @contextmanager

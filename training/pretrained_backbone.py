@@ -60,6 +60,7 @@ def load_pretrained_backbone(backbone: nn.Module, source: str) -> int:
 
 def _timm_model(backbone: nn.Module) -> nn.Module:
     """The network inside Transformers' wrapper of timm backbones; any other backbone itself."""
+    # Private: the wrapper has no public name for what it wraps.
     return getattr(backbone, "_backbone", backbone)
 
 
