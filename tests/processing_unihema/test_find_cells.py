@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 from transformers import pipeline
 
-from unihema.checkpoint import load_checkpoint
+from unihema import Analyzer
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
-from unihema.predict import analyze
 from unihema.processing_unihema.post_processing import find_cells
 
 
@@ -21,8 +20,9 @@ FIELD = SHIPPED / "examples" / "field_1.jpg"
 
 @pytest.mark.parametrize("options", [{}, {"prompt": ["RBC", "platelet"]}, {"threshold": 0.5}])
 def test_command_pipeline_and_network_agree_on_a_field(options):
-    model, processor = load_checkpoint(SHIPPED / "checkpoint")
-    result = analyze(model, processor, FIELD, ["detection"], **options)
+    analyzer = Analyzer.from_pretrained(SHIPPED / "checkpoint")
+    model, processor = analyzer.model, analyzer.processor
+    result = analyzer(FIELD, ["detection"], **options)
     detect = pipeline("object-detection", model=str(SHIPPED / "checkpoint"))
     piped = detect(str(FIELD), **options)
     with Image.open(FIELD) as image, torch.inference_mode():
