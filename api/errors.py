@@ -12,10 +12,6 @@ class InputError(UniHemaError, ValueError):
     """An image, a text, a label or a setting that cannot be used."""
 
 
-class RequestError(InputError):
-    """What was asked for cannot be done by any checkpoint: an unknown task, a threshold that is none, a text too long."""
-
-
 class InputTypeError(UniHemaError, TypeError):
     """An argument of the wrong kind."""
 
