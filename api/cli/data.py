@@ -4,8 +4,6 @@ from pathlib import Path
 
 import typer
 
-from unihema.errors import InputError
-
 
 data = typer.Typer(help="List, prepare, check and shard data sets.", no_args_is_help=True)
 
@@ -211,6 +209,8 @@ def _pairs(values: list[str], option: str) -> dict[str, str]:
     for value in values:
         name, equals, new = value.rpartition("=")
         if not equals or not name or not new:
+            from unihema.errors import InputError
+
             raise InputError(f"{option} {value!r}: write it as name=value.")
         pairs[name] = new
     return pairs

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import typer
 
-from unihema.errors import InputError
-
 from .figures import figures_text
 from .options import IMAGE_SIZE_HELP, data_to_measure, pairs
 
@@ -64,6 +62,8 @@ def evaluate(
         to_int8(model)
         report, exact = measure(), report
     if not report:
+        from unihema.errors import InputError
+
         raise InputError("Nothing to measure: the image-blind control is for question_answering and cloze.")
     for name, figures in report.items():
         typer.echo(f"{name} ({figures['rows']} rows): {figures_text(figures)}")
