@@ -52,9 +52,10 @@ setup(
         "unihema.processing_unihema": ["tokenizer/*.json"],
         "unihema.training.data": ["catalog.json"],
     },
-    # The lower bounds are the oldest releases that pass the tests (constraints-lowest.txt, `make test-lowest`): Transformers
-    # 5.15 is the first whose T5 attends through SDPA, PyTorch 2.8 the first whose compiler takes the whole model in one
-    # graph. The upper bounds are the next major release and nothing tighter.
+    # The lower bounds are the oldest releases that pass the tests (constraints-lowest.txt, `make test-lowest`). Transformers
+    # 5.15 is the first whose T5 attends through SDPA. Its 5.24 runs all but adapters: it asks for PEFT 0.22, and the newest
+    # on PyPI is 0.21. PyTorch 2.8 is the first whose compiler takes a model of Transformers in one graph. pyarrow, which
+    # datasets brings, needs NumPy 2. The upper bounds are the next major release and nothing tighter.
     install_requires=[
         "torch>=2.8,<3",
         "torchvision>=0.23,<1",
