@@ -120,6 +120,16 @@ def _is_strided_pointwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride != (1, 1)
 
 
+class InputProjection(nn.Sequential):
+    """Convolution and GroupNorm that bring a map of the backbone to `d_model` channels."""
+
+    def forward(self, maps: torch.Tensor, pixels: torch.Tensor | None) -> torch.Tensor:
+        """Maps `[B, C, h, w]` of images whose valid pixels are `pixels`, boolean `[B, H, W]`, to `[B, d, h', w']`."""
+        convolution, norm = self
+        maps = convolution(maps)
+        return norm(maps, valid_at(pixels, maps))
+
+
 class VisualBackbone(nn.Module):
     """Backbone maps (C3, C4, C5), projected to `d_model`, plus coarser levels by stride-2 convolution."""
 
@@ -140,7 +150,7 @@ class VisualBackbone(nn.Module):
             else:
                 width = channels[-1] if level == len(channels) else config.d_model
                 convolution = nn.Conv2d(width, config.d_model, kernel_size=3, stride=2, padding=1)
-            self.input_projection.append(nn.Sequential(convolution, MaskedGroupNorm(groups, config.d_model)))
+            self.input_projection.append(InputProjection(convolution, MaskedGroupNorm(groups, config.d_model)))
         ignore_padding(self.backbone)
         ignore_padding(self.input_projection)
         self._trains_channels_last = not any(map(_is_strided_pointwise, self.backbone.modules()))
@@ -187,9 +197,8 @@ class VisualBackbone(nn.Module):
             # The first extra level comes from the last backbone map, further ones from the level before.
             sources = [*maps, maps[-1]]
             projected = []
-            for level, (convolution, norm) in enumerate(self.input_projection):
-                level_map = convolution(sources[level] if level < len(sources) else projected[-1])
-                projected.append(norm(level_map, valid_at(counted, level_map)))
+            for level, project in enumerate(self.input_projection):
+                projected.append(project(sources[level] if level < len(sources) else projected[-1], counted))
         valid, positions = [], []
         for level in projected:
             mask = valid_at(pixels, level)
