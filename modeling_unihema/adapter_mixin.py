@@ -1,5 +1,6 @@
 """PEFT adapters in a model: several side by side, each with its own heads and classes, switched by name."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -290,7 +291,11 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
     if config.inference_mode:
         model.eval()
     model.set_adapter(name)
-    return LoadStateDictInfo(absent, set(), set(), [], {}, set())
+    # Releases of Transformers differ in the sets of keys that they tell of.
+    told = {"missing_keys": absent, "error_msgs": [], "conversion_errors": {}}
+    return LoadStateDictInfo(
+        **{field.name: told.get(field.name, set()) for field in dataclasses.fields(LoadStateDictInfo)}
+    )
 
 
 __all__ = ["ADAPTER_FIELDS", "FIELDS_KEY", "WithAdapters", "adapter_fields", "set_fields"]

@@ -156,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = {"url": f"{self.hub.url}/{repo_id}"}
         if repo_id in self.hub.repos:
             return self._json(url, 409)
-        self.hub.repos[repo_id] = Repo(asked.get("visibility") == "private")
+        self.hub.repos[repo_id] = Repo(asked.get("visibility") == "private" or bool(asked.get("private")))
         self.hub.repos[repo_id].commit("main", {".gitattributes": b""}, "initial commit")
         return self._json(url)
 
