@@ -5,8 +5,28 @@ stays as it is, and the network is never touched.
 """
 
 from .analyzer import Analyzer, QueryCapWarning
-from .checkpoint_files import CheckpointError
-from .errors import UniHemaError
+from .errors import (
+    CardError,
+    CheckpointError,
+    DatasetError,
+    DeviceError,
+    FileMissingError,
+    FileThereError,
+    InputError,
+    InputTypeError,
+    NotFiniteError,
+    OutputError,
+    PackageMissingError,
+    PreparedModelError,
+    PushError,
+    RequestError,
+    RunConfigError,
+    RunError,
+    TrainingError,
+    TrainingInterrupted,
+    UniHemaError,
+    UnreadableImageError,
+)
 from .inference.int8 import to_int8
 from .inference.prepare import prepare_for_inference
 from .modeling_unihema.configuration_unihema import UniHemaConfig
@@ -27,12 +47,29 @@ from .version import __version__
 
 
 __all__ = [
-    "TASKS",
     "Analyzer",
+    "CardError",
     "Cell",
     "CheckpointError",
+    "DatasetError",
+    "DeviceError",
+    "FileMissingError",
+    "FileThereError",
+    "InputError",
+    "InputTypeError",
+    "NotFiniteError",
+    "OutputError",
+    "PackageMissingError",
+    "PreparedModelError",
+    "PushError",
     "QueryCapWarning",
+    "RequestError",
+    "RunConfigError",
+    "RunError",
     "SmearResult",
+    "TASKS",
+    "TrainingError",
+    "TrainingInterrupted",
     "UniHemaConfig",
     "UniHemaError",
     "UniHemaForDetection",
@@ -43,6 +80,7 @@ __all__ = [
     "UniHemaImageProcessor",
     "UniHemaModel",
     "UniHemaProcessor",
+    "UnreadableImageError",
     "__version__",
     "prepare_for_inference",
     "to_int8",

@@ -5,18 +5,19 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from unihema.checkpoint_files import (
-    CheckpointError,
     fingerprint,
     is_adapter,
     is_onnx,
     local_folder,
     reference_files,
 )
-from unihema.errors import UniHemaError
-from unihema.modeling_unihema.tasks import IMAGE_TASKS, TASK_TABLE, TASKS, check_task
+from unihema.errors import RequestError
+from unihema.files import OpenedImage, open_image
+from unihema.loading import available_tasks, load_model, require_tasks
+from unihema.modeling_unihema.tasks import IMAGE_TASKS, TASK_TABLE, TASKS
 from unihema.results.smear_result import Cell, SmearResult
 from unihema.version import __version__
 
@@ -40,26 +41,6 @@ CROWDED = 0.95
 
 class QueryCapWarning(UserWarning):
     """The field holds about as many cells as the model has queries, so some are probably not counted."""
-
-
-class RequestError(UniHemaError, ValueError):
-    """What was asked for cannot be done by any checkpoint: an unknown task, a threshold that is none, a text too long."""
-
-
-class OpenedImage(NamedTuple):
-    """An image that was read.
-
-    Args:
-        pixels (`PIL.Image.Image`): RGB, perhaps reduced.
-        width (`int`): Of the file.
-        height (`int`): Of the file.
-        name (`str`, *optional*): Its path, where it came from one.
-    """
-
-    pixels: "Image.Image"
-    width: int
-    height: int
-    name: str | None
 
 
 @dataclass(frozen=True)
@@ -114,7 +95,7 @@ class Analyzer:
         processor: "UniHemaProcessor",
         reference: "ModelReference | None" = None,
     ):
-        self.model = model.eval()
+        self.model: Any = model.eval()
         self.processor = processor
         self.reference = reference
         self.source: str | None = None
@@ -162,11 +143,10 @@ class Analyzer:
             RequestError: An image size that cannot be.
             ValueError: The model cannot be quantised.
         """
-        from unihema.loading import load_model
-
         folder = local_folder(source, **hub)
         files = fingerprint(folder, adapters)
         device = "cpu" if int8 and device is None else device
+        model: Any
         model, processor = load_model(folder, device, dtype, adapters, load_in_8bit)
         set_image_sizes(processor, image_sizes or {})
         reference = None
@@ -448,7 +428,7 @@ class Analyzer:
         asked = asked_classes(config, request.prompt)
         thresholds = config.class_thresholds(request.threshold)
         for result, cells, logits in zip(results, found, outputs.logits, strict=True):
-            result.classes = [config.id2label[i] for i in range(config.num_labels) if asked is None or asked[i]]
+            result.classes = [name for i, name in enumerate(config.class_names) if asked is None or asked[i]]
             result.cells = [
                 Cell(number, cell["box"], cell["label"], cell["score"], cell["attributes"])
                 for number, cell in enumerate(cells, 1)
@@ -507,8 +487,7 @@ class Analyzer:
         from unihema.processing_unihema.post_processing import NMS_IOU, NMS_WITHIN
 
         config, tasks = self.model.config, request.tasks
-        labels = [config.id2label[index] for index in range(config.num_labels)]
-        thresholds = dict(zip(labels, config.class_thresholds(request.threshold)))
+        thresholds = dict(zip(config.class_names, config.class_thresholds(request.threshold)))
         return {
             "unihema": __version__,
             "transformers": transformers.__version__,
@@ -562,60 +541,21 @@ class _SeenImages:
 
     def outputs(self, task: str) -> Any:
         """What the head of a task says."""
-        images, inputs = len(self.images), {}
+        images = len(self.images)
+        inputs: dict[str, Any] = {}
         if not hasattr(self.model, "get_image_features"):
             texts = self.request.texts.get(task, {})
             inputs = self.batch(task) | {name: value.expand(images, -1) for name, value in texts.items()}
         else:
             inputs["image_features"] = self.features(task)
             if task in self.request.prompts:
-                prompt = self.request.prompts[task]
+                prompt: Any = self.request.prompts[task]
                 inputs["prompt_features"] = type(prompt)(
                     prompt.last_hidden_state.expand(images, -1, -1), prompt.attention_mask.expand(images, -1)
                 )
         if len(self.model.tasks) > 1:
             inputs["task"] = task
         return self.model(**inputs)
-
-
-def open_image(image: "str | Path | Image.Image | numpy.ndarray") -> OpenedImage:
-    """Reads an image.
-
-    Args:
-        image (`str`, `Path`, `PIL.Image.Image` or `np.ndarray`): The image.
-
-    Raises:
-        UnreadableImageError: The image cannot be read.
-    """
-    from unihema.processing_unihema.image_io import image_size, load_image
-
-    opened = load_image(image)
-    from_file = isinstance(image, (str, Path))
-    height, width = image_size(image if from_file else opened)
-    return OpenedImage(opened, width, height, str(image) if from_file else None)
-
-
-def available_tasks(model: "UniHemaPreTrainedModel | OnnxModel") -> tuple[str, ...]:
-    """Tasks the model has a head for and was trained on (all of its heads where the checkpoint does not say)."""
-    trained = getattr(model.config, "trained_tasks", None)
-    return tuple(task for task in model.tasks if trained is None or task in trained)
-
-
-def require_tasks(model: "UniHemaPreTrainedModel | OnnxModel", tasks: Sequence[str]) -> None:
-    """Checks that a checkpoint can do what is asked.
-
-    Raises:
-        CheckpointError: It lacks the head, or the head was never trained.
-        ValueError: There is no such task.
-    """
-    available = available_tasks(model)
-    for task in tasks:
-        check_task(task)
-        if task not in available:
-            raise CheckpointError(
-                f"This checkpoint has no trained head for '{task}'; it does {', '.join(available) or 'nothing'}. Use "
-                f"another checkpoint, or train one with `unihema train ... --task {task}`."
-            )
 
 
 def set_image_sizes(processor: "UniHemaProcessor", sizes: Mapping[str, int]) -> None:
@@ -638,7 +578,7 @@ def set_image_sizes(processor: "UniHemaProcessor", sizes: Mapping[str, int]) -> 
 
 
 def _weights(model: Any) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Everything that a model computes with, by name. A prepared model has no state dict."""
+    """Everything that a model computes with, by name. The state dict of a model in 8 bit has more than tensors."""
     yield from model.named_parameters()
     yield from model.named_buffers()
     for name, part in model.named_modules():
@@ -669,17 +609,12 @@ def _warn_if_crowded(logits: "torch.Tensor", thresholds: Sequence[float], result
             "too low. Cut the image into smaller fields."
         )
         result.warnings.append(message)
-        warnings.warn(f"{result.image or 'image'}: {message}", QueryCapWarning, stacklevel=5)
+        warnings.warn(f"{result.image or 'image'}: {message}", QueryCapWarning, stacklevel=6)
 
 
 __all__ = [
     "Analyzer",
-    "OpenedImage",
     "QueryCapWarning",
     "Request",
-    "RequestError",
-    "available_tasks",
-    "open_image",
-    "require_tasks",
     "set_image_sizes",
 ]

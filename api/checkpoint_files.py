@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unihema.errors import UniHemaError
+from unihema.errors import CheckpointError
 from unihema.files import sha256
 
 
@@ -19,10 +19,6 @@ _PARTS = {
     "tokenizer.json": "the tokenizer",
     "tokenizer_config.json": "the tokenizer's settings",
 }
-
-
-class CheckpointError(UniHemaError, ValueError):
-    """A checkpoint that cannot be used; the message names the file or task and the remedy."""
 
 
 def local_folder(source: str | Path, **hub: Any) -> Path:
@@ -211,7 +207,6 @@ __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "REFERENCE_FILE",
-    "CheckpointError",
     "adapter_base",
     "adapter_files",
     "checkpoint_files",

@@ -1,4 +1,4 @@
-"""Files: finding images, hashing, and writing so that nothing is ever half there."""
+"""Files: finding and opening images, hashing, and writing so that nothing is ever half there."""
 
 import glob
 import hashlib
@@ -6,9 +6,30 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
-from .processing_unihema.image_io import IMAGE_SUFFIXES
+import numpy
+from PIL import Image
+
+from unihema.errors import OutputError
+
+from .processing_unihema.image_io import IMAGE_SUFFIXES, image_size, load_image
+
+
+class OpenedImage(NamedTuple):
+    """An image that was read.
+
+    Args:
+        pixels (`PIL.Image.Image`): RGB, perhaps reduced.
+        width (`int`): Of the file.
+        height (`int`): Of the file.
+        name (`str`, *optional*): Its path, where it came from one.
+    """
+
+    pixels: Image.Image
+    width: int
+    height: int
+    name: str | None
 
 
 def find_images(inputs: Sequence[str | Path], exclude: Path | None = None) -> tuple[list[Path], list[tuple[str, str]]]:
@@ -58,6 +79,23 @@ def is_results_folder(folder: Path) -> bool:
     return (folder / "results.json").is_file() and (folder / "records").is_dir()
 
 
+def open_image(image: str | Path | Image.Image | numpy.ndarray) -> OpenedImage:
+    """Reads an image.
+
+    Args:
+        image (`str`, `Path`, `PIL.Image.Image` or `np.ndarray`): The image.
+
+    Raises:
+        UnreadableImageError: The image cannot be read.
+    """
+    opened = load_image(image)
+    if isinstance(image, (str, Path)):
+        height, width = image_size(image)
+        return OpenedImage(opened, width, height, str(image))
+    height, width = image_size(opened)
+    return OpenedImage(opened, width, height, None)
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
@@ -73,19 +111,25 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Args:
         path (`Path`): The file; its folder is made when missing.
         write (`Callable`): Gets the open binary file.
+
+    Raises:
+        OutputError: The file cannot be written; nothing is left of it, and what was there before is still there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 
 def write_text(path: Path, lines: Iterable[str]) -> None:
@@ -99,4 +143,4 @@ def _umask() -> int:
     return mask
 
 
-__all__ = ["find_images", "sha256", "write_atomically", "write_text"]
+__all__ = ["OpenedImage", "find_images", "open_image", "sha256", "write_atomically", "write_text"]

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unihema.checkpoint_files import (
-    CheckpointError,
     adapter_base,
     adapter_files,
     checkpoint_files,
@@ -14,7 +13,8 @@ from unihema.checkpoint_files import (
     named_adapters,
     read_json,
 )
-from unihema.errors import UniHemaError
+from unihema.errors import CheckpointError, DeviceError
+from unihema.modeling_unihema.tasks import check_task
 
 
 if TYPE_CHECKING:
@@ -36,10 +36,6 @@ _KEPT_WHOLE = (
     "sampling_offsets",
     "attention_weights",
 )
-
-
-class DeviceError(UniHemaError, ValueError):
-    """A device or a dtype that there is not."""
 
 
 def load_model(
@@ -136,13 +132,15 @@ def choose_dtype(dtype: "str | torch.dtype") -> "torch.dtype":
     import torch
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    chosen = known.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if chosen not in known.values():
+    chosen = known.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in known.values():
         raise DeviceError(f"dtype {dtype!r}: choose one of {', '.join(known)}.")
     return chosen
 
 
-def _load_plain(folder: str | Path, device, dtype, load_in_8bit: bool):
+def _load_plain(
+    folder: str | Path, device: "str | torch.device | None", dtype: "str | torch.dtype | None", load_in_8bit: bool
+) -> "tuple[UniHemaPreTrainedModel, UniHemaProcessor]":
     files = checkpoint_files(folder)
     from unihema.modeling_unihema import modeling_unihema
     from unihema.processing_unihema.processing_unihema import UniHemaProcessor
@@ -186,4 +184,27 @@ def _in_8_bit(device: "torch.device") -> dict[str, Any]:
     return {"quantization_config": kept, "device_map": {"": device}}
 
 
-__all__ = ["DeviceError", "choose_device", "choose_dtype", "load_model"]
+def available_tasks(model: "UniHemaPreTrainedModel | OnnxModel") -> tuple[str, ...]:
+    """Tasks the model has a head for and was trained on (all of its heads where the checkpoint does not say)."""
+    trained = getattr(model.config, "trained_tasks", None)
+    return tuple(task for task in model.tasks if trained is None or task in trained)
+
+
+def require_tasks(model: "UniHemaPreTrainedModel | OnnxModel", tasks: Sequence[str]) -> None:
+    """Checks that a checkpoint can do what is asked.
+
+    Raises:
+        CheckpointError: It lacks the head, or the head was never trained.
+        ValueError: There is no such task.
+    """
+    available = available_tasks(model)
+    for task in tasks:
+        check_task(task)
+        if task not in available:
+            raise CheckpointError(
+                f"This checkpoint has no trained head for '{task}'; it does {', '.join(available) or 'nothing'}. Use "
+                f"another checkpoint, or train one with `unihema train ... --task {task}`."
+            )
+
+
+__all__ = ["available_tasks", "choose_device", "choose_dtype", "load_model", "require_tasks"]

@@ -16,8 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unihema.analyzer import OpenedImage, Request, RequestError, open_image
-from unihema.files import find_images, sha256, write_atomically, write_text
+from unihema.errors import OutputError, RequestError
+from unihema.files import OpenedImage, find_images, open_image, sha256, write_atomically, write_text
 from unihema.inference.int8 import is_int8
 from unihema.results.export import cell_columns, cell_row
 from unihema.results.smear_result import SmearResult
@@ -27,7 +27,7 @@ from unihema.version import __version__
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
-    from unihema.analyzer import Analyzer
+    from unihema.analyzer import Analyzer, Request
 
 
 COUNT_COLUMNS = ["image", "label", "count", "percent_of_white_cells", "differential", "warnings"]
@@ -83,7 +83,7 @@ def analyze_into(
     """
     output = Path(output)
     if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"{output}: the output must be a folder, and this is a file.")
+        raise OutputError(f"{output}: the output must be a folder, and this is a file.")
     if batch_size < 1:
         raise RequestError(f"batch_size must be 1 or more, got {batch_size}.")
     checked = analyzer.request(*request)
@@ -106,7 +106,7 @@ def analyze_into(
     return report
 
 
-def _settings(analyzer: "Analyzer", request: Request, geojson: bool) -> dict[str, Any]:
+def _settings(analyzer: "Analyzer", request: "Request", geojson: bool) -> dict[str, Any]:
     """Everything that decides a result."""
     processor = analyzer.processor.image_processor
     return {
@@ -139,7 +139,7 @@ class _Run:
     """One run over images: reads, analyses and writes each."""
 
     def __init__(
-        self, analyzer: "Analyzer", folder: "ResultFolder", report: BatchReport, request: Request, overwrite: bool
+        self, analyzer: "Analyzer", folder: "ResultFolder", report: BatchReport, request: "Request", overwrite: bool
     ):
         self.analyzer, self.request = analyzer, request
         self.folder, self.report, self.overwrite = folder, report, overwrite
@@ -171,6 +171,7 @@ class _Run:
         waiting = [work for work in group if work.opened]
         if not waiting:
             return
+        outcomes: Sequence[SmearResult | str]
         try:
             outcomes = self.analyzer.run(self.request, [work.opened for work in waiting])
         except _FAILURES as error:

@@ -5,6 +5,8 @@ import shutil
 from importlib.resources import files
 from pathlib import Path
 
+from unihema.errors import FileThereError
+
 from .checkpoint_files import fingerprint
 from .files import sha256
 
@@ -29,7 +31,7 @@ def lay_down_checkpoint(folder: str | Path = "unihema", replace: bool = False) -
     if folder.exists() and not replace:
         if _holds(folder, source):
             return folder
-        raise FileExistsError(
+        raise FileThereError(
             f"{folder} is there already and holds something else. Name another folder, or add --replace to delete it."
         )
     partial = folder.with_name(f".{folder.name}.partial")

@@ -4,16 +4,14 @@ from .adapter_card import adapter_card
 from .checkpoint_card import checkpoint_card
 from .data_sources import DataRecord, DataSource
 from .dataset_card import dataset_card
-from .fields import CardError, check_card
+from .fields import check_card
 from .folder_card import folder_card
-from .pushing import PushError, PushResult, push_folder, push_to_hub
+from .pushing import PushResult, push_folder, push_to_hub
 
 
 __all__ = [
-    "CardError",
     "DataRecord",
     "DataSource",
-    "PushError",
     "PushResult",
     "adapter_card",
     "check_card",

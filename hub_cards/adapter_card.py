@@ -5,9 +5,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from unihema.errors import CardError
+
 from .checkpoint_card import DOES, card_text
 from .data_sources import DataRecord, data_lines, hub_datasets
-from .fields import CardError, check_fields, is_repo_id
+from .fields import check_fields, is_repo_id
 from .results import eval_results, metric_ids, result_lines
 from .terms import (
     CITATION,

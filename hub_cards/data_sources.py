@@ -6,7 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .fields import CardError, is_repo_id
+from unihema.errors import CardError
+
+from .fields import is_repo_id
 
 
 RECORD_FILE = "data.json"

@@ -5,11 +5,12 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from unihema.errors import CardError
 from unihema.modeling_unihema.tasks import TASK_TABLE
 
 from .checkpoint_card import card_text
 from .data_sources import DataRecord, leakage_line
-from .fields import CardError, check_fields
+from .fields import check_fields
 from .terms import TAGS, licence_fields
 from .usage import dataset_usage
 

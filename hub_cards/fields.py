@@ -9,6 +9,8 @@ from huggingface_hub import DatasetCard, ModelCard
 from huggingface_hub.repocard import RepoCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from unihema.errors import CardError
+
 
 # Identifiers that the Hub accepts as `license`. Its "unknown" is not among them: that would be an empty field.
 # fmt: off
@@ -29,10 +31,6 @@ REQUIRED = {
 }
 PLACEHOLDERS = ("[more information needed]", "todo", "tbd", "fixme", "n/a", "unknown", "none", "not recorded")
 NO_DEVICE = "not a medical device"
-
-
-class CardError(ValueError):
-    """A card with an empty or false field; the message names the field and the remedy."""
 
 
 def check_card(text: str, repo_type: str = "model", source: str = "README.md") -> RepoCard:
@@ -144,4 +142,4 @@ def _check_text(text: str, source: str) -> None:
         raise CardError(f"{source}: it must say that this is {NO_DEVICE}.")
 
 
-__all__ = ["LICENCES", "NO_DEVICE", "CardError", "check_card", "check_fields", "check_licence", "is_repo_id"]
+__all__ = ["LICENCES", "NO_DEVICE", "check_card", "check_fields", "check_licence", "is_repo_id"]

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unihema.checkpoint_files import REFERENCE_FILE, CheckpointError, checkpoint_files
+from unihema.checkpoint_files import REFERENCE_FILE, checkpoint_files
+from unihema.errors import CardError, CheckpointError, InputError
 
-from .fields import CardError, check_card, is_repo_id
+from .fields import check_card, is_repo_id
 from .folder_card import ADAPTER_CONFIG, CARD_FILE, read_json
 from .results import stale_result
 from .usage import for_repo
@@ -104,7 +105,7 @@ def plan_push(folder: str | Path, repo_id: str, base_model: str | None = None) -
     """
     folder = Path(folder)
     if not is_repo_id(repo_id):
-        raise ValueError(f"{repo_id!r} is no repository id; it looks like lab/blood-smears.")
+        raise InputError(f"{repo_id!r} is no repository id; it looks like lab/blood-smears.")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder. Name a checkpoint or an adapter.")
     for path in sorted(folder.iterdir()):

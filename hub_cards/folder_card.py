@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from unihema.errors import CardError
+
 from .adapter_card import adapter_card
 from .checkpoint_card import DOES, checkpoint_card, trained_tasks
 from .data_sources import DataRecord
-from .fields import PLACEHOLDERS, CardError, check_card
+from .fields import PLACEHOLDERS, check_card
 from .usage import HERE
 
 

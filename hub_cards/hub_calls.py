@@ -9,6 +9,8 @@ from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import parse_ratelimit_headers
 
+from unihema.errors import PushError
+
 
 # huggingface_hub itself tries these again, and every PUT.
 RETRIED = ("/preupload/", "/info/lfs/")
@@ -27,10 +29,6 @@ _REMEDIES = {
     429: "the Hub has had too many requests from here. Wait some minutes, and repeat the command: files that arrived are "
     "not sent again.",
 }
-
-
-class PushError(RuntimeError):
-    """A push that did not happen; the message names the repository and the remedy, never the token."""
 
 
 def call_hub(call: Callable[[], Result], repo_id: str, token: str | None = None) -> Result:
@@ -105,4 +103,4 @@ def _without(message: str, token: str | None) -> str:
     return message.replace(token, "(token)") if token else message
 
 
-__all__ = ["PushError", "call_hub"]
+__all__ = ["call_hub"]

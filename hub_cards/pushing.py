@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from .fields import CardError
+from unihema.errors import CardError, PushError
+
 from .files_to_push import Plan, plan_push
 from .folder_card import CARD_FILE
-from .hub_calls import PushError, call_hub
+from .hub_calls import call_hub
 
 
 if TYPE_CHECKING:
@@ -155,4 +156,4 @@ def _deletions(plan: Plan, there: list[str]) -> list[CommitOperationDelete]:
     return [CommitOperationDelete(name) for name in weights if name.endswith(endings)]
 
 
-__all__ = ["PushError", "PushResult", "push_folder", "push_to_hub"]
+__all__ = ["PushResult", "push_folder", "push_to_hub"]

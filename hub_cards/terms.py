@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from unihema.errors import CardError
+
 from .data_sources import DataRecord, terms_lines
-from .fields import LICENCES, NO_DEVICE, CardError
+from .fields import LICENCES, NO_DEVICE
 
 
 PAPER = "https://arxiv.org/abs/2511.13889"

@@ -8,6 +8,14 @@ from unihema.modeling_unihema.tasks import TASK_TABLE
 
 # The one line of the code that differs between a folder and a repository.
 HERE = 'REPO = "."'
+_ANALYSES = {
+    "detection": 'print(analyzer("smear.png").counts)',
+    "segmentation": 'print(analyzer("smear.png", ["segmentation"]).mask.mean())',
+    "single_cell": 'print(analyzer("cell.png", ["single_cell"]).single_cell)',
+    "question_answering": 'print(analyzer.ask("cell.png", "What type of white blood cell is this?"))',
+    "cloze": 'print(analyzer.ask("cell.png", "The cell is a ___."))',
+}
+# The same by the pipelines of Transformers.
 _CALLS = {
     "detection": [
         "detect = {pipeline}",
@@ -47,15 +55,18 @@ def checkpoint_usage(tasks: Sequence[str]) -> list[str]:
     ]
     return [
         "```python",
-        "import unihema",
         "from transformers import pipeline",
+        "from unihema import Analyzer",
         "",
         HERE,
+        "",
+        "analyzer = Analyzer.from_pretrained(REPO)",
+        *(line for task, line in _ANALYSES.items() if task in tasks),
         *(line for call in calls for line in call),
         "```",
         "",
-        "`import unihema` makes Transformers know the model. Where it is not installed, `trust_remote_code=True` runs the code",
-        "that lies beside the weights; read it first.",
+        "Importing `unihema` makes Transformers know the model. Where it is not installed, the pipelines run the code that lies",
+        "beside the weights with `trust_remote_code=True`; read it first.",
     ]
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from unihema.errors import InputError, PackageMissingError
+
 
 # Fields of the configuration that an adapter may have its own values of, in its `adapter_config.json`.
 ADAPTER_FIELDS = (
@@ -67,7 +69,7 @@ class WithAdapters:
         loaded = getattr(self, "peft_config", None) or {}
         missing = [name for name in names if name not in loaded]
         if missing or not names:
-            raise ValueError(f"No adapter {', '.join(missing) or 'named'}; loaded are {', '.join(loaded) or 'none'}.")
+            raise InputError(f"No adapter {', '.join(missing) or 'named'}; loaded are {', '.join(loaded) or 'none'}.")
         inference = all(loaded[name].inference_mode for name in names)
         for module in _adapted_modules(self):
             if hasattr(module, "modules_to_save"):
@@ -127,7 +129,7 @@ class WithAdapters:
         """
         self.follow_adapter()
         for name, module in list(self.named_modules()):
-            if "_active_adapter" not in module.__dict__:
+            if not _is_adapted(module):
                 continue
             if hasattr(module, "modules_to_save"):
                 plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
@@ -138,6 +140,7 @@ class WithAdapters:
             parent, _, child = name.rpartition(".")
             setattr(self.get_submodule(parent), child, plain)
         del self.peft_config
+        # Private: Transformers' adapter methods ask this, and nothing public takes it back.
         self._hf_peft_config_loaded = False
         self._base_fields, self._followed = None, ()
         return self
@@ -149,7 +152,7 @@ class WithAdapters:
         if mode and getattr(self, "peft_config", None):
             for module in self.modules():
                 frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and frozen:
+                if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and frozen:
                     module.eval()
         self.follow_adapter()
         return self
@@ -217,16 +220,18 @@ def _fits(model: nn.Module, classes: int) -> bool:
 
 
 def _adapted_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Layers that PEFT has put in; the model must do without PEFT where there are none, so they are told by a mark."""
-    return (module for module in list(model.modules()) if "_active_adapter" in module.__dict__)
+    """Layers that PEFT has put in."""
+    return (module for module in list(model.modules()) if _is_adapted(module))
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    # By what they have: the model must do without PEFT where there are no adapters.
+    return hasattr(module, "base_layer") or hasattr(module, "modules_to_save")
 
 
 def _active_names(model: nn.Module) -> tuple[str, ...]:
-    module = next((m for m in model.modules() if "_active_adapter" in m.__dict__ and hasattr(m, "base_layer")), None)
-    if module is None or module._disable_adapters:
-        return ()
-    names = module._active_adapter
-    return (names,) if isinstance(names, str) else tuple(names)
+    module = next((m for m in model.modules() if hasattr(m, "base_layer")), None)
+    return () if module is None or module.disable_adapters else tuple(module.active_adapters)
 
 
 def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, Any]):
@@ -234,13 +239,13 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
         import peft
         from peft.utils import load_peft_weights, set_peft_model_state_dict
     except ImportError as error:
-        raise ImportError("Adapters need PEFT: pip install peft.") from error
+        raise PackageMissingError("Adapters need PEFT: pip install peft.") from error
     import warnings
 
     from transformers.utils.loading_report import LoadStateDictInfo
 
     if name in (getattr(model, "peft_config", None) or {}):
-        raise ValueError(
+        raise InputError(
             f"An adapter named {name!r} is loaded already; give another adapter_name, or delete that first."
         )
     given = {
@@ -256,7 +261,7 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
     others = {other.peft_type for other in (getattr(model, "peft_config", None) or {}).values()}
     if others - {config.peft_type}:
         # PEFT would put one layer around the other, and switching would reach the outer one only.
-        raise ValueError(
+        raise InputError(
             f"{source}: an adapter of kind {config.peft_type.value} cannot lie beside one of {others.pop().value}. Load it "
             "into another copy of the base."
         )
@@ -268,16 +273,17 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         peft.inject_adapter_in_model(config, model, name)
+    # Private: Transformers' adapter methods ask this; its own loading knows no adapters with heads of their own.
     model._hf_peft_config_loaded = True
     try:
         result = set_peft_model_state_dict(model, weights, adapter_name=name)
     except (KeyError, RuntimeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{source}: the adapter does not fit this {type(model).__name__} ({error}). Load its own base."
         ) from error
     absent = {key for key in result.missing_keys if f".{name}." in f"{key}." and name in key.split(".")}
     if result.unexpected_keys:
-        raise ValueError(
+        raise InputError(
             f"{source}: the adapter does not fit this {type(model).__name__}, which has no "
             f"{result.unexpected_keys[0]!r} ({len(result.unexpected_keys)} such weights). Load its own base."
         )

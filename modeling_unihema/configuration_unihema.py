@@ -8,6 +8,8 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.backbone_utils import consolidate_backbone_kwargs_to_config
 from transformers.configuration_utils import PreTrainedConfig
 
+from unihema.errors import InputError
+
 from .remote_code import SavedWithCode
 
 
@@ -227,18 +229,18 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
                 two values, a class is its own ancestor, or there are fewer feature levels than the backbone gives.
         """
         if self.d_model % self.num_attention_heads or self.d_model % 4:
-            raise ValueError(
+            raise InputError(
                 f"d_model={self.d_model} must be a multiple of 4 and of num_attention_heads={self.num_attention_heads}."
             )
         for name, values in (self.morphology or {}).items():
             if len(values) < 2:
-                raise ValueError(f"Morphology attribute '{name}' needs at least two values, got {values}.")
+                raise InputError(f"Morphology attribute '{name}' needs at least two values, got {values}.")
         for name in self.label_parents or {}:
             if name in self._ancestor_names(name):
-                raise ValueError(f"label_parents makes '{name}' its own ancestor: {self.label_parents}.")
+                raise InputError(f"label_parents makes '{name}' its own ancestor: {self.label_parents}.")
         backbone_levels = len(getattr(self.backbone_config, "out_indices", None) or [None])
         if self.num_feature_levels < backbone_levels:
-            raise ValueError(
+            raise InputError(
                 f"num_feature_levels={self.num_feature_levels} is less than the {backbone_levels} maps of the backbone; "
                 "name fewer in backbone_config.out_features."
             )

@@ -34,7 +34,7 @@ def multi_scale_deformable_attention(
         `torch.Tensor`: `[B, Q, heads * width]`.
     """
     exporting = torch.jit.is_tracing() or torch.compiler.is_exporting()
-    if not exporting and takes_kernels(value, sampling_points):
+    if not exporting and takes_kernels(value, sampling_points, sample_grid):
         return run_kernels(value, level_shapes, sampling_points, weights)
     if value.device.type != "cpu" or exporting or not fits(level_shapes):
         return sample_grid(value, level_shapes, sampling_points, weights)

@@ -5,6 +5,7 @@ kept between forward and backward but the inputs.
 """
 
 import logging
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -212,25 +213,24 @@ def run_kernels(
     )
 
 
-def takes_kernels(value: torch.Tensor, sampling_points: torch.Tensor) -> bool:
+def takes_kernels(value: torch.Tensor, sampling_points: torch.Tensor, plain: Callable) -> bool:
     """Whether the kernels run where these tensors are, and can take them.
 
     Args:
         value (`torch.Tensor`): Of any device.
         sampling_points (`torch.Tensor`): Of float32 or less.
+        plain (`Callable`): The plain form, which the kernels are compared with.
     """
     if triton is None or value.device.type != "cuda" or torch.compiler.is_compiling():
         return False
     if value.dtype not in DTYPES or sampling_points.dtype not in DTYPES:
         return False
-    return _work_on(value.device)
+    return _work_on(value.device, plain)
 
 
 @lru_cache
-def _work_on(device: torch.device) -> bool:
+def _work_on(device: torch.device, plain: Callable) -> bool:
     """Whether the kernels give what the plain form gives on a device, tried once on a small problem."""
-    from .deformable_attention import sample_grid
-
     generator = torch.Generator().manual_seed(0)
     shapes = [(5, 7), (3, 2)]
     value = torch.randn(2, 41, 2, 32, generator=generator)
@@ -238,7 +238,7 @@ def _work_on(device: torch.device) -> bool:
     weights = torch.rand(2, 19, 2, 2, 3, generator=generator)
     found = []
     try:
-        for form in (sample_grid, run_kernels):
+        for form in (plain, run_kernels):
             with torch.enable_grad():
                 parts = [part.to(device).requires_grad_() for part in (value, points, weights)]
                 output = form(parts[0], shapes, parts[1], parts[2])

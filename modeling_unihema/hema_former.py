@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from unihema.errors import InputError
+
 from .configuration_unihema import UniHemaConfig
 from .layers import MLP, MultiHeadAttention
 from .visual_backbone import FeatureLevels
@@ -75,7 +77,7 @@ class CrossModalFusion(nn.Module):
         """
         length = text_states.shape[1]
         if length > self.max_length:
-            raise ValueError(
+            raise InputError(
                 f"The text has {length} tokens; this checkpoint reads at most {self.max_length} "
                 "(config.fusion_queries). Shorten the text."
             )

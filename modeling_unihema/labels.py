@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from unihema.errors import InputError, InputTypeError
+
 
 MISSING = -100
 # Boxes come from divisions in float32, so an edge may pass the image's by rounding.
@@ -39,9 +41,9 @@ def check_detection_labels(
             or a value is out of range, or a box is not a normalised cxcywh box with an area.
     """
     if isinstance(labels, (dict, torch.Tensor)) or not isinstance(labels, Sequence):
-        raise TypeError(f"Detection labels must be a list with one dict per image, got {type(labels).__name__}.")
+        raise InputTypeError(f"Detection labels must be a list with one dict per image, got {type(labels).__name__}.")
     if batch_size is not None and len(labels) != batch_size:
-        raise ValueError(f"Got {len(labels)} label dicts for {batch_size} images; give one dict per image.")
+        raise InputError(f"Got {len(labels)} label dicts for {batch_size} images; give one dict per image.")
     for index, image in enumerate(labels):
         _check_image(image, index, num_labels, num_attributes)
     _check_values(labels, num_labels, value_counts)
@@ -49,39 +51,39 @@ def check_detection_labels(
 
 def _check_image(image: dict[str, torch.Tensor], index: int, num_labels: int, num_attributes: int) -> None:
     if not hasattr(image, "keys"):
-        raise TypeError(f"Labels of image {index} must be a dict, got {type(image).__name__}.")
+        raise InputTypeError(f"Labels of image {index} must be a dict, got {type(image).__name__}.")
     missing = [key for key in ("class_labels", "boxes") if key not in image]
     if missing:
-        raise ValueError(f"Labels of image {index} lack {' and '.join(missing)}; got {sorted(image.keys())}.")
+        raise InputError(f"Labels of image {index} lack {' and '.join(missing)}; got {sorted(image.keys())}.")
     for key in ("class_labels", "boxes", "morphology", BOXES_KNOWN, *CLASS_MASKS):
         value = image.get(key)
         if value is not None and not isinstance(value, torch.Tensor):
-            raise TypeError(f"{key} of image {index} must be a tensor, got {type(value).__name__}.")
+            raise InputTypeError(f"{key} of image {index} must be a tensor, got {type(value).__name__}.")
     classes, boxes = image["class_labels"], image["boxes"]
     if classes.is_floating_point() or classes.dtype == torch.bool:
-        raise TypeError(f"class_labels of image {index} must be integers, got {classes.dtype}.")
+        raise InputTypeError(f"class_labels of image {index} must be integers, got {classes.dtype}.")
     if not boxes.is_floating_point():
-        raise TypeError(f"boxes of image {index} must be floating point (normalised cxcywh), got {boxes.dtype}.")
+        raise InputTypeError(f"boxes of image {index} must be floating point (normalised cxcywh), got {boxes.dtype}.")
     if classes.ndim != 1:
-        raise ValueError(f"class_labels of image {index} must be [n], got shape {tuple(classes.shape)}.")
+        raise InputError(f"class_labels of image {index} must be [n], got shape {tuple(classes.shape)}.")
     if boxes.shape != (len(classes), 4):
-        raise ValueError(
+        raise InputError(
             f"boxes of image {index} must be [{len(classes)}, 4] to fit its {len(classes)} class_labels, "
             f"got shape {tuple(boxes.shape)}."
         )
     morphology = image.get("morphology")
     if morphology is not None:
         if morphology.shape != (len(classes), num_attributes):
-            raise ValueError(
+            raise InputError(
                 f"morphology of image {index} must be [{len(classes)}, {num_attributes}] (cells, attributes of the "
                 f"configuration), got shape {tuple(morphology.shape)}."
             )
         if morphology.is_floating_point():
-            raise TypeError(f"morphology of image {index} must be integers, got {morphology.dtype}.")
+            raise InputTypeError(f"morphology of image {index} must be integers, got {morphology.dtype}.")
     for key, length in (*((key, num_labels) for key in CLASS_MASKS), (BOXES_KNOWN, len(classes))):
         mask = image.get(key)
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (length,)):
-            raise ValueError(f"{key} of image {index} must be bool [{length}], got {mask.dtype} {list(mask.shape)}.")
+            raise InputError(f"{key} of image {index} must be bool [{length}], got {mask.dtype} {list(mask.shape)}.")
 
 
 def boxes_known(image: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -116,7 +118,7 @@ def _check_values(
 
     if wrong[0]:
         row = int(wrong_class.nonzero()[0])
-        raise ValueError(
+        raise InputError(
             f"Class id {int(classes[row])} in class_labels of image {int(owner[row])} is out of range: the model has "
             f"{num_labels} classes, ids 0 to {num_labels - 1}."
         )
@@ -124,14 +126,14 @@ def _check_values(
         row = int(wrong_box.nonzero()[0])
         image = int(owner[row])
         number = row - int((owner < image).sum())
-        raise ValueError(
+        raise InputError(
             f"Box {number} of image {image} is {[round(v, 4) for v in boxes[row].tolist()]}: boxes must be centre x, "
             "centre y, width, height as fractions (0..1) of the image, with width and height above 0."
         )
     if wrong[2:] == [True]:
         row, attribute = wrong_value.nonzero()[0].tolist()
         owner = [index for index, values in described for _ in range(len(values))]
-        raise ValueError(
+        raise InputError(
             f"Value {int(values[row, attribute])} of attribute {attribute} in morphology of image {owner[row]} is out "
             f"of range: the attribute has {int(counts[attribute])} values; use {MISSING} where it is missing."
         )

@@ -79,6 +79,7 @@ class MultiHeadAttention(nn.Module):
         def heads(states: torch.Tensor) -> torch.Tensor:
             return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+        # Private: where every model of Transformers reads the attention that was asked for.
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         query = heads(self.q_proj(query))
         mask = None
@@ -165,6 +166,7 @@ class _ClassRows(nn.Module):
             setattr(self, name, nn.Parameter(new, requires_grad=value.requires_grad))
         setattr(self, self._count_name, len(sources))
 
+    # Private: load_state_dict has no public place where a layer may take another size.
     def _load_from_state_dict(self, state_dict, prefix, *args):
         weight = state_dict.get(f"{prefix}weight")
         if weight is not None and _ADAPTER_COPY in f".{prefix}" and len(weight) != len(self.weight):

@@ -6,6 +6,8 @@ import torch
 from torch.nn import functional
 from torchvision.ops import box_convert
 
+from unihema.errors import InputError, NotFiniteError
+
 from .configuration_unihema import UniHemaConfig
 from .denoising import DenoisingQueries
 from .labels import BOXES_KNOWN, MISSING, ancestors_of, boxes_known, check_detection_labels, class_targets, is_target
@@ -74,7 +76,7 @@ def detection_loss(
     Raises:
         TypeError: See `check_detection_labels`.
         ValueError: See `check_detection_labels` and `morphology_loss`.
-        RuntimeError: Predictions hold NaN or infinity.
+        NotFiniteError: Predictions hold NaN or infinity.
     """
     device, batch_size = layer_logits.device, layer_logits.shape[1]
     value_counts = [len(values) for values in (config.morphology or {}).values()]
@@ -165,7 +167,7 @@ def segmentation_loss(
         ValueError: Shapes differ, or a label is none of 1, 0, -100.
     """
     if mask_logits.shape != labels.shape or labels.ndim != 3:
-        raise ValueError(
+        raise InputError(
             f"Segmentation labels must be [B, H, W] like the mask logits {tuple(mask_logits.shape)}, got "
             f"{tuple(labels.shape)}."
         )
@@ -174,7 +176,7 @@ def segmentation_loss(
     valid = labels != MISSING
     strange = labels[valid & (labels != 0) & (labels != 1)]
     if len(strange):
-        raise ValueError(
+        raise InputError(
             f"Segmentation labels must be 1 (cell), 0 (background) or {MISSING} (ignored), got {strange[0].item()}."
         )
     weight = valid.to(logits.dtype)
@@ -210,7 +212,7 @@ def single_cell_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing
         ValueError: Shapes do not fit, or a class id is out of range.
     """
     if labels.shape != logits.shape[:1]:
-        raise ValueError(
+        raise InputError(
             f"Single-cell labels must be one class id per image, [{len(logits)}], got shape {tuple(labels.shape)}."
         )
     return _cross_entropy(logits, labels, label_smoothing, "Single-cell class id")
@@ -231,7 +233,7 @@ def text_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float
         ValueError: Shapes do not fit, or a token id is out of range.
     """
     if labels.shape != logits.shape[:2]:
-        raise ValueError(f"Text labels must be {list(logits.shape[:2])} token ids, got shape {tuple(labels.shape)}.")
+        raise InputError(f"Text labels must be {list(logits.shape[:2])} token ids, got shape {tuple(labels.shape)}.")
     return _cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing, "Token id")
 
 
@@ -240,7 +242,7 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: 
     classes = logits.shape[-1]
     wrong = labels[((labels < 0) | (labels >= classes)) & (labels != MISSING)]
     if len(wrong):
-        raise ValueError(
+        raise InputError(
             f"{what} {wrong[0].item()} is out of range: the model has ids 0 to {classes - 1} ({MISSING} for none)."
         )
     total = functional.cross_entropy(
@@ -386,7 +388,7 @@ def match_queries(
         device of `logits`.
 
     Raises:
-        RuntimeError: A logit or box is NaN or infinite.
+        NotFiniteError: A logit or box is NaN or infinite.
     """
     # Only training needs SciPy's optimiser, and it is slow to import.
     from scipy.optimize import linear_sum_assignment
@@ -406,7 +408,7 @@ def match_queries(
         distance = bbox_cost * torch.cdist(image_boxes, target_boxes, p=1) - giou_cost * overlap
         cost = (class_cost * classification + distance * boxes_known(image_labels).to(distance.device)).cpu()
         if not cost.isfinite().all():
-            raise RuntimeError(
+            raise NotFiniteError(
                 f"The matching cost of image {image} in the batch is not finite: the model predicts NaN or infinite "
                 "values. Lower the learning rate or restart from an earlier checkpoint."
             )
@@ -450,12 +452,12 @@ def morphology_loss(logits: torch.Tensor, targets: torch.Tensor, value_counts: S
         ValueError: The width of `logits` is not `sum(value_counts)`, or that of `targets` not the attributes.
     """
     if logits.shape[-1] != sum(value_counts):
-        raise ValueError(
+        raise InputError(
             f"Morphology logits are {logits.shape[-1]} wide, but the attributes have {sum(value_counts)} values "
             f"({list(value_counts)})."
         )
     if targets.shape[-1] != len(value_counts):
-        raise ValueError(f"Morphology labels have {targets.shape[-1]} attributes, but the model {len(value_counts)}.")
+        raise InputError(f"Morphology labels have {targets.shape[-1]} attributes, but the model {len(value_counts)}.")
     logits = logits.float()
     total = logits.sum() * 0
     for attribute, values in enumerate(logits.split(list(value_counts), -1)):

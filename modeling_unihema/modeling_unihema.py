@@ -18,6 +18,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from unihema.errors import InputError
+
 from .adapter_mixin import WithAdapters
 from .configuration_unihema import UniHemaConfig
 from .denoising import ContrastiveDenoising
@@ -63,6 +65,8 @@ class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
     """Initialisation and loading, common to all UniHema models."""
 
     config: UniHemaConfig
+    # What the class has heads for; the model without heads has none.
+    tasks: tuple[str, ...]
     config_class = UniHemaConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
@@ -181,7 +185,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
         Raises:
             NotImplementedError: The model was built for a task that reads no text.
         """
-        if "text_branch" not in self._modules:
+        if not hasattr(self, "text_branch"):
             raise NotImplementedError("This model reads no text, so it has no token embedding.")
         return self.text_branch.shared
 
@@ -192,7 +196,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
     def get_image_features(self, pixel_values, pixel_mask=None, task=None) -> UniHemaImageFeatures:
         """See [`UniHemaPreTrainedModel.get_image_features`]."""
         levels = self.visual_backbone(pixel_values, pixel_mask)
-        encodes = "image_encoder" in (self._modules if task is None else check_task(task).parts)
+        encodes = hasattr(self, "image_encoder") if task is None else "image_encoder" in check_task(task).parts
         return UniHemaImageFeatures(
             levels=levels,
             last_hidden_state=self.image_encoder(levels).last_hidden_state if encodes else None,
@@ -267,7 +271,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
             output = UniHemaModelOutput(last_hidden_state=feature[:, None], encoder_last_hidden_state=tokens)
         else:
             if input_ids is not None and prompt_features is not None:
-                raise ValueError("Give input_ids or prompt_features, not both.")
+                raise InputError("Give input_ids or prompt_features, not both.")
             if self.config.text_guided_refinement and prompt_features is None:
                 prompt_features = self.get_prompt_features(input_ids, attention_mask, task, tokens.shape[0])
             output = self._find_cells(tokens, levels, prompt_features, make_denoising, states, weights)
@@ -286,9 +290,9 @@ class UniHemaModel(UniHemaPreTrainedModel):
     @staticmethod
     def _one_source(pixel_values, image_features) -> None:
         if pixel_values is None and image_features is None:
-            raise ValueError("pixel_values is missing: every task of UniHema looks at an image.")
+            raise InputError("pixel_values is missing: every task of UniHema looks at an image.")
         if pixel_values is not None and image_features is not None:
-            raise ValueError("Give pixel_values or image_features, not both.")
+            raise InputError("Give pixel_values or image_features, not both.")
 
     def _features(self, pixel_values, pixel_mask, image_features) -> UniHemaImageFeatures:
         """The features given, or the feature levels of the images given."""
@@ -358,7 +362,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
     ) -> UniHemaModelOutput:
         """Question or sentence and image to what the text decoder attends to, E_W (equation 1)."""
         if input_ids is None:
-            raise ValueError("input_ids is missing: a question or a masked sentence is needed to generate text.")
+            raise InputError("input_ids is missing: a question or a masked sentence is needed to generate text.")
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         length = input_ids.shape[1]
@@ -371,7 +375,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
             levels, texts = image_features.levels, len(input_ids)
             images = len(levels.maps[0])
             if texts % images:
-                raise ValueError(f"{texts} texts for {images} images: give every image the same number of texts.")
+                raise InputError(f"{texts} texts for {images} images: give every image the same number of texts.")
             levels = levels.repeat_images(texts // images) if texts > images else levels
             fused = self.hema_former.cross_modal_fusion(fused, attention_mask, levels)
         return UniHemaModelOutput(
@@ -720,7 +724,7 @@ class _Answers:
             ValueError: There is no question.
         """
         if not args and all(kwargs.get(name) is None for name in ("inputs", "input_ids", "encoder_outputs")):
-            raise ValueError("input_ids is missing: a question or a masked sentence is needed to generate text.")
+            raise InputError("input_ids is missing: a question or a masked sentence is needed to generate text.")
         training = [module for module in self.modules() if module.training]
         for module in training:
             module.training = False
@@ -762,7 +766,7 @@ class _Answers:
                 attention_mask = (input_ids != self.config.pad_token_id).long()
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if labels is None:
-                raise ValueError("Give labels or decoder_input_ids, or call generate() for an answer.")
+                raise InputError("Give labels or decoder_input_ids, or call generate() for an answer.")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         decoded = self.model.text_branch.decode(
             decoder_input_ids,
@@ -920,7 +924,7 @@ class UniHemaForMultiTask(_Answers, UniHemaPreTrainedModel, GenerationMixin):
             ValueError: No task, or an unknown one.
         """
         if task is None:
-            raise ValueError(f"task is missing: this model has all heads, so name one of {', '.join(TASKS)}.")
+            raise InputError(f"task is missing: this model has all heads, so name one of {', '.join(TASKS)}.")
         check_task(task)
         self.follow_adapter()
         image = {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "image_features": image_features}

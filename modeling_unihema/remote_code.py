@@ -117,7 +117,7 @@ class SavedWithCode:
             save_directory (`str` or `Path`): The folder; made when missing.
             **kwargs: See [`~PreTrainedConfig.save_pretrained`].
         """
-        files = write_code(save_directory, code_source(self, self._name_or_path))
+        files = write_code(save_directory, code_source(self, self.name_or_path))
         written = copy.copy(self)
         written.auto_map = auto_map()
         # A configuration from the Hub does not bring the pipelines along unless they were used.

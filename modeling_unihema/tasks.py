@@ -7,6 +7,9 @@ This file imports nothing heavy, so the command and the cards read it too.
 
 import re
 from dataclasses import dataclass
+from typing import Any
+
+from unihema.errors import InputError
 
 
 # The parts of the model beside the visual backbone, and where each lives in a state dict (below `model.`).
@@ -55,7 +58,7 @@ class Task:
 
 
 _QUERIES = ("text_encoder", "image_encoder", "query_selection", "text_guided_visual_refinement", "image_decoder")
-_LANGUAGE = {
+_LANGUAGE: dict[str, Any] = {
     "parts": ("text_encoder", "text_decoder", "cross_modal_fusion"),
     "head": ("lm_head",),
     "model_class": "UniHemaForQA",
@@ -118,11 +121,11 @@ def check_task(name: str) -> Task:
         ValueError: There is no such task.
     """
     if name not in TASK_TABLE:
-        raise ValueError(f"Unknown task '{name}'; choose one of {', '.join(TASKS)}.")
+        raise InputError(f"Unknown task '{name}'; choose one of {', '.join(TASKS)}.")
     return TASK_TABLE[name]
 
 
-def parts_of(tasks: tuple[str, ...], config=None) -> set[str]:
+def parts_of(tasks: tuple[str, ...], config: Any = None) -> set[str]:
     """Names of the parts that any of `tasks` runs.
 
     Args:

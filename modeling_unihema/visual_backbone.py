@@ -137,7 +137,8 @@ class VisualBackbone(nn.Module):
         super().__init__()
         self.config = config
         if config.backbone_config._attn_implementation != "eager":
-            # Convolutional backbones refuse an attention that is asked for by name; left open, each takes its best.
+            # Private, as in layers.py. Convolutional backbones refuse an attention that is asked for by name; left open,
+            # each takes its best.
             config.backbone_config._attn_implementation = None
         self.backbone = AutoBackbone.from_config(config.backbone_config)
         groups = math.gcd(32, config.d_model // 4)

@@ -5,6 +5,8 @@ import warnings
 
 import torch
 
+from unihema.errors import InputError
+
 
 def detection_labels(
     annotation: dict, index: int, original: tuple[int, int], resized: tuple[int, int], invalid_boxes: str = "error"
@@ -28,16 +30,16 @@ def detection_labels(
             morphology of different lengths.
     """
     if "annotations" not in annotation:
-        raise ValueError(f"Annotations of image {index} have no 'annotations' list; expected COCO format.")
+        raise InputError(f"Annotations of image {index} have no 'annotations' list; expected COCO format.")
     name = annotation.get("image_id", index)
     height, width = original
     kept = []
     for row, cell in enumerate(annotation["annotations"]):
         missing = {"bbox", "category_id"} - cell.keys()
         if missing:
-            raise ValueError(f"Image {name}, annotation {row} has no {' and no '.join(sorted(missing))}.")
+            raise InputError(f"Image {name}, annotation {row} has no {' and no '.join(sorted(missing))}.")
         if len(cell["bbox"]) != 4:
-            raise ValueError(
+            raise InputError(
                 f"Image {name}, annotation {row}: box {list(cell['bbox'])} has {len(cell['bbox'])} values; a COCO box has "
                 "four: x, y, width, height in pixels."
             )
@@ -48,7 +50,7 @@ def detection_labels(
                 f"inside the image of {width}x{height}."
             )
             if invalid_boxes == "error":
-                raise ValueError(f"{message} Correct it, or drop such boxes with invalid_boxes='drop'.")
+                raise InputError(f"{message} Correct it, or drop such boxes with invalid_boxes='drop'.")
             warnings.warn(f"{message} It is dropped.", stacklevel=2)
             continue
         kept.append((cell, box))
@@ -87,7 +89,7 @@ def _clipped(bbox, width: int, height: int) -> tuple[float, float, float, float]
 def _morphology(rows: list, name) -> torch.Tensor:
     widths = {len(row) for row in rows if row is not None}
     if len(widths) > 1:
-        raise ValueError(
+        raise InputError(
             f"Image {name}: morphology rows have {' and '.join(map(str, sorted(widths)))} values; every cell needs one "
             "for each attribute (-100 where it is missing)."
         )

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from unihema.errors import InputError, InputTypeError, UnreadableImageError
+
 
 # What names of image files end with, in lower case.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".jp2")
@@ -20,10 +22,6 @@ _ORIENTATION = 0x0112
 _BEFORE_REDUCING = {"1": "L", "P": "RGBA", "PA": "RGBA", "I;16": "I", "I;16L": "I", "I;16B": "I", "I;16N": "I"}
 # PIL keeps its limit of pixels in a global.
 _opening = threading.Lock()
-
-
-class UnreadableImageError(ValueError):
-    """An image file that is missing, empty, truncated or no image; the message names it and the remedy."""
 
 
 def load_image(image: "str | Path | bytes | Image.Image | np.ndarray", max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -51,13 +49,13 @@ def load_image(image: "str | Path | bytes | Image.Image | np.ndarray", max_pixel
     if isinstance(image, np.ndarray):
         pixels = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
         if pixels.size == 0 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] not in (3, 4)):
-            raise ValueError(f"Pixels must be [H, W] or [H, W, 1|3|4] and not empty, got shape {image.shape}.")
+            raise InputError(f"Pixels must be [H, W] or [H, W, 1|3|4] and not empty, got shape {image.shape}.")
         return to_rgb(Image.fromarray(_to_8_bit(pixels)))
     if isinstance(image, Image.Image):
         # A file that PIL has opened is only read now.
         with _naming(getattr(image, "filename", None) or "image"):
             return to_rgb(image)
-    raise TypeError(f"Expected a path, bytes, PIL image or array, got {type(image).__name__}.")
+    raise InputTypeError(f"Expected a path, bytes, PIL image or array, got {type(image).__name__}.")
 
 
 def load_mask(path: "str | Path") -> np.ndarray:

@@ -21,6 +21,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
+from unihema.errors import InputError, InputTypeError
 from unihema.modeling_unihema.remote_code import ProcessorWithCode
 from unihema.modeling_unihema.tasks import TASK_TABLE, TASKS, check_task
 
@@ -83,7 +84,7 @@ class UniHemaImageProcessor(ProcessorWithCode, TorchvisionBackend):
         sizes |= kwargs.pop("task_sizes", None) or {}
         unknown = set(sizes) - set(TASKS)
         if unknown:
-            raise ValueError(f"task_sizes names unknown tasks {sorted(unknown)}; tasks are {', '.join(TASKS)}.")
+            raise InputError(f"task_sizes names unknown tasks {sorted(unknown)}; tasks are {', '.join(TASKS)}.")
         if kwargs.get("size") is not None:
             sizes["detection"] = get_size_dict(kwargs["size"], default_to_square=False)
         kwargs["task_sizes"] = {task: dict(size) for task, size in sizes.items()}
@@ -128,11 +129,11 @@ class UniHemaImageProcessor(ProcessorWithCode, TorchvisionBackend):
     def preprocess(self, images, annotations=None, masks=None, **kwargs: Any) -> BatchFeature:
         """See [`~UniHemaImageProcessor.__call__`]."""
         images = image_list(images)
-        unknown = kwargs.keys() - set(self._valid_kwargs_names)
+        unknown = kwargs.keys() - self.valid_kwargs.__annotations__.keys()
         if unknown:
-            raise TypeError(f"{type(self).__name__} has no argument {' and no '.join(sorted(unknown))}.")
+            raise InputTypeError(f"{type(self).__name__} has no argument {' and no '.join(sorted(unknown))}.")
         if annotations is not None and masks is not None:
-            raise ValueError("Give annotations or masks, not both: they are labels of different tasks.")
+            raise InputError("Give annotations or masks, not both: they are labels of different tasks.")
         if annotations is not None:
             annotations = [annotations] if isinstance(annotations, dict) else list(annotations)
             _check_count("annotations", annotations, images)
@@ -140,15 +141,15 @@ class UniHemaImageProcessor(ProcessorWithCode, TorchvisionBackend):
             masks = list(masks) if isinstance(masks, (list, tuple)) else [masks]
             _check_count("masks", masks, images)
         given = {name: value for name, value in kwargs.items() if value is not None}
-        options = {name: given.get(name, getattr(self, name, None)) for name in self._valid_kwargs_names}
+        options = {name: given.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__}
         if "size" not in given:
             check_task(options["task"])
             options["size"] = (self.task_sizes | options["task_sizes"])[options["task"]]
         options["size"] = get_size_dict(options["size"], default_to_square=False)
         if options["do_center_crop"]:
-            raise ValueError("do_center_crop would cut cells off: give the part of the image to look at instead.")
+            raise InputError("do_center_crop would cut cells off: give the part of the image to look at instead.")
         if options["data_format"] not in (None, ChannelDimension.FIRST):
-            raise ValueError(f"pixel_values are channels_first, not {options['data_format']}.")
+            raise InputError(f"pixel_values are channels_first, not {options['data_format']}.")
         for name in ("image_mean", "image_std"):
             value = options[name]
             options[name] = (float(value),) * 3 if np.ndim(value) == 0 else tuple(value)
@@ -219,10 +220,10 @@ class UniHemaImageProcessor(ProcessorWithCode, TorchvisionBackend):
         if size is not None:
             size = get_size_dict(size, param_name="pad_size")
             if size.keys() != {"height", "width"}:
-                raise ValueError(f"pad_size needs height and width, got {' and '.join(size)}.")
+                raise InputError(f"pad_size needs height and width, got {' and '.join(size)}.")
             height, width = size["height"], size["width"]
             if height < largest[0] or width < largest[1]:
-                raise ValueError(
+                raise InputError(
                     f"pad_size {height}x{width} is smaller than the batch's largest image, {largest[0]}x{largest[1]}."
                 )
         dtype = reduce(torch.promote_types, (image.dtype for image in images))
@@ -252,7 +253,7 @@ UniHemaImageProcessor.register_for_auto_class()
 
 def _check_count(name: str, values: Sequence, images: Sequence) -> None:
     if len(values) != len(images):
-        raise ValueError(f"{len(values)} {name} for {len(images)} images: give one for each image.")
+        raise InputError(f"{len(values)} {name} for {len(images)} images: give one for each image.")
 
 
 def image_list(images) -> list:
@@ -266,7 +267,7 @@ def image_list(images) -> list:
     else:
         images = [images]
     if not images:
-        raise ValueError("The list of images is empty: give at least one image.")
+        raise InputError("The list of images is empty: give at least one image.")
     return images
 
 
@@ -274,7 +275,9 @@ def _as_pixels(image, rescaled: bool, channels: str | None = None) -> torch.Tens
     """Any image as a tensor `[3, H, W]`: uint8, or the floats that came if they will not be rescaled."""
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         if not isinstance(image, (str, Path, Image.Image)):
-            raise TypeError(f"Expected images as paths, PIL images, arrays or tensors, got {type(image).__name__}.")
+            raise InputTypeError(
+                f"Expected images as paths, PIL images, arrays or tensors, got {type(image).__name__}."
+            )
         return torch.from_numpy(np.array(load_image(image))).permute(2, 0, 1)
     pixels = torch.as_tensor(np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image.detach())
     if pixels.ndim == 2:
@@ -287,7 +290,7 @@ def _as_pixels(image, rescaled: bool, channels: str | None = None) -> torch.Tens
         if last and (not first or isinstance(image, np.ndarray)):
             pixels = pixels.permute(2, 0, 1)
     if pixels.ndim != 3 or pixels.shape[0] not in (1, 3, 4) or not pixels.numel():
-        raise ValueError(
+        raise InputError(
             "Pixels must be [H, W], or have 1, 3 or 4 channels first or last, and not be empty; got shape "
             f"{tuple(image.shape)}."
         )
@@ -314,7 +317,7 @@ def _fitted_size(original: tuple[int, int], size: dict[str, int]) -> tuple[int, 
     if size.get("longest_edge"):
         scales.append(size["longest_edge"] / long)
     if not scales:
-        raise ValueError(f"size needs shortest_edge, longest_edge, or height and width; got {size}.")
+        raise InputError(f"size needs shortest_edge, longest_edge, or height and width; got {size}.")
     return tuple(max(1, round(side * min(scales))) for side in original)
 
 
@@ -325,7 +328,7 @@ def resampling(resample: PILImageResampling | int) -> PILImageResampling:
         ValueError: It is not.
     """
     if int(resample) not in (0, 2, 3):
-        raise ValueError(f"resample must be 0 (nearest), 2 (bilinear) or 3 (bicubic), got {int(resample)}.")
+        raise InputError(f"resample must be 0 (nearest), 2 (bilinear) or 3 (bicubic), got {int(resample)}.")
     return PILImageResampling(int(resample))
 
 
@@ -333,7 +336,7 @@ def _mask_map(mask, index: int, original: tuple[int, int], target: tuple[int, in
     """A mask as int64 `[h, w]` of 0 and 1, resized without mixing."""
     values = torch.as_tensor(load_mask(mask) if isinstance(mask, (str, Path)) else np.array(mask))
     if tuple(values.shape) != original:
-        raise ValueError(
+        raise InputError(
             f"Mask {index} has shape {tuple(values.shape)}, its image {original}: a mask is two-dimensional and of its "
             "image's size."
         )

@@ -19,7 +19,9 @@ from PIL import Image
 from transformers import ImageClassificationPipeline, ImageSegmentationPipeline, ObjectDetectionPipeline, Pipeline
 from transformers.image_utils import load_image as fetch_image
 
-from .image_io import UnreadableImageError, image_size, load_image
+from unihema.errors import InputError, InputTypeError, UnreadableImageError
+
+from .image_io import image_size, load_image
 from .post_processing import (
     find_cells,
     post_process_semantic_segmentation,
@@ -65,11 +67,11 @@ def _image_inputs(pipeline: Pipeline, image: Any, task: str, prompt: str | Seque
     inputs["pixel_values"] = inputs["pixel_values"].to(pipeline.dtype)
     if prompt is not None:
         if pipeline.tokenizer is None:
-            raise ValueError("A prompt needs the checkpoint's tokenizer: pass tokenizer= to the pipeline.")
+            raise InputError("A prompt needs the checkpoint's tokenizer: pass tokenizer= to the pipeline.")
         tokens = pipeline.tokenizer([task_prompt(task, prompt)], return_tensors="pt")
         length, limit = tokens["input_ids"].shape[1], pipeline.tokenizer.model_max_length
         if length > limit:
-            raise ValueError(f"The prompt has {length} tokens; the limit is {limit}. Name fewer classes.")
+            raise InputError(f"The prompt has {length} tokens; the limit is {limit}. Name fewer classes.")
         inputs.update(tokens)
     # Boxes are in pixels of the file, however large; masks have the size of the opened image.
     from_file = task == "detection" and isinstance(source, (str, Path, bytes))
@@ -147,7 +149,7 @@ class UniHemaObjectDetectionPipeline(_ForUniHema, ObjectDetectionPipeline):
     def _sanitize_parameters(self, prompt=None, candidate_labels=None, **kwargs):
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         if prompt is not None and candidate_labels is not None:
-            raise ValueError("Give prompt or candidate_labels, not both: they are the same.")
+            raise InputError("Give prompt or candidate_labels, not both: they are the same.")
         prompt = candidate_labels if prompt is None else prompt
         if prompt is not None:
             preprocess["prompt"] = postprocess["prompt"] = prompt
@@ -193,7 +195,7 @@ class UniHemaImageSegmentationPipeline(_ForUniHema, ImageSegmentationPipeline):
 
     def preprocess(self, image, subtask=None, timeout=None, prompt=None):
         if subtask not in (None, "semantic"):
-            raise ValueError(f"UniHema segments semantically; subtask '{subtask}' is not possible.")
+            raise InputError(f"UniHema segments semantically; subtask '{subtask}' is not possible.")
         return _image_inputs(self, image, "segmentation", prompt, timeout)
 
     def _forward(self, model_inputs):
@@ -269,7 +271,9 @@ class VisualQuestionAnsweringPipeline(Pipeline):
 
     def _sanitize_parameters(self, generate_kwargs=None, max_new_tokens=None, timeout=None, top_k=None, **kwargs):
         if kwargs:
-            raise TypeError(f"Unknown argument {sorted(kwargs)[0]!r}; options for generate() go into generate_kwargs.")
+            raise InputTypeError(
+                f"Unknown argument {sorted(kwargs)[0]!r}; options for generate() go into generate_kwargs."
+            )
         forward = {"generate_kwargs": dict(generate_kwargs or {})} if generate_kwargs or max_new_tokens else {}
         if max_new_tokens is not None:
             forward["generate_kwargs"]["max_new_tokens"] = max_new_tokens
@@ -296,19 +300,19 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         ):
             return super().__call__(image, **kwargs)
         if image is None or question is None:
-            raise ValueError("Visual question answering needs an image and a question.")
+            raise InputError("Visual question answering needs an image and a question.")
         if not isinstance(image, list) and isinstance(question, str):
             return super().__call__({"image": image, "question": question}, **kwargs)
         images = image if isinstance(image, list) else [image] * len(question)
         questions = [question] * len(images) if isinstance(question, str) else question
         if len(images) != len(questions):
-            raise ValueError(f"{len(questions)} questions for {len(images)} images: give one for all, or one for each.")
+            raise InputError(f"{len(questions)} questions for {len(images)} images: give one for all, or one for each.")
         return super().__call__([{"image": i, "question": q} for i, q in zip(images, questions, strict=True)], **kwargs)
 
     def preprocess(self, inputs, timeout=None):
         missing = {"image", "question"} - inputs.keys()
         if missing:
-            raise ValueError(f"The input has no {' and no '.join(sorted(missing))}.")
+            raise InputError(f"The input has no {' and no '.join(sorted(missing))}.")
         image = load_image(_image_source(inputs["image"], timeout))
         found = dict(self.processor(images=image, text=inputs["question"], **self._processor_options))
         found["pixel_values"] = found["pixel_values"].to(self.dtype)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torchvision.ops import box_area, box_iou
 
+from unihema.errors import InputError
+
 from .class_names import has_nucleus, plain_name
 
 
@@ -270,7 +272,7 @@ def post_process_morphology(
     """
     widths = [len(values) for values in attributes.values()]
     if outputs.pred_morphology.shape[-1] != sum(widths):
-        raise ValueError(
+        raise InputError(
             f"The attributes given have {sum(widths)} values, the model's output "
             f"{outputs.pred_morphology.shape[-1]}: pass config.morphology of the same checkpoint."
         )
@@ -326,4 +328,4 @@ def post_process_semantic_segmentation(
 
 def _check_target_sizes(target_sizes, images: int) -> None:
     if target_sizes is not None and len(target_sizes) != images:
-        raise ValueError(f"{len(target_sizes)} target_sizes for {images} images: give one for each image.")
+        raise InputError(f"{len(target_sizes)} target_sizes for {images} images: give one for each image.")

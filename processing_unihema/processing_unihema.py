@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, T5Tokenizer
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs
 
+from unihema.errors import InputError, InputTypeError
 from unihema.modeling_unihema.remote_code import ProcessorWithCode
 from unihema.modeling_unihema.tasks import IMAGE_TASKS, LANGUAGE_TASKS, TASK_TABLE, check_task
 
@@ -131,7 +132,7 @@ class UniHemaProcessor(ProcessorWithCode, ProcessorMixin):
             task = "detection" if text is None else "question_answering"
         check_task(task)
         if images is None and text is None:
-            raise ValueError("Nothing to process: give images, text or both.")
+            raise InputError("Nothing to process: give images, text or both.")
         image_options, text_length = self._options(kwargs)
         _check_arguments(task, images, annotations=annotations, masks=masks, answers=answers, class_names=class_names)
         data = {}
@@ -151,10 +152,10 @@ class UniHemaProcessor(ProcessorWithCode, ProcessorMixin):
         data.update(self._tokenize(prompts, "text", text_length))
         if answers is not None:
             if len(set(_row_lengths(answers) or [1])) > 1:
-                raise ValueError("Images have different numbers of answers: give one answer for each text of an image.")
+                raise InputError("Images have different numbers of answers: give one answer for each text of an image.")
             answers = _flatten(answers)
             if len(answers) != len(prompts):
-                raise ValueError(f"{len(answers)} answers for {len(prompts)} texts: give one answer for each text.")
+                raise InputError(f"{len(answers)} answers for {len(prompts)} texts: give one answer for each text.")
             tokens = self._tokenize(answers, "answer")
             data["labels"] = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
         if image_options.get("device") is not None:
@@ -164,7 +165,7 @@ class UniHemaProcessor(ProcessorWithCode, ProcessorMixin):
     def _options(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
         """Of the call's arguments those of the image processor, and the length to pad texts to."""
         known = {
-            "images_kwargs": set(self.image_processor._valid_kwargs_names),
+            "images_kwargs": set(self.image_processor.valid_kwargs.__annotations__),
             "text_kwargs": set(TextKwargs.__annotations__),
             "common_kwargs": {"return_tensors"},
         }
@@ -175,15 +176,15 @@ class UniHemaProcessor(ProcessorWithCode, ProcessorMixin):
             unknown |= nested.keys() - names
             twice = sorted(nested.keys() & options.keys())
             if twice:
-                raise ValueError(f"{' and '.join(twice)} given twice: as an argument and in {group}.")
+                raise InputError(f"{' and '.join(twice)} given twice: as an argument and in {group}.")
         if unknown:
-            raise TypeError(f"{type(self).__name__} has no argument {' and no '.join(sorted(unknown))}.")
+            raise InputTypeError(f"{type(self).__name__} has no argument {' and no '.join(sorted(unknown))}.")
         text = options | (kwargs.get("text_kwargs") or {})
         length = None
         if text.get("padding") == "max_length":
             length = text.get("max_length") or self.max_text_length
             if length > self.max_text_length:
-                raise ValueError(f"max_length is {length}; the limit is {self.max_text_length} (max_text_length).")
+                raise InputError(f"max_length is {length}; the limit is {self.max_text_length} (max_text_length).")
         images = options | (kwargs.get("images_kwargs") or {})
         return {name: value for name, value in images.items() if name in known["images_kwargs"]}, length
 
@@ -199,7 +200,7 @@ class UniHemaProcessor(ProcessorWithCode, ProcessorMixin):
         if isinstance(text, str) or count is None or (len(text) != count and all(isinstance(t, str) for t in text)):
             return [task_prompt(task, text)] * (count or 1)
         if len(text) != count:
-            raise ValueError(f"{len(text)} prompts for {count} images: give one for all, or one for each image.")
+            raise InputError(f"{len(text)} prompts for {count} images: give one for all, or one for each image.")
         if all(isinstance(t, str) for t in text) and count > 1:
             return [task_prompt(task, names) for names in text]
         if all(isinstance(t, str) for t in text):
@@ -208,21 +209,21 @@ class UniHemaProcessor(ProcessorWithCode, ProcessorMixin):
 
     def _language_prompts(self, task: str, text, count: int | None) -> list[str]:
         if text is None:
-            raise ValueError(f"text is missing: {task} needs a question or a masked sentence.")
+            raise InputError(f"text is missing: {task} needs a question or a masked sentence.")
         if isinstance(text, str):
             text = [text] * (count or 1)
         elif (lengths := _row_lengths(text)) is not None:
             if len(set(lengths)) > 1:
-                raise ValueError(
+                raise InputError(
                     f"Images have {' and '.join(map(str, sorted(set(lengths))))} texts: give every image the same number."
                 )
             if count and len(lengths) != count:
-                raise ValueError(f"{len(lengths)} lists of texts for {count} images: give one list for each image.")
+                raise InputError(f"{len(lengths)} lists of texts for {count} images: give one list for each image.")
         texts = _flatten(text)
         if not texts:
-            raise ValueError(f"The list of texts is empty: {task} needs a question or masked sentence for each image.")
+            raise InputError(f"The list of texts is empty: {task} needs a question or masked sentence for each image.")
         if count and len(texts) % count:
-            raise ValueError(f"{len(texts)} texts for {count} images: give every image the same number of texts.")
+            raise InputError(f"{len(texts)} texts for {count} images: give every image the same number of texts.")
         return [task_prompt(task, entry) for entry in texts]
 
     def _tokenize(self, texts: list[str], what: str, length: int | None = None) -> dict[str, torch.Tensor]:
@@ -232,7 +233,7 @@ class UniHemaProcessor(ProcessorWithCode, ProcessorMixin):
         limit, name = (self.max_text_length, "max_text_length") if length is None else (length, "max_length")
         if int(lengths.max()) > limit:
             longest = int(lengths.argmax())
-            raise ValueError(
+            raise InputError(
                 f"The {what} {texts[longest][:80]!r}... has {int(lengths[longest])} tokens; the limit is {limit} ({name}). "
                 "Shorten it."
             )
@@ -302,6 +303,6 @@ def _check_arguments(task: str, images, **given) -> None:
         if value is None:
             continue
         if task not in _TASKS_OF[name]:
-            raise ValueError(f"{name} go with {' and '.join(_TASKS_OF[name])}, not with {task}.")
+            raise InputError(f"{name} go with {' and '.join(_TASKS_OF[name])}, not with {task}.")
         if name in ("annotations", "masks") and images is None:
-            raise ValueError(f"{name} without images: give the images they belong to.")
+            raise InputError(f"{name} without images: give the images they belong to.")

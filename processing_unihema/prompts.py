@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from unihema.errors import InputError
 from unihema.modeling_unihema.tasks import TASK_TABLE
 
 
@@ -22,7 +23,7 @@ def names_prompt(names: str | Sequence[str]) -> str:
     names = [names] if isinstance(names, str) else names
     names = [name for name in dict.fromkeys(name.strip() for name in names) if name]
     if not names:
-        raise ValueError("A detection or segmentation prompt needs at least one class name or disease.")
+        raise InputError("A detection or segmentation prompt needs at least one class name or disease.")
     return _NAMES_TEMPLATE.format(names=", ".join(names))
 
 
@@ -33,7 +34,7 @@ def question_prompt(question: str) -> str:
         ValueError: An empty question.
     """
     if not question.strip():
-        raise ValueError("The question is empty: ask something about the image.")
+        raise InputError("The question is empty: ask something about the image.")
     return f"Q: {question.strip()}"
 
 
@@ -57,7 +58,7 @@ def number_blanks(sentence: str) -> str:
     """
     parts = _SENTINEL.split(sentence.strip())
     if len(parts) < 2:
-        raise ValueError(f"No blank in {sentence!r}: mark each word to fill in with ___ or <extra_id_0>.")
+        raise InputError(f"No blank in {sentence!r}: mark each word to fill in with ___ or <extra_id_0>.")
     return parts[0] + "".join(f"<extra_id_{i}>{part}" for i, part in enumerate(parts[1:]))
 
 
@@ -69,7 +70,7 @@ def fill_blanks(sentence: str, answers: Sequence[str]) -> str:
     """
     parts = _SENTINEL.split(sentence)
     if len(parts) - 1 != len(answers):
-        raise ValueError(f"{len(answers)} answers for {len(parts) - 1} blanks in {sentence!r}.")
+        raise InputError(f"{len(answers)} answers for {len(parts) - 1} blanks in {sentence!r}.")
     return parts[0] + "".join(answer + part for answer, part in zip(answers, parts[1:], strict=True))
 
 
@@ -85,7 +86,7 @@ def task_prompt(task: str, text: str | Sequence[str]) -> str:
     """
     reading = [name for name, row in TASK_TABLE.items() if row.reads_text]
     if task not in reading:
-        raise ValueError(f"Task '{task}' reads no text; texts go with {', '.join(reading)}.")
+        raise InputError(f"Task '{task}' reads no text; texts go with {', '.join(reading)}.")
     if not TASK_TABLE[task].generates_text:
         return names_prompt(text)
     return cloze_prompt(text) if task == "cloze" else question_prompt(text)

@@ -15,12 +15,14 @@ from tiny_models import VERY_TINY
 
 import unihema
 from unihema.processing_unihema.prompts import task_prompt
+from unihema.shipped import copy_examples, lay_down_checkpoint
 from unihema.training.data.synthetic import SyntheticSmears
 from unihema.training.data.synthetic_folder import write_synthetic
 
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOUR = ROOT / "docs" / "tour.md"
 TASKS = ("detection", "segmentation", "single_cell", "question_answering", "cloze")
 
 
@@ -56,10 +58,49 @@ def lab(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "python") and page != TOUR], ids=lambda page: page.name
+)
 def test_code_runs(page, lab, monkeypatch):
     monkeypatch.chdir(lab if page.name in ("training.md", "adapters.md") else lab / "demo")
     exec(compile("\n".join(blocks(page, "python")), str(page), "exec"), {})
+
+
+def test_tour_says_what_the_shipped_checkpoint_does(tmp_path, monkeypatch):
+    lay_down_checkpoint(tmp_path / "unihema")
+    copy_examples(tmp_path / "smears")
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(blocks(TOUR, "python"))
+    promised = re.findall(r"^print\(.*\)  # (.+)$", code, re.M)
+    printed = []
+    names = {"print": lambda *values: printed.append(" ".join(map(str, values)))}
+    exec(compile(code, str(TOUR), "exec"), names)
+    assert printed == promised
+
+
+@pytest.mark.parametrize("command", ["predict", "train"])
+def test_tour_lists_the_calls_that_run(command):
+    script = ROOT / "docs" / "trace_calls.py"
+    run = subprocess.run([sys.executable, script, command], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    traced = [tuple(line.split()) for line in run.stdout.splitlines() if re.match(r"\S+\.py +\S+$", line)]
+    page = TOUR.read_text(encoding="utf-8")
+    told = re.search(rf"<!-- calls: {command} -->\n```text\n(.*?)^```", page, re.M | re.S).group(1)
+    told = [tuple(line.split()[:2]) for line in told.splitlines()]
+    if command == "predict":
+        assert traced == told
+    else:
+        places = [traced.index(call) for call in told]
+        assert places == sorted(places)
+
+
+def test_pictures_of_the_tour_can_be_drawn_again(tmp_path):
+    pytest.importorskip("matplotlib")
+    script = ROOT / "docs" / "make_tour.py"
+    run = subprocess.run([sys.executable, script, "--output", tmp_path], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert drawn == re.findall(r"\(images/(tour_\w+\.png)\)", TOUR.read_text(encoding="utf-8"))
 
 
 COMMANDS = [

@@ -21,12 +21,12 @@ from benchmarks.quality.peers import PEERS, chosen_peers
 from benchmarks.quality.results import UNIHEMA
 from benchmarks.quality.saved import load_peer
 from benchmarks.quality.table import best_peers, comparison, page
+from unihema.errors import RunConfigError
 from unihema.training.build import build, training_rows, validation_rows
 from unihema.training.checkpoint import save_trained
 from unihema.training.data.synthetic_folder import write_synthetic
 from unihema.training.evaluation import evaluate_model
 from unihema.training.pretrained_backbone import LITE0_BACKBONE
-from unihema.training.run_config import RunConfigError
 
 
 pytest.importorskip("segmentation_models_pytorch")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unihema.errors import RunConfigError
 from unihema.loading import load_model
 from unihema.training.ablation_report import AblationReport, Comparison
 from unihema.training.ablations import ABLATIONS, WHOLE, Ablation
@@ -18,7 +19,7 @@ from unihema.training.evaluation import evaluate_model
 from unihema.training.hold_out import is_held_out
 from unihema.training.loop import DEFAULT_EPOCHS, train
 from unihema.training.recipe import train_stages
-from unihema.training.run_config import RunConfig, RunConfigError
+from unihema.training.run_config import RunConfig
 from unihema.training.stages import SIX_STAGES
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unihema.errors import RunConfigError
 from unihema.training.ablations import Ablation
 from unihema.training.files import write_json, write_text
-from unihema.training.run_config import RunConfigError
 
 
 REPORT_FILE = "ablation.json"

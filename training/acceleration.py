@@ -8,7 +8,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 
-from unihema.training.run_config import OptimisationConfig, RunConfigError
+from unihema.errors import RunConfigError
+from unihema.training.run_config import OptimisationConfig
 
 
 # The other processes wait this long for the one that evaluates.
@@ -56,5 +57,6 @@ def make_accelerator(
         state = AcceleratorState()
         if state.num_processes > 1:
             raise
+        # Private: Accelerate has no public way to forget it.
         state._reset_state(reset_partial_state=True)
         return make()

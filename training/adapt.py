@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unihema.checkpoint_files import CheckpointError, is_adapter
+from unihema.checkpoint_files import is_adapter
+from unihema.errors import CheckpointError, DatasetError, RunConfigError
 from unihema.hub_cards.fields import is_repo_id
 from unihema.training.adapter_config import AdapterConfig
 from unihema.training.adapters import CONFIG, WEIGHTS
 from unihema.training.before_after import BeforeAfter
 from unihema.training.build import training_rows
-from unihema.training.data.rows import DatasetError, Row, class_names, single_cell_names
+from unihema.training.data.rows import Row, class_names, single_cell_names
 from unihema.training.early_stopping import best_step
 from unihema.training.loop import train
 from unihema.training.run_config import (
@@ -23,7 +24,6 @@ from unihema.training.run_config import (
     ModelConfig,
     OptimisationConfig,
     RunConfig,
-    RunConfigError,
 )
 
 

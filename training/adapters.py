@@ -5,13 +5,14 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from unihema.errors import InputError
 from unihema.hub_cards.usage import class_of_task
 from unihema.modeling_unihema.adapter_mixin import FIELDS_KEY, adapter_fields
 from unihema.modeling_unihema.layers import ClassEmbedding, ClassLinear
@@ -59,6 +60,14 @@ HEADS = {
 }
 
 
+def _matches_a_layer(targets: str | Collection[str], model: nn.Module) -> bool:
+    """Whether PEFT would find a layer: by a pattern of its whole name, or by the end of its name."""
+    names = [name for name, _ in model.named_modules()]
+    if isinstance(targets, str):
+        return any(re.fullmatch(targets, name) for name in names)
+    return any(name == target or name.endswith(f".{target}") for name in names for target in targets)
+
+
 def target_pattern(tasks: Sequence[str]) -> str:
     """The pattern of the layers that an adapter for `tasks` changes, matched against whole module names."""
     parts = dict.fromkeys(part for task in tasks for part in TARGETS[task])
@@ -88,14 +97,11 @@ def attach_adapter(
     if "detection" in rows and settings.heads is None and _has_morphology(rows["detection"], model.config.morphology):
         heads.append("morphology_head")
     config = _peft_config(settings, tasks, heads, model)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Unexpectedly found already")
-            model.add_adapter(config, NAME)
-    except ValueError as error:
-        if "arget modules" not in str(error):
-            raise
-        raise ValueError(f"adapter.target_modules {config.target_modules!r} matches no layer of the model.") from error
+    if not _matches_a_layer(config.target_modules, model):
+        raise InputError(f"adapter.target_modules {config.target_modules!r} matches no layer of the model.")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unexpectedly found already")
+        model.add_adapter(config, NAME)
     for name, module in model.named_modules():
         if isinstance(module, (ClassEmbedding, ClassLinear)) and f"modules_to_save.{NAME}" in name:
             _set_classes(module, sources["single_cell" if "single_cell_head" in name else "detection"])
@@ -160,7 +166,7 @@ def save_merged(model: nn.Module, processor: Any, folder: str | Path) -> None:
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; merge into a new folder.")
+        raise InputError(f"{folder} is not empty; merge into a new folder.")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.merge_and_unload().save_pretrained(partial)
@@ -198,7 +204,7 @@ def start_classes(
         if name not in new or source not in old:
             where, known = ("adapter", new) if name not in new else ("base", old)
             wrong = name if name not in new else source
-            raise ValueError(f"adapter.start_from: the {where} has no class {wrong!r}; it has {', '.join(known)}.")
+            raise InputError(f"adapter.start_from: the {where} has no class {wrong!r}; it has {', '.join(known)}.")
     by_key = {usual_name(name): index for index, name in reversed(list(enumerate(old)))}
     found: list[int | None] = []
     for name in new:
@@ -242,7 +248,7 @@ def _labels(settings: AdapterConfig, found: Sequence[str]) -> list[str]:
         return list(found)
     missing = [name for name in found if name not in settings.labels]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"The data have the class {missing[0]!r}, which is not among the labels {', '.join(settings.labels)}. Add it, "
             "or rename it with data.rename."
         )
@@ -252,7 +258,7 @@ def _labels(settings: AdapterConfig, found: Sequence[str]) -> list[str]:
 def _named(start_from: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
     unknown = [name for name in start_from if name not in names]
     if unknown:
-        raise ValueError(f"adapter.start_from: the adapter has no class {unknown[0]!r}; it has {', '.join(names)}.")
+        raise InputError(f"adapter.start_from: the adapter has no class {unknown[0]!r}; it has {', '.join(names)}.")
     return dict(start_from)
 
 
@@ -274,7 +280,7 @@ def _peft_config(settings: AdapterConfig, tasks: Sequence[str], heads: list[str]
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"adapter.target_modules {pattern!r} is not a pattern: {error}.") from error
+        raise InputError(f"adapter.target_modules {pattern!r} is not a pattern: {error}.") from error
     common = {"target_modules": pattern, "modules_to_save": heads or None}
     if settings.method == "ia3":
         return peft.IA3Config(feedforward_modules=rf"(?={pattern}$){_IA3_INPUTS}", **common)

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unihema.analyzer import available_tasks
-from unihema.loading import load_model
+from unihema.errors import DatasetError
+from unihema.loading import available_tasks, load_model
 from unihema.training.build import build, load_rows, training_rows, validation_rows
 from unihema.training.class_agnostic import class_agnostic_precision
 from unihema.training.data.label_names import as_known, row_names
-from unihema.training.data.rows import DatasetError, Row
+from unihema.training.data.rows import Row
 from unihema.training.evaluation import HEADLINES, evaluate_model
 from unihema.training.files import write_json, write_text
 from unihema.training.run_config import DataConfig, RunConfig

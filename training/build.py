@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unihema.errors import DatasetError, RunConfigError
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 from unihema.modeling_unihema.tasks import TASKS
@@ -15,11 +16,11 @@ from unihema.training.data.folds import fold_rows
 from unihema.training.data.label_names import unify_names
 from unihema.training.data.lazy_rows import joined, witnesses
 from unihema.training.data.readers import load_folder
-from unihema.training.data.rows import DatasetError, Row, class_names, morphology_schema, single_cell_names
+from unihema.training.data.rows import Row, class_names, morphology_schema, single_cell_names
 from unihema.training.evaluation import draw_rows
 from unihema.training.hold_out import is_held_out
 from unihema.training.pretrained_backbone import BACKBONES_IN_MINUS_ONE_TO_ONE, LITE0_BACKBONE, load_pretrained_backbone
-from unihema.training.run_config import DataConfig, RunConfig, RunConfigError
+from unihema.training.run_config import DataConfig, RunConfig
 
 
 def load_rows(config: DataConfig, split: str, tasks: Sequence[str] | None = None) -> dict[str, list[Row]]:

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from unihema.errors import DatasetError
 from unihema.files import sha256
 from unihema.hub_cards import DataRecord, DataSource, dataset_card
 from unihema.training.data.description import folder_licence, read_description
 from unihema.training.data.readers import load_folder
-from unihema.training.data.rows import TASKS, DatasetError, Row, class_names, single_cell_names
+from unihema.training.data.rows import TASKS, Row, class_names, single_cell_names
 from unihema.training.data.stored_rows import StoredFile
 
 

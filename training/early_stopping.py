@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from unihema.errors import FileMissingError
 from unihema.training.checkpoint import Progress, last_checkpoint
 
 
@@ -50,7 +51,7 @@ def best_step(folder: str | Path) -> int:
     """
     found = last_checkpoint(folder)
     if found is None:
-        raise FileNotFoundError(f"{folder}: no checkpoint of a run.")
+        raise FileMissingError(f"{folder}: no checkpoint of a run.")
     return found[1].best_step or found[1].step
 
 

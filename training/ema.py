@@ -5,6 +5,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from unihema.errors import InputError
 
 
 class ExponentialMovingAverage:
@@ -20,7 +23,7 @@ class ExponentialMovingAverage:
 
     def __init__(self, model: nn.Module, decay: float = 0.9997, warmup: float = 10.0):
         if not 0 <= decay < 1:
-            raise ValueError(f"EMA decay {decay} must lie in [0, 1).")
+            raise InputError(f"EMA decay {decay} must lie in [0, 1).")
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
@@ -33,7 +36,6 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Takes in the weights after an optimizer step."""
-        step = 1 - self.current_decay()
         averages, values = [], []
         for name, value in _tensors(model).items():
             if value.is_floating_point():
@@ -41,7 +43,7 @@ class ExponentialMovingAverage:
                 values.append(value.detach().to(self.average[name].dtype))
             else:
                 self.average[name].copy_(value)
-        torch._foreach_lerp_(averages, values, step)
+        get_ema_multi_avg_fn(self.current_decay())(averages, values, self.updates)
         self.updates += 1
 
     @contextmanager
@@ -76,7 +78,7 @@ class ExponentialMovingAverage:
         """
         if set(state) - {"updates"} != set(self.average):
             odd = sorted((set(state) - {"updates"}) ^ set(self.average))
-            raise ValueError(f"The averaged weights are of another model; '{odd[0]}' is in one of the two only.")
+            raise InputError(f"The averaged weights are of another model; '{odd[0]}' is in one of the two only.")
         self.updates = int(state["updates"])
         for name, value in self.average.items():
             value.copy_(state[name])

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unihema.checkpoint_files import REFERENCE_FILE
+from unihema.errors import InputError
 from unihema.training.files import write_json
 
 
@@ -34,7 +35,7 @@ def store_in_half(checkpoint: str | Path, folder: str | Path) -> int:
         keep = not value.is_floating_point() or name.endswith("running_var")
         halves[name] = value if keep else value.half()
         if not bool(torch.isfinite(halves[name]).all()):
-            raise ValueError(f"{checkpoint}: {name} has values that float16 cannot hold.")
+            raise InputError(f"{checkpoint}: {name} has values that float16 cannot hold.")
     folder.mkdir(parents=True, exist_ok=True)
     for path in checkpoint.iterdir():
         told = path.suffix in (".json", ".md", ".jinja") and path.name not in ("stages.json", "mix.json")

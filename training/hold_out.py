@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from unihema.errors import RunConfigError
 from unihema.training.data.rows import PROVENANCE_KEYS, Row
-from unihema.training.run_config import RunConfigError
 
 
 def is_held_out(row: Row, hold_out: Mapping[str, Sequence[str]]) -> bool:

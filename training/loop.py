@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from unihema.errors import NotFiniteError, TrainingError, TrainingInterrupted
 from unihema.hub_cards import checkpoint_card
 from unihema.hub_cards.data_sources import RECORD_FILE
 from unihema.training.acceleration import make_accelerator
@@ -37,14 +38,6 @@ from unihema.training.trained_parts import TrainedParts
 DEFAULT_EPOCHS = 24
 # What is left of a run whose loss was no number.
 DIVERGED_FILE = "diverged.json"
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says where it stood and what to do."""
-
-
-class TrainingInterrupted(TrainingError):
-    """Stopped by the user or the system; a checkpoint to resume from is saved."""
 
 
 def train(config: RunConfig, resume: bool = False, callbacks: Iterable[Callable[[dict], None]] = ()) -> dict[str, Any]:
@@ -297,10 +290,7 @@ class _Run:
         """The output, or what is wrong with its loss."""
         try:
             output = self.model(task=task, **self._on_device(batch))
-        except RuntimeError as error:
-            # The matching of cells refuses predictions that are not numbers.
-            if "not finite" not in str(error):
-                raise
+        except NotFiniteError as error:
             return None, f"the {task} loss is nan ({error})"
         value = float(output.loss.detach())
         return output, None if math.isfinite(value) else f"the {task} loss is {value}"
@@ -404,4 +394,4 @@ class _Run:
         self._say(f"Saved {self.folder}. {headline(report)[1]}".strip())
 
 
-__all__ = ["TrainingError", "TrainingInterrupted", "train"]
+__all__ = ["train"]

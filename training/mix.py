@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
+from unihema.errors import RunConfigError
 from unihema.training.files import write_json
-from unihema.training.run_config import RunConfig, RunConfigError, provenance
+from unihema.training.run_config import RunConfig, provenance
 
 
 # A run in stages leaves its mix under this name, so that it can be resumed and repeated; JSON is YAML too.

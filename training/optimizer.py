@@ -5,7 +5,8 @@ import math
 import torch
 from torch import nn
 
-from unihema.training.run_config import OptimisationConfig, RunConfigError
+from unihema.errors import RunConfigError
+from unihema.training.run_config import OptimisationConfig
 
 
 BACKBONE = "visual_backbone"

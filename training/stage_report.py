@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from unihema.errors import RunConfigError
 from unihema.training.evaluation import HEADLINES
 from unihema.training.files import write_json, write_text
-from unihema.training.run_config import RunConfig, RunConfigError
+from unihema.training.run_config import RunConfig
 from unihema.training.stages import Stage
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from unihema.training.run_config import RunConfigError
+from unihema.errors import RunConfigError
 
 
 # Part -> the module of `UniHemaForMultiTask` that holds it; together they hold every parameter.

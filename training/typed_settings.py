@@ -6,9 +6,7 @@ import types
 import typing
 from typing import Any, Literal
 
-
-class RunConfigError(ValueError):
-    """A setting that does not exist, has the wrong type, or contradicts another; the message names it."""
+from unihema.errors import RunConfigError
 
 
 def settings_from(cls: type, values: Any, prefix: str, source: str) -> Any:

@@ -209,6 +209,8 @@ def _pairs(values: list[str], option: str) -> dict[str, str]:
     for value in values:
         name, equals, new = value.rpartition("=")
         if not equals or not name or not new:
-            raise ValueError(f"{option} {value!r}: write it as name=value.")
+            from unihema.errors import InputError
+
+            raise InputError(f"{option} {value!r}: write it as name=value.")
         pairs[name] = new
     return pairs

@@ -62,7 +62,9 @@ def evaluate(
         to_int8(model)
         report, exact = measure(), report
     if not report:
-        raise ValueError("Nothing to measure: the image-blind control is for question_answering and cloze.")
+        from unihema.errors import InputError
+
+        raise InputError("Nothing to measure: the image-blind control is for question_answering and cloze.")
     for name, figures in report.items():
         typer.echo(f"{name} ({figures['rows']} rows): {figures_text(figures)}")
         if exact:

@@ -13,7 +13,7 @@ def export(
     """Export a checkpoint's detection or single-cell path to ONNX; `unihema predict` takes the file as a checkpoint."""
     import logging
 
-    from unihema.inference.onnx import export_onnx
+    from unihema.onnx_export import export_onnx
 
     for name in ("onnxscript", "onnx_ir", "torch.onnx"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -33,9 +33,8 @@ def info(checkpoint: Path = typer.Argument(None, help="Checkpoint folder.")) -> 
     if checkpoint is None:
         return
 
-    from unihema.analyzer import available_tasks
     from unihema.checkpoint_files import adapter_base, fingerprint, is_adapter
-    from unihema.loading import load_model
+    from unihema.loading import available_tasks, load_model
 
     model, processor = load_model(checkpoint, device="cpu")
     config = model.config

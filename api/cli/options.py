@@ -71,7 +71,7 @@ def data_to_measure(
         ValueError: See `require_tasks`.
         typer.BadParameter: See [`pairs`].
     """
-    from unihema.analyzer import available_tasks, require_tasks
+    from unihema.loading import available_tasks, require_tasks
     from unihema.training.run_config import DataConfig
 
     require_tasks(model, tasks)
@@ -86,7 +86,7 @@ def data_to_measure(
 @contextmanager
 def stopped_runs_exit() -> Iterator[None]:
     """A run that was stopped, with a checkpoint saved, ends the command with exit code 3."""
-    from unihema.training.loop import TrainingInterrupted
+    from unihema.errors import TrainingInterrupted
 
     try:
         yield

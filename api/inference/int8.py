@@ -3,6 +3,8 @@
 import warnings
 from typing import TYPE_CHECKING
 
+from unihema.errors import InputError
+
 
 if TYPE_CHECKING:
     from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
@@ -44,22 +46,22 @@ def to_int8(model: "UniHemaPreTrainedModel") -> "UniHemaPreTrainedModel":
     from torch import nn
 
     if not isinstance(model, nn.Module):
-        raise ValueError("int8: this is no PyTorch model; give a checkpoint folder, not an exported file.")
+        raise InputError("int8: this is no PyTorch model; give a checkpoint folder, not an exported file.")
     if is_int8(model):
-        raise ValueError("int8: this model is quantised already.")
+        raise InputError("int8: this model is quantised already.")
     if model.device.type != "cpu" or model.dtype != torch.float32:
-        raise ValueError(
+        raise InputError(
             f"int8: needs a float32 model on the CPU, got {model.dtype} on {model.device}; load it with device='cpu'."
         )
     if torch.backends.quantized.engine == "none":
-        raise ValueError("int8: this build of PyTorch has no int8 kernels; run without it.")
+        raise InputError("int8: this build of PyTorch has no int8 kernels; run without it.")
     names = [
         name
         for name, part in model.named_modules()
         if type(part) is nn.Linear and not any(kept in name.split(".") for kept in _KEPT)
     ]
     if not names:
-        raise ValueError("int8: this model has no linear layer to quantise.")
+        raise InputError("int8: this model has no linear layer to quantise.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.ao.quantization import default_dynamic_qconfig, quantize_dynamic

@@ -2,23 +2,20 @@
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 
-from unihema.errors import UniHemaError
+from unihema.errors import PreparedModelError
 from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
 from unihema.modeling_unihema.padding import blanked_in_place
 
 
 # Of the largest value of the backbone's maps; fusing changes the order of float operations, nothing else.
 TOLERANCE = 1e-3
-
-
-class PreparedModelError(UniHemaError, ValueError):
-    """A model prepared for inference was to be saved or trained; the message says what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class FusedConvolution(nn.Module):
 
     def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d):
         super().__init__()
-        self.convolution = fuse_conv_bn_eval(convolution, norm)
+        self.fused = fuse_conv_bn_eval(convolution, norm)
         self.looks_around = convolution.kernel_size != (1, 1)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
@@ -58,7 +55,7 @@ class FusedConvolution(nn.Module):
         if self.looks_around:
             maps = blanked_in_place(maps)
         # Its hook would blank a copy of the maps.
-        return self.convolution.forward(maps)
+        return self.fused.forward(maps)
 
 
 def prepare_for_inference(model: UniHemaPreTrainedModel) -> Preparation:
@@ -83,8 +80,8 @@ def prepare_for_inference(model: UniHemaPreTrainedModel) -> Preparation:
     faster, fused, notes = _faster_backbone(visual.backbone)
     if faster is not None:
         visual.backbone = faster
-        if fused:
-            faster.register_state_dict_pre_hook(_refuse_state_dict)
+    # Not by a hook on the state dict, which PEFT reads when it loads an adapter.
+    model.save_pretrained = _refuse_to_save
     model.preparation = Preparation(fused, faster is not None, notes)
     return model.preparation
 
@@ -132,11 +129,11 @@ def _same_maps(expected, found) -> bool:
     return all(bool((b - a).abs().max() <= bound * a.abs().max()) for a, b in zip(expected, found, strict=True))
 
 
-def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
     raise PreparedModelError(
         "This model was prepared for inference and no longer has the weights of its checkpoint. Load the checkpoint again to "
         "save it or to train it."
     )
 
 
-__all__ = ["Preparation", "PreparedModelError", "prepare_for_inference"]
+__all__ = ["Preparation", "prepare_for_inference"]

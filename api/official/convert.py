@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from unihema.errors import FileMissingError, InputError, OutputError
 from unihema.files import write_text
 from unihema.loading import load_model
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
@@ -93,28 +94,26 @@ def read_official(path: str | Path) -> tuple[dict[str, torch.Tensor], argparse.N
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
+        raise FileMissingError(f"{path}: no such file.")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             try:
                 content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
+            except RuntimeError:
                 # A file of PyTorch before 1.6 cannot be mapped.
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
+        raise InputError(
             f"{path}: not a PyTorch checkpoint that can be read safely ({reason}). It must be the authors' .pth: tensors, "
             "and training arguments as argparse.Namespace; nothing else is unpickled."
         ) from error
     arguments = content.get("args") if isinstance(content, dict) else None
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{path}: holds no state dict, neither at its top level nor under 'model'.")
+        raise InputError(f"{path}: holds no state dict, neither at its top level nor under 'model'.")
     return {key.removeprefix("module."): value for key, value in state.items()}, arguments
 
 
@@ -324,7 +323,7 @@ def convert_from_official(
     config = official_config(state, arguments)
     loaded = _load_tokenizer(tokenizer)
     if len(loaded) > config.text_config.vocab_size:
-        raise ValueError(
+        raise InputError(
             f"The tokenizer {tokenizer or T5_TOKENIZER} has {len(loaded)} pieces, the checkpoint's embedding "
             f"{config.text_config.vocab_size} rows: it is not the one this checkpoint was trained with."
         )
@@ -392,10 +391,10 @@ def convert_to_official(source: str | Path, path: str | Path) -> int:
 
     path = Path(path)
     if path.exists():
-        raise ValueError(f"{path} is there already: choose a new file or delete it.")
+        raise InputError(f"{path} is there already: choose a new file or delete it.")
     model, _ = load_model(source, device="cpu")
     if not isinstance(model, UniHemaForMultiTask):
-        raise ValueError(f"{source} is a {type(model).__name__}: the official model has every head, this one has not.")
+        raise InputError(f"{source} is a {type(model).__name__}: the official model has every head, this one has not.")
     official = to_official(model.state_dict(), model.config)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -409,7 +408,7 @@ def convert_to_official(source: str | Path, path: str | Path) -> int:
 
 def _check_new(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already: choose a new folder or delete it.")
+        raise InputError(f"{folder} is there already: choose a new folder or delete it.")
 
 
 def _load_tokenizer(tokenizer: str | Path | None) -> "PreTrainedTokenizerBase":
@@ -430,14 +429,14 @@ def _load_tokenizer(tokenizer: str | Path | None) -> "PreTrainedTokenizerBase":
             try:
                 return T5Tokenizer.from_pretrained(folder)
             except (ImportError, ValueError, OSError) as error:
-                raise ValueError(
+                raise InputError(
                     f"{path}: cannot be read as a SentencePiece model. It must be T5's spiece.model, and reading it needs "
                     f"`pip install unihema[convert]`. Reported: {str(error).strip().splitlines()[0]}"
                 ) from error
     try:
         return AutoTokenizer.from_pretrained(str(tokenizer or T5_TOKENIZER))
     except (OSError, ValueError) as error:
-        raise OSError(
+        raise OutputError(
             f"No tokenizer at {tokenizer or T5_TOKENIZER}, neither as a file or folder nor on the Hub. Give T5's "
             "spiece.model, or a folder with a T5 tokenizer.json, as --tokenizer."
         ) from error

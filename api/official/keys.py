@@ -7,6 +7,7 @@ of a name, and `{q}` on our side for the three layers that the official model st
 import re
 from dataclasses import dataclass
 
+from unihema.errors import InputError
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 
 
@@ -124,7 +125,7 @@ _HOLES = {"{n}": r"(?P<n>\d+)", "{w}": r"(?P<w>\w+)", "{*}": r"(?P<rest>.+)", "{
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-class OfficialKeyError(ValueError):
+class OfficialKeyError(InputError):
     """A tensor of an official state dict that is not known, is missing, or has a shape that does not fit."""
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from unihema.errors import FileMissingError
+
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +93,7 @@ def parity(folder: str | Path) -> list[ParityRow]:
     folder = Path(folder)
     for name in (GOLDEN_FILE, MANIFEST_FILE):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
+            raise FileMissingError(
                 f"{folder / name}: no such file. Give the folder with the recorded official outputs."
             )
     manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["configs"]["small"]

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import ndimage
+
+from unihema.errors import InputError
 
 from .overlay import class_colors
 
@@ -82,7 +83,7 @@ def coco(result: "SmearResult", image_id: int, first_annotation_id: int) -> dict
         if cell.attributes:
             annotation["attributes"] = {name: found["value"] for name, found in cell.attributes.items()}
         if cell.mask is not None:
-            annotation["segmentation"] = rle_encode(_in_image(cell, result))
+            annotation["segmentation"] = rle_encode(_in_image(cell, result, cell.mask))
             annotation["area"] = int(cell.mask.sum())
         annotations.append(annotation)
     return {
@@ -92,10 +93,10 @@ def coco(result: "SmearResult", image_id: int, first_annotation_id: int) -> dict
     }
 
 
-def _in_image(cell: "Cell", result: "SmearResult"):
+def _in_image(cell: "Cell", result: "SmearResult", mask: np.ndarray) -> np.ndarray:
     left, top = cell.origin
     full = np.zeros((result.height, result.width), dtype=bool)
-    visible = cell.mask[: result.height - top, : result.width - left]
+    visible = mask[: result.height - top, : result.width - left]
     full[top : top + visible.shape[0], left : left + visible.shape[1]] = visible
     return full
 
@@ -144,7 +145,9 @@ def _cell_geometry(cell: "Cell") -> dict[str, Any]:
     return {"type": "Polygon", "coordinates": [corners]}
 
 
-def _feature(geometry, object_type, label, color, identity, **properties) -> dict[str, Any]:
+def _feature(
+    geometry: dict[str, Any], object_type: str, label: str, color: Sequence[int], identity: str, **properties: Any
+) -> dict[str, Any]:
     """A QuPath object. Its id is a UUID, as QuPath wants, and the same each time for the same object."""
     return {
         "type": "Feature",
@@ -184,7 +187,7 @@ def rle_decode(code: dict[str, Any]) -> np.ndarray:
     height, width = code["size"]
     counts = np.asarray(code["counts"], dtype=np.int64)
     if counts.sum() != height * width:
-        raise ValueError(f"Mask runs add up to {counts.sum()} pixels, but its size is {height} x {width}.")
+        raise InputError(f"Mask runs add up to {counts.sum()} pixels, but its size is {height} x {width}.")
     values = np.arange(len(counts), dtype=np.uint8) % 2
     return np.repeat(values, counts).reshape((height, width), order="F")
 
@@ -198,6 +201,8 @@ def mask_polygons(mask: np.ndarray) -> list[list[list[list[int]]]]:
     Returns:
         `list`: Polygons; each a list of closed rings, the outer one first; each ring a list of [x, y].
     """
+    from scipy import ndimage
+
     regions, _ = ndimage.label(np.asarray(mask).astype(bool))
     polygons = []
     for number, (rows, columns) in enumerate(ndimage.find_objects(regions), 1):

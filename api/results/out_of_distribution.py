@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from unihema.checkpoint_files import REFERENCE_FILE, CheckpointError
+from unihema.checkpoint_files import REFERENCE_FILE
+from unihema.errors import CheckpointError, InputError
 from unihema.files import write_atomically
 from unihema.modeling_unihema.outputs import UniHemaImageFeatures
 from unihema.results.smear_result import SmearResult
@@ -46,6 +47,7 @@ _FEWEST_CELLS = 3
 _FORMAT = "unihema-reference-1"
 _ABOUT = "about"
 _ARRAYS = ("means", "scale", "vectors", "variances")
+_STORED = (*_ARRAYS, "rest", "limits", "quality")
 
 
 def image_quality(
@@ -109,7 +111,7 @@ class TiedGaussians:
         features, groups = np.asarray(features, float), np.asarray(groups, int)
         count = int(groups.max(initial=-1)) + 1
         if len(features) <= count:
-            raise ValueError(f"{len(features)} images in {count} groups say nothing about spread; give more images.")
+            raise InputError(f"{len(features)} images in {count} groups say nothing about spread; give more images.")
         means = np.stack([features[groups == group].mean(0) for group in range(count)])
         differences = features - means[groups]
         spread = differences.std(0)
@@ -180,7 +182,8 @@ class ModelReference:
         """Writes `reference_features.safetensors` into a checkpoint folder, whole or not at all."""
         from safetensors.numpy import save
 
-        arrays, told = {}, {}
+        arrays: dict[str, np.ndarray] = {}
+        told = {}
         for task, of_task in self.tasks.items():
             parts = {name: getattr(of_task.gaussians, name) for name in _ARRAYS}
             parts |= {"rest": np.array([of_task.gaussians.rest]), "limits": of_task.limits, "quality": of_task.quality}
@@ -241,24 +244,25 @@ class ModelReference:
             with safe_open(path, "np") as file:
                 about = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
                 if about.get("format") != _FORMAT:
-                    raise ValueError(f"format {about.get('format')!r}, not {_FORMAT!r}")
+                    raise InputError(f"format {about.get('format')!r}, not {_FORMAT!r}")
                 tasks = {
-                    task: _task_reference(told, lambda name, task=task: file.get_tensor(f"{task}.{name}"))
+                    task: _task_reference(told, {name: file.get_tensor(f"{task}.{name}") for name in _STORED})
                     for task, told in about["tasks"].items()
                 }
             return cls(tasks, about["backbone"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{path}: cannot be read ({error}). Delete it, or write it anew with `unihema reference`."
             ) from error
 
 
-def _task_reference(told: dict[str, Any], tensor) -> TaskReference:
-    gaussians = TiedGaussians(*(tensor(name).astype(float) for name in _ARRAYS), float(tensor("rest")[0]))
+def _task_reference(told: dict[str, Any], stored: dict[str, np.ndarray]) -> TaskReference:
+    arrays = {name: stored[name].astype(float) for name in _ARRAYS}
+    gaussians = TiedGaussians(**arrays, rest=float(stored["rest"][0]))
     sizes = {name: (float(low), float(high)) for name, (low, high) in told["cell_sizes"].items()}
-    limits, quality = tensor("limits").astype(float), tensor("quality").astype(float)
+    limits, quality = stored["limits"].astype(float), stored["quality"].astype(float)
     if quality.shape != (len(told["groups"]), len(QUALITIES), 2):
-        raise ValueError(f"quality of shape {quality.shape} for {len(told['groups'])} data sets")
+        raise InputError(f"quality of shape {quality.shape} for {len(told['groups'])} data sets")
     return TaskReference(tuple(told["groups"]), gaussians, limits, quality, sizes)
 
 

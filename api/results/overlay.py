@@ -1,7 +1,7 @@
 """A result drawn on its image."""
 
 import colorsys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,7 +49,8 @@ def _color(index: int) -> Color:
     if index < len(_PALETTE):
         return _PALETTE[index]
     hue = (index * 0.61803398875) % 1  # the golden ratio keeps neighbours apart
-    return tuple(int(255 * value) for value in colorsys.hsv_to_rgb(hue, 0.9, 0.7))
+    red, green, blue = (int(255 * value) for value in colorsys.hsv_to_rgb(hue, 0.9, 0.7))
+    return red, green, blue
 
 
 def draw_overlay(result: "SmearResult", image: Image.Image) -> Image.Image:
@@ -70,7 +71,8 @@ def _resized(image: Image.Image) -> Image.Image:
         scale = min(SMALLEST_LONG_SIDE / longest, _MAX_ENLARGEMENT)
     else:
         scale = 1
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    size = (width, height)
     image = image.convert("RGB")
     return image.copy() if size == image.size else image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2)
 
@@ -86,7 +88,7 @@ def _tinted(canvas: Image.Image, mask: np.ndarray) -> Image.Image:
     return Image.composite(Image.new("RGB", canvas.size, _MASK_COLOR), canvas, Image.fromarray(weight))
 
 
-def _font(size: int) -> ImageFont.ImageFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
@@ -118,7 +120,14 @@ def _draw_cells(canvas: Image.Image, result: "SmearResult", colors: dict[str, Co
                 break
 
 
-def _free_place(draw, text, font, box, size, taken) -> tuple[int, int, int, int] | None:
+def _free_place(
+    draw: ImageDraw.ImageDraw,
+    text: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    box: Sequence[int],
+    size: tuple[int, int],
+    taken: Sequence[tuple[int, int, int, int]],
+) -> tuple[int, int, int, int] | None:
     """Where a label fits: above its box, else below, else inside its upper edge, clear of other labels."""
     _, _, width, height = draw.textbbox((0, 0), text, font=font, anchor="lt")
     width, height = int(width) + 6, int(height) + 4
@@ -155,10 +164,10 @@ def _legend_rows(result: "SmearResult", colors: dict[str, Color]) -> list[tuple[
 
 def _with_legend(canvas: Image.Image, result: "SmearResult", colors: dict[str, Color]) -> Image.Image:
     rows = _legend_rows(result, colors)
-    font = _font(max(16, round(max(canvas.size) / 80)))
+    margin = swatch = max(16, round(max(canvas.size) / 80))
+    font = _font(margin)
     measure = ImageDraw.Draw(canvas)
-    row_height = int(1.7 * font.size)
-    margin, swatch = font.size, font.size
+    row_height = int(1.7 * margin)
     names = max(measure.textlength(name, font=font) + (swatch + margin // 2 if color else 0) for color, name, _ in rows)
     values = max(measure.textlength(value, font=font) for _, _, value in rows)
     width = int(names + values) + 3 * margin

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from unihema.errors import InputError
+
 from ..processing_unihema.class_names import (
     UNIDENTIFIED,
     is_beside_differential,
@@ -48,17 +50,17 @@ class Cell:
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     mask: np.ndarray | None = None
 
-    def __post_init__(self):
-        self.box = tuple(float(value) for value in self.box)
-        x_min, y_min, x_max, y_max = self.box
+    def __post_init__(self) -> None:
+        x_min, y_min, x_max, y_max = (float(value) for value in self.box)
+        self.box = (x_min, y_min, x_max, y_max)
         if x_max < x_min or y_max < y_min:
-            raise ValueError(f"Cell {self.id}: box {self.box} must be x_min, y_min, x_max, y_max.")
+            raise InputError(f"Cell {self.id}: box {self.box} must be x_min, y_min, x_max, y_max.")
         if self.mask is not None:
             left, top = self.origin
             size = (int(np.ceil(y_max)) - top, int(np.ceil(x_max)) - left)
             self.mask = np.asarray(self.mask, dtype=bool)
             if self.mask.shape != size:
-                raise ValueError(f"Cell {self.id}: mask of {self.mask.shape} for a box of {size} pixels.")
+                raise InputError(f"Cell {self.id}: mask of {self.mask.shape} for a box of {size} pixels.")
 
     @property
     def origin(self) -> tuple[int, int]:
@@ -181,7 +183,7 @@ class SmearResult:
             ValueError: Written in another format.
         """
         if values.get("format") != FORMAT:
-            raise ValueError(
+            raise InputError(
                 f"Not a UniHema result of format {FORMAT} (found {values.get('format')!r}); analyse the image again."
             )
         values = dict(values)

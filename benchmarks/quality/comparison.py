@@ -11,13 +11,13 @@ from benchmarks.quality.peers import PEERS, chosen_peers
 from benchmarks.quality.results import UNIHEMA, Results, unihema_item
 from benchmarks.quality.saved import save_example, save_peer
 from benchmarks.quality.training import peer_batches, peer_settings, train_peer
-from unihema.analyzer import available_tasks
 from unihema.checkpoint_files import fingerprint
-from unihema.loading import load_model
+from unihema.errors import RunConfigError
+from unihema.loading import available_tasks, load_model
 from unihema.training.build import build, training_rows, validation_rows
 from unihema.training.data.rows import Row, morphology_schema
 from unihema.training.evaluation import evaluate_model
-from unihema.training.run_config import DataConfig, ModelConfig, OptimisationConfig, RunConfig, RunConfigError
+from unihema.training.run_config import DataConfig, ModelConfig, OptimisationConfig, RunConfig
 
 
 FIELDS, CELLS = 320, 128

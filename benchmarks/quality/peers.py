@@ -8,8 +8,8 @@ from benchmarks.quality.compared import ATTRIBUTES
 from benchmarks.quality.detectors import DeformableDetr, RTDetrV2
 from benchmarks.quality.image_heads import AttributeHeads, LinearHead, UNet
 from benchmarks.quality.peer import Peer
+from unihema.errors import RunConfigError
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
-from unihema.training.run_config import RunConfigError
 
 
 @dataclass(frozen=True)

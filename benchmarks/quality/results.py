@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from unihema.errors import RunConfigError
 from unihema.training.files import write_json
-from unihema.training.typed_settings import RunConfigError, flat
+from unihema.training.typed_settings import flat
 
 
 UNIHEMA = "unihema"

@@ -8,13 +8,13 @@ from accelerate.utils import send_to_device
 from tqdm.auto import tqdm
 
 from benchmarks.quality.peer import Peer
+from unihema.errors import TrainingError
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.acceleration import make_accelerator
 from unihema.training.batches import RunBatches
 from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.rows import Row
 from unihema.training.ema import ExponentialMovingAverage
-from unihema.training.loop import TrainingError
 from unihema.training.optimizer import ProgressSchedule, make_optimizer
 from unihema.training.run_config import OptimisationConfig, RunConfig
 

@@ -3,8 +3,8 @@
 import pytest
 from typer.testing import CliRunner
 
+from unihema.errors import TrainingInterrupted
 from unihema.training import ablate as runner
-from unihema.training.loop import TrainingInterrupted
 from unihema_cli import app
 
 

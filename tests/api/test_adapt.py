@@ -14,15 +14,13 @@ from safetensors.torch import load_file
 from tiny_checkpoint import save_tiny_checkpoint
 from typer.testing import CliRunner
 
-from unihema.checkpoint_files import CheckpointError
+from unihema.errors import CheckpointError, DatasetError, RunConfigError
 from unihema.hub_cards import check_card, folder_card
 from unihema.loading import load_model
 from unihema.training.adapt import adapt, adapt_config, find_base
-from unihema.training.data.rows import DatasetError
 from unihema.training.data.synthetic import SyntheticSmears
 from unihema.training.data.synthetic_cells import CLASSES
 from unihema.training.data.synthetic_folder import write_synthetic
-from unihema.training.run_config import RunConfigError
 from unihema_cli.app import app
 
 

@@ -85,9 +85,8 @@ def test_the_result_is_a_whole_checkpoint(model, checkpoint, tmp_path):
     assert torch.equal(found.logits, expected.logits)
     assert loaded.config.id2label[23] == "RBC" and loaded.config.single_cell_labels[44] == "trypanosome"
     processor = unihema.UniHemaProcessor.from_pretrained(tmp_path / "ours")
-    result = unihema.analyze(
-        loaded, processor, torch.randint(0, 255, (60, 80, 3), dtype=torch.uint8).numpy(), questions=["Q"], threshold=0.5
-    )
+    image = torch.randint(0, 255, (60, 80, 3), dtype=torch.uint8).numpy()
+    result = unihema.Analyzer(loaded, processor)(image, questions=["Q"], threshold=0.5)
     assert len(result.answers) == 1
 
 

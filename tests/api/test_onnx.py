@@ -8,16 +8,19 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from same_results import assert_same
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_models import batch, lively
 
 from unihema import Analyzer
-from unihema.checkpoint_files import CheckpointError
-from unihema.inference.onnx import OUTPUTS, MissingOnnxError, export_onnx
+from unihema.errors import CheckpointError
+from unihema.inference.onnx import OUTPUTS, MissingOnnxError
 from unihema.loading import load_model
+from unihema.onnx_export import export_onnx
 from unihema_cli.app import app
 
 
+pytestmark = pytest.mark.filterwarnings("ignore::unihema.analyzer.QueryCapWarning")
 OPTIONS = {"num_queries": 12}
 
 
@@ -97,6 +100,26 @@ def test_single_cell_class_is_the_models(checkpoint, exported, smear):
     found = Analyzer.from_pretrained(exported["single_cell"])(smear).single_cell
     assert found["label"] == expected["label"]
     assert found["score"] == pytest.approx(expected["score"], abs=1e-5)
+
+
+def test_it_finds_the_cells_that_the_model_finds(checkpoint, exported, smear):
+    model, detector = (Analyzer.from_pretrained(source, device="cpu") for source in (checkpoint, exported["detection"]))
+    assert detector.tasks == ("detection",)
+    pixels = Image.open(smear)
+    for image, options in (
+        (smear, {}),
+        (pixels.resize((90, 130)), {"prompt": "neutrophil"}),
+        (pixels.crop((0, 0, 500, 300)), {"threshold": 0.0}),
+    ):
+        expected, found = model(image, ["detection"], **options), detector(image, **options)
+        assert expected.cells
+        assert_same(found, expected, atol=1e-4)
+        for cell, same in zip(found.cells, expected.cells, strict=True):
+            assert cell.attributes.keys() == same.attributes.keys()
+    assert list(detector.weights_sha256()) == ["detection.onnx"]
+    assert Analyzer(detector.model, detector.processor).weights_sha256() == detector.weights_sha256()
+    with pytest.raises(CheckpointError, match="no trained head for 'question_answering'"):
+        detector.ask(smear, "What is it?")
 
 
 def test_file_does_its_own_task_only(exported, smear):

@@ -6,7 +6,7 @@ from tiny_models import batch, lively, very_tiny_config
 from torch import nn
 
 from unihema import prepare_for_inference
-from unihema.inference.prepare import PreparedModelError
+from unihema.errors import PreparedModelError
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.modeling_unihema import UniHemaForImageClassification
 from unihema.training.pretrained_backbone import LITE0_BACKBONE
@@ -51,6 +51,7 @@ def test_prepared_model_is_not_saved(tmp_path):
     prepare_for_inference(model)
     with pytest.raises(PreparedModelError, match="Load the checkpoint again"):
         model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("side", [64, 60, 52])

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tiny_checkpoint import save_tiny_checkpoint
 
-from unihema import Analyzer, CheckpointError, SmearResult
+from unihema import Analyzer, CheckpointError, OutputError, SmearResult
 from unihema.files import find_images
 from unihema.inference.int8 import to_int8
 from unihema.inference.prepare import prepare_for_inference
@@ -350,6 +350,6 @@ def test_damaged_weights_are_named(draw, tmp_path):
 
 def test_an_output_that_is_a_file(analyzer, draw, tmp_path):
     (tmp_path / "results").write_text("mine")
-    with pytest.raises(NotADirectoryError, match="results: the output must be a folder"):
+    with pytest.raises(OutputError, match="results: the output must be a folder"):
         analyzer.analyze_files([draw("a.png")], tmp_path / "results")
     assert (tmp_path / "results").read_text() == "mine"

@@ -12,8 +12,8 @@ from tiny_checkpoint import save_tiny_checkpoint
 from tiny_models import very_tiny_config
 
 import unihema
+from unihema.errors import CardError
 from unihema.hub_cards import (
-    CardError,
     DataRecord,
     DataSource,
     adapter_card,

@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_checkpoint import save_tiny_checkpoint
 
 from unihema import CheckpointError, UniHemaForDetection
-from unihema.hub_cards import CardError, DataRecord, DataSource, adapter_card, folder_card
+from unihema.errors import CardError
+from unihema.hub_cards import DataRecord, DataSource, adapter_card, folder_card
 from unihema.hub_cards.files_to_push import plan_push
 
 

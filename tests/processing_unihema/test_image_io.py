@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unihema.processing_unihema.image_io import UnreadableImageError, image_size, load_image, load_mask
+from unihema.errors import UnreadableImageError
+from unihema.processing_unihema.image_io import image_size, load_image, load_mask
 
 
 RGB = np.zeros((20, 30, 3), np.uint8) + np.array([200, 120, 40], np.uint8)

@@ -13,8 +13,8 @@ from tiny_models import very_tiny_config
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, pipeline
 
 import unihema
+from unihema.errors import UnreadableImageError
 from unihema.modeling_unihema.tasks import TASK_TABLE, TASKS
-from unihema.processing_unihema.image_io import UnreadableImageError
 from unihema.processing_unihema.pipelines import (
     UniHemaImageClassificationPipeline,
     UniHemaObjectDetectionPipeline,

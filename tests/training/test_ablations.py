@@ -7,6 +7,7 @@ from data_folders import write_coco, write_photograph
 from tiny_models import very_tiny_config
 from tiny_runs import TASKS, run_config
 
+from unihema.errors import RunConfigError
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 from unihema.training import ablate
@@ -16,7 +17,7 @@ from unihema.training.ablations import ABLATIONS
 from unihema.training.build import training_rows, validation_rows
 from unihema.training.data.check import check_data
 from unihema.training.data.synthetic_folder import write_synthetic
-from unihema.training.run_config import RunConfig, RunConfigError
+from unihema.training.run_config import RunConfig
 
 
 BY_NAME = {ablation.name: ablation for ablation in ABLATIONS}

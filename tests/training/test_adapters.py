@@ -14,13 +14,14 @@ from tiny_runs import run_config
 from transformers import AutoModelForObjectDetection
 
 import unihema
-from unihema.adapters import adapter_base, load_adapted
-from unihema.checkpoint_files import CheckpointError
+from unihema.checkpoint_files import adapter_base
+from unihema.errors import CheckpointError, RunConfigError
+from unihema.loading import load_model
 from unihema.modeling_unihema.layers import ClassEmbedding, ClassLinear
 from unihema.training.adapter_config import AdapterConfig
 from unihema.training.adapters import attach_adapter, load_adapter_weights, save_adapter, save_merged, start_classes
 from unihema.training.loop import train
-from unihema.training.run_config import RunConfig, RunConfigError
+from unihema.training.run_config import RunConfig
 
 
 LAB = ["neutrophil", "eosinophil", "band", "red cell"]
@@ -188,10 +189,10 @@ def test_a_pattern_without_layers_or_that_is_none_is_refused():
 
 def test_two_adapters_switch_fast_and_equal_each_alone(base, two):
     plain = outputs(unihema.UniHemaForMultiTask.from_pretrained(base))
-    alone = {name: load_adapted(two[name], device="cpu")[0] for name in ("four", "two")}
+    alone = {name: load_model(two[name], "cpu")[0] for name in ("four", "two")}
     expected = {name: outputs(model) for name, model in alone.items()}
     assert expected["four"].shape[-1] == 4 and expected["two"].shape[-1] == 2
-    model, _ = load_adapted(two["four"], two["two"], two["cells"], device="cpu")
+    model, _ = load_model(two["four"], "cpu", adapters=[two["two"], two["cells"]])
     assert model.adapters_in_use == ("four",)
     for name in ("four", "two", "four"):
         start = time.perf_counter()
@@ -224,7 +225,7 @@ def test_two_adapters_switch_fast_and_equal_each_alone(base, two):
 
 
 def test_every_way_of_loading_gives_the_same(base, two):
-    expected = outputs(load_adapted(two["four"], device="cpu")[0])
+    expected = outputs(load_model(two["four"], "cpu")[0])
     wrapped = PeftModel.from_pretrained(unihema.UniHemaForDetection.from_pretrained(base), two["four"])
     # Before anything was computed.
     assert list(wrapped.config.id2label.values()) == LAB
@@ -232,7 +233,7 @@ def test_every_way_of_loading_gives_the_same(base, two):
         "PeftModel": wrapped,
         "AutoPeftModel": AutoPeftModel.from_pretrained(two["four"], import_allowlist=["unihema"]),
         "from_pretrained": AutoModelForObjectDetection.from_pretrained(two["four"]),
-        "load_checkpoint": unihema.load_checkpoint(two["four"], "cpu")[0],
+        "load_model": load_model(two["four"], "cpu")[0],
     }
     direct = unihema.UniHemaForDetection.from_pretrained(base)
     assert not direct.load_adapter(two["four"]).missing_keys
@@ -248,14 +249,14 @@ def test_every_way_of_loading_gives_the_same(base, two):
 
 
 def test_merged_it_gives_the_same_and_is_a_checkpoint_of_its_own(two, tmp_path):
-    model, processor = load_adapted(two["four"], device="cpu")
+    model, processor = load_model(two["four"], "cpu")
     expected = outputs(model)
     model.merge_adapter()
     torch.testing.assert_close(outputs(model), expected, rtol=0, atol=1e-4)
     model.unmerge_adapter()
     torch.testing.assert_close(outputs(model), expected, rtol=0, atol=1e-4)
     save_merged(model, processor, tmp_path / "merged")
-    merged, _ = unihema.load_checkpoint(tmp_path / "merged", "cpu")
+    merged, _ = load_model(tmp_path / "merged", "cpu")
     assert not hasattr(merged, "peft_config") and list(merged.config.id2label.values()) == LAB
     torch.testing.assert_close(outputs(merged), expected, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="is not empty"):
@@ -270,18 +271,18 @@ def test_an_adapter_without_its_base_says_where_it_was_looked_for(two, base, tmp
     with pytest.raises(
         CheckpointError, match=r"an adapter of '.*elsewhere/base', which is neither a folder here.*hf download"
     ):
-        unihema.load_checkpoint(lonely)
+        load_model(lonely)
     # A base of that name beside the adapter is taken.
     shutil.copytree(base, tmp_path / "base")
     assert adapter_base(lonely) == tmp_path / "base"
     (lonely / "adapter_model.safetensors").rename(lonely / "adapter_model.bin")
     with pytest.raises(CheckpointError, match=r"without adapter_model.safetensors.*Pickled weights"):
-        unihema.load_checkpoint(lonely)
+        load_model(lonely)
 
 
 def test_eight_bit_without_a_gpu_is_refused(two):
     with pytest.raises(CheckpointError, match="8 bit needs an NVIDIA GPU"):
-        load_adapted(two["four"], device="cpu", load_in_8bit=True)
+        load_model(two["four"], "cpu", load_in_8bit=True)
 
 
 def adapter_run(smears, base, output, **changes) -> RunConfig:
@@ -308,7 +309,7 @@ def test_a_run_leaves_the_adapter_and_not_a_byte_of_the_base_is_changed(smears, 
         "lora_" in key or "head" in key or "embedding" in key
         for key in load_file(tmp_path / "run" / "adapter_model.safetensors")
     )
-    model, processor = unihema.load_checkpoint(tmp_path / "run", "cpu")
+    model, processor = load_model(tmp_path / "run", "cpu")
     assert list(model.config.id2label.values()) == list(report["detection"]["per_class"])
     assert model.config.detection_thresholds.keys() <= set(model.config.label2id)
     assert processor.default_prompts["detection"] == ", ".join(model.config.label2id)

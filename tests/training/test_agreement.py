@@ -8,8 +8,8 @@ from data_folders import photograph, write_coco, write_photograph
 from PIL import Image
 from typer.testing import CliRunner
 
+from unihema.errors import DatasetError
 from unihema.training.data.agreement import annotation_agreement
-from unihema.training.data.rows import DatasetError
 from unihema_cli.app import app
 
 

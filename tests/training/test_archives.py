@@ -7,8 +7,8 @@ import zipfile
 
 import pytest
 
+from unihema.errors import DatasetError
 from unihema.training.data.archives import ArchiveError, ArchiveLimits, unpack, unsafe_members
-from unihema.training.data.rows import DatasetError
 
 
 def write_zip(path, *members, compression=zipfile.ZIP_DEFLATED):

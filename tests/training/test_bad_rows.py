@@ -6,9 +6,10 @@ import logging
 import pytest
 from data_folders import write_coco, write_photograph
 
+from unihema.errors import DatasetError
 from unihema.training.data.bad_rows import BadRowsError
 from unihema.training.data.readers import load_folder
-from unihema.training.data.rows import DatasetError, check_rows
+from unihema.training.data.rows import check_rows
 
 
 @pytest.fixture

@@ -4,12 +4,13 @@ import csv
 
 import pytest
 
+from unihema.errors import DatasetError
 from unihema.official.labels import OFFICIAL_CELLS, OFFICIAL_CLASSES
 from unihema.training.data.catalog import catalog, find_entries, find_entry
 from unihema.training.data.foreign_layouts import FOREIGN_LAYOUTS
 from unihema.training.data.label_names import OFFICIAL_NAMES, label_map, official_name
 from unihema.training.data.licences import known_licence, mix_licence
-from unihema.training.data.rows import TASKS, DatasetError
+from unihema.training.data.rows import TASKS
 
 
 def test_entries_are_whole():

@@ -9,10 +9,10 @@ import pytest
 from data_folders import photograph, write_coco, write_lines, write_mask, write_photograph
 from PIL import Image
 
+from unihema.errors import DatasetError
 from unihema.training.data.check import check_data
 from unihema.training.data.duplicates import count_by_places
 from unihema.training.data.fingerprints import fingerprint, near_pairs, oriented, perceptual_hashes
-from unihema.training.data.rows import DatasetError
 
 
 BOX = [4, 5, 10, 8]

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from unihema.errors import DatasetError
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.data.augmentation import AugmentationConfig
 from unihema.training.data.dataset import SmearDataset, read_mask
 from unihema.training.data.mixing import MixedSmears, TaskMixer
-from unihema.training.data.rows import DatasetError
 
 
 CLASSES = ["RBC", "WBC", "Platelets"]

@@ -7,14 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unihema.errors import DatasetError
 from unihema.training.data.readers import load_folder
-from unihema.training.data.rows import (
-    DatasetError,
-    check_rows,
-    class_names,
-    morphology_schema,
-    single_cell_names,
-)
+from unihema.training.data.rows import check_rows, class_names, morphology_schema, single_cell_names
 
 
 def write_image(path: Path, size=(40, 30), value=200):

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from unihema.hub_cards import CardError, DataRecord, check_card
+from unihema.errors import CardError
+from unihema.hub_cards import DataRecord, check_card
 from unihema.training.data.readers import load_folder
 from unihema.training.data.synthetic_folder import write_synthetic
 from unihema.training.data_record import data_folder_card, data_record

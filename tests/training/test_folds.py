@@ -2,8 +2,8 @@
 
 import pytest
 
+from unihema.errors import DatasetError
 from unihema.training.data.folds import fold_rows
-from unihema.training.data.rows import DatasetError
 
 
 def test_folds_hold_out_every_image_once_and_keep_slides_together():

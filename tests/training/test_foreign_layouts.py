@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from data_folders import write_coco, write_lines, write_mask, write_photograph, write_voc
 
+from unihema.errors import DatasetError
 from unihema.training.data.bad_rows import BadRows
 from unihema.training.data.foreign_layouts import read_foreign, recognise_foreign
 from unihema.training.data.readers import load_folder
-from unihema.training.data.rows import DatasetError
 
 
 def read(folder, layout=None, **options):

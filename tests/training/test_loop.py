@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from tiny_runs import TASKS, run_config
 
 import unihema
+from unihema.errors import DatasetError, RunConfigError, TrainingError, TrainingInterrupted
 from unihema.training.build import validation_rows
 from unihema.training.checkpoint import last_checkpoint
-from unihema.training.data.rows import DatasetError
 from unihema.training.evaluation import evaluate_model
-from unihema.training.loop import TrainingError, TrainingInterrupted, train
-from unihema.training.run_config import DataConfig, RunConfig, RunConfigError
+from unihema.training.loop import train
+from unihema.training.run_config import DataConfig, RunConfig
 
 
 # Most runs are about the steps; measuring every task at the end would only cost time.

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from unihema.errors import RunConfigError
 from unihema.training.batches import ProcessShare
 from unihema.training.checkpoint import Progress, last_checkpoint, save_checkpoint
 from unihema.training.data.mixing import TaskMixer
 from unihema.training.ema import ExponentialMovingAverage
 from unihema.training.files import write_json, write_text
 from unihema.training.optimizer import ProgressSchedule, make_optimizer
-from unihema.training.run_config import OptimisationConfig, RunConfigError
+from unihema.training.run_config import OptimisationConfig
 from unihema.training.run_log import RunLog
 
 

@@ -10,12 +10,12 @@ import pytest
 from data_folders import write_coco, write_lines, write_mask, write_photograph, write_voc
 from PIL import Image
 
+from unihema.errors import DatasetError
 from unihema.training.data.archives import ArchiveError, ArchiveLimits
 from unihema.training.data.bad_rows import BadRowsError
 from unihema.training.data.catalog import find_entry
 from unihema.training.data.prepare import prepare_data
 from unihema.training.data.readers import load_folder
-from unihema.training.data.rows import DatasetError
 
 
 def zipped(folder: Path) -> Path:

@@ -7,11 +7,11 @@ from tiny_models import VERY_TINY
 from tiny_runs import run_config
 
 from unihema import UniHemaForMultiTask
+from unihema.errors import RunConfigError
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.training.build import build, training_rows
 from unihema.training.loop import train
 from unihema.training.pretrained_backbone import LITE0_BACKBONE, load_pretrained_backbone
-from unihema.training.run_config import RunConfigError
 
 
 def backbone_of(model):

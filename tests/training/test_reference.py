@@ -16,17 +16,20 @@ from tiny_runs import run_config
 from typer.testing import CliRunner
 
 import unihema
-from unihema.batch import predict_files
-from unihema.checkpoint_files import CheckpointError, fingerprint, load_checkpoint, set_image_sizes
+from unihema import Analyzer, CheckpointError
+from unihema.analyzer import set_image_sizes
+from unihema.checkpoint_files import fingerprint
+from unihema.loading import load_model
 from unihema.results.out_of_distribution import (
     REFERENCE_FILE,
     ModelReference,
     ReferenceWarning,
     TiedGaussians,
-    reference_of,
     set_out_of_distribution,
 )
 from unihema.results.smear_result import Cell, SmearResult
+from unihema.training.adapter_config import AdapterConfig
+from unihema.training.adapters import attach_adapter, save_adapter
 from unihema.training.build import build, load_rows, training_rows
 from unihema.training.data.synthetic import SyntheticSmears
 from unihema.training.data.synthetic_folder import write_synthetic
@@ -73,20 +76,20 @@ def strange_images() -> dict[str, Image.Image]:
 
 @pytest.mark.parametrize("task", ["detection", "segmentation", "single_cell"])
 def test_smears_are_within_the_limit_and_other_images_are_not(made, task):
-    model, processor = load_checkpoint(made / "unihema")
+    analyzer = Analyzer.from_pretrained(made / "unihema", device="cpu")
     smears = SyntheticSmears(seed=77, width=224, height=168)
     if task == "single_cell":
         smears = SyntheticSmears(seed=77, crop_size=96)
         new = [smears.single_cell(number).image for number in range(6)]
     else:
         new = [smears[number].image for number in range(6)]
-    results = [unihema.analyze(model, processor, np.asarray(image), [task]) for image in new]
+    results = [analyzer(np.asarray(image), [task]) for image in new]
     ratios = [result.out_of_distribution["distance"] / result.out_of_distribution["limit"] for result in results]
     strange = strange_images()
     if task == "single_cell":
         # Not always told by distance: of eight untrained networks, three had noise within the limit of sixteen crops.
         del strange["noise"]
-    others = [unihema.analyze(model, processor, image, [task]) for image in strange.values()]
+    others = [analyzer(image, [task]) for image in strange.values()]
     far = [result.out_of_distribution["distance"] / result.out_of_distribution["limit"] for result in others]
     # The limit comes from eight images, so single new ones may be beyond it. What is left held for all eight networks.
     assert np.median(ratios) < 1 < min(far), (ratios, far)
@@ -120,7 +123,7 @@ def test_few_images_of_many_features_give_finite_distances():
 def test_quality_and_cell_size_are_told_in_plain_words(made):
     reference = ModelReference.load(made / "unihema").tasks["detection"]
     smear = Image.fromarray(np.asarray(SyntheticSmears(seed=77, width=224, height=168)[0].image))
-    model, processor = load_checkpoint(made / "unihema")
+    analyzer = Analyzer.from_pretrained(made / "unihema", device="cpu")
     changed = {
         "blurred": smear.filter(ImageFilter.GaussianBlur(8)),
         "underexposed": smear.point(lambda value: value * 0.4),
@@ -128,7 +131,7 @@ def test_quality_and_cell_size_are_told_in_plain_words(made):
         "noisy": strange_images()["noise"],
     }
     for word, image in changed.items():
-        assert f"The image is {word}" in " ".join(unihema.analyze(model, processor, image, ["detection"]).warnings)
+        assert f"The image is {word}" in " ".join(analyzer(image, ["detection"]).warnings)
     (label, (low, high)), *_ = reference.cell_sizes.items()
 
     def warnings_of(size: float, cells: int, scale: float = 1.0) -> list[str]:
@@ -147,7 +150,7 @@ def test_quality_and_cell_size_are_told_in_plain_words(made):
 
 
 def test_cell_sizes_are_those_that_the_model_sees(made, tmp_path):
-    model, processor = load_checkpoint(made / "unihema")
+    model, processor = load_model(made / "unihema", "cpu")
     once = ModelReference.load(made / "unihema").tasks["detection"].cell_sizes
     edge = round(224 * processor.image_processor.scale((168, 224)))
     set_image_sizes(processor, {"detection": 2 * edge})
@@ -165,7 +168,8 @@ def test_warnings_are_in_every_output(checkpoint, tmp_path):
         image.save(folder / f"{name}.png")
     Image.fromarray(np.asarray(SyntheticSmears(seed=77, width=224, height=168)[1].image)).save(folder / "smear.png")
     seen = []
-    predict_files(checkpoint, [folder], tmp_path / "out", on_image=lambda *outcome: seen.append(outcome[3]))
+    analyzer = Analyzer.from_pretrained(checkpoint, device="cpu")
+    analyzer.analyze_files([folder], tmp_path / "out", on_image=lambda *outcome: seen.append(outcome[3]))
     told = json.loads((tmp_path / "out" / "results.json").read_text())
     of_image = {image["image"].rsplit("/")[-1]: image for image in told["images"]}
     assert "unlike the images" in of_image["noise.png"]["warnings"][0]
@@ -188,47 +192,81 @@ def test_warnings_are_in_every_output(checkpoint, tmp_path):
 
 
 def test_without_a_reference_nothing_changes(checkpoint):
-    model, processor = load_checkpoint(checkpoint)
     image = strange_images()["noise"]
-    warned = unihema.analyze(model, processor, image, ["detection"])
+    warned = Analyzer.from_pretrained(checkpoint, device="cpu")(image, ["detection"])
     (checkpoint / REFERENCE_FILE).unlink()
-    model, processor = load_checkpoint(checkpoint)
-    plain = unihema.analyze(model, processor, image, ["detection"])
+    analyzer = Analyzer.from_pretrained(checkpoint, device="cpu")
+    plain = analyzer(image, ["detection"])
+    assert analyzer.reference is None and warned.out_of_distribution is not None
     assert plain.out_of_distribution is None and plain.warnings == [] and plain.cells == warned.cells
     assert REFERENCE_FILE not in fingerprint(checkpoint)
-    # Nothing is left behind in the model.
-    assert not model.model.visual_backbone._forward_hooks and reference_of(model) is None
 
 
-def test_a_batch_has_the_warnings_of_its_images(made):
-    model, processor = load_checkpoint(made / "unihema")
-    from unihema.predict import analyze_opened, open_image
-
+@pytest.mark.parametrize("options", [{}, {"prepare": False}, {"dtype": "bfloat16"}, {"int8": True}])
+def test_a_batch_has_the_warnings_of_its_images(made, options):
+    analyzer = Analyzer.from_pretrained(made / "unihema", device="cpu", **options)
     images = [*strange_images().values(), SyntheticSmears(seed=77, width=224, height=168)[1].image]
-    opened = [open_image(np.asarray(image)) for image in images]
-    together = analyze_opened(model, processor, opened, ("detection", "segmentation"))
-    for image, result in zip(opened, together, strict=True):
-        (alone,) = analyze_opened(model, processor, [image], ("detection", "segmentation"))
-        assert alone.out_of_distribution["distance"] == pytest.approx(result.out_of_distribution["distance"], rel=1e-3)
+    images = [np.asarray(image) for image in images]
+    together = analyzer.analyze_images(images, ("detection", "segmentation"))
+    for image, result in zip(images, together, strict=True):
+        alone = analyzer(image, ("detection", "segmentation"))
+        rel = 1e-3 if "dtype" not in options else 0.1
+        assert alone.out_of_distribution["distance"] == pytest.approx(result.out_of_distribution["distance"], rel=rel)
         assert [text.split("(")[0] for text in alone.warnings] == [text.split("(")[0] for text in result.warnings]
+
+
+def test_an_image_is_scored_whatever_else_is_asked(made):
+    """The first task that there is a reference for says it, with the same features as that task alone."""
+    analyzer = Analyzer.from_pretrained(made / "unihema", device="cpu")
+    image = strange_images()["photograph"]
+    alone = analyzer(image, ["detection"])
+    for tasks in (["segmentation", "detection"], ["detection", "single_cell"]):
+        assert analyzer(image, tasks).out_of_distribution == pytest.approx(alone.out_of_distribution)
+    assert analyzer(image, (), questions=["What is it?"]).out_of_distribution is None
+    # Of an analyzer without one, and of one that is given one.
+    bare = Analyzer(analyzer.model, analyzer.processor)
+    assert bare(image, ["detection"]).out_of_distribution is None
+    given = Analyzer(analyzer.model, analyzer.processor, analyzer.reference)
+    assert given(image, ["detection"]).out_of_distribution == alone.out_of_distribution
+
+
+def test_with_an_adapter_its_base_is_no_measure(made, checkpoint, tmp_path):
+    """The reference of a base is of the base's images, not of those that the adapter was trained on."""
+    model, processor = load_model(checkpoint, "cpu")
+    rows = load_rows(run_config(made / "smears", tmp_path).data, "train", ["detection"])
+    attach_adapter(model, processor, AdapterConfig(method="lora"), rows)
+    save_adapter(model, tmp_path / "ours")
+    image = strange_images()["noise"]
+    analyzer = Analyzer.from_pretrained(checkpoint, device="cpu", adapters=[tmp_path / "ours"])
+    assert analyzer(image, ["detection"]).out_of_distribution is None
+    analyzer.model.disable_adapters()
+    assert analyzer(image, ["detection"]).out_of_distribution is not None
+    # One of its own is used as long as it is.
+    shutil.copy(checkpoint / REFERENCE_FILE, tmp_path / "ours")
+    analyzer = Analyzer.from_pretrained(tmp_path / "ours", device="cpu")
+    assert analyzer(image, ["detection"]).out_of_distribution is not None
+    analyzer.model.disable_adapters()
+    assert analyzer(image, ["detection"]).out_of_distribution is None
 
 
 def test_it_goes_where_the_weights_go(checkpoint, tmp_path):
     store_in_half(checkpoint, tmp_path / "half")
-    model = unihema.UniHemaForMultiTask.from_pretrained(checkpoint)
-    assert reference_of(model) is not None
-    model.save_pretrained(tmp_path / "saved")
-    shutil.copytree(tmp_path / "half", tmp_path / "again")
+    analyzer = Analyzer.from_pretrained(checkpoint, device="cpu", prepare=False)
+    assert analyzer.reference is not None
+    analyzer.save_pretrained(tmp_path / "saved")
     for name in ("half", "saved"):
         assert (tmp_path / name / REFERENCE_FILE).read_bytes() == (checkpoint / REFERENCE_FILE).read_bytes()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ReferenceWarning)
-        half, _ = load_checkpoint(tmp_path / "half")
-    assert reference_of(half) is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ReferenceWarning)
+            again = Analyzer.from_pretrained(tmp_path / name, device="cpu")
+        assert again.reference is not None
+    image = strange_images()["noise"]
+    scores = [each(image, ["detection"]).out_of_distribution for each in (again, analyzer)]
+    assert scores[0]["distance"] == pytest.approx(scores[1]["distance"], rel=1e-4)
     # A model that was trained further is another one.
     with torch.no_grad():
-        next(model.model.visual_backbone.backbone.parameters()).add_(0.1)
-    model.save_pretrained(tmp_path / "trained")
+        next(analyzer.model.model.visual_backbone.backbone.parameters()).add_(0.1)
+    analyzer.save_pretrained(tmp_path / "trained")
     assert not (tmp_path / "trained" / REFERENCE_FILE).exists()
 
 
@@ -238,8 +276,8 @@ def test_a_reference_of_other_weights_is_not_used(checkpoint):
     weights[name] = weights[name] + 0.1
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with pytest.warns(ReferenceWarning, match="made with other weights"):
-        model, _ = load_checkpoint(checkpoint)
-    assert reference_of(model) is None
+        analyzer = Analyzer.from_pretrained(checkpoint, device="cpu")
+    assert analyzer.reference is None
 
 
 @pytest.mark.parametrize("content", [b"", b"this is no reference", None])
@@ -250,11 +288,11 @@ def test_a_damaged_file_is_named(checkpoint, content):
     else:
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{REFERENCE_FILE}: cannot be read .* Delete it, or write it anew"):
-        load_checkpoint(checkpoint)
+        Analyzer.from_pretrained(checkpoint, device="cpu")
 
 
 def test_what_cannot_be_learned_is_refused(made, tmp_path):
-    model, processor = load_checkpoint(made / "unihema")
+    model, processor = load_model(made / "unihema", "cpu")
     rows = load_rows(run_config(made / "smears", tmp_path).data, "val", ["detection"])
     with pytest.raises(ValueError, match="No data set has 2 training images and a validation image"):
         fit_reference(model, processor, rows, {}, progress=False)
@@ -266,6 +304,6 @@ def test_a_model_with_one_head_has_one_too(tmp_path, made):
     folder = save_tiny_checkpoint(tmp_path / "one", unihema.UniHemaForImageClassification)
     done = CliRunner().invoke(app, ["reference", str(folder), str(made / "smears"), "--max-images", "4"])
     assert done.exit_code == 0, done.output
-    model, processor = load_checkpoint(folder)
-    result = unihema.analyze(model, processor, strange_images()["noise"])
-    assert set(reference_of(model).tasks) == {"single_cell"} and result.out_of_distribution["nearest"] == "smears"
+    analyzer = Analyzer.from_pretrained(folder, device="cpu")
+    result = analyzer(strange_images()["noise"])
+    assert set(analyzer.reference.tasks) == {"single_cell"} and result.out_of_distribution["nearest"] == "smears"

@@ -1,6 +1,7 @@
 import pytest
 
-from unihema.training.run_config import DataConfig, RunConfig, RunConfigError
+from unihema.errors import RunConfigError
+from unihema.training.run_config import DataConfig, RunConfig
 
 
 def test_round_trip(tmp_path):

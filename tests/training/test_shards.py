@@ -9,12 +9,13 @@ import pytest
 import torch
 from data_folders import write_coco, write_lines, write_mask, write_photograph
 
+from unihema.errors import DatasetError
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.batches import RunBatches
 from unihema.training.data.dataset import SmearDataset, read_mask
 from unihema.training.data.lazy_rows import WINDOW, JoinedRows, joined
 from unihema.training.data.readers import load_folder
-from unihema.training.data.rows import DatasetError, class_names
+from unihema.training.data.rows import class_names
 from unihema.training.data.shard_writer import shard_folder, write_shards
 from unihema.training.data.stored_rows import StoredRows
 from unihema.training.run_config import DataConfig

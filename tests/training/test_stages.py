@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from tiny_models import very_tiny_config
 from tiny_runs import TASKS, run_config
 
+from unihema.errors import RunConfigError
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 from unihema.training.loop import train
 from unihema.training.mix import read_mix
 from unihema.training.recipe import train_stages
-from unihema.training.run_config import RunConfigError
 from unihema.training.stages import SIX_STAGES
 from unihema.training.trained_parts import PARTS, TrainedParts
 

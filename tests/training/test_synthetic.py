@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+from unihema.errors import DatasetError
 from unihema.modeling_unihema.configuration_unihema import PAPER_MORPHOLOGY, SMEAR_CLASSES
 from unihema.training.data.readers import load_folder
-from unihema.training.data.rows import DatasetError, check_rows
+from unihema.training.data.rows import check_rows
 from unihema.training.data.synthetic import SyntheticSmears, _visible
 from unihema.training.data.synthetic_cells import CLASSES, MORPHOLOGY, WHITE_CELLS, cell_patch, plan_cell
 from unihema.training.data.synthetic_folder import write_synthetic

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from unihema.errors import DatasetError
 from unihema.training.data.fingerprints import SIMILARITY, fingerprint, near_pairs, upright_similarity
 from unihema.training.data.label_names import rename_rows, unify_names
 from unihema.training.data.readers import load_folder, splits_of
-from unihema.training.data.rows import DatasetError, Row
+from unihema.training.data.rows import Row
 from unihema.training.metrics.morphology import match_cells
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from PIL import Image
 
+from unihema.errors import DatasetError
 from unihema.processing_unihema.image_io import IMAGE_SUFFIXES
 from unihema.training.data.bad_rows import BadRows
 from unihema.training.data.member_names import UnsafeNameError, inside
-from unihema.training.data.rows import DatasetError
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")

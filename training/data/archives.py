@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from unihema.errors import DatasetError
 from unihema.training.data.bad_rows import SHOWN
 from unihema.training.data.member_names import UnsafeNameError, inside
-from unihema.training.data.rows import DatasetError
 
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")

@@ -8,6 +8,8 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
+from unihema.errors import InputError
+
 
 @dataclass
 class AugmentationConfig:
@@ -47,9 +49,9 @@ class AugmentationConfig:
     def __post_init__(self):
         for name, value in vars(self).items():
             if not 0 <= value <= 1:
-                raise ValueError(f"AugmentationConfig.{name}={value} must lie in [0, 1].")
+                raise InputError(f"AugmentationConfig.{name}={value} must lie in [0, 1].")
         if self.zoom and self.zoom_min < 0.1:
-            raise ValueError(
+            raise InputError(
                 f"AugmentationConfig.zoom_min={self.zoom_min} leaves nothing of the image: use 0.1 or more."
             )
 

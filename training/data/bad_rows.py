@@ -5,15 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from unihema.errors import DatasetError, InputError
+
 
 logger = logging.getLogger(__name__)
 
 OnInvalid = Literal["error", "skip"]
 SHOWN = 50
-
-
-class DatasetError(ValueError):
-    """A data folder, file or row that cannot be used; the message names it and the remedy."""
 
 
 class BadRowsError(DatasetError):
@@ -58,7 +56,7 @@ class BadRows:
             ValueError: `on_invalid` is neither.
         """
         if on_invalid not in ("error", "skip"):
-            raise ValueError(f"on_invalid={on_invalid!r} must be 'error' or 'skip'.")
+            raise InputError(f"on_invalid={on_invalid!r} must be 'error' or 'skip'.")
         if self.messages and on_invalid == "error":
             raise BadRowsError(self.messages, 'Correct this, or leave bad rows out (on_invalid="skip").')
         for message in self.messages:

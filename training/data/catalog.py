@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from unihema.training.data.rows import TASKS, DatasetError
+from unihema.errors import DatasetError
+from unihema.training.data.rows import TASKS
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unihema.errors import DatasetError
 from unihema.training.data.archives import ArchiveError, is_archive, unsafe_members
 from unihema.training.data.bad_rows import BadRows
 from unihema.training.data.description import folder_licence
@@ -17,7 +18,7 @@ from unihema.training.data.groups import compile_patterns, groups_of
 from unihema.training.data.licences import MixLicence, mix_licence
 from unihema.training.data.mask_pairs import check_mask_size
 from unihema.training.data.readers import LAYOUTS, read_folder, splits_of
-from unihema.training.data.rows import DatasetError, Row
+from unihema.training.data.rows import Row
 
 
 UNSPLIT = "all"

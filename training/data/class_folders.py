@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from unihema.errors import DatasetError
 from unihema.training.data.bad_rows import BadRows
 from unihema.training.data.image_finder import ImageFinder
-from unihema.training.data.rows import DatasetError, Row
+from unihema.training.data.rows import Row
 from unihema.training.data.splits import SPLIT_NAMES
 
 

@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from unihema.errors import DatasetError
 from unihema.training.data.annotation_files import checked_box, read_located_json, recorded_size, require
 from unihema.training.data.bad_rows import BadRows
-from unihema.training.data.rows import DatasetError, Row, group_ids
+from unihema.training.data.rows import Row, group_ids
 
 
 def read_coco(

@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from unihema.errors import DatasetError, InputError
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 from unihema.processing_unihema.image_io import load_image
 from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng, drawn_scale
 from unihema.training.data.class_hierarchy import with_covered_parents
 from unihema.training.data.label_names import as_known
 from unihema.training.data.lazy_rows import LazyRows, largest_group, one_cell_samples, rows_by_sample, witnesses
-from unihema.training.data.rows import DatasetError, Row, check_rows
+from unihema.training.data.rows import Row, check_rows
 from unihema.training.data.stored_rows import StoredFile
 
 
@@ -112,7 +113,7 @@ class SmearDataset(Dataset):
             self.questions_per_image = 1
             return groups
         if questions_per_image < 1:
-            raise ValueError(f"questions_per_image={questions_per_image} must be at least 1.")
+            raise InputError(f"questions_per_image={questions_per_image} must be at least 1.")
         self.questions_per_image = count = min(questions_per_image, largest_group(groups))
         if not self.evaluation:
             return groups
@@ -290,7 +291,7 @@ class SmearDataset(Dataset):
             inputs["text"] = self._texts([sample["asked"] for sample in samples])
             crops = {sample["one_cell"] for sample in samples}
             if len(crops) > 1:
-                raise ValueError(
+                raise InputError(
                     "A batch holds fields or crops of one cell (SmearDataset.one_cell): their sizes differ."
                 )
             if crops == {True}:

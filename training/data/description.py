@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from unihema.training.data.bad_rows import DatasetError
+from unihema.errors import DatasetError
 
 
 DESCRIPTION_FILE = "dataset.json"

@@ -10,8 +10,8 @@ from PIL import Image
 from scipy.fft import dctn
 from scipy.ndimage import gaussian_filter
 
-from unihema.processing_unihema.image_io import UnreadableImageError, image_size, load_image
-from unihema.training.data.rows import DatasetError
+from unihema.errors import DatasetError, UnreadableImageError
+from unihema.processing_unihema.image_io import image_size, load_image
 
 
 THUMBNAIL = 64

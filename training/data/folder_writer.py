@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unihema.processing_unihema.image_io import UnreadableImageError, load_mask
+from unihema.errors import DatasetError, UnreadableImageError
+from unihema.processing_unihema.image_io import load_mask
 from unihema.training.data.bad_rows import BadRows
-from unihema.training.data.rows import PROVENANCE_KEYS, DatasetError, Row
+from unihema.training.data.rows import PROVENANCE_KEYS, Row
 from unihema.training.files import write_text
 
 

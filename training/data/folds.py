@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from unihema.training.data.rows import GROUP_KEYS, DatasetError, Row
+from unihema.errors import DatasetError, InputError
+from unihema.training.data.rows import GROUP_KEYS, Row
 
 
 def fold_rows(
@@ -25,7 +26,7 @@ def fold_rows(
         ValueError: There is no such fold.
     """
     if folds < 2 or not 0 <= fold < folds:
-        raise ValueError(f"Fold {fold} of {folds}: there must be at least 2, counted from 0.")
+        raise InputError(f"Fold {fold} of {folds}: there must be at least 2, counted from 0.")
     groups = sorted({_group(row) for rows in rows_by_task.values() for row in rows})
     if len(groups) < folds:
         raise DatasetError(

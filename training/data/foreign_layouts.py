@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from unihema.errors import DatasetError
 from unihema.training.data.annotation_files import read_located_json
 from unihema.training.data.attribute_table import WBCATT_ATTRIBUTES, attribute_tables, read_attribute_tables
 from unihema.training.data.bad_rows import BadRows
@@ -11,7 +12,7 @@ from unihema.training.data.coco import read_coco
 from unihema.training.data.image_finder import ImageFinder, is_hidden
 from unihema.training.data.mask_pairs import is_mask, read_mask_pairs
 from unihema.training.data.pascal_voc import is_voc, read_voc
-from unihema.training.data.rows import DatasetError, Row
+from unihema.training.data.rows import Row
 from unihema.training.data.splits import split_in_name, split_in_path
 from unihema.training.data.yolo import labels_of, read_yolo, yolo_names
 

@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 
-from unihema.training.data.rows import GROUP_KEYS, DatasetError, Row
+from unihema.errors import DatasetError
+from unihema.training.data.rows import GROUP_KEYS, Row
 
 
 def compile_patterns(patterns: Mapping[str, str]) -> dict[str, re.Pattern]:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
+from unihema.errors import DatasetError
 from unihema.processing_unihema.image_io import IMAGE_SUFFIXES
 from unihema.training.data.annotation_files import checked_name
-from unihema.training.data.rows import DatasetError
 
 
 BESIDE = ("", "images", "JPEGImages", "../images", "../JPEGImages")

@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
+from unihema.errors import DatasetError
 from unihema.training.data.annotation_files import image_size
 from unihema.training.data.bad_rows import BadRows
 from unihema.training.data.image_finder import ImageFinder
-from unihema.training.data.rows import DatasetError, Row
+from unihema.training.data.rows import Row
 
 
 MASK_FOLDERS = ("masks", "mask", "gt", "ground_truth", "groundtruth", "annotations", "labels")

@@ -3,11 +3,13 @@
 import posixpath
 import re
 
+from unihema.errors import InputError
+
 
 _DRIVE = re.compile(r"^[A-Za-z]:")
 
 
-class UnsafeNameError(ValueError):
+class UnsafeNameError(InputError):
     """A name that leads out of the folder it belongs to."""
 
 

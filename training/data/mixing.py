@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
+from unihema.errors import InputError
 from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.lazy_rows import WINDOW
 
@@ -62,10 +63,10 @@ class TaskMixer(Sampler[list[Key]]):
         one_cell_batch_size: int | None = None,
     ):
         if not lengths:
-            raise ValueError("No task to mix.")
+            raise InputError("No task to mix.")
         empty = [task for task, length in lengths.items() if length < 1]
         if empty:
-            raise ValueError(f"No samples for {', '.join(empty)}: leave the task out or give it data.")
+            raise InputError(f"No samples for {', '.join(empty)}: leave the task out or give it data.")
         weights = _checked_weights(weights, lengths, "tasks")
         sources = dict(sources or {})
         names = dict.fromkeys(name for parts in sources.values() for name, _ in parts)
@@ -73,7 +74,7 @@ class TaskMixer(Sampler[list[Key]]):
         self.lengths = dict(lengths)
         sizes = {task: batch_size if isinstance(batch_size, int) else batch_size[task] for task in lengths}
         if min(sizes.values()) < 1:
-            raise ValueError(f"Batch sizes must be 1 or more: {sizes}.")
+            raise InputError(f"Batch sizes must be 1 or more: {sizes}.")
         self.batch_sizes = sizes
         self.seed = seed
         self.shuffle = shuffle
@@ -110,7 +111,7 @@ class TaskMixer(Sampler[list[Key]]):
         powers = [float(size) ** temperature for size in sizes]
         shares = {number: weights.get(name, powers[number] / sum(powers)) for number, (name, _) in enumerate(parts)}
         if not any(shares.values()):
-            raise ValueError(f"The weights leave {task} without any data set: {dict(weights)}.")
+            raise InputError(f"The weights leave {task} without any data set: {dict(weights)}.")
         if temperature == 1.0 and not weights:
             return dict(enumerate(sizes))
         return _allocate(shares, max(self.lengths[task], len(parts)))
@@ -202,7 +203,7 @@ class MixedSmears(Dataset):
         """Samples of one task to its batch."""
         tasks = {task for task, _ in samples}
         if len(tasks) != 1:
-            raise ValueError(f"A batch holds one task, got {', '.join(sorted(tasks))}.")
+            raise InputError(f"A batch holds one task, got {', '.join(sorted(tasks))}.")
         return self.datasets[tasks.pop()].collate([sample for _, sample in samples])
 
 
@@ -221,9 +222,9 @@ def _checked_weights(weights: Mapping[str, float] | None, known: Iterable[str], 
     weights = dict(weights or {})
     unknown = set(weights) - set(known)
     if unknown:
-        raise ValueError(f"Weight for {', '.join(sorted(unknown))}, but the {what} are {', '.join(known)}.")
+        raise InputError(f"Weight for {', '.join(sorted(unknown))}, but the {what} are {', '.join(known)}.")
     if any(weight < 0 or not math.isfinite(weight) for weight in weights.values()):
-        raise ValueError(f"Weights must be 0 or more: {weights}.")
+        raise InputError(f"Weights must be 0 or more: {weights}.")
     return weights
 
 
@@ -231,7 +232,7 @@ def _allocate(shares: Mapping[Any, float], steps: int) -> dict[Any, int]:
     """Whole numbers in proportion to the shares (largest remainder), at least one for each that has any."""
     wanted = [task for task, share in shares.items() if share > 0]
     if steps < len(wanted) or not wanted:
-        raise ValueError(f"{steps} steps an epoch for {len(wanted)} tasks with a weight: each needs at least one.")
+        raise InputError(f"{steps} steps an epoch for {len(wanted)} tasks with a weight: each needs at least one.")
     total = sum(shares.values())
     exact = {task: share / total * steps for task, share in shares.items()}
     counts = {task: max(int(value), 1 if task in wanted else 0) for task, value in exact.items()}

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from unihema.errors import DatasetError
 from unihema.training.data.annotation_files import checked_box, image_size
 from unihema.training.data.bad_rows import BadRows
 from unihema.training.data.image_finder import ImageFinder
-from unihema.training.data.rows import DatasetError, Row
+from unihema.training.data.rows import Row
 
 
 LARGEST_FILE = 64 << 20

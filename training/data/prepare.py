@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from unihema.errors import DatasetError
 from unihema.training.data.archives import ArchiveError, ArchiveLimits, is_archive, unpack
 from unihema.training.data.attribute_table import WBCATT_ATTRIBUTES
 from unihema.training.data.bad_rows import BadRows, BadRowsError, OnInvalid
@@ -15,7 +16,7 @@ from unihema.training.data.foreign_layouts import FOREIGN_LAYOUTS, read_foreign,
 from unihema.training.data.groups import compile_patterns, groups_of
 from unihema.training.data.label_names import OFFICIAL_NAMES, label_map
 from unihema.training.data.readers import read_folder, splits_of
-from unihema.training.data.rows import DatasetError, Row
+from unihema.training.data.rows import Row
 from unihema.training.data.splits import by_split, check_val_share
 from unihema.training.files import write_json
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unihema.errors import DatasetError
 from unihema.training.data.annotation_files import (
     ImageFolder,
     checked_box,
@@ -18,7 +19,7 @@ from unihema.training.data.bad_rows import BadRows, OnInvalid
 from unihema.training.data.coco import read_coco
 from unihema.training.data.description import masks_show
 from unihema.training.data.foreign_layouts import FOREIGN_LAYOUTS, read_foreign, recognise_foreign
-from unihema.training.data.rows import TASKS, DatasetError, Row, group_ids
+from unihema.training.data.rows import TASKS, Row, group_ids
 from unihema.training.data.stored_rows import INDEX_FILE, read_stored
 
 

@@ -19,8 +19,9 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from unihema.errors import DatasetError
 from unihema.modeling_unihema.tasks import TASKS
-from unihema.training.data.bad_rows import BadRows, BadRowsError, DatasetError
+from unihema.training.data.bad_rows import BadRows, BadRowsError
 
 
 Row = dict[str, Any]

@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image as Picture
 from tqdm.auto import tqdm
 
-from unihema.training.data.bad_rows import BadRowsError, DatasetError, OnInvalid
+from unihema.errors import DatasetError, InputError
+from unihema.training.data.bad_rows import BadRowsError, OnInvalid
 from unihema.training.data.description import DESCRIPTION_FILE
 from unihema.training.data.label_names import row_names
 from unihema.training.data.lazy_rows import rows_by_sample
@@ -62,7 +63,7 @@ def write_shards(
         ValueError: Sizes below 1.
     """
     if min(shard_samples, group_samples) < 1:
-        raise ValueError(
+        raise InputError(
             f"Shards of {shard_samples} samples and row groups of {group_samples}: both must be 1 or more."
         )
     folder = Path(folder)

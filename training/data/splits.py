@@ -4,7 +4,8 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from unihema.training.data.rows import GROUP_KEYS, DatasetError, Row
+from unihema.errors import DatasetError
+from unihema.training.data.rows import GROUP_KEYS, Row
 
 
 SPLITS = ("train", "val", "test")

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from unihema.errors import DatasetError
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
-from unihema.training.data.bad_rows import DatasetError
 from unihema.training.data.label_names import rename_rows
 from unihema.training.data.lazy_rows import WINDOW, ConsecutiveGroups, LazyRows
 

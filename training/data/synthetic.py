@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 from scipy import ndimage
 
+from unihema.errors import InputError
 from unihema.training.data.synthetic_cells import (
     CLASSES,
     WHITE_CELL_SHARES,
@@ -123,13 +124,13 @@ class SyntheticSmears:
         length: int = 1000,
     ):
         if min(width, height, crop_size) < 64:
-            raise ValueError(
+            raise InputError(
                 f"A field of {width}x{height} (crop {crop_size}) is too small for cells: 64 pixels or more."
             )
         if seed < 0:
-            raise ValueError(f"seed={seed} must be 0 or more.")
+            raise InputError(f"seed={seed} must be 0 or more.")
         if min(white_cells, default=-1) < 0 or abs(sum(white_cells) - 1) > 1e-6:
-            raise ValueError(f"white_cells={white_cells} must be probabilities that add up to 1.")
+            raise InputError(f"white_cells={white_cells} must be probabilities that add up to 1.")
         self.seed = seed
         self.width = width
         self.height = height
@@ -184,7 +185,7 @@ class SyntheticSmears:
             ValueError: Unknown class.
         """
         if label is not None and label not in CLASSES:
-            raise ValueError(f"Unknown class '{label}'; known: {', '.join(CLASSES)}.")
+            raise InputError(f"Unknown class '{label}'; known: {', '.join(CLASSES)}.")
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, index, 1]))
         drawn = CLASSES[int(rng.integers(len(CLASSES)))]
         label = label or drawn

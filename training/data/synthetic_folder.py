@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from unihema.training.data.rows import DatasetError
+from unihema.errors import DatasetError, InputError
 from unihema.training.data.synthetic import SyntheticSmears
 from unihema.training.data.synthetic_cells import CLASSES
 
@@ -53,7 +53,7 @@ def write_synthetic(
         ValueError: Negative numbers, or a field too small.
     """
     if n_train < 0 or n_val < 0 or crops_per_field < 0 or n_train + n_val == 0:
-        raise ValueError(f"Numbers of smears must be 0 or more and not all 0: train {n_train}, val {n_val}.")
+        raise InputError(f"Numbers of smears must be 0 or more and not all 0: train {n_train}, val {n_val}.")
     folder = Path(folder)
     smears = SyntheticSmears(seed=seed, **appearance)
     settings = {

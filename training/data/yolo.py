@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from unihema.errors import DatasetError
 from unihema.training.data.annotation_files import checked_box, image_size, read_text
 from unihema.training.data.bad_rows import BadRows
 from unihema.training.data.image_finder import ImageFinder
-from unihema.training.data.rows import DatasetError, Row
+from unihema.training.data.rows import Row
 
 
 NAME_LISTS = ("classes.txt", "obj.names", "_darknet.labels")

@@ -4,6 +4,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from unihema.errors import InputError
 from unihema.training.data.rows import Row
 
 
@@ -39,7 +40,7 @@ def exchange_images(rows: Sequence[Row], seed: int) -> list[Row]:
     """
     groups = list(_by_image(rows).values())
     if len(groups) < 2:
-        raise ValueError("The image-blind control needs at least two images.")
+        raise InputError("The image-blind control needs at least two images.")
     order = np.random.default_rng(seed).permutation(len(groups))
     exchanged = []
     # Each takes the image that follows in a random circle, so none keeps its own.

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from unihema.errors import InputError
+
 
 MAX_DETECTIONS = 300
 F1_TOLERANCE = (0.01, 0.05)
@@ -235,4 +237,4 @@ def _mean(values: np.ndarray) -> float | None:
 
 def _check_lengths(predictions: Sequence[Any], references: Sequence[Any]) -> None:
     if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} references: give one for each image.")
+        raise InputError(f"{len(predictions)} predictions for {len(references)} references: give one for each image.")

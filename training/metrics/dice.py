@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from unihema.errors import InputError
+
 
 def mask_counts(prediction: np.ndarray, reference: np.ndarray) -> tuple[int, int, int]:
     """Pixels in both masks, in the prediction, and in the reference; nonzero is cell.
@@ -14,7 +16,7 @@ def mask_counts(prediction: np.ndarray, reference: np.ndarray) -> tuple[int, int
     """
     prediction, reference = np.asarray(prediction), np.asarray(reference)
     if prediction.shape != reference.shape:
-        raise ValueError(f"Masks of different shapes: predicted {prediction.shape}, true {reference.shape}.")
+        raise InputError(f"Masks of different shapes: predicted {prediction.shape}, true {reference.shape}.")
     prediction, reference = prediction > 0, reference > 0
     return int((prediction & reference).sum()), int(prediction.sum()), int(reference.sum())
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from unihema.errors import InputError
 from unihema.training.metrics.detection import box_iou
 from unihema.training.metrics.single_cell import classification_scores
 
@@ -65,7 +66,7 @@ def morphology_scores(
     predictions = np.asarray(predictions, dtype=int).reshape(shape)
     references = np.asarray(references, dtype=int).reshape(shape)
     if predictions.shape != references.shape:
-        raise ValueError(f"{len(predictions)} predicted cells for {len(references)} references.")
+        raise InputError(f"{len(predictions)} predicted cells for {len(references)} references.")
     per_attribute = {}
     for index, (name, values) in enumerate(schema.items()):
         scores = classification_scores(predictions[:, index], references[:, index], list(values))

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from unihema.errors import InputError
+
 
 def classification_scores(
     predictions: Sequence[int], references: Sequence[int], class_names: Sequence[str]
@@ -26,7 +28,7 @@ def classification_scores(
     """
     predictions, references = np.asarray(predictions, dtype=int), np.asarray(references, dtype=int)
     if predictions.shape != references.shape:
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} references.")
+        raise InputError(f"{len(predictions)} predictions for {len(references)} references.")
     labelled = references >= 0
     predictions, references = predictions[labelled], references[labelled]
     confusion = np.zeros((len(class_names), len(class_names)), dtype=int)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from unihema.errors import InputError
+
 
 BLEU_ORDERS = (1, 2, 3, 4)
 _SENTINEL = re.compile(r"<extra_id_\d+>")
@@ -46,7 +48,7 @@ def text_statistics(predictions: Sequence[str], references: Sequence[str]) -> np
         ValueError: Lists of different lengths.
     """
     if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} references.")
+        raise InputError(f"{len(predictions)} predictions for {len(references)} references.")
     from sacrebleu.metrics import BLEU
 
     bleu = BLEU(lowercase=True, effective_order=True)

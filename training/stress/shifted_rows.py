@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from unihema.errors import InputError, InputTypeError
 from unihema.processing_unihema.image_io import image_size, load_image
 from unihema.training.data.dataset import read_mask
 from unihema.training.data.rows import Row
@@ -50,7 +51,7 @@ class CorruptedFile(StoredFile):
         Raises:
             TypeError: Always.
         """
-        raise TypeError(f"{self}: a corrupted image is not in a file.")
+        raise InputTypeError(f"{self}: a corrupted image is not in a file.")
 
     def opened(self) -> Image.Image:
         """The corrupted image, or the mask that goes with it."""
@@ -74,7 +75,7 @@ def shifted_rows(rows: Sequence[Row], corruption: Corruption, severity: int) -> 
         ValueError: There is no such severity.
     """
     if not 0 <= severity <= LEVELS:
-        raise ValueError(f"Severities go from 0 (as it is) to {LEVELS}, got {severity}.")
+        raise InputError(f"Severities go from 0 (as it is) to {LEVELS}, got {severity}.")
     if severity == 0:
         return list(rows)
     if corruption.apply is None:

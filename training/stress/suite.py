@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from unihema.errors import InputError
 from unihema.modeling_unihema.tasks import IMAGE_TASKS
 from unihema.results.out_of_distribution import ModelReference, image_scores, set_out_of_distribution
 from unihema.results.smear_result import SmearResult
@@ -101,13 +102,13 @@ def _asked(
     levels = range(1, LEVELS + 1) if severities is None else sorted(set(severities) - {0})
     for name in names:
         if name not in CORRUPTIONS:
-            raise ValueError(f"Unknown corruption {name!r}; choose among {', '.join(CORRUPTIONS)}.")
+            raise InputError(f"Unknown corruption {name!r}; choose among {', '.join(CORRUPTIONS)}.")
     for level in levels:
         if not 1 <= level <= LEVELS:
-            raise ValueError(f"Severities go from 0 (as it is) to {LEVELS}, got {level}.")
+            raise InputError(f"Severities go from 0 (as it is) to {LEVELS}, got {level}.")
     for task in rows_by_task:
         if task not in STRESS_TASKS:
-            raise ValueError(f"{task} is not measured under corruptions; choose among {', '.join(STRESS_TASKS)}.")
+            raise InputError(f"{task} is not measured under corruptions; choose among {', '.join(STRESS_TASKS)}.")
     points = [(task, CLEAN, 0) for task in rows_by_task]
     points += [(task, name, level) for name in names for level in levels for task in rows_by_task]
     # Density is the number of cells in a field.
@@ -129,10 +130,10 @@ def _begun(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         begun = report["settings"]
         report["points"] = list(report["points"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}). {remedy}") from error
+        raise InputError(f"{path}: cannot be read ({error}). {remedy}") from error
     other = [name for name in {**begun, **settings} if begun.get(name) != settings.get(name)]
     if other:
-        raise ValueError(f"{path} was measured with another {', '.join(other)}. {remedy}")
+        raise InputError(f"{path} was measured with another {', '.join(other)}. {remedy}")
     return report
 
 
