@@ -8,12 +8,12 @@ SOURCES := $(shell find api modeling_unihema processing_unihema training hub_car
 # Where bytecode is not kept, every command that a test starts compiles PyTorch and Transformers anew: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install test test-slow lint format demo demo-train bench clean
+.PHONY: install test test-slow test-lowest lint format dist demo demo-train bench clean
 
 install: $(VENV)/installed
 
 # Dependencies: only when the lists of them change.
-$(VENV)/dependencies: setup.py pyproject.toml
+$(VENV)/dependencies: setup.py pyproject.toml constraints-lowest.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS) ".[dev]"
@@ -33,13 +33,28 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
-lint: $(VENV)/dependencies
+# The same tests with the oldest releases that setup.py admits, in an environment of its own.
+test-lowest:
+	$(MAKE) test VENV=.venv-lowest PIP_ARGS="$(PIP_ARGS) --constraint constraints-lowest.txt"
+
+# Imports and types are read from the installed package, in which the folders lie as they are imported.
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 
 format: $(VENV)/dependencies
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The source distribution and the wheel, as they would be published.
+dist: $(VENV)/dependencies
+	rm -rf dist build
+	$(BIN)/python -m build --outdir dist .
+	rm -rf build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/check_wheel.py dist
 
 # Real smears, analysed by the checkpoint that comes with the package.
 demo: install
@@ -54,4 +69,4 @@ bench: install
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf build demo demo-train *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist demo demo-train *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -274,7 +274,7 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         peft.inject_adapter_in_model(config, model, name)
     # Private: Transformers' adapter methods ask this; its own loading knows no adapters with heads of their own.
-    model._hf_peft_config_loaded = True
+    model._hf_peft_config_loaded = True  # noqa: SLF001
     try:
         result = set_peft_model_state_dict(model, weights, adapter_name=name)
     except (KeyError, RuntimeError) as error:

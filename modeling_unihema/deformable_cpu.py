@@ -291,7 +291,8 @@ def _dot_products(gradient: torch.Tensor, pixels: torch.Tensor, rows: torch.Tens
     bags, samples = rows.shape
     starts = torch.arange(0, bags * samples, samples, dtype=rows.dtype, device=rows.device)
     bag_of_row = torch.arange(bags, dtype=rows.dtype, device=rows.device).repeat_interleave(samples)
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+    # Private: no public operator gives the dot product of rows of two tables without a copy of the rows.
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(  # noqa: SLF001
         gradient, pixels, rows.flatten(), starts, bag_of_row, 0
     ).view(bags, samples)
 

@@ -80,7 +80,7 @@ class MultiHeadAttention(nn.Module):
             return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         # Private: where every model of Transformers reads the attention that was asked for.
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)  # noqa: SLF001
         query = heads(self.q_proj(query))
         mask = None
         if blocked is not None:

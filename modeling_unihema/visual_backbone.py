@@ -136,10 +136,10 @@ class VisualBackbone(nn.Module):
     def __init__(self, config: UniHemaConfig):
         super().__init__()
         self.config = config
-        if config.backbone_config._attn_implementation != "eager":
+        if config.backbone_config._attn_implementation != "eager":  # noqa: SLF001
             # Private, as in layers.py. Convolutional backbones refuse an attention that is asked for by name; left open,
             # each takes its best.
-            config.backbone_config._attn_implementation = None
+            config.backbone_config._attn_implementation = None  # noqa: SLF001
         self.backbone = AutoBackbone.from_config(config.backbone_config)
         groups = math.gcd(32, config.d_model // 4)
         channels = self.backbone.channels

@@ -216,14 +216,11 @@ class HeadBehaviour:
         placed = self.save_and_load(model, tmp_path, device_map="auto")
         assert_same(placed(**self.inputs()), expected)
         size = sum(p.numel() * p.element_size() for p in model.parameters())
-        places = set()
-        for share in (0.6, 0.9):
-            spread = self.model_class.from_pretrained(
-                tmp_path, device_map="auto", max_memory={"cpu": int(size * share)}, offload_folder=tmp_path / "offload"
-            )
-            places |= {str(place) for place in spread.hf_device_map.values()}
-            assert_same(spread(**self.inputs()), expected, atol=2e-5)
-        assert places == {"cpu", "disk"}
+        spread = self.model_class.from_pretrained(
+            tmp_path, device_map="auto", max_memory={"cpu": int(0.9 * size)}, offload_folder=tmp_path / "offload"
+        )
+        assert {str(place) for place in spread.hf_device_map.values()} == {"cpu", "disk"}
+        assert_same(spread(**self.inputs()), expected, atol=2e-5)
 
     def test_loading_draws_no_weight_that_is_in_the_file(self, tmp_path, monkeypatch):
         """Low memory and time: the model is made without storage and filled from the file."""

@@ -58,5 +58,5 @@ def make_accelerator(
         if state.num_processes > 1:
             raise
         # Private: Accelerate has no public way to forget it.
-        state._reset_state(reset_partial_state=True)
+        state._reset_state(reset_partial_state=True)  # noqa: SLF001
         return make()

@@ -17,9 +17,19 @@ def python(code: str, cwd=None) -> str:
     return result.stdout
 
 
-def test_import_leaves_the_packages_of_training_and_the_import_system_alone():
+@pytest.mark.parametrize(
+    "then",
+    [
+        "",
+        "from pathlib import Path\n"
+        "files = Path(unihema.__file__).parent / 'shipped_files'\n"
+        "unihema.Analyzer.from_pretrained(files / 'checkpoint')(files / 'examples' / 'white_cell_1.jpg')\n",
+    ],
+    ids=["import", "analysis"],
+)
+def test_the_packages_of_training_and_the_import_system_are_left_alone(then):
     code = (
-        "import sys, unihema\n"
+        f"import sys, unihema\n{then}"
         "names = ['datasets', 'pandas', 'matplotlib', 'peft', 'evaluate', 'sacrebleu', 'faster_coco_eval', 'typer']\n"
         "print([name for name in names if name in sys.modules] + [hook for hook in sys.meta_path if 'unihema' in repr(hook)])"
     )
