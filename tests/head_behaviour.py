@@ -488,7 +488,8 @@ class OneHead:
         assert "LOAD REPORT" in loading_log.text and "MISSING" in loading_log.text
 
     def test_compiled_it_is_the_same_also_its_gradients(self):
-        model, inputs = self.make(decoder_layers=1), self.inputs()
+        # Without a cache, for which T5 copies its configuration: PyTorch 2.8 cannot compile that.
+        model, inputs = self.make(decoder_layers=1), self.exportable()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
 
         def run(call) -> tuple:
