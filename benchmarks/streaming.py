@@ -57,10 +57,10 @@ def measure(folder: Path, batches: int) -> dict[str, float]:
     import torch
 
     from unihema.processing_unihema.processing_unihema import UniHemaProcessor
-    from unihema.training.batches import RunBatches
     from unihema.training.data.dataset import SmearDataset
     from unihema.training.data.readers import load_folder
-    from unihema.training.run_config import DataConfig
+    from unihema.training.run.batches import RunBatches
+    from unihema.training.run.config import DataConfig
 
     torch.set_num_threads(1)
     processor = UniHemaProcessor.from_default(single_cell={"longest_edge": PIXELS})

@@ -15,7 +15,7 @@ from types import FrameType
 import torch
 
 from unihema.shipped import copy_examples, lay_down_checkpoint
-from unihema.training.data.synthetic_folder import write_synthetic
+from unihema.training.data.synthetic.folder import write_synthetic
 
 
 ROOT = Path(__file__).parents[1]

@@ -16,8 +16,8 @@ from tiny_models import VERY_TINY
 import unihema
 from unihema.processing_unihema.prompts import task_prompt
 from unihema.shipped import copy_examples, lay_down_checkpoint
-from unihema.training.data.synthetic import SyntheticSmears
-from unihema.training.data.synthetic_folder import write_synthetic
+from unihema.training.data.synthetic.fields import SyntheticSmears
+from unihema.training.data.synthetic.folder import write_synthetic
 
 
 ROOT = Path(__file__).parents[1]

@@ -8,14 +8,14 @@ import torch
 
 from unihema.training.data.readers import load_folder
 from unihema.training.evaluation import evaluate_model
-from unihema.training.loop import train
-from unihema.training.run_config import (
+from unihema.training.run.config import (
     AugmentationSettings,
     DataConfig,
     LoggingConfig,
     OptimisationConfig,
     RunConfig,
 )
+from unihema.training.run.loop import train
 
 
 pytestmark = pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from tiny_models import VERY_TINY
 
-from unihema.training.run_config import DataConfig, LoggingConfig, ModelConfig, OptimisationConfig, RunConfig
+from unihema.training.run.config import DataConfig, LoggingConfig, ModelConfig, OptimisationConfig, RunConfig
 
 
 TASKS = ("detection", "segmentation", "single_cell", "question_answering", "cloze")

@@ -18,10 +18,10 @@ from unihema.modeling_unihema.adapter_mixin import FIELDS_KEY, adapter_fields
 from unihema.modeling_unihema.layers import ClassEmbedding, ClassLinear
 from unihema.modeling_unihema.tasks import TASKS
 from unihema.processing_unihema.class_names import usual_name
-from unihema.training.adapter_config import AdapterConfig
-from unihema.training.data.class_hierarchy import known_parents
+from unihema.training.data.class_tree import known_parents
 from unihema.training.data.rows import Row, class_names, single_cell_names
 from unihema.training.files import write_json
+from unihema.training.run.adapter_config import AdapterConfig
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

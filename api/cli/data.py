@@ -18,7 +18,7 @@ def list_data(
     import json
     from dataclasses import asdict
 
-    from unihema.training.data.catalog import find_entries
+    from unihema.training.data.curation.catalog import find_entries
 
     entries = find_entries(task, disease)
     if json_lines:
@@ -35,7 +35,7 @@ def list_data(
 @data.command()
 def show(name: str = typer.Argument(..., help="Key or name of a data set, as `unihema data list` shows it.")) -> None:
     """Show what is known of a data set of the catalog."""
-    from unihema.training.data.catalog import find_entry
+    from unihema.training.data.curation.catalog import find_entry
 
     entry = find_entry(name)
     fields = {
@@ -76,8 +76,8 @@ def prepare(
     skip_bad: bool = typer.Option(False, help="Leave bad rows out instead of stopping."),
 ) -> None:
     """Turn a downloaded data set into a data folder. Exit code 1: bad rows were left out; they are listed."""
-    from unihema.training.data.catalog import find_entry
-    from unihema.training.data.prepare import prepare_data
+    from unihema.training.data.curation.catalog import find_entry
+    from unihema.training.data.curation.prepare import prepare_data
 
     prepared = prepare_data(
         source,
@@ -119,7 +119,7 @@ def check(
 
     Exit code 1: something has to be put right.
     """
-    from unihema.training.data.check import check_data
+    from unihema.training.data.curation.check import check_data
     from unihema.training.files import write_json
 
     from .data_report import report_lines
@@ -149,7 +149,7 @@ def agreement(
     rename: list[str] = typer.Option([], help="Class to rename in either, such as 'leuko=WBC'; may be repeated."),
 ) -> None:
     """Compare two annotations of the same photographs: by how much do the annotators themselves differ?"""
-    from unihema.training.data.agreement import annotation_agreement
+    from unihema.training.data.curation.agreement import annotation_agreement
     from unihema.training.files import write_json
 
     found = annotation_agreement(first, second, _pairs(rename, "--rename"), progress=True)

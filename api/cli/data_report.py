@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from unihema.training.data.check import CheckReport
+    from unihema.training.data.curation.check import CheckReport
 
 
 SHOWN = 10
@@ -14,7 +14,7 @@ SHOWN = 10
 
 def report_lines(report: "CheckReport") -> Iterator[str]:
     """The report, a line a finding; long lists are cut short."""
-    from unihema.training.data.duplicates import count_by_places
+    from unihema.training.data.curation.duplicates import count_by_places
 
     for dataset, splits in report.counts.items():
         for split, tasks in splits.items():

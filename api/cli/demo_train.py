@@ -39,10 +39,10 @@ def demo_train(
     from PIL import Image
 
     from unihema.analyzer import Analyzer
-    from unihema.training.data.synthetic import WHITE_CELLS, SyntheticSmears
-    from unihema.training.data.synthetic_folder import write_synthetic
-    from unihema.training.loop import train
-    from unihema.training.run_config import DataConfig, LoggingConfig, OptimisationConfig, RunConfig
+    from unihema.training.data.synthetic.fields import WHITE_CELLS, SyntheticSmears
+    from unihema.training.data.synthetic.folder import write_synthetic
+    from unihema.training.run.config import DataConfig, LoggingConfig, OptimisationConfig, RunConfig
+    from unihema.training.run.loop import train
 
     typer.echo("1/4 Painting synthetic smears")
     data = write_synthetic(folder / "data", fields, VALIDATION_FIELDS, seed=1, **APPEARANCE)

@@ -40,8 +40,8 @@ def evaluate(
     from unihema.analyzer import set_image_sizes
     from unihema.inference.int8 import to_int8
     from unihema.loading import load_model
-    from unihema.training.build import load_rows
     from unihema.training.evaluation import evaluate_model, write_report
+    from unihema.training.run.build import load_rows
 
     model, processor = load_model(checkpoint, "cpu" if int8 else None)
     set_image_sizes(processor, pairs(image_size, "--image-size", "detection=480", int))

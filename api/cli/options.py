@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
-    from unihema.training.run_config import DataConfig
+    from unihema.training.run.config import DataConfig
 
 
 IMAGE_SIZE_HELP = (
@@ -72,7 +72,7 @@ def data_to_measure(
         typer.BadParameter: See [`pairs`].
     """
     from unihema.loading import available_tasks, require_tasks
-    from unihema.training.run_config import DataConfig
+    from unihema.training.run.config import DataConfig
 
     require_tasks(model, tasks)
     return DataConfig(

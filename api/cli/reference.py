@@ -22,8 +22,8 @@ def reference(
     from unihema.checkpoint_files import is_onnx
     from unihema.loading import load_model
     from unihema.modeling_unihema.tasks import IMAGE_TASKS
-    from unihema.training.build import load_rows
-    from unihema.training.reference_fitting import fit_reference
+    from unihema.training.run.build import load_rows
+    from unihema.training.studies.reference import fit_reference
 
     if is_onnx(checkpoint):
         raise typer.BadParameter(f"{checkpoint}: an ONNX file has no place for a reference; name a checkpoint folder.")

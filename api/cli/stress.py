@@ -30,8 +30,8 @@ def stress(
     from unihema.checkpoint_files import fingerprint, is_onnx
     from unihema.loading import load_model
     from unihema.results.out_of_distribution import ModelReference
-    from unihema.training.build import load_rows
-    from unihema.training.stress import STRESS_TASKS, run_stress
+    from unihema.training.run.build import load_rows
+    from unihema.training.studies.stress import STRESS_TASKS, run_stress
 
     model, processor = load_model(checkpoint)
     config = data_to_measure(model, data, task, rename, among=STRESS_TASKS)

@@ -40,8 +40,8 @@ def train(
 
     Exit code 3: stopped by Ctrl-C or a signal, with a checkpoint saved.
     """
-    from unihema.training.mix import MIX_FILE, Mix, read_mix
-    from unihema.training.run_config import RunConfig
+    from unihema.training.run.config import RunConfig
+    from unihema.training.run.mix import MIX_FILE, Mix, read_mix
 
     _check_recipe(recipe, stage)
     if data is not None and config is not None:
@@ -90,7 +90,7 @@ def train(
 
 
 def _check_recipe(recipe: str | None, stage: int | None) -> None:
-    from unihema.training.stages import RECIPES
+    from unihema.training.studies.stages import RECIPES
 
     if recipe is not None and recipe not in RECIPES:
         raise typer.BadParameter(f"--recipe {recipe!r} is not known; there is {', '.join(RECIPES)}.")
@@ -101,13 +101,13 @@ def _check_recipe(recipe: str | None, stage: int | None) -> None:
 def _run(config: Any, recipe: str | None, stages: dict[str, dict[str, Any]], stage: int | None, resume: bool) -> None:
     """Trains, and prints the figures."""
     if recipe is None:
-        from unihema.training.loop import train as train_at_once
+        from unihema.training.run.loop import train as train_at_once
 
         for name, figures in train_at_once(config, resume=resume).items():
             typer.echo(f"{name}: {figures_text(figures)}")
         return
-    from unihema.training.recipe import train_stages
-    from unihema.training.stages import RECIPES
+    from unihema.training.studies.recipe import train_stages
+    from unihema.training.studies.stages import RECIPES
 
     train_stages(config, RECIPES[recipe], stages, only=stage, resume=resume)
     typer.echo((Path(config.output_dir) / "stages.md").read_text(encoding="utf-8"))

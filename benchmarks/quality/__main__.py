@@ -19,7 +19,7 @@ from benchmarks.quality.results import UNIHEMA
 from benchmarks.quality.speed import conditions, measure
 from benchmarks.quality.table import best_peers, comparison, page
 from unihema.training.files import write_json, write_text
-from unihema.training.run_config import RunConfig
+from unihema.training.run.config import RunConfig
 from unihema_cli.options import pairs, run_overrides
 
 

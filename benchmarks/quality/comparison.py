@@ -14,10 +14,10 @@ from benchmarks.quality.training import peer_batches, peer_settings, train_peer
 from unihema.checkpoint_files import fingerprint
 from unihema.errors import RunConfigError
 from unihema.loading import available_tasks, load_model
-from unihema.training.build import build, training_rows, validation_rows
 from unihema.training.data.rows import Row, morphology_schema
 from unihema.training.evaluation import evaluate_model
-from unihema.training.run_config import DataConfig, ModelConfig, OptimisationConfig, RunConfig
+from unihema.training.run.build import build, training_rows, validation_rows
+from unihema.training.run.config import DataConfig, ModelConfig, OptimisationConfig, RunConfig
 
 
 FIELDS, CELLS = 320, 128

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from unihema.errors import CheckpointError, DatasetError, RunConfigError
 from unihema.hub_cards import check_card, folder_card
 from unihema.loading import load_model
-from unihema.training.adapt import adapt, adapt_config, find_base
-from unihema.training.data.synthetic import SyntheticSmears
-from unihema.training.data.synthetic_cells import CLASSES
-from unihema.training.data.synthetic_folder import write_synthetic
+from unihema.training.data.synthetic.cells import CLASSES
+from unihema.training.data.synthetic.fields import SyntheticSmears
+from unihema.training.data.synthetic.folder import write_synthetic
+from unihema.training.studies.adapt import adapt, adapt_config, find_base
 from unihema_cli.app import app
 
 

@@ -19,8 +19,8 @@ import unihema
 from unihema import Analyzer, CheckpointError, QueryCapWarning, SmearResult, UniHemaError, prepare_for_inference
 from unihema.errors import PreparedModelError
 from unihema.loading import load_model
-from unihema.training.adapter_config import AdapterConfig
 from unihema.training.adapters import attach_adapter, save_adapter
+from unihema.training.run.adapter_config import AdapterConfig
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::unihema.analyzer.QueryCapWarning")

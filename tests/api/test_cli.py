@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_checkpoint import save_tiny_checkpoint
 
 import unihema
-from unihema.training.data.synthetic_folder import write_synthetic
+from unihema.training.data.synthetic.folder import write_synthetic
 
 
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:

@@ -6,7 +6,7 @@ import pytest
 from tiny_checkpoint import save_tiny_checkpoint
 from typer.testing import CliRunner
 
-from unihema.training.data.synthetic_folder import write_synthetic
+from unihema.training.data.synthetic.folder import write_synthetic
 from unihema_cli import app
 
 

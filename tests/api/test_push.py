@@ -7,7 +7,7 @@ import sys
 from huggingface_hub import ModelCard
 from tiny_checkpoint import save_tiny_checkpoint
 
-from unihema.training.data.synthetic_folder import write_synthetic
+from unihema.training.data.synthetic.folder import write_synthetic
 
 
 def run(*arguments: object, cwd=None) -> subprocess.CompletedProcess:

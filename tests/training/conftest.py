@@ -2,7 +2,7 @@
 
 import pytest
 
-from unihema.training.data.synthetic_folder import write_synthetic
+from unihema.training.data.synthetic.folder import write_synthetic
 
 
 @pytest.fixture(scope="session")

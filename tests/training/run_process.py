@@ -2,8 +2,8 @@
 
 import sys
 
-from unihema.training.loop import train
-from unihema.training.run_config import RunConfig
+from unihema.training.run.config import RunConfig
+from unihema.training.run.loop import train
 
 
 if __name__ == "__main__":

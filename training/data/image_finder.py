@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from unihema.errors import DatasetError
 from unihema.processing_unihema.image_io import IMAGE_SUFFIXES
-from unihema.training.data.annotation_files import checked_name
+from unihema.training.data.layouts.annotation_files import checked_name
 
 
 BESIDE = ("", "images", "JPEGImages", "../images", "../JPEGImages")

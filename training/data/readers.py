@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from unihema.errors import DatasetError
-from unihema.training.data.annotation_files import (
+from unihema.training.data.bad_rows import BadRows, OnInvalid
+from unihema.training.data.description import masks_show
+from unihema.training.data.layouts.annotation_files import (
     ImageFolder,
     checked_box,
     image_files,
@@ -14,11 +16,9 @@ from unihema.training.data.annotation_files import (
     recorded_size,
     require,
 )
-from unihema.training.data.attribute_table import WBCATT_ATTRIBUTES, rows_of_cell, with_annotated_classes
-from unihema.training.data.bad_rows import BadRows, OnInvalid
-from unihema.training.data.coco import read_coco
-from unihema.training.data.description import masks_show
-from unihema.training.data.foreign_layouts import FOREIGN_LAYOUTS, read_foreign, recognise_foreign
+from unihema.training.data.layouts.coco import read_coco
+from unihema.training.data.layouts.foreign_layouts import FOREIGN_LAYOUTS, read_foreign, recognise_foreign
+from unihema.training.data.layouts.tables import WBCATT_ATTRIBUTES, rows_of_cell, with_annotated_classes
 from unihema.training.data.rows import TASKS, Row, group_ids
 from unihema.training.data.stored_rows import INDEX_FILE, read_stored
 

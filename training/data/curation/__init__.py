@@ -1,0 +1,1 @@
+"""Data before training: unpacked, converted, checked, compared, licensed."""

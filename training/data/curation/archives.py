@@ -1,0 +1,282 @@
+"""Unpacking archives that nobody vouches for: nothing outside the folder, no links, bounded numbers and sizes."""
+
+import shutil
+import stat
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from unihema.errors import DatasetError
+from unihema.training.data.bad_rows import SHOWN
+from unihema.training.data.curation.member_names import UnsafeNameError, inside
+
+
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+OTHER_ARCHIVES = (".rar", ".7z")
+UNPACK_YOURSELF = "If you trust it, unpack it yourself and give the folder."
+_MEGABYTE = 1 << 20
+_EXTENDED_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+class ArchiveError(DatasetError):
+    """An archive that is damaged, unsafe or larger than allowed; the message names the members."""
+
+
+@dataclass
+class ArchiveLimits:
+    """How much an archive may unpack to, archives inside it included.
+
+    Args:
+        files (`int`): Files and folders.
+        bytes (`int`): All files together.
+        file_bytes (`int`): One file.
+        ratio (`int`): Unpacked bytes for each byte of the archive; looked at above 1 GB.
+        depth (`int`): Archives within archives.
+    """
+
+    files: int = 2_000_000
+    bytes: int = 500 << 30
+    file_bytes: int = 50 << 30
+    ratio: int = 200
+    depth: int = 2
+
+
+@dataclass
+class _Member:
+    name: str
+    kind: str
+    size: int
+    open: Callable[[], IO[bytes]]
+
+
+@dataclass
+class _Budget:
+    """What is left of the limits."""
+
+    limits: ArchiveLimits
+    archive_bytes: int
+    files: int = 0
+    bytes: int = 0
+    names: set[str] = field(default_factory=set)
+
+    def count_file(self, path: Path) -> None:
+        self.files += 1
+        if self.files > self.limits.files:
+            raise ArchiveError(f"{path}: more than {self.limits.files} files. {UNPACK_YOURSELF}")
+
+    def count_bytes(self, path: Path, name: str, added: int, of_file: int) -> None:
+        self.bytes += added
+        if of_file > self.limits.file_bytes:
+            raise ArchiveError(f"{path}: {name} is larger than {self.limits.file_bytes} bytes. {UNPACK_YOURSELF}")
+        if self.bytes > self.limits.bytes:
+            raise ArchiveError(f"{path}: unpacks to more than {self.limits.bytes} bytes. {UNPACK_YOURSELF}")
+        if self.bytes > 1 << 30 and self.bytes > self.limits.ratio * self.archive_bytes:
+            raise ArchiveError(f"{path}: unpacks to more than {self.limits.ratio} times its size, as no images do.")
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file name is that of an archive that can be unpacked."""
+    return path.name.lower().endswith(ARCHIVE_SUFFIXES)
+
+
+def unsafe_members(path: Path, limits: ArchiveLimits | None = None) -> list[str]:
+    """What is wrong with an archive, without unpacking it; archives inside it are not looked into.
+
+    Args:
+        path (`Path`): The archive.
+        limits (`ArchiveLimits`, *optional*): Compared with the sizes the archive claims.
+
+    Returns:
+        `list[str]`: One message for each member that leads out of the folder, is a link or a device, is encrypted or
+        occurs twice; empty when it may be unpacked.
+
+    Raises:
+        ArchiveError: Not an archive, damaged, or beyond the limits.
+    """
+    budget = _Budget(limits or ArchiveLimits(), path.stat().st_size if path.is_file() else 0)
+    problems = []
+    with _reading(path):
+        for member in _members(path):
+            budget.count_file(path)
+            _, problem = _target(path, member, budget)
+            if problem:
+                problems.append(problem)
+            elif member.kind == "file":
+                budget.count_bytes(path, member.name, member.size, member.size)
+    return problems
+
+
+def unpack(
+    path: Path, into: Path, limits: ArchiveLimits | None = None, report: Callable[[int], object] | None = None
+) -> Path:
+    """Unpacks an archive, and archives inside it, into a folder that is there only when everything went well.
+
+    Args:
+        path (`Path`): A zip or tar file.
+        into (`Path`): The folder; must not be there.
+        limits (`ArchiveLimits`, *optional*): How much it may unpack to.
+        report (`Callable`, *optional*): Gets the number of bytes written since its last call.
+
+    Returns:
+        `Path`: `into`.
+
+    Raises:
+        ArchiveError: Not an archive, damaged, unsafe (every such member is named) or beyond the limits.
+        DatasetError: `into` is there already.
+    """
+    if into.exists():
+        raise DatasetError(f"{into}: is there already. Choose a new folder or delete it.")
+    partial = into.with_name(f".{into.name}.unpacking")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        budget = _Budget(limits or ArchiveLimits(), path.stat().st_size if path.is_file() else 0)
+        _unpack_one(path, partial, budget, report)
+        _unpack_inner(partial, budget, report)
+        partial.rename(into)
+    except ArchiveError as error:
+        # The folder is gone when the message is read.
+        raise ArchiveError(str(error).replace(str(partial), str(path))) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return into
+
+
+def _unpack_inner(folder: Path, budget: _Budget, report: Callable[[int], object] | None) -> None:
+    for _ in range(budget.limits.depth):
+        inner = sorted(path for path in folder.rglob("*") if path.is_file() and is_archive(path))
+        for archive in inner:
+            suffix = next(suffix for suffix in ARCHIVE_SUFFIXES if archive.name.lower().endswith(suffix))
+            target = archive.with_name(archive.name[: -len(suffix)] or "archive")
+            if target.exists():
+                target = archive.with_name(f"{archive.name}.unpacked")
+            target.mkdir()
+            budget.names = set()
+            _unpack_one(archive, target, budget, report)
+            archive.unlink()
+        if not inner:
+            break
+
+
+def _unpack_one(path: Path, into: Path, budget: _Budget, report: Callable[[int], object] | None) -> None:
+    problems: list[str] = []
+    with _reading(path):
+        for member in _members(path):
+            budget.count_file(path)
+            name, problem = _target(path, member, budget)
+            if problem:
+                problems.append(problem)
+            elif problems:
+                # The rest is only looked at, to name all that is wrong.
+                continue
+            elif member.kind == "folder":
+                (into / name).mkdir(parents=True, exist_ok=True)
+            else:
+                _write(path, member, into / name, budget, report)
+    if problems:
+        shown = problems[:SHOWN] + ([f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])
+        raise ArchiveError("\n".join([f"{path}: unsafe, so nothing was unpacked:", *shown]))
+
+
+def _write(path: Path, member: _Member, target: Path, budget: _Budget, report: Callable[[int], object] | None) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    written = 0
+    with member.open() as source, target.open("xb") as file:
+        while block := source.read(_MEGABYTE):
+            written += len(block)
+            # What is counted is what comes out: sizes in the archive may lie.
+            budget.count_bytes(path, member.name, len(block), written)
+            file.write(block)
+            if report:
+                report(len(block))
+
+
+def _target(path: Path, member: _Member, budget: _Budget) -> tuple[str, str | None]:
+    """Where a member goes, and what is wrong with it."""
+    if member.kind == "folder" and PurePosixPath(member.name.replace("\\", "/")) == PurePosixPath("."):
+        return ".", None
+    try:
+        name = inside(member.name)
+    except UnsafeNameError as error:
+        return "", f"{path}: {error}."
+    if member.kind not in ("file", "folder"):
+        return name, f"{path}: {member.name} is {member.kind}, not a file."
+    if member.kind == "file":
+        if name in budget.names:
+            return name, f"{path}: {member.name} occurs twice."
+        budget.names.add(name)
+    return name, None
+
+
+def _members(path: Path) -> Iterator[_Member]:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                yield _Member(info.orig_filename, _zip_kind(info), info.file_size, lambda info=info: archive.open(info))
+        return
+    with tarfile.open(path, "r:*", tarinfo=_BoundedTarInfo) as archive:
+        while (info := archive.next()) is not None:
+            yield _Member(info.name, _tar_kind(info), info.size, lambda info=info: archive.extractfile(info))
+            # tarfile keeps every member it has met.
+            archive.members.clear()
+
+
+def _zip_kind(info: zipfile.ZipInfo) -> str:
+    mode = info.external_attr >> 16
+    if stat.S_ISLNK(mode):
+        return "a symbolic link"
+    if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        return "a device or pipe"
+    if info.flag_bits & 1:
+        return "encrypted"
+    return "folder" if info.is_dir() else "file"
+
+
+def _tar_kind(info: tarfile.TarInfo) -> str:
+    if info.issym() or info.islnk():
+        return f"a link to {info.linkname!r}"
+    if info.isdir():
+        return "folder"
+    return "file" if info.isreg() else "a device or pipe"
+
+
+class _BoundedTarInfo(tarfile.TarInfo):
+    """Refuses extended headers of absurd size, which tarfile would read into memory."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in _EXTENDED_HEADERS and info.size > _MEGABYTE:
+            raise ArchiveError(f"a header of {info.size} bytes")
+        return info
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What goes wrong in an archive is an [`ArchiveError`] with its name."""
+    if not path.is_file():
+        raise ArchiveError(f"{path}: no such file.")
+    if path.name.lower().endswith(OTHER_ARCHIVES):
+        raise ArchiveError(f"{path}: {path.suffix} archives are not read. {UNPACK_YOURSELF}")
+    try:
+        yield
+    except ArchiveError as error:
+        raise error if str(path) in str(error) else ArchiveError(f"{path}: {error}.") from error
+    except tarfile.ReadError as error:
+        raise ArchiveError(
+            f"{path}: not a zip or tar archive, or a damaged one ({error}). Download it again."
+        ) from error
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise ArchiveError(f"{path}: damaged ({error}). Download it again.") from error
+    except OSError as error:
+        raise ArchiveError(f"{path}: cannot be unpacked ({error}).") from error

@@ -1,0 +1,1 @@
+"""Synthetic smears, for tests and for trying things out."""

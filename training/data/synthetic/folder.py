@@ -1,0 +1,158 @@
+"""Writing synthetic smears as a data folder of our own format (see readers.py)."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from unihema.errors import DatasetError, InputError
+from unihema.training.data.synthetic.cells import CLASSES
+from unihema.training.data.synthetic.fields import SyntheticSmears
+
+
+SETTINGS_FILE = "synthetic.json"
+# A change of what the generator draws for a seed is a new number: old folders are then not continued.
+GENERATOR_VERSION = 2
+# First index of each split: however many training smears are written, none is ever one of val.
+FIRST_INDEX = {"train": 0, "val": 10_000_000}
+
+
+def write_synthetic(
+    folder: str | Path,
+    n_train: int,
+    n_val: int,
+    seed: int = 0,
+    *,
+    crops_per_field: int = 3,
+    progress: bool = True,
+    **appearance: Any,
+) -> Path:
+    """Writes fields with boxes, masks, attributes, questions and sentences, and single-cell crops.
+
+    A run that was cut off goes on where it stopped; a complete folder is left as it is.
+
+    Args:
+        folder (`str` or `Path`): New folder, or one that this function wrote with the same settings.
+        n_train (`int`): Fields of `train/`.
+        n_val (`int`): Fields of `val/`.
+        seed (`int`): Of everything.
+        crops_per_field (`int`): Single-cell crops for each field, of all classes in turn.
+        progress (`bool`): Show a bar.
+        appearance: Settings of [`SyntheticSmears`], such as `width` or `white_cells`.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        DatasetError: The folder holds something else; nothing is written.
+        ValueError: Negative numbers, or a field too small.
+    """
+    if n_train < 0 or n_val < 0 or crops_per_field < 0 or n_train + n_val == 0:
+        raise InputError(f"Numbers of smears must be 0 or more and not all 0: train {n_train}, val {n_val}.")
+    folder = Path(folder)
+    smears = SyntheticSmears(seed=seed, **appearance)
+    settings = {
+        "generator": GENERATOR_VERSION,
+        "seed": seed,
+        "train": n_train,
+        "val": n_val,
+        "crops_per_field": crops_per_field,
+        "appearance": json.loads(json.dumps(appearance)),
+    }
+    _claim(folder, settings)
+    counts = {"train": n_train, "val": n_val}
+    with tqdm(total=n_train + n_val, desc="synthetic smears", unit="field", disable=not progress) as bar:
+        for split, count in counts.items():
+            done = folder / split / "annotations.json"
+            if done.is_file() or not count:
+                bar.update(count)
+                continue
+            _write_split(folder / split, split, smears, count, crops_per_field, bar.update)
+    return folder
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Makes sure that the folder is ours to write: empty, or begun with the same settings."""
+    known = folder / SETTINGS_FILE
+    if known.is_file():
+        try:
+            found = json.loads(known.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if found != settings:
+            raise DatasetError(
+                f"{folder}: holds synthetic smears of other settings ({found}). Choose another folder or delete it."
+            )
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DatasetError(f"{folder}: is there already and holds something else. Choose a new folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_text(known, json.dumps(settings, indent=2) + "\n")
+
+
+def _write_split(
+    folder: Path,
+    split: str,
+    smears: SyntheticSmears,
+    count: int,
+    crops_per_field: int,
+    report: Callable[[int], Any],
+) -> None:
+    for part in ("images", "masks", *(f"crops/{label}" for label in CLASSES)):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    images, annotations, questions, cloze = [], [], [], []
+    first = FIRST_INDEX[split]
+    for number in range(count):
+        sample = smears.generate(first + number)
+        name = f"images/{number:05d}.png"
+        _write_png(folder / name, sample.image)
+        _write_png(folder / "masks" / f"{number:05d}.png", sample.semantic_mask().astype(np.uint8) * 255)
+        height, width = sample.instance_map.shape
+        images.append({"id": number, "file_name": name, "width": width, "height": height})
+        areas = np.bincount(sample.instance_map.ravel(), minlength=len(sample.labels) + 1)[1:].tolist()
+        for box, label, attributes, area in zip(sample.boxes.tolist(), sample.labels, sample.attributes, areas):
+            left, top, right, bottom = box
+            annotation = {
+                "id": len(annotations),
+                "image_id": number,
+                "category_id": CLASSES.index(label),
+                "bbox": [left, top, right - left, bottom - top],
+                "area": area,
+                "iscrowd": 0,
+            }
+            annotations.append(annotation | ({"attributes": attributes} if attributes else {}))
+        questions += [{"image": name, **pair} for pair in sample.questions]
+        cloze += [{"image": name, **sentence} for sentence in sample.cloze]
+        for crop_number in range(number * crops_per_field, (number + 1) * crops_per_field):
+            label = CLASSES[crop_number % len(CLASSES)]
+            cell = smears.single_cell(first + crop_number, label)
+            name_of_crop = f"crops/{label}/{crop_number:05d}.png"
+            _write_png(folder / name_of_crop, cell.image)
+            questions += [{"image": name_of_crop, **pair} for pair in cell.questions]
+            cloze += [{"image": name_of_crop, **sentence} for sentence in cell.cloze]
+        report(1)
+    categories = [{"id": index, "name": name} for index, name in enumerate(CLASSES)]
+    _write_text(folder / "qa.jsonl", "".join(json.dumps(line) + "\n" for line in questions))
+    _write_text(folder / "cloze.jsonl", "".join(json.dumps(line) + "\n" for line in cloze))
+    # Last: its presence says that the split is complete.
+    coco = {"images": images, "annotations": annotations, "categories": categories}
+    _write_text(folder / "annotations.json", json.dumps(coco))
+
+
+def _write_png(path: Path, pixels: np.ndarray) -> None:
+    if path.is_file():
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    Image.fromarray(pixels).save(partial, format="PNG", compress_level=1)
+    os.replace(partial, path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

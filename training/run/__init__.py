@@ -1,0 +1,1 @@
+"""A training run: its configuration, the loop and what it leaves behind."""

@@ -1,0 +1,397 @@
+"""The training loop: one batch, one task; stopped and resumed at any step."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from unihema.errors import NotFiniteError, TrainingError, TrainingInterrupted
+from unihema.hub_cards import checkpoint_card
+from unihema.hub_cards.data_sources import RECORD_FILE
+from unihema.training.data.dataset import SmearDataset
+from unihema.training.data_record import data_record
+from unihema.training.evaluation import evaluate_model, headline, write_report
+from unihema.training.files import write_json, write_text
+from unihema.training.run.acceleration import make_accelerator
+from unihema.training.run.batches import RunBatches
+from unihema.training.run.build import build, training_rows, validation_rows
+from unihema.training.run.checkpoint import Progress, last_checkpoint, load_trained, save_checkpoint, save_trained
+from unihema.training.run.config import RunConfig
+from unihema.training.run.early_stopping import EarlyStopping
+from unihema.training.run.ema import ExponentialMovingAverage
+from unihema.training.run.folder import check_same_run, check_unused_folder
+from unihema.training.run.log import RunLog
+from unihema.training.run.optimizer import ProgressSchedule, make_optimizer
+from unihema.training.run.shared_batch_norm import share_batch_norms
+from unihema.training.run.trackers import tracker_callback
+from unihema.training.run.trained_parts import TrainedParts
+
+
+DEFAULT_EPOCHS = 24
+# What is left of a run whose loss was no number.
+DIVERGED_FILE = "diverged.json"
+
+
+def train(config: RunConfig, resume: bool = False, callbacks: Iterable[Callable[[dict], None]] = ()) -> dict[str, Any]:
+    """Trains a model as a run configuration says.
+
+    Writes into `config.output_dir`: `run_config.json`, `log.jsonl`, `checkpoints/`, and at the end the model (averaged
+    weights, calibrated thresholds), its processor, `metrics.json`, `metrics.md`, `data.json` and a card.
+
+    Args:
+        config ([`RunConfig`]): The run.
+        resume (`bool`): Go on from the last checkpoint of the output folder as if never stopped.
+        callbacks (`Iterable[Callable[[dict], None]]`): Called with every line of the log.
+
+    Returns:
+        `dict[str, Any]`: The evaluation report on the validation split; empty without one.
+
+    Raises:
+        RunConfigError: Settings that cannot be, a resumed run with other settings, or, without `resume`, an output
+            folder that holds a run or a model already.
+        DatasetError: Data that cannot be used.
+        TrainingError: The loss or its gradient is no number; a checkpoint of the step before and `diverged.json` are left.
+        TrainingInterrupted: SIGINT or SIGTERM.
+    """
+    config.check()
+    return _Run(config, resume, tuple(callbacks)).to_the_end()
+
+
+class _Run:
+    def __init__(self, config: RunConfig, resume: bool, callbacks: tuple[Callable[[dict], None], ...]):
+        from accelerate.utils import set_seed
+
+        self.config = config
+        self.settings = config.optimisation
+        self.folder = Path(config.output_dir)
+        trackers = config.logging.trackers
+        self.accelerator = make_accelerator(self.settings, trackers, self.folder)
+        if trackers:
+            callbacks = (*callbacks, tracker_callback(self.accelerator, config))
+        self.log = RunLog(self.folder / "log.jsonl", callbacks, self.accelerator.is_main_process)
+        set_seed(self.settings.seed)
+        found = last_checkpoint(self.folder) if resume else None
+        if found is not None:
+            check_same_run(config, found[1], self.accelerator.num_processes)
+        elif not resume:
+            check_unused_folder(self.folder)
+        self.rows = training_rows(config)
+        self.val_rows = validation_rows(config, config.data.evaluation_tasks or self.rows)
+        model, self.processor = build(config, self.rows)
+        self.parts = TrainedParts(model, config.model.trained_parts)
+        if self.accelerator.num_processes > 1:
+            share_batch_norms(model)
+        if self.accelerator.process_index:
+            # Weights start alike in every process; noise and dropout need not be the same.
+            set_seed(self.settings.seed + self.accelerator.process_index)
+        self.batches = self._make_batches(model.config)
+        self.ema = None
+        optimizer = make_optimizer(model, self.settings)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.schedule = ProgressSchedule(self.optimizer, self.settings)
+        if self.settings.ema_decay is not None:
+            self.ema = ExponentialMovingAverage(self._plain(), self.settings.ema_decay, self.settings.ema_warmup)
+            self.accelerator.register_for_checkpointing(self.ema)
+        self.progress = Progress(processes=self.accelerator.num_processes)
+        self.stopping = EarlyStopping(self.settings.patience)
+        if found is not None:
+            path, self.progress = found
+            self.accelerator.load_state(str(path))
+            total = self._total_steps()
+            self._say(f"Resuming from {path}: step {self.progress.step}{f' of {total}' if total else ''}.")
+            self.log.forget_after(self.progress.step)
+        elif resume:
+            self._say(f"No checkpoint in {self.folder / 'checkpoints'}: starting from the beginning.")
+            self.log.forget_after(0)
+        if self.accelerator.is_main_process:
+            config.save(self.folder)
+        self.stopped_by: int | None = None
+        self.files: list[str] = []
+
+    def _make_batches(self, model_config) -> RunBatches:
+        datasets = {
+            task: SmearDataset(
+                rows,
+                self.processor,
+                task,
+                augmentation=self.config.augmentation.for_task(task),
+                class_names=list(model_config.id2label.values()),
+                single_cell_labels=model_config.single_cell_labels,
+                morphology=model_config.morphology,
+                seed=self.settings.seed,
+                questions_per_image=self.config.data.questions_per_image,
+                cache_images=self.config.data.cache_images,
+                text_only=self.config.data.text_only,
+                label_parents=model_config.label_parents,
+            )
+            for task, rows in self.rows.items()
+        }
+        return RunBatches(
+            datasets,
+            self.config.data,
+            self.settings.seed,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def _plain(self):
+        return self.accelerator.unwrap_model(self.model)
+
+    def _say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+    def _total_steps(self) -> int:
+        """Steps of the whole run as far as epochs and steps limit it; without any limit, of the default epochs."""
+        settings = self.settings
+        limits = []
+        if settings.max_steps is not None:
+            limits.append(settings.max_steps)
+        unlimited = settings.max_steps is None and settings.time_limit_minutes is None
+        epochs = settings.epochs if settings.epochs is not None else DEFAULT_EPOCHS if unlimited else None
+        if epochs is not None:
+            limits.append(math.ceil(epochs * self.batches.per_epoch / settings.accumulation))
+        return min(limits) if limits else 0
+
+    def _fraction_done(self) -> float:
+        total = self._total_steps()
+        fraction = self.progress.step / total if total else 0.0
+        if self.settings.time_limit_minutes is not None:
+            fraction = max(fraction, self.progress.seconds / 60 / self.settings.time_limit_minutes)
+        return fraction
+
+    def to_the_end(self) -> dict[str, Any]:
+        """Trains until a limit is reached, then measures and saves."""
+        sizes = ", ".join(f"{task} {len(rows)}" for task, rows in self.rows.items())
+        self._say(f"Training on {self.accelerator.device} ({self.accelerator.num_processes} process(es)): {sizes}.")
+        # Python lets only the main thread handle signals.
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        handlers = {number: signal.signal(number, self._stop) for number in numbers}
+        try:
+            self._train()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return self._finish()
+
+    def _stop(self, number: int, frame: Any) -> None:
+        if self.stopped_by is not None:
+            raise KeyboardInterrupt
+        self.stopped_by = number
+        self._say("Stopping after this step, with a checkpoint; once more stops at once.")
+
+    def _agree(self, *values: float) -> list[float]:
+        """The largest of each value among the processes, which must stop, fail and slow down together."""
+        if self.accelerator.num_processes == 1:
+            return list(values)
+        own = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.gather(own[None]).amax(0).tolist()
+
+    def _train(self) -> None:
+        logging = self.config.logging
+        last_save = clock = time.monotonic()
+        bar = tqdm(
+            total=self._total_steps() or None,
+            initial=self.progress.step,
+            desc="train",
+            unit="step",
+            disable=not (logging.progress and self.accelerator.is_main_process),
+        )
+        self.parts.train(self._plain())
+        with bar:
+            for number, batch in self.batches.stream(self.progress.batch):
+                if self._fraction_done() >= 1 or self.stopping.is_over(self.progress):
+                    return
+                stepped = self._step(batch, bar)
+                self.progress.batch = number + 1
+                if stepped:
+                    self._end_of_epoch(self.progress.batch // self.batches.per_epoch)
+                now = time.monotonic()
+                seconds = self.progress.seconds + now - clock
+                since_save, clock = now - last_save, now
+                stop, self.progress.seconds, since_save = self._agree(self.stopped_by is not None, seconds, since_save)
+                if not stepped:
+                    continue
+                if stop:
+                    path = save_checkpoint(self.folder, self.accelerator, self.progress, logging.keep_checkpoints)
+                    raise TrainingInterrupted(
+                        f"Stopped at step {self.progress.step}; {path} is saved. The same command with --resume goes on."
+                    )
+                minutes = logging.checkpoint_minutes
+                due = minutes is not None and since_save > 60 * minutes
+                due = due or bool(logging.checkpoint_steps and self.progress.step % logging.checkpoint_steps == 0)
+                if due:
+                    save_checkpoint(self.folder, self.accelerator, self.progress, logging.keep_checkpoints)
+                    last_save = clock = time.monotonic()
+
+    def _step(self, batch: dict[str, Any], bar: tqdm) -> bool:
+        """One batch; `True` when the optimizer has stepped."""
+        progress, task = self.progress, batch.pop("task")
+        files = batch.pop("file_names")
+        self.files += files
+        rate = self.schedule.set(progress.step, self._fraction_done())
+        with self.accelerator.accumulate(self.model):
+            output, problem = self._forward(task, batch)
+            if self._agree(problem is not None)[0]:
+                self._diverged(problem or "another process has met a loss that is not finite")
+            loss = output.loss * self.settings.loss_weights.get(task, 1.0)
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                # Without clipping this only measures. Such a step would spoil the weights, and the next checkpoint.
+                limit = self.settings.gradient_clipping or math.inf
+                norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+                if not math.isfinite(norm):
+                    self._diverged(f"the gradient of the {task} loss is {float(norm)}")
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.log.add(task, loss, len(files))
+        if not self.accelerator.sync_gradients:
+            return False
+        progress.step += 1
+        self.files.clear()
+        if self.ema is not None:
+            self.ema.update(self._plain())
+        bar.update(1)
+        if progress.step % self.config.logging.log_every == 0 or progress.step == 1:
+            # Each process has the loss of its part of the batch only; the terms below are those of the first.
+            whole = self.accelerator.reduce(loss.detach(), reduction="mean")
+            rate_of_images = self.log.images_per_second() * self.accelerator.num_processes
+            means = self.log.take_means()
+            shown = {name: f"{mean['loss']:.3f}" for name, mean in means.items()}
+            shown |= {"img/s": f"{rate_of_images:.1f}", "done": f"{self._fraction_done():.0%}"}
+            bar.set_postfix(shown, refresh=False)
+            self.log.write(
+                {
+                    "event": "step",
+                    "step": progress.step,
+                    "epoch": round(progress.batch / self.batches.per_epoch, 3),
+                    "task": task,
+                    "loss": whole.item(),
+                    "learning_rate": rate,
+                    "seconds": progress.seconds,
+                    "images_per_second": rate_of_images,
+                    "losses": output.loss_dict,
+                    # Every task of a mix, since the line before.
+                    "means": means,
+                }
+            )
+        return True
+
+    def _forward(self, task: str, batch: dict[str, Any]) -> tuple[Any, str | None]:
+        """The output, or what is wrong with its loss."""
+        try:
+            output = self.model(task=task, **self._on_device(batch))
+        except NotFiniteError as error:
+            return None, f"the {task} loss is nan ({error})"
+        value = float(output.loss.detach())
+        return output, None if math.isfinite(value) else f"the {task} loss is {value}"
+
+    def _diverged(self, problem: str) -> None:
+        """Keeps what is sound, writes down what happened, and stops."""
+        progress, folder = self.progress, self.folder
+        sound = all(bool(torch.isfinite(value).all()) for value in self._plain().parameters())
+        if sound and progress.batch % self.settings.accumulation == 0:
+            # The weights are those before this batch: nothing is lost, and resuming meets the same batch again.
+            saved = save_checkpoint(folder, self.accelerator, progress, self.config.logging.keep_checkpoints)
+        else:
+            found = last_checkpoint(folder)
+            saved = found[0] if found else None
+        if self.accelerator.is_main_process:
+            account = {"step": progress.step, "problem": problem, "files": self.files, "checkpoint": saved}
+            account |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "recent": self.log.take_means()}
+            write_json(folder / DIVERGED_FILE, account)
+        raise TrainingError(
+            f"Training stopped at step {progress.step}: {problem}, with {', '.join(self.files)}. The state before this "
+            f"step is in {saved or 'no checkpoint yet'}, an account in {folder / DIVERGED_FILE}. Look at these files, lower "
+            "the learning rate, or train without mixed precision."
+        )
+
+    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        from accelerate.utils import send_to_device
+
+        return send_to_device(batch, self.accelerator.device)
+
+    def _averaged(self):
+        return self.ema.applied(self._plain()) if self.ema is not None else nullcontext()
+
+    def _end_of_epoch(self, epoch: int) -> None:
+        logging = self.config.logging
+        # An epoch may end in the middle of accumulated batches, and is then over one step later.
+        if not logging.evaluate_every or not self.val_rows or epoch == self.progress.evaluated or epoch < 1:
+            return
+        self.progress.evaluated = epoch
+        if epoch % logging.evaluate_every:
+            return
+        if self.accelerator.is_main_process:
+            with self._averaged():
+                report = self._evaluate(logging.evaluation_samples)
+                score, text = headline(report)
+                if self.stopping.take(score, self.progress) and logging.keep_best:
+                    save_trained(self._plain(), None, self.folder / "best")
+            self.log.write({"event": "evaluation", "epoch": epoch, "step": self.progress.step, **report})
+            self._say(f"epoch {epoch}: {text}")
+        self.accelerator.wait_for_everyone()
+        self.progress.waited = int(self._agree(self.progress.waited)[0])
+        self.parts.train(self._plain())
+
+    def _evaluate(self, samples: int | None) -> dict[str, Any]:
+        progress = self.config.logging.progress
+        return evaluate_model(
+            self._plain(),
+            self.processor,
+            self.val_rows,
+            max_samples=samples,
+            progress=progress,
+            text_only=self.config.data.text_only,
+        )
+
+    def _finish(self) -> dict[str, Any]:
+        logging = self.config.logging
+        save_checkpoint(self.folder, self.accelerator, self.progress, logging.keep_checkpoints)
+        report: dict[str, Any] = {}
+        if self.accelerator.is_main_process:
+            # Mixed precision ends here: what is saved is measured as it will be used.
+            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            with self._averaged():
+                if logging.keep_best and self.progress.best is not None:
+                    model = load_trained(model, self.folder / "best")
+                if self.val_rows:
+                    report = evaluate_model(
+                        model.eval(),
+                        self.processor,
+                        self.val_rows,
+                        max_samples=logging.final_samples,
+                        progress=logging.progress,
+                        calibrate=True,
+                        text_only=self.config.data.text_only,
+                    )
+                self._save(model, report)
+        self.accelerator.wait_for_everyone()
+        return report
+
+    def _save(self, model, report: dict[str, Any]) -> None:
+        save_trained(model, self.processor, self.folder)
+        if report:
+            write_report(report, self.folder)
+        data = self.config.data
+        val_split = data.val_split if data.folds is None else "held out"
+        rows = {data.train_split: self.rows, val_split: self.val_rows}
+        record = data_record(data.folders, {split: found for split, found in rows.items() if found}, val_split)
+        write_json(self.folder / RECORD_FILE, asdict(record))
+        # What an adapter's card has to say, nobody but its maker knows: `unihema adapt` and `unihema card` ask.
+        if self.config.adapter.method == "none":
+            card = checkpoint_card(model.config, report, data=record, run=self.config.to_dict())
+            write_text(self.folder / "README.md", card)
+        self._say(f"Saved {self.folder}. {headline(report)[1]}".strip())
+
+
+__all__ = ["train"]

@@ -1,0 +1,1 @@
+"""Studies: several runs or measurements, resumed, compared and reported."""
