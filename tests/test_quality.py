@@ -24,9 +24,8 @@ from benchmarks.quality.table import best_peers, comparison, page
 from unihema.errors import RunConfigError
 from unihema.training.data.synthetic.folder import write_synthetic
 from unihema.training.evaluation import evaluate_model
-from unihema.training.run.build import build, training_rows, validation_rows
+from unihema.training.run.build import LITE0_BACKBONE, build, training_rows, validation_rows
 from unihema.training.run.checkpoint import save_trained
-from unihema.training.run.pretrained_backbone import LITE0_BACKBONE
 
 
 pytest.importorskip("segmentation_models_pytorch")

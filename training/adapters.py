@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,8 +21,11 @@ from unihema.processing_unihema.class_names import usual_name
 from unihema.training.data.class_tree import known_parents
 from unihema.training.data.rows import Row, class_names, single_cell_names
 from unihema.training.files import write_json
-from unihema.training.run.adapter_config import AdapterConfig
 
+
+if TYPE_CHECKING:
+    # The run's own modules use this one.
+    from unihema.training.run.config import AdapterConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAME = "default"
@@ -75,7 +78,7 @@ def target_pattern(tasks: Sequence[str]) -> str:
 
 
 def attach_adapter(
-    model: nn.Module, processor: Any, settings: AdapterConfig, rows: Mapping[str, Sequence[Row]]
+    model: nn.Module, processor: Any, settings: "AdapterConfig", rows: Mapping[str, Sequence[Row]]
 ) -> None:
     """Puts a new adapter with heads for the classes of the data into a model, whose own weights are frozen.
 
@@ -216,7 +219,7 @@ def start_classes(
     return found
 
 
-def _classes(config: Any, processor: Any, settings: AdapterConfig, rows: Mapping[str, Sequence[Row]]):
+def _classes(config: Any, processor: Any, settings: "AdapterConfig", rows: Mapping[str, Sequence[Row]]):
     """The adapter's fields of the configuration, and for each head what its classes start from."""
     fields: dict[str, Any] = {}
     sources: dict[str, list[int | None]] = {}
@@ -243,7 +246,7 @@ def _classes(config: Any, processor: Any, settings: AdapterConfig, rows: Mapping
     return fields, sources
 
 
-def _labels(settings: AdapterConfig, found: Sequence[str]) -> list[str]:
+def _labels(settings: "AdapterConfig", found: Sequence[str]) -> list[str]:
     if settings.labels is None:
         return list(found)
     missing = [name for name in found if name not in settings.labels]
@@ -273,7 +276,7 @@ def _set_classes(layer: ClassLinear | ClassEmbedding, sources: list[int | None])
         layer.set_rows(sources)
 
 
-def _peft_config(settings: AdapterConfig, tasks: Sequence[str], heads: list[str], model: nn.Module) -> Any:
+def _peft_config(settings: "AdapterConfig", tasks: Sequence[str], heads: list[str], model: nn.Module) -> Any:
     import peft
 
     pattern = settings.target_modules or target_pattern(tasks)

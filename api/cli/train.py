@@ -40,8 +40,7 @@ def train(
 
     Exit code 3: stopped by Ctrl-C or a signal, with a checkpoint saved.
     """
-    from unihema.training.run.config import RunConfig
-    from unihema.training.run.mix import MIX_FILE, Mix, read_mix
+    from unihema.training.run.config import MIX_FILE, Mix, RunConfig, read_mix
 
     _check_recipe(recipe, stage)
     if data is not None and config is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from unihema.errors import RunConfigError
 from unihema.training.files import write_json
-from unihema.training.run.typed_settings import flat
+from unihema.training.run.config import flat
 
 
 UNIHEMA = "unihema"

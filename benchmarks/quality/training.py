@@ -12,11 +12,10 @@ from unihema.errors import TrainingError
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.rows import Row
-from unihema.training.run.acceleration import make_accelerator
 from unihema.training.run.batches import RunBatches
 from unihema.training.run.config import OptimisationConfig, RunConfig
-from unihema.training.run.ema import ExponentialMovingAverage
-from unihema.training.run.optimizer import ProgressSchedule, make_optimizer
+from unihema.training.run.distributed import make_accelerator
+from unihema.training.run.optimizer import ExponentialMovingAverage, ProgressSchedule, make_optimizer
 
 
 def peer_batches(peer: Peer, processor: UniHemaProcessor, task: str, rows: list[Row], config: RunConfig) -> RunBatches:

@@ -19,8 +19,7 @@ from unihema.errors import CheckpointError, RunConfigError
 from unihema.loading import load_model
 from unihema.modeling_unihema.layers import ClassEmbedding, ClassLinear
 from unihema.training.adapters import attach_adapter, load_adapter_weights, save_adapter, save_merged, start_classes
-from unihema.training.run.adapter_config import AdapterConfig
-from unihema.training.run.config import RunConfig
+from unihema.training.run.config import AdapterConfig, RunConfig
 from unihema.training.run.loop import train
 
 

@@ -12,9 +12,10 @@ from unihema.errors import CheckpointError, DatasetError, RunConfigError
 from unihema.hub_cards.fields import is_repo_id
 from unihema.training.adapters import CONFIG, WEIGHTS
 from unihema.training.data.rows import Row, class_names, single_cell_names
-from unihema.training.run.adapter_config import AdapterConfig
 from unihema.training.run.build import training_rows
+from unihema.training.run.checkpoint import best_step
 from unihema.training.run.config import (
+    AdapterConfig,
     AugmentationSettings,
     DataConfig,
     LoggingConfig,
@@ -22,7 +23,6 @@ from unihema.training.run.config import (
     OptimisationConfig,
     RunConfig,
 )
-from unihema.training.run.early_stopping import best_step
 from unihema.training.run.loop import train
 from unihema.training.studies.before_after import BeforeAfter
 

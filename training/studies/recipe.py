@@ -10,9 +10,8 @@ from unihema.errors import RunConfigError
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
 from unihema.training.run.build import build, training_rows
 from unihema.training.run.checkpoint import save_trained
-from unihema.training.run.config import RunConfig
+from unihema.training.run.config import Mix, RunConfig
 from unihema.training.run.loop import train
-from unihema.training.run.mix import Mix
 from unihema.training.studies.stage_report import StageReport
 from unihema.training.studies.stages import SIX_STAGES, Stage
 

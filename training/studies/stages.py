@@ -14,7 +14,7 @@ class Stage:
         number (`int`): From 1.
         name (`str`): What it is called in folders and tables.
         tasks (`tuple[str, ...]`): Tasks whose data it trains on; those that a mix lacks are left out.
-        trained_parts (`tuple[str, ...]`): Of `PARTS` in trained_parts.py; all others are frozen.
+        trained_parts (`tuple[str, ...]`): Of `PARTS` in training/run/build.py; all others are frozen.
         why (`str`): What the stage is for.
         settings (`Mapping[str, Any]`): Settings of the run that this stage needs, by dotted name.
     """

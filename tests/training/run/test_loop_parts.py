@@ -13,9 +13,8 @@ from unihema.training.files import write_json, write_text
 from unihema.training.run.batches import ProcessShare
 from unihema.training.run.checkpoint import Progress, last_checkpoint, save_checkpoint
 from unihema.training.run.config import OptimisationConfig
-from unihema.training.run.ema import ExponentialMovingAverage
 from unihema.training.run.log import RunLog
-from unihema.training.run.optimizer import ProgressSchedule, make_optimizer
+from unihema.training.run.optimizer import ExponentialMovingAverage, ProgressSchedule, make_optimizer
 
 
 def test_average_by_hand():
@@ -142,6 +141,16 @@ def test_a_save_that_fails_leaves_no_checkpoint(tmp_path):
     with pytest.raises(OSError, match="no space"):
         save_checkpoint(tmp_path, FullDisk(), Progress(step=2), keep=2)
     assert last_checkpoint(tmp_path)[1].step == 1
+
+
+def test_scores_of_evaluations_are_counted_and_nan_is_never_the_best():
+    progress = Progress()
+    taken = []
+    for step, score in enumerate((0.1, float("nan"), 0.3, 0.3), 1):
+        progress.step = step
+        taken.append(progress.take_score(score))
+    assert taken == [True, False, True, False]
+    assert (progress.best, progress.best_step, progress.waited) == (0.3, 3, 1)
 
 
 def test_the_log_forgets_what_is_done_again(tmp_path):

@@ -32,8 +32,8 @@ from unihema.training.adapters import attach_adapter, save_adapter
 from unihema.training.data.synthetic.fields import SyntheticSmears
 from unihema.training.data.synthetic.folder import write_synthetic
 from unihema.training.half_precision import store_in_half
-from unihema.training.run.adapter_config import AdapterConfig
 from unihema.training.run.build import build, load_rows, training_rows
+from unihema.training.run.config import AdapterConfig
 from unihema.training.studies.reference import fit_reference
 from unihema_cli.app import app
 

@@ -11,9 +11,9 @@ from tiny_runs import TASKS, run_config
 
 from unihema.errors import RunConfigError
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
+from unihema.training.run.build import PARTS, TrainedParts
+from unihema.training.run.config import read_mix
 from unihema.training.run.loop import train
-from unihema.training.run.mix import read_mix
-from unihema.training.run.trained_parts import PARTS, TrainedParts
 from unihema.training.studies.recipe import train_stages
 from unihema.training.studies.stages import SIX_STAGES
 
