@@ -28,7 +28,7 @@ def ablate(
     Exit code 3: stopped by Ctrl-C or a signal, with a checkpoint saved.
     """
     from unihema.training.run.config import RunConfig, read_mix
-    from unihema.training.studies.ablate import run_ablations
+    from unihema.training.studies.ablations import run_ablations
 
     if data is not None and config is not None:
         raise typer.BadParameter("--data and --config both bring settings: give one of them.")

@@ -42,9 +42,8 @@ def adapt(
     """
     from unihema.files import write_text
     from unihema.hub_cards import folder_card
-    from unihema.training.studies.adapt import ADAPTED_TASKS
+    from unihema.training.studies.adapt import ADAPTED_TASKS, before_after_lines
     from unihema.training.studies.adapt import adapt as run
-    from unihema.training.studies.before_after import before_after_lines
 
     tasks = ADAPTED_TASKS.get(task, [])
     given: dict[str, Any] = {

@@ -105,8 +105,7 @@ def _run(config: Any, recipe: str | None, stages: dict[str, dict[str, Any]], sta
         for name, figures in train_at_once(config, resume=resume).items():
             typer.echo(f"{name}: {figures_text(figures)}")
         return
-    from unihema.training.studies.recipe import train_stages
-    from unihema.training.studies.stages import RECIPES
+    from unihema.training.studies.stages import RECIPES, train_stages
 
     train_stages(config, RECIPES[recipe], stages, only=stage, resume=resume)
     typer.echo((Path(config.output_dir) / "stages.md").read_text(encoding="utf-8"))

@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from unihema.errors import TrainingInterrupted
-from unihema.training.studies import ablate as runner
+from unihema.training.studies import ablations as runner
 from unihema_cli import app
 
 

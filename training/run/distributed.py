@@ -65,6 +65,21 @@ def make_accelerator(
         return make()
 
 
+def is_main_process() -> bool:
+    """Whether this process is the one that writes."""
+    return not _several() or torch.distributed.get_rank() == 0
+
+
+def wait_for_everyone() -> None:
+    """Returns when every process has come here."""
+    if _several():
+        torch.distributed.barrier()
+
+
+def _several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 class SharedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm whose training statistics are those of all processes' images, with gradients between them, on any device
     (torch's SyncBatchNorm needs a GPU).

@@ -72,6 +72,7 @@ Build = Callable[[RunConfig, dict[str, Sequence[Row]]], tuple[Trainable, UniHema
 
 def train(
     config: RunConfig,
+    *,
     build: Build = build_unihema,
     rows: Mapping[str, Sequence[Row]] | None = None,
     resume: bool = False,
