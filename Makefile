@@ -68,9 +68,9 @@ demo: install
 demo-train: install
 	$(BIN)/unihema demo-train demo-train
 
-# About twenty minutes on two cores; writes docs/speed.md and docs/benchmarks.
+# About twenty minutes on two cores; writes docs/results/speed.md and speed.json.
 bench: install
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.speed
 
 clean:
 	rm -rf build dist site demo demo-train *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 
-from benchmarks.quality.peer import Peer, make_backbone, padded
+from benchmarks.peers.peer import Peer, make_backbone, padded
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.outputs import UniHemaDetectionOutput
 

@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
-from benchmarks import models
 from benchmarks.measuring import interleaved
+from benchmarks.speed import models
 from unihema.inference.int8 import to_int8
 
 

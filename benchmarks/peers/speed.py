@@ -1,6 +1,10 @@
-"""Time and memory of the finished models on one image each: alone, and all tasks one after another."""
+"""Time and memory of the finished models on one image each: alone, and all tasks one after another.
+
+`python -m benchmarks.peers.speed FOLDER CHECKPOINT ITEM...` runs models once and says the memory that takes.
+"""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -8,12 +12,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import interleaved, peak_memory
-from benchmarks.quality.compared import ATTRIBUTES, task_of
-from benchmarks.quality.peer import Peer
-from benchmarks.quality.peers import PEERS
-from benchmarks.quality.results import UNIHEMA, unihema_item
-from benchmarks.quality.saved import load_example, load_peer
+from benchmarks.measuring import interleaved, peak_memory, say_peak
+from benchmarks.peers.comparison import UNIHEMA, load_example, unihema_item
+from benchmarks.peers.peer import Peer
+from benchmarks.peers.peers import ATTRIBUTES, PEERS, task_of
 from unihema.inference.prepare import prepare_for_inference
 from unihema.loading import load_model
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
@@ -43,7 +45,9 @@ def runners(folder: Path, items: Sequence[str], unihema: Any) -> dict[str, Calla
     for item in items:
         if item in PEERS:
             compared, own = PEERS[item].compared, folder / item
-            found[item] = _peer_runner(load_peer(own), task_of(compared), _inputs(folder, own, compared))
+            found[item] = _peer_runner(
+                PEERS[item].build.from_pretrained(own), task_of(compared), _inputs(folder, own, compared)
+            )
         else:
             compared = item.split("/")[1]
             inputs = _inputs(folder, folder / UNIHEMA, compared)
@@ -130,7 +134,7 @@ def measure(
             "wall ms": timing.wall * 1e3,
             "processor ms": timing.processor * 1e3,
             "spread": timing.spread,
-            "peak MB": peak_memory("benchmarks.quality.one_run", str(folder), str(checkpoint), *groups[name]),
+            "peak MB": peak_memory("benchmarks.peers.speed", str(folder), str(checkpoint), *groups[name]),
         }
         for name, timing in timings.items()
     }
@@ -146,3 +150,13 @@ def load_prepared(checkpoint: str | Path) -> Any:
 def conditions() -> dict[str, Any]:
     """What the times hang on."""
     return {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+
+
+if __name__ == "__main__":
+    folder, checkpoint, *items = sys.argv[1:]
+    unihema = None if all(item in PEERS for item in items) else load_prepared(checkpoint)
+    with torch.inference_mode():
+        features: dict = {}
+        for run in runners(Path(folder), items, unihema).values():
+            run(features)
+    say_peak()

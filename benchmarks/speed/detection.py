@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from benchmarks import models
 from benchmarks.measuring import interleaved, peak_memory
+from benchmarks.speed import models
 
 
 # Multiplications and additions of the base preset, by image size.
@@ -78,6 +78,6 @@ def exponents(rows: list[dict]) -> dict[str, float]:
 def memory(size: tuple[int, int]) -> list[dict]:
     """Largest resident memory of a fresh process that loads a model and runs it on one image."""
     return [
-        {"size": size, "model": name, "peak MB": peak_memory("benchmarks.one_run", name, *map(str, size))}
+        {"size": size, "model": name, "peak MB": peak_memory("benchmarks.speed.models", name, *map(str, size))}
         for name in ("UniHema base", "DeformableDetr two-stage R50")
     ]

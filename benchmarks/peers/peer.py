@@ -1,20 +1,23 @@
 """What every peer has in common: UniHema's interface to training and evaluation, its backbone and its start."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import AutoBackbone
 
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 
 
+WEIGHTS = "model.safetensors"
 # What the strides of the peers' networks divide.
 MULTIPLE = 32
 
 
 class Peer(nn.Module):
-    """A single-task model that the project's batches, loop parts and metrics take in UniHema's place.
+    """A single-task model that `train`, its batches and the metrics take in UniHema's place.
 
     Widths, layers, queries, text model and classes are those of a UniHema configuration, so that a peer is as large as the
     part of UniHema that does its task. BatchNorms of the backbone stay fixed where UniHema's do.
@@ -31,6 +34,18 @@ class Peer(nn.Module):
     def __init__(self, config: UniHemaConfig):
         super().__init__()
         self.config = config
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes weights and configuration into a folder."""
+        self.config.save_pretrained(folder)
+        save_model(self, str(Path(folder) / WEIGHTS))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Peer":
+        """A peer that [`save_pretrained`] wrote, in evaluation mode on the CPU."""
+        peer = cls(UniHemaConfig.from_pretrained(folder))
+        load_model(peer, str(Path(folder) / WEIGHTS))
+        return peer.eval()
 
     @property
     def device(self) -> torch.device:

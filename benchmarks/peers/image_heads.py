@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from benchmarks.quality.peer import Peer, make_backbone, padded
+from benchmarks.peers.peer import Peer, make_backbone, padded
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.losses import morphology_loss
 from unihema.modeling_unihema.outputs import UniHemaDetectionOutput, UniHemaSegmentationOutput

@@ -1,9 +1,12 @@
 """UniHema and its peers with random weights, each as a function of an image size."""
 
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import nn
+
+from benchmarks.measuring import say_peak
 
 
 LABELS = 30
@@ -133,3 +136,11 @@ def cells(number: int, images: int, seed: int = 0) -> list[dict[str, torch.Tenso
         }
         for _ in range(images)
     ]
+
+
+if __name__ == "__main__":
+    # One model on one image, in a process of its own: NAME HEIGHT WIDTH.
+    name, height, width = sys.argv[1:]
+    with torch.no_grad():
+        detectors()[name]((int(height), int(width)))()
+    say_peak()

@@ -10,17 +10,15 @@ from data_folders import write_photograph
 from tiny_models import batch, very_tiny_config
 from tiny_runs import TASKS, run_config
 
-from benchmarks.quality import comparison as quality
-from benchmarks.quality import speed
-from benchmarks.quality.answerers import BlipLike, TextOnlyT5
-from benchmarks.quality.compared import ATTRIBUTES, FIGURES
-from benchmarks.quality.detectors import DeformableDetr, RTDetrV2
-from benchmarks.quality.image_heads import AttributeHeads
-from benchmarks.quality.peer import padded
-from benchmarks.quality.peers import PEERS, chosen_peers
-from benchmarks.quality.results import UNIHEMA
-from benchmarks.quality.saved import load_peer
-from benchmarks.quality.table import best_peers, comparison, page
+from benchmarks.peers import comparison as comparing
+from benchmarks.peers import speed
+from benchmarks.peers.answerers import BlipLike, TextOnlyT5
+from benchmarks.peers.comparison import UNIHEMA
+from benchmarks.peers.detectors import DeformableDetr, RTDetrV2
+from benchmarks.peers.image_heads import AttributeHeads
+from benchmarks.peers.peer import padded
+from benchmarks.peers.peers import ATTRIBUTES, FIGURES, PEERS, chosen_peers
+from benchmarks.peers.table import best_peers, comparison, page
 from unihema.errors import RunConfigError
 from unihema.training.data.synthetic.folder import write_synthetic
 from unihema.training.evaluation import evaluate_model
@@ -67,7 +65,7 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(lab):
-    return quality.compare(*lab)
+    return comparing.compare(*lab)
 
 
 def test_every_peer_trains_and_is_measured_on_the_rows_of_unihema(lab, results):
@@ -84,7 +82,7 @@ def test_every_peer_trains_and_is_measured_on_the_rows_of_unihema(lab, results):
 @pytest.mark.parametrize("name", ["rt_detr_v2", "unet", "linear_head", "blip_like"])
 def test_saved_peer_is_the_one_that_was_measured(lab, results, name):
     config, task = lab[0], PEERS[name].compared
-    peer = load_peer(Path(config.output_dir) / name)
+    peer = PEERS[name].build.from_pretrained(Path(config.output_dir) / name)
     assert results[name]["parameters"] == sum(value.numel() for value in peer.parameters())
     _, processor = build(config, training_rows(config.with_overrides({"data.tasks": [task]})))
     again = evaluate_model(peer, processor, validation_rows(config, [task]), progress=False, bootstrap=0)[task]
@@ -93,26 +91,27 @@ def test_saved_peer_is_the_one_that_was_measured(lab, results, name):
 
 
 def test_finished_peers_are_not_trained_again(lab, results, monkeypatch):
-    def never(*_):
+    def never(*_, **__):
         raise AssertionError("trained again")
 
     config, checkpoint = lab
-    monkeypatch.setattr(quality, "train_peer", never)
-    monkeypatch.setattr(quality, "evaluate_model", never)
-    again = quality.compare(config, checkpoint, resume=True)
+    monkeypatch.setattr(comparing, "train", never)
+    monkeypatch.setattr(comparing, "evaluate_model", never)
+    again = comparing.compare(config, checkpoint, resume=True)
     assert json.loads(json.dumps(again)) == json.loads(json.dumps(results))
     with pytest.raises(
-        RunConfigError, match=r"linear_head/result.json was made with learning_rate=0.0005, now it is 0.1"
+        RunConfigError,
+        match=r"linear_head in .*results.json .* made with optimisation.learning_rate=0.0005; now it is 0.1",
     ):
-        quality.compare(config, checkpoint, ["linear_head"], {"linear_head": 0.1}, resume=True)
-    with pytest.raises(RunConfigError, match=r"of an earlier comparison. Go on with it \(--resume\)"):
-        quality.compare(config, checkpoint)
+        comparing.compare(config, checkpoint, ["linear_head"], {"linear_head": 0.1}, resume=True)
+    with pytest.raises(RunConfigError, match=r"of an earlier run. Go on with it \(--resume\)"):
+        comparing.compare(config, checkpoint)
 
 
-def test_peer_that_was_cut_off_is_trained_anew(lab, results):
+def test_peer_whose_weights_are_gone_is_made_anew(lab, results):
     config, checkpoint = lab
-    (Path(config.output_dir) / "t5" / "result.json").unlink()
-    again = quality.compare(config, checkpoint, ["t5"], resume=True)
+    (Path(config.output_dir) / "t5" / "model.safetensors").unlink()
+    again = comparing.compare(config, checkpoint, ["t5"], resume=True)
     assert again["t5"]["report"] == results["t5"]["report"] and again["t5"]["trained"]["steps"] == 2
 
 
@@ -120,7 +119,7 @@ def test_checkpoint_that_knows_no_attribute_of_the_data_has_no_figure_for_them(l
     config = lab[0].with_overrides({"output_dir": str(tmp_path / "peers")})
     without = config.with_overrides({"data.folders": config.data.folders[:1]})
     save_trained(*build(without, training_rows(without)), tmp_path / "unihema")
-    found = quality.compare(config, tmp_path / "unihema", ["attribute_heads"])
+    found = comparing.compare(config, tmp_path / "unihema", ["attribute_heads"])
     assert found[UNIHEMA]["report"] == {} and math.isfinite(found["attribute_heads"]["report"][ATTRIBUTES]["macro_f1"])
     assert comparison(found, {})["verdicts"] == []
 
@@ -128,14 +127,14 @@ def test_checkpoint_that_knows_no_attribute_of_the_data_has_no_figure_for_them(l
 def test_bad_choices_are_said_before_anything_is_trained(lab, tmp_path):
     config = lab[0].with_overrides({"output_dir": str(tmp_path / "peers")})
     with pytest.raises(RunConfigError, match="--peer yolo: no such peer; there are rt_detr_v2, deformable_detr"):
-        quality.compare(config, lab[1], ["yolo"])
+        comparing.compare(config, lab[1], ["yolo"])
     with pytest.raises(RunConfigError, match="--learning-rate t5: no such peer is trained; those are unet"):
-        quality.compare(config, lab[1], ["unet"], {"t5": 1e-3})
+        comparing.compare(config, lab[1], ["unet"], {"t5": 1e-3})
     with pytest.raises(RunConfigError, match="--peer unet needs data for segmentation; the folders have detection"):
         chosen_peers(["unet"], ["detection"])
     endless = config.with_overrides({"optimisation.max_steps": None, "optimisation.time_limit_minutes": None})
     with pytest.raises(RunConfigError, match="--minutes"):
-        quality.compare(endless, lab[1])
+        comparing.compare(endless, lab[1])
     assert not (tmp_path / "peers").exists()
 
 
@@ -250,7 +249,7 @@ def test_blip_like_peer_sees_its_own_image_and_the_text_only_peer_none():
 def _result(task, figures, parameters, minutes=2.0, rate=1e-3):
     report = {task: {**figures, "rows": 10, "images": 5, "intervals": {}}}
     trained = {"seconds": 60 * minutes, "passes": 1.5, "device": "cpu"}
-    return {"report": report, "parameters": parameters, "trained": trained, "settings": {"learning_rate": rate}}
+    return {"report": report, "parameters": parameters, "trained": trained, "learning_rate": rate}
 
 
 @pytest.fixture
@@ -310,6 +309,6 @@ def test_page_says_what_the_comparison_has(made_up):
 
 
 def test_recorded_page_is_what_the_recorded_figures_say():
-    docs = Path(__file__).parents[1] / "docs"
-    recorded = json.loads((docs / "benchmarks" / "peers.json").read_text(encoding="utf-8"))
+    docs = Path(__file__).parents[1] / "docs" / "results"
+    recorded = json.loads((docs / "peers.json").read_text(encoding="utf-8"))
     assert (docs / "peers.md").read_text(encoding="utf-8") == page(recorded, recorded["conditions"])

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.quality`: trains single-task peers and writes one table of them and UniHema."""
+"""`python -m benchmarks.peers`: trains single-task peers and writes one table of them and UniHema."""
 
 import json
 import shlex
@@ -12,12 +12,10 @@ import transformers
 import typer
 
 from benchmarks.measuring import processor_name
-from benchmarks.quality.compared import size_of
-from benchmarks.quality.comparison import compare, default_config
-from benchmarks.quality.peers import PEERS
-from benchmarks.quality.results import UNIHEMA
-from benchmarks.quality.speed import conditions, measure
-from benchmarks.quality.table import best_peers, comparison, page
+from benchmarks.peers.comparison import UNIHEMA, compare, default_config
+from benchmarks.peers.peers import PEERS, size_of
+from benchmarks.peers.speed import conditions, measure
+from benchmarks.peers.table import best_peers, comparison, page
 from unihema.training.files import write_json, write_text
 from unihema.training.run.config import RunConfig
 from unihema_cli.options import pairs, run_overrides
@@ -27,13 +25,13 @@ PEER_HELP = f"Train this peer only; may be repeated. There are {', '.join(PEERS)
 SHIPPED = Path(str(files("unihema"))) / "shipped_files" / "checkpoint"
 
 
-def quality(
+def main(
     data: list[Path] = typer.Option(..., "--data", help="Data folder; may be repeated."),
     minutes: float = typer.Option(..., help="Minutes of training for each peer."),
     peer: list[str] = typer.Option([], "--peer", help=PEER_HELP),
     output: Path = typer.Option(Path("runs/peers"), "--output", "-o", help="Folder for the peers and their results."),
     docs: Path = typer.Option(
-        None, help="Folder for peers.md and benchmarks/peers.json, such as docs; --output by default."
+        None, help="Folder for peers.md and peers.json, such as docs/results; --output by default."
     ),
     checkpoint: Path = typer.Option(
         SHIPPED, help="UniHema's checkpoint; the one that comes with the package by default."
@@ -70,7 +68,7 @@ def quality(
     speed = measure(output, peers, list(best.values()), tasks, checkpoint, rounds)
     compared = comparison(results, speed, checkpoint_minutes)
     had |= {
-        "command": shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]]),
         "processor": processor_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -87,11 +85,11 @@ def quality(
         "note": note,
     }
     docs = output if docs is None else docs
-    write_json(docs / "benchmarks" / "peers.json", {"conditions": had, **compared})
-    written = json.loads((docs / "benchmarks" / "peers.json").read_text(encoding="utf-8"))
+    write_json(docs / "peers.json", {"conditions": had, **compared})
+    written = json.loads((docs / "peers.json").read_text(encoding="utf-8"))
     write_text(docs / "peers.md", page(written, written["conditions"]))
     typer.echo(f"{docs / 'peers.md'}")
 
 
 if __name__ == "__main__":
-    typer.run(quality)
+    typer.run(main)

@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.quality.compared import COMPARED, FIGURES
-from benchmarks.quality.peers import PEERS
-from benchmarks.quality.results import UNIHEMA, unihema_item
-from benchmarks.quality.speed import ALL_PEERS
+from benchmarks.peers.comparison import UNIHEMA, unihema_item
+from benchmarks.peers.peers import COMPARED, FIGURES, PEERS
+from benchmarks.peers.speed import ALL_PEERS
 
 
 NAMES = {"mAP50": "mAP50", "mAP": "mAP", "dice": "Dice", "iou": "IoU", "macro_f1": "macro-F1"}
@@ -50,7 +49,7 @@ def comparison(
             row = _row(task, PEERS[name].title, results[name], speed.get(name))
             trained = results[name]["trained"]
             row |= {"minutes": trained["seconds"] / 60, "passes": trained["passes"]}
-            rows.append(row | {"learning_rate": results[name]["settings"]["learning_rate"]})
+            rows.append(row | {"learning_rate": results[name]["learning_rate"]})
     members = list(best.values())
     peers_sum = {
         "model": "the best peer of each task: " + ", ".join(members),

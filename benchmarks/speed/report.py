@@ -1,8 +1,10 @@
 """The measurements as a page of tables and a plot of growth."""
 
-from pathlib import Path
+from typing import Any
 
 import pandas as pd
+
+from unihema.training.studies.study import Plot
 
 
 TITLES = {
@@ -56,7 +58,7 @@ def page(results: dict, exponents: dict[str, float]) -> str:
                 lines += [NOTES[section], ""]
             lines += [_markdown(table), ""]
     if exponents:
-        lines += ["## Growth", "", "![time by pixels](benchmarks/growth.png)", ""]
+        lines += ["## Growth", "", "![time by pixels](growth.png)", ""]
         lines += ["Exponent of time in pixels (1 is linear):", ""]
         lines += [f"- {name}: {value:.2f}" for name, value in exponents.items()] + [""]
         others = pd.DataFrame([row for row in results["growth"] if row["by"] != "pixels"])
@@ -74,23 +76,20 @@ def _markdown(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(cell(value) for value in row) + " |" for row in rows)
 
 
-def plot(rows: list[dict], path: Path) -> None:
+def growth_plot(rows: list[dict]) -> Plot:
     """Time by pixels, for each model.
 
     Args:
         rows (`list[dict]`): Of `detection.growth`.
-        path (`Path`): The picture.
     """
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for name in dict.fromkeys(row["model"] for row in rows if row["by"] == "pixels"):
+            points = [(row["value"], row["s"]) for row in rows if row["by"] == "pixels" and row["model"] == name]
+            axes.loglog(*zip(*points), "o-", label=name)
+        axes.set_xlabel("pixels")
+        axes.set_ylabel("processor seconds")
+        axes.legend(frameon=False)
 
-    figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
-    for name in dict.fromkeys(row["model"] for row in rows if row["by"] == "pixels"):
-        points = [(row["value"], row["s"]) for row in rows if row["by"] == "pixels" and row["model"] == name]
-        axes.loglog(*zip(*points), "o-", label=name)
-    axes.set_xlabel("pixels")
-    axes.set_ylabel("processor seconds")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    return Plot(5, 3.5, draw)

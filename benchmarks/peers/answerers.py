@@ -7,7 +7,7 @@ from torch import nn
 from transformers import T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from benchmarks.quality.peer import Peer, make_backbone
+from benchmarks.peers.peer import Peer, make_backbone
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.padding import valid_at
 from unihema.modeling_unihema.visual_backbone import sine_positions

@@ -2,8 +2,8 @@
 
 import torch
 
-from benchmarks import models
 from benchmarks.measuring import interleaved
+from benchmarks.speed import models
 
 
 # Images and cells in each.

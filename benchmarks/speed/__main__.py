@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measures, section by section, and writes a page, a plot and JSON."""
+"""`python -m benchmarks.speed`: measures, section by section, and writes a page, a plot and JSON."""
 
 import json
 import os
@@ -9,17 +9,18 @@ import torch
 import transformers
 import typer
 
-from benchmarks import attention, detection, tasks, throughput, training_step
 from benchmarks.measuring import gemm_rate, processor_name
-from benchmarks.report import page, plot
+from benchmarks.speed import attention, detection, tasks, throughput, training_step
+from benchmarks.speed.report import growth_plot, page
 from unihema.files import write_text
+from unihema.training.studies.study import save_plot
 
 
 SIZES = [(512, 512), (800, 1066)]
 
 
 def bench(
-    output: Path = typer.Option(Path("docs"), help="Folder for speed.md and benchmarks/."),
+    output: Path = typer.Option(Path("docs/results"), help="Folder for speed.md, speed.json and growth.png."),
     rounds: int = typer.Option(3, help="Timed rounds of each case."),
     compiled: bool = typer.Option(
         True, help="Also measure detection with torch.compile, which takes minutes to compile."
@@ -27,7 +28,7 @@ def bench(
     section: list[str] = typer.Option([], help="Measure only these again; the others stay as they are in the JSON."),
 ) -> None:
     """Measure UniHema beside its peers; a section that is done is written at once."""
-    record = output / "benchmarks" / "results.json"
+    record = output / "speed.json"
     results = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     rate = gemm_rate()
     machine = {
@@ -58,7 +59,7 @@ def bench(
             write_text(record, [json.dumps(results, indent=1), "\n"])
     exponents = detection.exponents(results.get("growth", []))
     if exponents:
-        plot(results["growth"], output / "benchmarks" / "growth.png")
+        save_plot(output / "growth.png", growth_plot(results["growth"]))
     write_text(output / "speed.md", [page(results, exponents)])
     typer.echo(f"{output / 'speed.md'}")
 

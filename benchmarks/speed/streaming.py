@@ -1,4 +1,4 @@
-"""Memory of training data in shards, as the data grows: `python -m benchmarks.streaming`.
+"""Memory of training data in shards, as the data grows: `python -m benchmarks.speed.streaming`.
 
 Each size is measured in a process of its own, from the same small photographs written again and again under other names:
 resident memory after the same number of batches, as the loader of a run makes them. It prints a Markdown table.
@@ -95,7 +95,15 @@ def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder), size)
             mib = sum(file.stat().st_size for file in Path(folder, "shards").rglob("*.parquet")) / 2**20
-            command = [sys.executable, "-m", "benchmarks.streaming", "--one", folder, "--batches", str(options.batches)]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.speed.streaming",
+                "--one",
+                folder,
+                "--batches",
+                str(options.batches),
+            ]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found.append(json.loads(output.splitlines()[-1]) | {"shards_mib": round(mib, 1)})
     print("| samples | shards, MiB | memory added, MiB | ms a batch |\n|---|---|---|---|")
