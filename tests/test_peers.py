@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from data_folders import write_photograph
+from killing import counted, killed_and_resumed, weights
 from tiny_models import batch, very_tiny_config
 from tiny_runs import TASKS, run_config
 
@@ -113,6 +115,23 @@ def test_peer_whose_weights_are_gone_is_made_anew(lab, results):
     (Path(config.output_dir) / "t5" / "model.safetensors").unlink()
     again = comparing.compare(config, checkpoint, ["t5"], resume=True)
     assert again["t5"]["report"] == results["t5"]["report"] and again["t5"]["trained"]["steps"] == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is copied")
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_killed_comparison_changes_no_figure(lab, tmp_path, kills):
+    changes = {"optimisation.time_limit_minutes": None, "logging.checkpoint_steps": 1, "optimisation.device": "cpu"}
+
+    def compare(folder):
+        config = lab[0].with_overrides({**changes, "output_dir": str(folder)})
+        found = comparing.compare(config, lab[1], ["unet", "linear_head"], resume=True)
+        for name in ("unet", "linear_head"):
+            found[name]["trained"].pop("seconds")
+        return found
+
+    expected, whole = counted(lambda: compare(tmp_path / "whole"))
+    assert killed_and_resumed(lambda: compare(tmp_path / "killed"), kills, whole) == expected
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
 
 
 def test_checkpoint_that_knows_no_attribute_of_the_data_has_no_figure_for_them(lab, tmp_path):

@@ -33,7 +33,7 @@ class Run:
         measure (`Callable`): From the results of the runs before it, by name, to its own, which JSON can hold; `None` where
             there is nothing to measure. It is called again when it was cut off, so it resumes what it trains by itself.
         leaves (`Path`, *optional*): The file or folder that it leaves. When that is gone the run is done again.
-        needs (`Sequence[str]`): Runs that it uses what they leave of; when one of them is done again, so is this one.
+        needs (`Sequence[str]`): Runs whose models it uses; when one of them is done again, so is this one.
     """
 
     name: str
@@ -103,7 +103,7 @@ def run_study(
 
     Raises:
         RunConfigError: A finished run that was made with other settings, a record that cannot be read, or, without `resume`,
-            one that has finished runs.
+            one that has finished runs; what a run left that has to be done again.
     """
     path = Path(folder) / f"{name}.json"
     shared = _as_stored(settings or {})
@@ -118,7 +118,10 @@ def run_study(
     record["settings"] = shared
     for run in runs:
         gone = run.leaves is not None and not run.leaves.exists()
-        if gone or any(name not in record["runs"] for name in run.needs):
+        missing = [name for name in run.needs if name not in record["runs"]]
+        if missing and run.leaves is not None and not gone:
+            raise RunConfigError(f"{run.leaves} was made from {missing[0]}, which is to be done again: delete it too.")
+        if gone or missing:
             record["runs"].pop(run.name, None)
         if run.name in record["runs"]:
             before, place = record["runs"][run.name]["settings"], run.leaves or path
