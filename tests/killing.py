@@ -75,20 +75,27 @@ def is_killed(work: Callable[[], Any], moment: int) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def killed_and_resumed(work: Callable[[], Any], kills: int, whole: int, seed: int = 0) -> Any:
-    """What the work gives after so many kills, each at a random moment of what is left.
+def killed_and_resumed(
+    work: Callable[[Path], Any], root: Path, kills: int, whole: int, seed: int = 0
+) -> list[tuple[Path, Any]]:
+    """Folders of work that was killed so often in all, each at a random moment, and what the work gave in the end.
 
     Args:
-        work (`Callable`): Goes on with what it left.
+        work (`Callable`): Gets a folder, and goes on with what it left there.
+        root (`Path`): Where the folders are. Work that ends before its moment has come is begun anew in the next one.
         kills (`int`): How often it is killed.
         whole (`int`): Moments of uninterrupted work.
         seed (`int`): Of the moments.
     """
     chance = random.Random(seed)
-    for _ in range(kills):
-        # Work that is started again has some moments more than what is left, so it does not end before the last kill.
-        assert is_killed(work, chance.randint(1, 3 * whole // (2 * kills)))
-    return work()
+    folders = [root / "killed-0"]
+    killed = 0
+    while killed < kills:
+        if is_killed(lambda: work(folders[-1]), chance.randint(1, whole)):
+            killed += 1
+        else:
+            folders.append(root / f"killed-{len(folders)}")
+    return [(folder, work(folder)) for folder in folders]
 
 
 def weights(folder: Path) -> dict[str, bytes]:

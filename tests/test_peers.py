@@ -130,8 +130,8 @@ def test_a_killed_comparison_changes_no_figure(lab, tmp_path, kills):
         return found
 
     expected, whole = counted(lambda: compare(tmp_path / "whole"))
-    assert killed_and_resumed(lambda: compare(tmp_path / "killed"), kills, whole) == expected
-    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    for folder, found in killed_and_resumed(compare, tmp_path, kills, whole):
+        assert found == expected and weights(folder) == weights(tmp_path / "whole")
 
 
 def test_checkpoint_that_knows_no_attribute_of_the_data_has_no_figure_for_them(lab, tmp_path):
