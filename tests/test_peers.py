@@ -118,14 +118,15 @@ def test_peer_whose_weights_are_gone_is_made_anew(lab, results):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is copied")
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_killed_comparison_changes_no_figure(lab, tmp_path, kills):
     changes = {"optimisation.time_limit_minutes": None, "logging.checkpoint_steps": 1, "optimisation.device": "cpu"}
+    peers = ["linear_head"] if kills == 1 else ["linear_head", "unet"]
 
     def compare(folder):
         config = lab[0].with_overrides({**changes, "output_dir": str(folder)})
-        found = comparing.compare(config, lab[1], ["unet", "linear_head"], resume=True)
-        for name in ("unet", "linear_head"):
+        found = comparing.compare(config, lab[1], peers, resume=True)
+        for name in peers:
             found[name]["trained"].pop("seconds")
         return found
 

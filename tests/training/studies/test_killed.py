@@ -63,7 +63,7 @@ def studies(smears, tmp_path_factory) -> dict[str, Callable[[Path], Any]]:
     return {"stages": stages, "ablations": ablations, "adapt": adapting, "stress": stress}
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["stages", "ablations", "adapt", "stress"])
 def test_a_killed_study_changes_no_figure(studies, tmp_path, name, kills):
     study = studies[name]
