@@ -13,11 +13,9 @@ from unihema.errors import DatasetError, InputError
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 from unihema.processing_unihema.image_io import load_image
 from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng, drawn_scale
-from unihema.training.data.class_tree import with_covered_parents
-from unihema.training.data.label_names import as_known
-from unihema.training.data.lazy_rows import LazyRows, largest_group, one_cell_samples, rows_by_sample, witnesses
-from unihema.training.data.rows import Row, check_rows
-from unihema.training.data.stored_rows import StoredFile
+from unihema.training.data.class_tree import as_known, with_covered_parents
+from unihema.training.data.rows import Row, check_rows, witnesses
+from unihema.training.data.shards import LazyRows, StoredFile, largest_group, one_cell_samples, rows_by_sample
 
 
 CACHE_BYTES = 2_000_000_000

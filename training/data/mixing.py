@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, Sampler
 
 from unihema.errors import InputError
 from unihema.training.data.dataset import SmearDataset
-from unihema.training.data.lazy_rows import WINDOW
+from unihema.training.data.shards import WINDOW
 
 
 Key = tuple[str, int, int]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from unihema.errors import DatasetError
-from unihema.training.data.curation.fingerprints import SIMILARITY, fingerprint, near_pairs, upright_similarity
-from unihema.training.data.label_names import rename_rows, unify_names
+from unihema.training.data.class_tree import rename_rows, unify_names
+from unihema.training.data.curation.duplicates import SIMILARITY, fingerprint, near_pairs, upright_similarity
 from unihema.training.data.readers import load_folder, splits_of
 from unihema.training.data.rows import Row
 from unihema.training.metrics.morphology import match_cells

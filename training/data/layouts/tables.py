@@ -4,10 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unihema.training.data.bad_rows import BadRows
-from unihema.training.data.image_finder import ImageFinder, is_hidden
-from unihema.training.data.layouts.annotation_files import image_size, read_table, require
-from unihema.training.data.rows import Row, group_ids
+from unihema.training.data.layouts.files import ImageFinder, image_size, is_hidden, read_table, require
+from unihema.training.data.rows import BadRows, Row, group_ids
 from unihema.training.data.splits import split_in_name
 
 
@@ -74,13 +72,7 @@ def read_attribute_tables(
                 name = require(record, "file_name", source, *IMAGE_COLUMNS)
                 label = require(record, "label", source, *LABEL_COLUMNS)
                 image = images.find([name], path, source)
-                row = {
-                    "image": image,
-                    "file_name": images.relative(image),
-                    "dataset": dataset,
-                    "split": split,
-                    **group_ids(record),
-                }
+                row = images.row(image, dataset, "single_cell") | {"split": split, **group_ids(record)}
                 rows += rows_of_cell(row, rename.get(label, label), record, attributes)
     return with_annotated_classes(rows)
 
