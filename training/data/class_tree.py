@@ -16,16 +16,16 @@ OFFICIAL_NAMES = {
 
 
 def official_name(name: str, task: str) -> str | None:
-    """The official name that a class name is another spelling of; see `short_name`.
+    """The official name of which a class name is another spelling.
 
-    The official lists have some words for the same cell as classes of their own, and these are kept apart.
+    Spellings are compared by `short_name`. Synonyms stay apart, since the official lists have some of them as separate classes.
 
     Args:
         name (`str`): As a data set has it.
         task (`str`): `detection` or `single_cell`; other tasks have no list.
 
     Returns:
-        `str` or `None`: None where no official name is spelled like it.
+        `str` or `None`: None without such an official name.
     """
     return _spellings(task).get(short_name(name))
 
@@ -37,9 +37,9 @@ def label_map(names: Iterable[str], task: str) -> dict[str, str]:
 
 
 def unify_names(rows_by_task: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
-    """Rows in which a class that is spelled in several ways has one name, so that it is learned once.
+    """Rows in which each class has one name, however the data sets spell it.
 
-    That is the official name, else the spelling that comes first. A class that all rows spell alike keeps its name.
+    A class with several spellings gets its official name, or else the spelling that comes first. Other classes keep their name.
 
     Args:
         rows_by_task (`Mapping[str, Sequence[Row]]`): Task -> rows of all data sets (see rows.py).
@@ -62,14 +62,14 @@ def unify_names(rows_by_task: Mapping[str, Sequence[Row]]) -> dict[str, list[Row
 
 
 def as_known(rows: Sequence[Row], known: Sequence[str]) -> list[Row]:
-    """Rows of one task with the names that a model has: a name it does not know becomes the known one spelled otherwise.
+    """Rows of one task in a model's spelling of the class names.
 
     Args:
         rows (`Sequence[Row]`): Rows of one task.
         known (`Sequence[str]`): The model's classes or labels.
 
     Returns:
-        `list[Row]`: The same; rows with another name are copies. Names without a counterpart stay.
+        `list[Row]`: The same; rows with another name are copies. Names that the model does not have stay.
     """
     plain = {short_name(name): name for name in reversed(known)}
     by_key = {usual_name(name): name for name in reversed(known)}
@@ -79,7 +79,7 @@ def as_known(rows: Sequence[Row], known: Sequence[str]) -> list[Row]:
 
 
 def row_names(row: Row) -> list[str]:
-    """Class names that a row has or whose annotation it declares."""
+    """Class names of a row: of its label or objects, and of `annotated_classes`."""
     if row.get("task") == "single_cell":
         return [row["label"]] if isinstance(row.get("label"), str) else []
     objects = row.get("objects") or {}
@@ -87,7 +87,7 @@ def row_names(row: Row) -> list[str]:
 
 
 def rename_rows(rows: Sequence[Row], names: Mapping[str, str]) -> list[Row]:
-    """Rows with some classes renamed: copies of those that have them, the others themselves."""
+    """Rows with some classes renamed; rows with such a class are copied, the others are not."""
     if hasattr(rows, "renamed"):
         return rows.renamed(names) if names else rows
     if not names:
@@ -96,10 +96,10 @@ def rename_rows(rows: Sequence[Row], names: Mapping[str, str]) -> list[Row]:
 
 
 def known_parents(names: Sequence[str]) -> dict[str, str]:
-    """The closest coarser class in the list of each class that has one, by the usual names of `class_names.py`.
+    """For each class, its closest coarser class among `names`.
 
-    Nucleated red cells, stages of a parasite (the box may be that of the red cell it is in), debris and cells of no known
-    kind have no parent: a wrong one would teach a class its opposite.
+    Nucleated red cells, stages of a parasite (the box may be that of the red cell around it), debris and unknown cells have no
+    parent: a wrong one would teach the opposite.
 
     Args:
         names (`Sequence[str]`): Detection classes, in any spelling.
@@ -119,20 +119,20 @@ def known_parents(names: Sequence[str]) -> dict[str, str]:
 
 
 def with_covered_parents(annotated: Sequence[str], parents: Mapping[str, str]) -> list[str]:
-    """The classes that a data set annotates, and the coarser ones that it thereby boxes as well.
+    """The classes that a data set annotates, and the coarser classes that they cover.
 
-    A set that boxes the types of white cells boxes white cells: what it leaves without a box is none. With one type only,
-    nobody knows; so a coarser class counts from two of its kinds on, and half of them.
+    A set that boxes the types of white cells has boxed the white cells: what has no box is not one. A single type does not show
+    that. So a coarser class is covered by at least two of its kinds, and at least half of them.
 
     Args:
         annotated (`Sequence[str]`): Classes that the set annotates.
         parents (`Mapping[str, str]`): Class -> its parent, of all the model's classes.
 
     Returns:
-        `list[str]`: `annotated`, and behind them those parents.
+        `list[str]`: `annotated`, followed by the covered parents.
     """
     found = list(annotated)
-    # A parent that is covered may complete its own parent: from the finest up.
+    # A covered parent may complete its own parent.
     for _ in range(len(parents)):
         kinds: dict[str, list[bool]] = {}
         for child, parent in parents.items():

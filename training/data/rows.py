@@ -1,18 +1,18 @@
-"""The schema row, one dict per sample, that every reader gives and every data set takes.
+"""The schema row: one dictionary a sample. Every reader returns such rows, and `SmearDataset` takes them.
 
 Common keys: `image` (path or PIL image), `file_name`, `dataset`, `task`. Task keys:
 
 - detection: `objects` (`bbox` xywh pixels, `category` names, `morphology` {attribute: value}; `iscrowd` where present)
   and `annotated_classes` (names, or None when all are); `size` (width, height) of the image that the boxes refer to,
-  where known; `from_attributes` marks a crop of one cell, made to teach its attributes: its box is the whole image and
-  teaches no box;
+  where known; `from_attributes` marks a crop of one cell that is there for its attributes: its box is the whole image,
+  and box losses ignore it;
 - segmentation: `mask` (path or array, nonzero = cell), `prompt` (what the mask shows);
 - single_cell: `label`;
 - question_answering: `question`, `answer`;
 - cloze: `masked` (sentinels in T5's order), `completed` (the whole sentence).
 
-Rows of any task may say whom or what an image comes from: `patient`, `slide` or `source_image` (the field that a crop was
-cut from), and images that share one belong into one split; or `origin`, the microscope or the data set it was first of.
+Rows of any task may state where an image comes from: its `patient`, `slide` or `source_image` (the field that a crop was cut
+from). Images that share one of these belong into one split. `origin` is the microscope, or the data set that first had it.
 """
 
 import difflib
@@ -45,12 +45,12 @@ GROUP_KEYS = {
     "slide": ("slide", "slide_id"),
     "source_image": ("source_image",),
 }
-# Those, and which microscope or data set it was first of.
+# The same, and the microscope or the data set that first had the image.
 PROVENANCE_KEYS = GROUP_KEYS | {"origin": ("origin", "microscope", "scanner")}
 
 
 def group_ids(record: Mapping[str, Any]) -> dict[str, str]:
-    """Patient, slide, source image and origin of a record, as far as it has them."""
+    """The patient, slide, source image and origin that a record states."""
     found = {
         group: next((record[key] for key in keys if record.get(key) not in (None, "")), None)
         for group, keys in PROVENANCE_KEYS.items()

@@ -37,12 +37,12 @@ PLAN_FILE = "shards.plan.json"
 FORMAT = "unihema-shards-1"
 SHARD_SAMPLES = 512
 GROUP_SAMPLES = 16
-# Blocks (what is read at once) whose samples are shuffled among each other, and so the most that are in use at once.
+# Blocks of samples (what is read at once) that are shuffled together, and so are in use at the same time.
 WINDOW = 16
 
 
 class LazyRows(Sequence):
-    """Rows of one task. The attributes say what there is without reading any.
+    """Rows of one task that need not be in memory. The attributes describe them without reading a row.
 
     Attributes:
         witnesses (`list[Row]`): Rows among which every class, label, attribute value and prompt occurs.
@@ -61,7 +61,7 @@ class LazyRows(Sequence):
 
 
 class ListedRows(LazyRows):
-    """A list of rows, to stand beside others that are not in memory.
+    """Rows in memory, behind the interface of those that are not.
 
     Args:
         rows (`Sequence[Row]`): Of one task and one data set.
@@ -130,7 +130,7 @@ class ConsecutiveGroups(Sequence):
     def __init__(self, counts: np.ndarray):
         self._single = bool((counts == 1).all())
         self._samples = len(counts)
-        # Where every sample is one row there is nothing to remember.
+        # Samples of one row each need no table.
         self._starts = None if self._single else np.concatenate([[0], np.cumsum(counts)])
         self.rows = self._samples if self._single else int(self._starts[-1])
         self.largest = int(counts.max(initial=0))
@@ -185,7 +185,7 @@ def rows_by_sample(rows: Sequence[Row]) -> list[list[int]]:
 def one_cell_samples(rows: Sequence[Row]) -> np.ndarray:
     """Which samples of detection are crops of one cell (rows `from_attributes`), bool `[samples]`.
 
-    Rows that are not in memory are taken for what all rows named by their index are.
+    Of rows that are not in memory, all count as such crops if all witnesses are.
     """
     if isinstance(rows, JoinedRows):
         return np.concatenate([one_cell_samples(part) for part in rows.parts])
@@ -202,7 +202,7 @@ def joined(parts: Sequence[Any]) -> "list[Row] | JoinedRows":
 
 
 class StoredFile(str):
-    """An image or mask inside a shard, under a name that no other has; a `str`, so that rows of one image are known by it.
+    """An image or mask inside a shard. It is a unique `str`, by which rows of one image can be grouped.
 
     Args:
         name (`str`): The name.
@@ -251,9 +251,9 @@ class StoredRows(LazyRows):
         self.folder, self.task, self.names = Path(folder), task, dict(names or {})
         index = read_index(self.folder)
         entry = index["tasks"][task]
-        # As of any data folder, wherever it was copied; the index keeps the name of the one it was written from.
+        # Named after its folder, as any other data set. The index keeps the name of the folder that it was made from.
         self.dataset = self.folder.resolve().parent.name
-        # They tell names only, and have no files.
+        # Witnesses are read for their names; their files are in the shards.
         nowhere = {"image": str(self.folder), "mask": str(self.folder)}
         self.witnesses = rename_rows([self._complete(row) | nowhere for row in entry["witnesses"]], self.names)
         self._files: list[tuple[str, int]] = []
@@ -321,7 +321,7 @@ class StoredRows(LazyRows):
             self._kept.move_to_end(number)
         else:
             self._kept[number] = self._read(number, None)
-            # One window ends while the next begins.
+            # The next window begins before the last samples of this one are used.
             while len(self._kept) > WINDOW + 2:
                 self._kept.popitem(last=False)
         return self._kept[number]

@@ -39,10 +39,10 @@ def split_in_name(file_name: str) -> str | None:
 
 
 def draw_split(row: Row, val_share: float) -> str:
-    """`train` or `val`, the same wherever and whenever it is drawn.
+    """Draws `train` or `val` for a row, always the same one.
 
-    All rows of a patient, else of a slide, else of a field fall into one split. Without these the bytes of the image
-    decide, so that a photograph falls into the same split in every data set that has it.
+    All rows of a patient, else of a slide, else of a field fall into one split. Without these, the bytes of the image decide:
+    a photograph falls into the same split in every data set that has it.
 
     Raises:
         DatasetError: The image cannot be read.
@@ -67,10 +67,9 @@ def check_val_share(val_share: float) -> None:
 
 
 def by_split(rows: Sequence[Row], val_share: float) -> dict[str, list[Row]]:
-    """Rows sorted into splits: by a `split` that they have, which is taken off, else drawn.
+    """Rows by split. The key `split` of a row is removed; rows without one are drawn into `train` and `val`.
 
-    Where the data set has a training and no validation split, validation is drawn from its training rows; what it calls
-    `test` stays `test`.
+    Without a validation split, one is drawn from the training rows. `test` stays `test`.
 
     Raises:
         DatasetError: An image that cannot be read.
@@ -108,7 +107,7 @@ def compile_patterns(patterns: Mapping[str, str]) -> dict[str, re.Pattern]:
 
 
 def groups_of(row: Row, patterns: Mapping[str, re.Pattern]) -> dict[str, str]:
-    """Patient, slide and field of a row: as it has them, else as the patterns find them in its file's name."""
+    """Patient, slide and field of a row: as stated, or else as the patterns find them in its file name."""
     groups = {group: str(row[group]) for group in GROUP_KEYS if row.get(group)}
     for group, pattern in patterns.items():
         found = pattern.search(PurePosixPath(row["file_name"]).name)
@@ -120,15 +119,16 @@ def groups_of(row: Row, patterns: Mapping[str, re.Pattern]) -> dict[str, str]:
 def fold_rows(
     rows_by_task: Mapping[str, Sequence[Row]], folds: int, fold: int, seed: int, held_out: bool
 ) -> dict[str, list[Row]]:
-    """One side of one fold. What comes from one patient, slide or source image, where the rows say so, stays together, and
-    so do all rows of an image, of every task.
+    """The training rows of one cross-validation fold, or those it holds out.
+
+    Rows of one patient, slide or source image stay together, and so do all rows of an image, of every task.
 
     Args:
         rows_by_task (`Mapping[str, Sequence[Row]]`): Task -> rows.
         folds (`int`): Number of parts, at least 2.
         fold (`int`): Which of them is held out, from 0.
         seed (`int`): Of the division.
-        held_out (`bool`): Give the rows held out rather than the others.
+        held_out (`bool`): Return the rows that are held out instead of the others.
 
     Raises:
         DatasetError: Fewer groups than folds.
@@ -155,7 +155,7 @@ def _group(row: Row) -> str:
 
 
 def is_held_out(row: Row, hold_out: Mapping[str, Sequence[str]]) -> bool:
-    """Whether a row is of one of the groups.
+    """Whether a row belongs to a patient, slide, field or microscope that a run must not see.
 
     Args:
         row (`Row`): A schema row, see rows.py.

@@ -1,4 +1,4 @@
-"""Unpacking archives that nobody vouches for: nothing outside the folder, no links, bounded numbers and sizes."""
+"""Unpacking of untrusted archives: nothing outside the folder, no links or devices, bounded numbers and sizes."""
 
 import shutil
 import stat
@@ -111,7 +111,7 @@ def unsafe_members(path: Path, limits: ArchiveLimits | None = None) -> list[str]
 def unpack(
     path: Path, into: Path, limits: ArchiveLimits | None = None, report: Callable[[int], object] | None = None
 ) -> Path:
-    """Unpacks an archive, and archives inside it, into a folder that is there only when everything went well.
+    """Unpacks an archive, and archives inside it. The folder appears when everything is written.
 
     Args:
         path (`Path`): A zip or tar file.
@@ -137,7 +137,7 @@ def unpack(
         _unpack_inner(partial, budget, report)
         partial.rename(into)
     except ArchiveError as error:
-        # The folder is gone when the message is read.
+        # The partial folder is deleted, so the message names the archive.
         raise ArchiveError(str(error).replace(str(partial), str(path))) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -259,7 +259,7 @@ def _zip_refusal(info: zipfile.ZipInfo) -> str | None:
 
 
 def _tar_refusal(info: tarfile.TarInfo, path: Path) -> str | None:
-    # No file of a data set needs to be a link; the filter would let those within the folder pass.
+    # The filter lets links within the folder pass; no data set needs one.
     if info.issym() or info.islnk():
         return f"{info.name!r} is a link to {info.linkname!r}"
     try:

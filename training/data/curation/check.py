@@ -1,4 +1,4 @@
-"""Checking data folders before training: bad rows, the same photograph twice, patients in two splits, classes, licences."""
+"""Checks of data folders before training: bad rows, duplicate photographs, patients in two splits, classes, licences."""
 
 import re
 from collections import Counter
@@ -73,7 +73,7 @@ class CheckReport:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing was found that has to be put right."""
+        """Whether nothing has to be corrected."""
         return not (self.bad_rows or self.repeats or self.shared_groups or any(self.unsafe_archives.values()))
 
     def to_dict(self) -> dict[str, Any]:

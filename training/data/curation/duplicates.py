@@ -1,6 +1,6 @@
-"""Photographs that are there more than once: in two splits (a leak), in two data sets, or twice in one.
+"""Duplicate photographs: in two splits (a leak), in two data sets, or twice in one.
 
-Two files are the same photograph if their bytes are, or if they look alike after re-encoding, scaling, mirroring and turning.
+Two files are the same photograph if their bytes are equal, or if one is the other re-encoded, scaled, mirrored or turned.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from unihema.processing_unihema.image_io import image_size, load_image
 
 
 THUMBNAIL = 64
-# Fields and crops of smears look alike when blurred, so a hash only proposes pairs; the pixels decide.
+# Smears look alike when blurred, so hashes only propose pairs, and the pixels decide.
 HASH_DISTANCE = 10
 SIMILARITY = 0.8
 _SIDE = 8
@@ -43,7 +43,7 @@ class Fingerprint:
 
 
 def fingerprint(path: str | Path) -> Fingerprint:
-    """Reads an image once for all that is compared.
+    """Reads an image and its fingerprint.
 
     Raises:
         DatasetError: It cannot be read.
@@ -248,7 +248,7 @@ def find_repeats(
 
 
 def _connected(number: int, pairs: Sequence[tuple[int, int, float]]) -> list[int]:
-    """A number for each of so many things, the same for those that pairs lead from one to the other."""
+    """The connected component of each of `number` items that `pairs` link."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -258,7 +258,7 @@ def _connected(number: int, pairs: Sequence[tuple[int, int, float]]) -> list[int
 
 
 def _one_for_all_tasks(same: list[CheckedImage]) -> list[CheckedImage]:
-    """The files, without copies in one place that serve different tasks: a crop beside the same image with its mask."""
+    """Drops copies in one place that serve different tasks, such as a crop beside the same image with its mask."""
     kept: list[CheckedImage] = []
     tasks: list[set[str]] = []
     for image in same:
@@ -275,7 +275,7 @@ def _one_for_all_tasks(same: list[CheckedImage]) -> list[CheckedImage]:
 def count_by_places(repeats: Sequence[Repeat]) -> dict[tuple[str, str], Counter]:
     """How many photographs two places share: (place, place) -> numbers of `exact` (the same bytes) and `near`.
 
-    A place with itself: photographs that are there twice.
+    The entry of a place with itself counts photographs that it has twice.
     """
     counts: dict[tuple[str, str], Counter] = {}
     for repeat in repeats:

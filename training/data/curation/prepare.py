@@ -138,7 +138,7 @@ def prepare_data(
         _describe(partial, source, entry, masks_show, licence, prepared)
         partial.rename(output)
     except DatasetError as error:
-        # The folder it was unpacked to is gone when the message is read.
+        # The unpacked folder is deleted, so the message names the archive.
         if isinstance(error, (ArchiveError, BadRowsError)) or str(unpacked) not in str(error):
             raise
         raise DatasetError(str(error).replace(str(unpacked), str(source))) from error
@@ -187,7 +187,7 @@ def shard_folder(
         except BadRowsError:
             raise
         except DatasetError as error:
-            # Which splits there are shows only on reading, where the layout is not our own.
+            # Which splits a layout of others has shows only on reading.
             if splits:
                 raise
             missing = missing or error
@@ -202,7 +202,7 @@ def shard_folder(
 
 
 def _stop_if(bad: BadRows, on_invalid: OnInvalid, folder: Path, source: Path) -> None:
-    # The folder an archive was unpacked to is gone when the message is read.
+    # The unpacked folder is deleted, so messages name the archive.
     if folder != source:
         bad.messages = [message.replace(str(folder), str(source)) for message in bad.messages]
     if on_invalid == "error":
@@ -345,7 +345,7 @@ class _SplitWriter:
 
     def add(self, row: Row) -> None:
         label = row["label"] if row["task"] == "single_cell" else self.labels.get(str(row["image"]))
-        # Masks are paired with images/ by name; for all else an image that is a crop lies there only.
+        # A mask is paired with images/ by name. For other tasks a crop lies in its class folder only.
         crop = label is not None and row["task"] != "segmentation"
         name = self._place(row, f"crops/{folder_name(label, row['file_name'])}" if crop else "images")
         groups = {group: str(row[group]) for group in PROVENANCE_KEYS if row.get(group)}
@@ -387,7 +387,7 @@ class _SplitWriter:
         write_text(self.folder / name, table.getvalue())
 
     def _place(self, row: Row, place: str) -> str:
-        """Copies the image once for each place; its name tells where it came from, and is unique as a stem."""
+        """Copies an image into a folder, once. Its name is made of the original one, and its stem is unique there."""
         key = (str(row["image"]), place)
         if key in self._placed:
             return self._placed[key]
@@ -439,7 +439,7 @@ class _SplitWriter:
         if mask.suffix.lower() not in (".jpg", ".jpeg"):
             shutil.copyfile(mask, target)
             return
-        # JPEG leaves a little of everything around the edges of a mask, which would all count as cell.
+        # JPEG leaves noise around the edges of a mask, which would count as cell.
         try:
             values = load_mask(mask)
         except UnreadableImageError as error:
@@ -449,7 +449,7 @@ class _SplitWriter:
 
 
 def folder_name(label: str, source: str) -> str:
-    """A class name as a folder's name.
+    """Checks that a class name can be the name of a folder.
 
     Raises:
         DatasetError: It has characters that no folder may have.

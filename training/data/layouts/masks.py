@@ -74,7 +74,7 @@ def is_mask(path: Path, root: Path) -> bool:
 
 
 def _key(path: Path, root: Path) -> tuple[str, str]:
-    """The same for an image and its mask: the folders without those that say which of the two it is, and the stem."""
+    """What an image and its mask share: the stem, and the folders apart from `images`, `masks` and the like."""
     folders = [
         part for part in path.relative_to(root).parts[:-1] if part.lower() not in (*MASK_FOLDERS, *IMAGE_FOLDERS)
     ]

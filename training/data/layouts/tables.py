@@ -1,4 +1,4 @@
-"""Tables with a line for each image: its label and, in further columns, attributes of its cell."""
+"""Tables with a line an image: its label and, in further columns, attributes of its cell."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,8 +87,8 @@ def rows_of_cell(row: Row, label: str, record: Mapping[str, Any], attributes: Se
         attributes (`Sequence[str]`): Its keys that are attributes; with none of them there is no detection row.
 
     Returns:
-        `list[Row]`: A single-cell row and, where there are attributes, a detection row: one cell somewhere in the image, as its
-            box, the whole image, says; nothing is learned of where its edges are.
+        `list[Row]`: A single-cell row and, where there are attributes, a detection row. Its one box is the whole image, and box
+            losses ignore it.
     """
     rows = [row | {"task": "single_cell", "label": label}]
     if any(key in record for key in attributes):

@@ -1,4 +1,4 @@
-"""YOLO: one text file of boxes (or polygons) for each image, class names in data.yaml or classes.txt."""
+"""YOLO: a text file of boxes (or polygons) for each image, class names in data.yaml or classes.txt."""
 
 from collections.abc import Mapping
 from pathlib import Path

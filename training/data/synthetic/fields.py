@@ -1,6 +1,6 @@
 """Seeded synthetic blood smears with exact truth: the default data of the demo and the tests.
 
-They show what the real task is made of (classes, overlap, stain, focus), and stand in for no real data.
+They have what the real task has (classes, overlap, stain, focus), but replace no real data.
 """
 
 from collections.abc import Mapping, Sequence
@@ -254,8 +254,8 @@ def _free(cell: CellPlan, others: list[CellPlan], nearness: float) -> bool:
 def _visible(plans: list[CellPlan], height: int, width: int) -> tuple[list[tuple[CellPlan, Patch]], np.ndarray]:
     """Cells that can be seen, and the map of which is on top.
 
-    A cell of which too little shows is taken out altogether rather than painted without being in the truth. What lay
-    under it shows more for that, never less, so one round settles it but for the map.
+    Cells that are mostly covered are removed, so that every painted cell is in the truth. A removal only uncovers other cells,
+    so one pass is enough; then the map is drawn again.
     """
     patched = [(plan, cell_patch(plan, height, width)) for plan in plans]
     patched = [(plan, patch) for plan, patch in patched if patch is not None]
@@ -315,7 +315,7 @@ _SENTENCE = (
 
 
 def cell_questions(label: str, attributes: Mapping[str, str]) -> list[dict[str, str]]:
-    """Questions about the one cell that an image is about.
+    """Questions about the cell of a crop.
 
     Args:
         label (`str`): Its class.
@@ -334,10 +334,9 @@ def cell_questions(label: str, attributes: Mapping[str, str]) -> list[dict[str, 
 
 
 def field_questions(labels: Sequence[str]) -> list[dict[str, str]]:
-    """Questions about a whole field, as far as a field reduced to a crop's size still shows the answer.
+    """Questions about a whole field whose answers still show at the size of a crop.
 
-    Red cells are too many to be counted in words (their number is what detection gives), and the fine looks of a
-    white cell are asked of its crop.
+    Red cells are too many to count in words, which detection does. Attributes of a white cell are asked of its crop.
 
     Args:
         labels (`Sequence[str]`): Class of each visible cell.
