@@ -17,8 +17,8 @@ from unihema.files import write_atomically
 from unihema.loading import available_tasks, load_model
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
+from unihema.training.data.class_tree import as_known
 from unihema.training.data.dataset import SmearDataset
-from unihema.training.data.label_names import as_known
 from unihema.training.data.rows import Row, morphology_schema
 from unihema.training.evaluation import evaluate_model
 from unihema.training.run.build import build, training_rows, validation_rows

@@ -13,7 +13,7 @@ from unihema.errors import CheckpointError, DatasetError, RunConfigError
 from unihema.hub_cards.fields import is_repo_id
 from unihema.loading import available_tasks, load_model
 from unihema.training.adapters import WEIGHTS
-from unihema.training.data.label_names import as_known, row_names
+from unihema.training.data.class_tree import as_known, row_names
 from unihema.training.data.rows import Row, class_names, single_cell_names
 from unihema.training.evaluation import HEADLINES, evaluate_model
 from unihema.training.evaluation.class_agnostic import class_agnostic_precision
