@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from unihema.errors import InputError
+from unihema.files import write_json
 from unihema.hub_cards.usage import class_of_task
 from unihema.modeling_unihema.adapter_mixin import FIELDS_KEY, adapter_fields
 from unihema.modeling_unihema.layers import ClassEmbedding, ClassLinear
@@ -20,7 +21,6 @@ from unihema.modeling_unihema.tasks import TASKS
 from unihema.processing_unihema.class_names import usual_name
 from unihema.training.data.class_tree import known_parents
 from unihema.training.data.rows import Row, class_names, single_cell_names
-from unihema.training.files import write_json
 
 
 if TYPE_CHECKING:

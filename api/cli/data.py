@@ -115,8 +115,8 @@ def check(
 
     Exit code 1: something has to be put right.
     """
+    from unihema.files import write_json
     from unihema.training.data.curation.check import check_data
-    from unihema.training.files import write_json
 
     from .data_report import report_lines
 
@@ -145,8 +145,8 @@ def agreement(
     rename: list[str] = typer.Option([], help="Class to rename in either, such as 'leuko=WBC'; may be repeated."),
 ) -> None:
     """Compare two annotations of the same photographs: by how much do the annotators themselves differ?"""
+    from unihema.files import write_json
     from unihema.training.data.curation.agreement import annotation_agreement
-    from unihema.training.files import write_json
 
     found = annotation_agreement(first, second, _pairs(rename, "--rename"), progress=True)
     typer.echo(f"{found.photographs} photographs in both.")

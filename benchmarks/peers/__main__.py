@@ -16,7 +16,7 @@ from benchmarks.peers.comparison import UNIHEMA, compare, default_config
 from benchmarks.peers.peers import PEERS, size_of
 from benchmarks.peers.speed import conditions, measure
 from benchmarks.peers.table import best_peers, comparison, page
-from unihema.training.files import write_json, write_text
+from unihema.files import write_json, write_text
 from unihema.training.run.config import RunConfig
 from unihema_cli.options import pairs, run_overrides
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from unihema.errors import FileMissingError, RunConfigError
+from unihema.files import write_json
 from unihema.training.adapters import CONFIG, load_adapter_weights, save_adapter
-from unihema.training.files import write_json
 from unihema.training.run.config import RunConfig
 
 

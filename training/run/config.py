@@ -14,9 +14,9 @@ from typing import Any, Literal
 import yaml
 
 from unihema.errors import RunConfigError
+from unihema.files import write_json
 from unihema.modeling_unihema.tasks import TASKS
 from unihema.training.data.augmentation import AugmentationConfig
-from unihema.training.files import write_json
 
 
 PACKAGES = (

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from unihema.training.files import plain, write_text
+from unihema.files import plain, write_text
 from unihema.training.run.config import RunConfig, flat
 
 

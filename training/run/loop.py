@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from unihema.errors import NotFiniteError, TrainingError, TrainingInterrupted
+from unihema.files import write_json, write_text
 from unihema.hub_cards import checkpoint_card
 from unihema.hub_cards.data_sources import RECORD_FILE
 from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
@@ -22,7 +23,6 @@ from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.rows import Row
 from unihema.training.data_record import data_record
 from unihema.training.evaluation import evaluate_model, headline, write_report
-from unihema.training.files import write_json, write_text
 from unihema.training.run.batches import RunBatches
 from unihema.training.run.build import TrainedParts, training_rows, validation_rows
 from unihema.training.run.build import build as build_unihema

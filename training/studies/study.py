@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from unihema.errors import RunConfigError
-from unihema.training.files import plain, write_json, write_text
+from unihema.files import plain, write_json, write_text
 from unihema.training.run.config import RunConfig, flat
 from unihema.training.run.distributed import is_main_process, wait_for_everyone
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from unihema.errors import RunConfigError
+from unihema.files import write_json, write_text
 from unihema.training.data.mixing import TaskMixer
-from unihema.training.files import write_json, write_text
 from unihema.training.run.batches import ProcessShare
 from unihema.training.run.checkpoint import Progress, last_checkpoint, save_checkpoint
 from unihema.training.run.config import OptimisationConfig
@@ -171,7 +171,7 @@ def test_files_are_whole(tmp_path):
     write_json(tmp_path / "new" / "a.json", {"x": float("inf"), "y": torch.tensor(2), "z": (1, tmp_path)})
     assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"x": None, "y": 2, "z": [1, str(tmp_path)]}
     write_text(tmp_path / "b.txt", "old")
-    with pytest.raises(AttributeError):
+    with pytest.raises(TypeError):
         write_text(tmp_path / "b.txt", 5)
     assert (tmp_path / "b.txt").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.txt", "new"]
