@@ -6,10 +6,13 @@ from typing import Any
 from benchmarks.peers.comparison import UNIHEMA, unihema_item
 from benchmarks.peers.peers import COMPARED, FIGURES, PEERS
 from benchmarks.peers.speed import ALL_PEERS
+from unihema.training.studies.study import shown, table
 
 
 NAMES = {"mAP50": "mAP50", "mAP": "mAP", "dice": "Dice", "iou": "IoU", "macro_f1": "macro-F1"}
 NAMES |= {"accuracy": "accuracy", "exact_match": "exact match", "bleu4": "BLEU-4"}
+_TIMES = ("ms", "processor ms", "peak MB")
+_TRAINING = ("minutes", "passes", "learning rate")
 
 
 def best_peers(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -127,59 +130,79 @@ def page(compared: Mapping[str, Any], conditions: Mapping[str, Any]) -> str:
         "has the model only, Python and its libraries included.",
         *(("", had["note"]) if had.get("note") else ()),
         "",
-        "| task | model | figures (95 % interval) | images | rows | parameters, M | ms | processor ms | peak MB | minutes "
-        "| passes | learning rate |",
-        "|---" * 12 + "|",
+        *table(
+            ("task", "model", "figures (95 % interval)", "images", "rows", "parameters, M", *_TIMES, *_TRAINING),
+            [_cells(row) for row in compared["rows"]],
+        ),
+        "",
+        "All tasks, one after another:",
+        "",
+        *table(
+            ("models", "parameters, M", *_TIMES, "minutes of training"),
+            [
+                (
+                    row["model"],
+                    _millions(row["parameters"]),
+                    *map(_number, (row["wall ms"], row["processor ms"], row["peak MB"], row["minutes"])),
+                )
+                for row in compared["sums"]
+            ],
+        ),
     ]
-    lines += [_line(row) for row in compared["rows"]]
-    lines += ["", "All tasks, one after another:", ""]
-    lines += ["| models | parameters, M | ms | processor ms | peak MB | minutes of training |", "|---" * 6 + "|"]
-    for row in compared["sums"]:
-        cells = (_millions(row["parameters"]), *map(_number, (row["wall ms"], row["processor ms"], row["peak MB"])))
-        lines.append(f"| {row['model']} | {' | '.join(cells)} | {_number(row['minutes'])} |")
     if compared["verdicts"]:
         lines += ["", *_verdict_lines(compared["verdicts"])]
-    lines += _dataset_lines(compared["rows"])
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_dataset_lines(compared["rows"])]) + "\n"
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _cells(row: Mapping[str, Any]) -> list[Any]:
     figures = "; ".join(_figure(name, **value) for name, value in row["figures"].items())
-    cells = [row["task"], row["model"], figures, str(row["images"]), str(row["rows"]), _millions(row["parameters"])]
+    cells = [row["task"], row["model"], figures, row["images"], row["rows"], _millions(row["parameters"])]
     cells += [_number(row.get(name)) for name in ("wall ms", "processor ms", "peak MB", "minutes", "passes")]
     rate = row.get("learning_rate")
-    return f"| {' | '.join([*cells, '' if rate is None else f'{rate:g}'])} |"
+    return [*cells, "" if rate is None else f"{rate:g}"]
 
 
 def _figure(name: str, value: float | None, interval: Sequence[float] | None) -> str:
-    if value is None:
-        return f"{NAMES[name]} none"
-    digits = 1 if name == "bleu4" else 3
-    limits = f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})" if interval else ""
-    return f"{NAMES[name]} {value:.{digits}f}{limits}"
+    return f"{NAMES[name]} {shown(value, interval, missing='none', digits=1 if name == 'bleu4' else 3)}"
 
 
 def _verdict_lines(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
     good = sum(verdict["at_least_as_good"] for verdict in verdicts)
-    lines = [f"UniHema is at least as good as the best peer on {good} of {len(verdicts)} tasks:", ""]
-    lines += ["| task | figure | UniHema | best peer | its figure | difference |", "|---" * 6 + "|"]
-    for verdict in verdicts:
-        cells = (verdict["task"], NAMES[verdict["figure"]], f"{verdict['unihema']:.3f}", verdict["peer"])
-        lines.append(f"| {' | '.join(cells)} | {verdict['value']:.3f} | {verdict['difference']:+.3f} |")
-    return lines
+    rows = [
+        (
+            verdict["task"],
+            NAMES[verdict["figure"]],
+            shown(verdict["unihema"]),
+            verdict["peer"],
+            shown(verdict["value"]),
+            f"{verdict['difference']:+.3f}",
+        )
+        for verdict in verdicts
+    ]
+    return [
+        f"UniHema is at least as good as the best peer on {good} of {len(verdicts)} tasks:",
+        "",
+        *table(("task", "figure", "UniHema", "best peer", "its figure", "difference"), rows),
+    ]
 
 
 def _dataset_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = []
-    for row in rows:
-        for name, part in row["datasets"].items():
-            value = "none" if part["value"] is None else f"{part['value']:.3f}"
-            cells = (row["task"], name, str(part["rows"]), row["model"], NAMES[FIGURES[row["task"]][0]], value)
-            lines.append(f"| {' | '.join(cells)} |")
-    if not lines:
+    cells = [
+        (
+            row["task"],
+            name,
+            part["rows"],
+            row["model"],
+            NAMES[FIGURES[row["task"]][0]],
+            shown(part["value"], missing="none"),
+        )
+        for row in rows
+        for name, part in row["datasets"].items()
+    ]
+    if not cells:
         return []
-    head = ["", "By data set:", "", "| task | data | rows | model | figure | value |", "|---" * 6 + "|"]
-    return head + sorted(lines, key=lambda line: [part.strip() for part in line.split("|")[1:3]])
+    cells.sort(key=lambda line: line[:2])
+    return ["", "By data set:", "", *table(("task", "data", "rows", "model", "figure", "value"), cells)]
 
 
 def _number(value: float | None) -> str:

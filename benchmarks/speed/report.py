@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from unihema.training.studies.study import Plot
+from unihema.training.studies.study import Plot, table
 
 
 TITLES = {
@@ -43,8 +43,8 @@ def page(results: dict, exponents: dict[str, float]) -> str:
     ]
     for section, title in TITLES.items():
         if results.get(section):
-            table = pd.DataFrame(results[section])
-            table = table.map(lambda value: " x ".join(map(str, value)) if isinstance(value, list | tuple) else value)
+            frame = pd.DataFrame(results[section])
+            frame = frame.map(lambda value: " x ".join(map(str, value)) if isinstance(value, list | tuple) else value)
             lines += [f"## {title}", ""]
             again = results.get("again", {}).get(section)
             if again:
@@ -56,7 +56,7 @@ def page(results: dict, exponents: dict[str, float]) -> str:
                 ]
             if section in NOTES:
                 lines += [NOTES[section], ""]
-            lines += [_markdown(table), ""]
+            lines += [_markdown(frame), ""]
     if exponents:
         lines += ["## Growth", "", "![time by pixels](growth.png)", ""]
         lines += ["Exponent of time in pixels (1 is linear):", ""]
@@ -66,14 +66,13 @@ def page(results: dict, exponents: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def _markdown(table: pd.DataFrame) -> str:
+def _markdown(frame: pd.DataFrame) -> str:
     def cell(value: object) -> str:
         if isinstance(value, float):
             return "" if value != value else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
         return str(value)
 
-    rows = [list(table.columns), ["---"] * len(table.columns), *table.values.tolist()]
-    return "\n".join("| " + " | ".join(cell(value) for value in row) + " |" for row in rows)
+    return "\n".join(table(list(frame.columns), [[cell(value) for value in row] for row in frame.values.tolist()]))
 
 
 def growth_plot(rows: list[dict]) -> Plot:
