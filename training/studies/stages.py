@@ -159,6 +159,7 @@ def train_stages(
     from accelerate import PartialState
 
     changes = {name: dict(settings) for name, settings in (changes or {}).items()}
+    callbacks = tuple(callbacks)
     config.check()
     _check_names(stages, changes, only)
     # Joins the other processes, where there are some.
@@ -180,9 +181,10 @@ def train_stages(
     mix = Mix(config, changes)
     runs = [_initial_run(mix, whole, folder / STAGES_FOLDER / INITIAL)]
     for position, stage in enumerate(present):
+        if only is not None and stage.number > only:
+            break
         run = _stage_config(config, stage, present[: position + 1], changes, runs[-1].leaves, list(whole))
-        if only is None or stage.number <= only:
-            runs.append(_stage_run(mix, stage, run, runs[-1].name, resume, tuple(callbacks)))
+        runs.append(_stage_run(mix, stage, run, runs[-1].name, resume, callbacks))
     results = run_study(folder, REPORT, runs, _report, resume=resume or only is not None)
     if present[-1].name in results and is_main_process():
         _publish(folder / STAGES_FOLDER / present[-1].folder, folder)
@@ -223,7 +225,7 @@ def _stage_run(
         return {"number": stage.number, "stage": stage.name, "trained_tasks": config.data.tasks, "metrics": figures}
 
     settings = figure_settings(config)
-    # Which checkpoint that is the stage before says; the folder may have been moved.
+    # The stage before decides which checkpoint that is; its folder may have been moved.
     settings.pop("model.initial_checkpoint")
     return Run(stage.name, settings, measure, Path(config.output_dir), [before])
 

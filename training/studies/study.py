@@ -199,7 +199,7 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str, p
 def _write(path: Path, record: Mapping[str, Any], report: Callable[[Mapping[str, Any]], Report] | None) -> Report:
     found = Report({}, ()) if report is None else report(_results(record))
     write_json(path, {**record, **{name: value for name, value in found.summary.items() if name not in record}})
-    if report is not None:
+    if found.lines:
         write_text(path.with_suffix(".md"), "\n".join(found.lines) + "\n")
     return found
 
