@@ -116,6 +116,7 @@ def run_study(
     if record["runs"]:
         _check_same(record["settings"], shared, f"{path} was begun", path)
     record["settings"] = shared
+    finished = len(record["runs"])
     for run in runs:
         gone = run.leaves is not None and not run.leaves.exists()
         missing = [name for name in run.needs if name not in record["runs"]]
@@ -126,6 +127,9 @@ def run_study(
         if run.name in record["runs"]:
             before, place = record["runs"][run.name]["settings"], run.leaves or path
             _check_same(before, _as_stored(run.settings), f"{run.name} in {path} is finished and was made", place)
+    if len(record["runs"]) < finished and is_main_process():
+        # At once: after a kill what is made anew must not be taken for what was measured before.
+        _write(path, record, report)
     try:
         for run in tqdm(runs, desc=name, unit="run", disable=not progress):
             if run.name in record["runs"]:

@@ -71,6 +71,15 @@ def test_a_run_whose_folder_is_gone_is_done_again_with_those_that_need_it(tmp_pa
     with pytest.raises(RunConfigError, match="/b was made from a, which is to be done again: delete it too"):
         run_study(tmp_path, "trial", runs, resume=True)
     (tmp_path / "b").rmdir()
+    stopping = [
+        Run("a", {}, runs[0].measure, tmp_path / "a"),
+        Run("b", {}, lambda _: 1 / 0, tmp_path / "b", ["a"]),
+        runs[2],
+    ]
+    with pytest.raises(ZeroDivisionError):
+        run_study(tmp_path, "trial", stopping, resume=True)
+    # The old result of b is gone at once, or a kill after b was made would keep it.
+    assert list(read_record(tmp_path, "trial")["runs"]) == ["c", "a"]
     run_study(tmp_path, "trial", runs, resume=True)
     assert done == ["a", "b", "c", "a", "b"]
 
