@@ -8,17 +8,16 @@ from torch import nn
 
 from unihema.errors import InputError, PackageMissingError
 
+from .configuration_unihema import TrainingResults, take_old_fields
+
 
 # Fields of the configuration that an adapter may have its own values of, in its `adapter_config.json`.
 ADAPTER_FIELDS = (
     "id2label",
     "label_parents",
     "single_cell_labels",
-    "detection_thresholds",
     "default_prompt_ids",
-    "segmentation_label",
-    "segmentation_threshold",
-    "trained_tasks",
+    "trained",
 )
 # Their place there: PEFT reads and writes `auto_mapping` as it stands.
 FIELDS_KEY = "unihema"
@@ -165,6 +164,7 @@ class WithAdapters:
             return
         if self._base_fields is None:
             self._base_fields = {name: getattr(self.config, name, None) for name in ADAPTER_FIELDS}
+            self._base_fields["trained"] = dataclasses.asdict(self.config.trained)
             self._followed = ()
         names = _active_names(self) if adapters else None
         if names == self._followed:
@@ -176,22 +176,28 @@ class WithAdapters:
         fields = dict(self._base_fields)
         # Of several adapters the first has the say.
         for name in reversed(names or ()):
-            fields |= adapter_fields(adapters[name]) if name in adapters else {}
+            own = adapter_fields(adapters[name]) if name in adapters else {}
+            fields |= {**own, "trained": {**fields["trained"], **own.get("trained", {})}}
         set_fields(self, fields)
 
     def refresh_adapter_fields(self, adapter_name: str) -> None:
         """Writes what the configuration says now into an adapter, before it is saved."""
-        own = {name: getattr(self.config, name, None) for name in adapter_fields(self.peft_config[adapter_name])}
-        self.peft_config[adapter_name].auto_mapping[FIELDS_KEY] = own
+        own = adapter_fields(self.peft_config[adapter_name])
+        now = {name: getattr(self.config, name, None) for name in own}
+        if "trained" in own:
+            now["trained"] = {name: getattr(self.config.trained, name) for name in own["trained"]}
+        self.peft_config[adapter_name].auto_mapping[FIELDS_KEY] = now
 
 
 def adapter_fields(peft_config: Any) -> dict[str, Any]:
-    """The fields of `UniHemaConfig` that an adapter has its own values of.
+    """The fields of `UniHemaConfig` that an adapter has its own values of; of `trained` it may have some keys only.
 
     Args:
         peft_config (`PeftConfig`): The adapter's configuration.
     """
-    stored = (getattr(peft_config, "auto_mapping", None) or {}).get(FIELDS_KEY) or {}
+    stored = dict((getattr(peft_config, "auto_mapping", None) or {}).get(FIELDS_KEY) or {})
+    if trained := take_old_fields("trained", stored):
+        stored["trained"] = trained
     fields = {name: stored[name] for name in ADAPTER_FIELDS if name in stored}
     if fields.get("id2label"):
         fields["id2label"] = {int(index): name for index, name in fields["id2label"].items()}
@@ -207,7 +213,7 @@ def set_fields(model: nn.Module, fields: dict[str, Any]) -> None:
     """
     config = model.config
     for name, value in fields.items():
-        setattr(config, name, value)
+        setattr(config, name, TrainingResults(**value) if name == "trained" else value)
     if not _fits(model, config.num_labels):
         # An adapter that was saved without its classes, or whose heads are still to be loaded.
         config.id2label = {index: f"LABEL_{index}" for index in range(len(model.detection_head.class_head.weight))}

@@ -450,9 +450,9 @@ def segment(model: UniHemaPreTrainedModel, labels: torch.LongTensor | None, **in
         loss, loss_dict = segmentation_loss(
             mask_logits,
             labels,
-            dice_loss_coefficient=model.config.dice_loss_coefficient,
-            focal_loss_coefficient=model.config.focal_loss_coefficient,
-            dice_over=model.config.dice_over,
+            dice_weight=model.config.loss_weights["dice"],
+            focal_weight=model.config.loss_weights["focal"],
+            dice_over_batch=model.config.official_losses,
         )
     return UniHemaSegmentationOutput(
         loss=loss,
@@ -609,7 +609,8 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
     def __init__(self, config: UniHemaConfig):
         super().__init__(config)
         self.model = UniHemaModel(config, self.tasks)
-        config.single_cell_labels = config.given_labels or config.single_cell_labels
+        # The loaded configuration cannot know which head it is for, so it brings new class names here.
+        config.single_cell_labels = vars(config).pop("labels_when_loading", config.single_cell_labels)
         self.single_cell_head = SingleCellHead(config)
         self.post_init()
 

@@ -209,10 +209,10 @@ class UniHemaImageSegmentationPipeline(_ForUniHema, ImageSegmentationPipeline):
             pixel_mask=model_outputs["pixel_mask"],
             threshold=None,
         )[0]
-        mask = probability > (config.segmentation_threshold if mask_threshold is None else mask_threshold)
+        mask = probability > (config.trained.segmentation_threshold if mask_threshold is None else mask_threshold)
         if not mask.any():
             return []
-        names = prompt if prompt is not None else config.segmentation_label
+        names = prompt if prompt is not None else config.trained.segmentation_label
         return [
             {
                 "score": float(probability[mask].mean()),

@@ -151,7 +151,7 @@ def _peer(
     names = unihema.config
     if compared != ATTRIBUTES:
         # No detector reads attributes, and what no model answers is not asked.
-        names.morphology, names.morphology_order = {}, []
+        names.morphology = {}
     peer = PEERS[name].build(names)
     peer.start_from(unihema.model.visual_backbone.backbone)
     del unihema
