@@ -15,7 +15,7 @@ from unihema.errors import InputError
 from .remote_code import SavedWithCode
 
 
-# Smallest detection score of a class whose threshold was never calibrated.
+# Detection threshold of classes without a calibrated one.
 DEFAULT_THRESHOLD = 0.3
 
 FLAN_T5_BASE = {
@@ -85,7 +85,7 @@ def take_old_fields(part: str, fields: dict[str, Any]) -> dict[str, Any]:
 @strict
 @dataclasses.dataclass
 class TrainingResults:
-    """What training and calibration found out, as [`UniHemaConfig`] stores it in `trained`.
+    """Results of training and calibration, which [`UniHemaConfig`] stores in `trained`.
 
     Args:
         tasks (`list[str]`, *optional*): Tasks the checkpoint was trained on; all of them when not given.
@@ -159,8 +159,8 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         morphology (`dict[str, list[str]]`): Attributes read off each cell, each with its values, in the order of labels
             and logits. `config.json` sorts the keys of dictionaries, so there it is a list of `name` and `values`.
         default_prompt_ids (`dict[str, list[int]]`): Token ids of the prompt a task uses when called without text.
-        trained ([`TrainingResults`] or `dict`, *optional*): What training and calibration found out: trained tasks,
-            thresholds and the mask's label. Keys left out of a dictionary have their defaults.
+        trained ([`TrainingResults`] or `dict`, *optional*): Results of training and calibration: trained tasks, thresholds
+            and the mask's label. Keys left out of a dictionary have their defaults.
         official_losses (`bool`): Train with the losses of the official code: an asymmetric loss instead of softmax over
             each attribute's values, and one Dice loss over all pixels of a batch instead of one an image.
         auxiliary_loss (`bool`): Losses on every decoder layer, not only the last.

@@ -22,7 +22,7 @@ def sigmoid_focal_loss(
         logits (`torch.Tensor`): Any shape.
         targets (`torch.Tensor`): 0 or 1, of the same shape and a floating dtype.
         alpha (`float`, *optional*): Weight of ones; zeros weigh `1 - alpha`. `None` weighs both 1.
-        gamma (`float`): How fast the loss of easy elements fades.
+        gamma (`float`): Focusing exponent: the larger, the less easy elements count.
 
     Returns:
         `torch.Tensor`: Not reduced, of the same shape.
@@ -119,7 +119,7 @@ def detection_loss(
     if denoising is not None:
         image, query = is_positive.nonzero(as_tuple=True)
         pairs = (image, query, denoising.target_indices[image, query])
-        # A slot without a target is neither positive nor background.
+        # A slot without a target has no class loss.
         weight = class_weight * has_target[..., None]
         everything = [_to_device(image, config.num_labels, ancestors, device) for image in labels]
         for layer in layers:
@@ -413,12 +413,12 @@ def match_queries(
 
 
 def _class_costs(logits: torch.Tensor, labels: dict[str, torch.Tensor], alpha: float, gamma: float) -> torch.Tensor:
-    """Focal cost `[Q, n]` of calling query q what cell n is."""
+    """Focal cost `[Q, n]` of assigning the classes of cell n to query q."""
     positive = labels.get("positive")
     if positive is None or not len(positive):
         return _focal_cost(logits[:, labels["class_labels"]], alpha, gamma)
     counts = positive.sum(-1)
-    # The few classes of each cell first, so that not every class of every pair is looked at.
+    # A cell has few classes. Sorting them first avoids the cost of every class for every pair.
     classes = positive.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, : int(counts.max())]
     costs = _focal_cost(logits[:, classes], alpha, gamma)
     return (costs * positive.gather(-1, classes)).sum(-1) / counts
@@ -491,11 +491,10 @@ def asymmetric_morphology_loss(
 
 
 def average_over_processes(*counts: int | torch.Tensor, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Each count averaged over the processes of a distributed run, at least 1; in one exchange, in which every process
-    takes part.
+    """Global loss normaliser for distributed training: each count averaged over the processes, at least 1.
 
-    A process's loss is its own sum over this count; since gradients are averaged between processes, that is the sum over
-    all samples divided by all that is counted.
+    A process divides its own sum of losses by this. Gradients are averaged over processes, so together they learn from the
+    sum over all samples divided by the total count. Every process must call this in the same step.
 
     Args:
         *counts (`int` or `torch.Tensor`): Cells, tokens or images of this process's part of the batch.
