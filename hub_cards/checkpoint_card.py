@@ -98,7 +98,7 @@ def checkpoint_card(
         "Training data": data_lines(record),
         "Training": [line for line in (training_line(run),) if line],
         "Measured on its validation data": measured,
-        "Limits": limits_lines(tasks, bool(shown), bool(config.detection_thresholds)),
+        "Limits": limits_lines(tasks, bool(shown), bool(config.trained.detection_thresholds)),
         "Terms": terms_section(licences, record),
         "Environment": [line for line in (environment_line(run),) if line],
         "Citation": CITATION,
@@ -121,7 +121,7 @@ def card_text(card_class: type, metadata: Any, name: str, summary: str, sections
 def trained_tasks(config: "UniHemaConfig") -> list[str]:
     """What a checkpoint was trained for; all that its head does where that is not recorded."""
     architecture = (getattr(config, "architectures", None) or [""])[0]
-    trained = getattr(config, "trained_tasks", None)
+    trained = config.trained.tasks
     head = [name for name, task in TASK_TABLE.items() if task.model_class == architecture] or list(TASK_TABLE)
     return [task for task in head if task in (trained or head)]
 

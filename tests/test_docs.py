@@ -44,7 +44,7 @@ def lab(tmp_path_factory):
     processor = unihema.UniHemaProcessor.from_default(**{task: {"longest_edge": 64} for task in TASKS})
     config = unihema.UniHemaConfig(**{**VERY_TINY, "fusion_queries": 64})
     config.text_config.vocab_size = len(processor.tokenizer)
-    config.detection_thresholds = dict.fromkeys(config.label2id, 0.0)
+    config.trained.detection_thresholds = dict.fromkeys(config.label2id, 0.0)
     config.default_prompt_ids = {
         task: processor.tokenizer(task_prompt(task, names))["input_ids"]
         for task, names in processor.default_prompts.items()

@@ -1,6 +1,5 @@
 """Adapters made for training: which layers they change, which heads they bring, and what these start from."""
 
-import json
 import os
 import re
 import shutil
@@ -15,7 +14,7 @@ from torch import nn
 from unihema.errors import InputError
 from unihema.files import write_json
 from unihema.hub_cards.usage import class_of_task
-from unihema.modeling_unihema.adapter_mixin import FIELDS_KEY, adapter_fields
+from unihema.modeling_unihema.adapter_mixin import FIELDS_KEY
 from unihema.modeling_unihema.layers import ClassEmbedding, ClassLinear
 from unihema.modeling_unihema.tasks import TASKS
 from unihema.processing_unihema.class_names import usual_name
@@ -179,12 +178,6 @@ def save_merged(model: nn.Module, processor: Any, folder: str | Path) -> None:
     os.replace(partial, folder)
 
 
-def saved_classes(folder: str | Path) -> dict[str, Any]:
-    """The fields of the configuration that a saved adapter has its own values of, such as `id2label`."""
-    values = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-    return adapter_fields(type("Saved", (), {"auto_mapping": values.get("auto_mapping")}))
-
-
 def start_classes(
     new: Sequence[str], old: Sequence[str], start_from: Mapping[str, str] | None = None
 ) -> list[int | None]:
@@ -222,6 +215,7 @@ def start_classes(
 def _classes(config: Any, processor: Any, settings: "AdapterConfig", rows: Mapping[str, Sequence[Row]]):
     """The adapter's fields of the configuration, and for each head what its classes start from."""
     fields: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     sources: dict[str, list[int | None]] = {}
     prompts = {}
     if "detection" in rows:
@@ -229,20 +223,20 @@ def _classes(config: Any, processor: Any, settings: "AdapterConfig", rows: Mappi
         old = [config.id2label[index] for index in range(config.num_labels)]
         sources["detection"] = start_classes(names, old, _named(settings.start_from, names))
         fields |= {"id2label": dict(enumerate(names)), "label_parents": known_parents(names)}
-        thresholds = config.detection_thresholds or {}
-        fields["detection_thresholds"] = {name: thresholds[name] for name in names if name in thresholds}
+        thresholds = config.trained.detection_thresholds
+        found["detection_thresholds"] = {name: thresholds[name] for name in names if name in thresholds}
         prompts["detection"] = ", ".join(names)
     if "single_cell" in rows:
         names = _labels(settings, single_cell_names(rows["single_cell"]))
         sources["single_cell"] = start_classes(names, config.single_cell_labels, _named(settings.start_from, names))
         fields["single_cell_labels"] = names
     if prompt := next((row["prompt"] for row in rows.get("segmentation", ()) if row.get("prompt")), None):
-        prompts["segmentation"] = fields["segmentation_label"] = prompt
+        prompts["segmentation"] = found["segmentation_label"] = prompt
     processor.default_prompts |= prompts
     if prompts:
         fields["default_prompt_ids"] = processor.default_prompt_ids()
-    trained = {*(config.trained_tasks or ()), *rows}
-    fields["trained_tasks"] = [task for task in TASKS if task in trained]
+    trained = {*(config.trained.tasks or ()), *rows}
+    fields["trained"] = {"tasks": [task for task in TASKS if task in trained], **found}
     return fields, sources
 
 
@@ -312,7 +306,6 @@ __all__ = [
     "load_adapter_weights",
     "save_adapter",
     "save_merged",
-    "saved_classes",
     "start_classes",
     "target_pattern",
 ]

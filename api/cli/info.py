@@ -49,7 +49,7 @@ def info(checkpoint: Path = typer.Argument(None, help="Checkpoint folder.")) -> 
     tasks = available_tasks(model)
     typer.echo(f"tasks: {', '.join(tasks)}")
     if "detection" in tasks:
-        thresholds = config.detection_thresholds
+        thresholds = config.trained.detection_thresholds
         shown = [
             f"{name} ({thresholds[name]:.2f})" if name in thresholds else name for name in config.id2label.values()
         ]

@@ -150,7 +150,7 @@ def _peer_run(name: str, config: RunConfig, rate: float, rows: list[Row], val_ro
         names.label_parents = {}
         if kind.compared != ATTRIBUTES:
             # No detector reads attributes, and what no model answers is not asked.
-            names.morphology, names.morphology_order = {}, []
+            names.morphology = {}
         peer = kind.build(names)
         peer.start_from(unihema.model.visual_backbone.backbone)
         return peer, processor

@@ -59,7 +59,7 @@ ADAPTER = {
 
 def full_card(**changes) -> str:
     options = {"data": DATA, "run": RUN, "name": "Smears", "licence": "cc-by-4.0", **changes}
-    return checkpoint_card(very_tiny_config(trained_tasks=["detection", "single_cell"]), METRICS, **options)
+    return checkpoint_card(very_tiny_config(trained={"tasks": ["detection", "single_cell"]}), METRICS, **options)
 
 
 def test_metadata_are_those_that_the_hub_indexes():
@@ -154,7 +154,7 @@ def test_the_code_in_a_checkpoints_card_runs_in_its_folder(tmp_path):
 
 
 def test_a_card_from_a_folder_asks_for_what_it_does_not_know(tmp_path):
-    folder = save_tiny_checkpoint(tmp_path / "checkpoint", trained_tasks=["detection"])
+    folder = save_tiny_checkpoint(tmp_path / "checkpoint", trained={"tasks": ["detection"]})
     with pytest.raises(CardError, match="--data-license NAME=LICENCE"):
         folder_card(folder, licence="mit")
     (folder / "data.json").write_text(

@@ -17,7 +17,7 @@ REPORT = {
 
 
 def test_it_lists_the_trained_tasks_and_the_figures_of_whole_tasks():
-    card = checkpoint_card(very_tiny_config(trained_tasks=["detection"]), REPORT)
+    card = checkpoint_card(very_tiny_config(trained={"tasks": ["detection"]}), REPORT)
     assert "| detection | 19 | mAP50 0.712, morphology macro_f1 0.550 |" in card
     assert "0.9" not in card and "0.1" not in card
     assert "- `detection`" in card and "- `segmentation`" not in card and "Single-cell classes" not in card

@@ -310,7 +310,7 @@ def test_a_run_leaves_the_adapter_and_not_a_byte_of_the_base_is_changed(smears, 
     )
     model, processor = load_model(tmp_path / "run", "cpu")
     assert list(model.config.id2label.values()) == list(report["detection"]["per_class"])
-    assert model.config.detection_thresholds.keys() <= set(model.config.label2id)
+    assert model.config.trained.detection_thresholds.keys() <= set(model.config.label2id)
     assert processor.default_prompts["detection"] == ", ".join(model.config.label2id)
     # BatchNorm statistics are weights of the base as well.
     model.disable_adapters()

@@ -153,8 +153,8 @@ def build(config: RunConfig, rows: dict[str, list[Row]]) -> tuple[UniHemaForMult
         processor.image_processor.size = processor.image_processor.task_sizes["detection"]
         model = UniHemaForMultiTask.from_pretrained(source, **config.model.overrides)
         model.config.default_prompt_ids = processor.default_prompt_ids()
-        trained = set(model.config.trained_tasks or ()) | set(rows)
-        model.config.trained_tasks = [task for task in TASKS if task in trained]
+        trained = set(model.config.trained.tasks or ()) | set(rows)
+        model.config.trained.tasks = [task for task in TASKS if task in trained]
         if config.adapter.method != "none":
             attach_adapter(model, processor, config.adapter, rows)
         elif config.data.label_parents is not None or model.config.label_parents is None:
@@ -202,7 +202,8 @@ def _label_parents(config: DataConfig, names: list[str]) -> dict[str, str]:
 
 def _new_config(config: RunConfig, rows: dict[str, list[Row]], processor: UniHemaProcessor) -> UniHemaConfig:
     everything = [row for found in rows.values() for row in witnesses(found)]
-    fields: dict[str, Any] = {"trained_tasks": list(rows)}
+    fields: dict[str, Any] = {}
+    trained: dict[str, Any] = {"tasks": list(rows)}
     if names := class_names(everything):
         fields["id2label"] = dict(enumerate(names))
         fields["label_parents"] = _label_parents(config.data, names)
@@ -213,12 +214,13 @@ def _new_config(config: RunConfig, rows: dict[str, list[Row]], processor: UniHem
         fields["morphology"] = morphology_schema(everything)
     prompts = [row["prompt"] for row in witnesses(rows.get("segmentation", ())) if row.get("prompt")]
     if prompts:
-        processor.default_prompts["segmentation"] = fields["segmentation_label"] = prompts[0]
+        processor.default_prompts["segmentation"] = trained["segmentation_label"] = prompts[0]
     fields["default_prompt_ids"] = processor.default_prompt_ids()
     if config.model.backbone_weights == "efficientnet-lite0":
         fields |= {"backbone_config": LITE0_BACKBONE, "freeze_backbone_norm": True}
     preset = UniHemaConfig.tiny if config.model.preset == "tiny" else UniHemaConfig.base
-    model_config = preset(**{**fields, **config.model.overrides})
+    trained |= config.model.overrides.get("trained", {})
+    model_config = preset(**{**fields, **config.model.overrides, "trained": trained})
     # flan-T5 has a few more rows than its tokenizer has pieces; a preset's vocabulary is only a placeholder.
     given = model_config.text_config.vocab_size if "text_config" in config.model.overrides else 0
     model_config.text_config.vocab_size = max(given, len(processor.tokenizer))

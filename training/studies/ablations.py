@@ -244,7 +244,7 @@ def _on_unseen(
     for model, _ in models:
         rows = {task: _of_known_classes(task, found, model.config) for task, found in rows.items()}
     # A model that was never taught a task says nothing of an unseen data set.
-    shared = set(models[0][0].config.trained_tasks or rows) & set(models[1][0].config.trained_tasks or rows)
+    shared = set(models[0][0].config.trained.tasks or rows) & set(models[1][0].config.trained.tasks or rows)
     rows = {task: found for task, found in rows.items() if found and task in shared}
     if not rows:
         raise RunConfigError("The held-out data have no class or task that the other data teach: nothing to compare.")

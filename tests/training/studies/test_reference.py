@@ -50,7 +50,7 @@ def made(tmp_path_factory):
     # Made before the seeds of a single test are set.
     torch.manual_seed(0)
     model, processor = build(config, training_rows(config))
-    model.config.detection_thresholds = dict.fromkeys(model.config.label2id, 0.99)
+    model.config.trained.detection_thresholds = dict.fromkeys(model.config.label2id, 0.99)
     model.save_pretrained(root / "unihema")
     processor.save_pretrained(root / "unihema")
     done = CliRunner().invoke(app, ["reference", str(root / "unihema"), str(smears)])

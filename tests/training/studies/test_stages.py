@@ -101,7 +101,7 @@ def test_the_six_stages(smears, tmp_path):
     assert table.startswith("| task | after 1 single_cell | after 2 text |") and "(text alone)" in table
 
     model = UniHemaForMultiTask.from_pretrained(tmp_path / "run")
-    assert model.config.trained_tasks == list(TASKS)
+    assert model.config.trained.tasks == list(TASKS)
     assert (tmp_path / "run" / "metrics.json").is_file() and not (tmp_path / "run" / "checkpoints").exists()
 
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run/stages/*/model.safetensors")}

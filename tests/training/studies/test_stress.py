@@ -26,7 +26,7 @@ def setting(smears, tmp_path_factory):
     # Made before the seeds of a single test are set.
     torch.manual_seed(0)
     model, processor = build(config, training_rows(config))
-    model.config.detection_thresholds = dict.fromkeys(model.config.label2id, 0.0)
+    model.config.trained.detection_thresholds = dict.fromkeys(model.config.label2id, 0.0)
     return model.eval(), processor, load_rows(config.data, "val", TASKS)
 
 
