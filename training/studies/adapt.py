@@ -9,7 +9,7 @@ from typing import Any
 
 from unihema.checkpoint_files import is_adapter
 from unihema.errors import CheckpointError, DatasetError, RunConfigError
-from unihema.hub_cards.fields import is_repo_id
+from unihema.hub_cards import is_repo_id
 from unihema.training.adapters import CONFIG, WEIGHTS
 from unihema.training.data.rows import Row, class_names, single_cell_names
 from unihema.training.run.adapter_config import AdapterConfig
