@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from unihema.errors import NotFiniteError, TrainingError, TrainingInterrupted
 from unihema.hub_cards import checkpoint_card
 from unihema.hub_cards.data_record import RECORD_FILE
-from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.data_record import data_record
+from unihema.training.data.dataset import SmearDataset
 from unihema.training.evaluation import evaluate_model, headline, write_report
 from unihema.training.files import write_json, write_text
 from unihema.training.run.acceleration import make_accelerator
