@@ -71,7 +71,7 @@ setup(
         "scipy>=1.13.1,<2",
         "pillow>=11,<14",
         "pyyaml>=6.0.2,<7",
-        "jinja2>=3.1.6,<4",
+        "jinja2>=3.1,<4",
         # The backbone of the shipped checkpoint.
         "timm>=1.0.9,<2",
         # The figures of detection and of texts, which every training with a validation split writes.
@@ -84,6 +84,7 @@ setup(
         "dev": [
             "build>=1.6,<2",
             "import-linter>=2.17,<3",
+            "markdown-it-py>=4,<5",
             "mypy>=2.4,<3",
             "pandas>=2.2.3,<4",
             "pytest>=9,<10",
