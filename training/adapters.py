@@ -13,10 +13,9 @@ from torch import nn
 
 from unihema.errors import InputError
 from unihema.files import write_json
-from unihema.hub_cards.usage import class_of_task
 from unihema.modeling_unihema.adapter_mixin import FIELDS_KEY
 from unihema.modeling_unihema.layers import ClassEmbedding, ClassLinear
-from unihema.modeling_unihema.tasks import TASKS
+from unihema.modeling_unihema.tasks import TASK_TABLE, TASKS
 from unihema.processing_unihema.class_names import usual_name
 from unihema.training.data.class_tree import known_parents
 from unihema.training.data.rows import Row, class_names, single_cell_names
@@ -109,7 +108,7 @@ def attach_adapter(
             _set_classes(module, sources["single_cell" if "single_cell_head" in name else "detection"])
     config.base_model_name_or_path = settings.base_name or model.config.name_or_path
     config.auto_mapping = {
-        "base_model_class": class_of_task(tasks[0]),
+        "base_model_class": TASK_TABLE[tasks[0]].model_class,
         "parent_library": "unihema",
         FIELDS_KEY: fields,
     }

@@ -24,7 +24,7 @@ def card(
     """Write README.md of a checkpoint, an adapter or a data folder from what lies in it."""
     from unihema.files import write_text
     from unihema.hub_cards import folder_card
-    from unihema.hub_cards.folder_card import CARD_FILE, check_replaceable
+    from unihema.hub_cards.card import CARD_FILE, check_replaceable
 
     path = folder / CARD_FILE
     if not overwrite:
@@ -40,7 +40,7 @@ def card(
             **terms,
         )
     else:
-        from unihema.training.data_record import data_folder_card
+        from unihema.training.data.data_record import data_folder_card
 
         text = data_folder_card(folder, source=source, description=description, **terms)
     write_text(path, [text])

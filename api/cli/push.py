@@ -18,17 +18,18 @@ def push(
 
     The token is the one of `hf auth login` or HF_TOKEN.
     """
-    from unihema.hub_cards import push_folder
-    from unihema.hub_cards.files_to_push import plan_push
+    from unihema.hub_cards import plan_push, push_folder
 
     plan = plan_push(folder, repo_id, base)
-    for upload in plan.uploads:
-        typer.echo(f"  {upload.size:>13,}  {upload.name}")
+    for file, size in plan.sizes.items():
+        typer.echo(f"  {size:>13,}  {file}")
     for name, reason in plan.left_out.items():
         typer.echo(f"  {'stays here':>13}  {name} ({reason})")
     visibility = "public" if public else "private"
     where = f"{repo_id}{f' at {revision}' if revision else ''}"
-    typer.echo(f"{plan.kind}, {len(plan.uploads)} files, {plan.size / 1e6:.1f} MB, to {where} ({visibility}).")
+    typer.echo(
+        f"{plan.kind}, {len(plan.files)} files, {sum(plan.sizes.values()) / 1e6:.1f} MB, to {where} ({visibility})."
+    )
     if dry_run:
         typer.echo("Nothing was sent.")
         return

@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 from unihema.errors import NotFiniteError, TrainingError, TrainingInterrupted
 from unihema.files import write_json, write_text
 from unihema.hub_cards import checkpoint_card
-from unihema.hub_cards.data_sources import RECORD_FILE
+from unihema.hub_cards.data_record import RECORD_FILE
 from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
+from unihema.training.data.data_record import data_record
 from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.rows import Row
-from unihema.training.data_record import data_record
 from unihema.training.evaluation import evaluate_model, headline, write_report
 from unihema.training.run.batches import RunBatches
 from unihema.training.run.build import TrainedParts, training_rows, validation_rows

@@ -10,7 +10,7 @@ from typing import Any
 
 from unihema.checkpoint_files import is_adapter
 from unihema.errors import CheckpointError, DatasetError, RunConfigError
-from unihema.hub_cards.fields import is_repo_id
+from unihema.hub_cards import is_repo_id
 from unihema.loading import available_tasks, load_model
 from unihema.training.adapters import WEIGHTS
 from unihema.training.data.class_tree import as_known, row_names

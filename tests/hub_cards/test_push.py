@@ -1,9 +1,11 @@
 """Pushing to a Hub on this machine, through its failures, and loading back from it in a fresh interpreter."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +139,39 @@ def outputs(checkpoint, adapter=None):
     inputs = unihema.UniHemaProcessor.from_pretrained(checkpoint)(images=image, task="detection")
     with torch.no_grad():
         return model(**inputs).logits
+
+
+def test_nothing_goes_up_but_what_was_listed(hub, checkpoint, tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("of nobody's business")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "config.json").write_text("{}")
+    (checkpoint / "link.json").symlink_to(secret)
+    (checkpoint / "linked").symlink_to(tmp_path / "private")
+    (checkpoint / "metrics").mkdir()
+    for stray in (".env", ".token", "notes.md", "model-old.safetensors", "[m]*.json", "metrics/metrics.json"):
+        (checkpoint / stray).write_text("of nobody's business")
+    listed = push(hub, tmp_path, checkpoint, REPO, "--dry-run")
+    assert listed.returncode == 0, listed.stderr
+    promised = {line.split()[1] for line in listed.stdout.splitlines() if re.match(r" +[\d,]+  \S+$", line)}
+    pushed = push(hub, tmp_path, checkpoint, REPO)
+    assert pushed.returncode == 0, pushed.stderr
+    files = hub.files(REPO)
+    assert set(files) - {".gitattributes"} == promised
+    assert not any(b"of nobody's business" in content for content in [*files.values(), *hub.stored.values()])
+    # Not even what was sent and then left out of the commit.
+    assert set(hub.stored.values()) <= set(files.values())
+
+
+def test_a_checkpoint_that_was_downloaded_is_pushed(hub, checkpoint, tmp_path):
+    # The Hub's cache is made of links.
+    blobs = shutil.move(checkpoint, tmp_path / "blobs")
+    checkpoint.mkdir()
+    for path in Path(blobs).iterdir():
+        (checkpoint / path.name).symlink_to(Path("..") / "blobs" / path.name)
+    pushed = push(hub, tmp_path, checkpoint, REPO)
+    assert pushed.returncode == 0, pushed.stderr
+    assert hub.files(REPO)["model.safetensors"] == (tmp_path / "blobs" / "model.safetensors").read_bytes()
 
 
 def test_a_dry_run_lists_the_files_and_sends_nothing(hub, made, tmp_path):

@@ -9,8 +9,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 
 from unihema import CheckpointError, UniHemaForDetection
 from unihema.errors import CardError
-from unihema.hub_cards import DataRecord, DataSource, adapter_card, folder_card
-from unihema.hub_cards.files_to_push import plan_push
+from unihema.hub_cards import DataRecord, DataSource, adapter_card, folder_card, plan_push
 
 
 REPO = "lab/smears"
@@ -44,9 +43,9 @@ def test_what_loading_needs_goes_and_nothing_else(checkpoint):
         (checkpoint / name).write_bytes(b"0")
     (checkpoint / "metrics.json").write_text("{}")
     plan = plan_push(checkpoint, REPO)
-    names = {upload.name for upload in plan.uploads}
+    names = set(plan.files)
     assert {"config.json", "model.safetensors", "README.md", "metrics.json", "tasks.py", "modeling_unihema.py"} <= names
-    assert plan.kind == "checkpoint" and len(names) == len(plan.uploads)
+    assert plan.kind == "checkpoint" and plan.sizes.keys() == names
     assert plan.left_out == {
         "checkpoints": "training checkpoints with optimizer state",
         "log.jsonl": "log of the training",
@@ -73,6 +72,14 @@ def test_a_checkpoint_that_is_not_whole_is_refused(checkpoint, tmp_path):
         plan_push(checkpoint, REPO)
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"checkpoint without tokenizer.json"):
+        plan_push(checkpoint, REPO)
+
+
+def test_weights_outside_the_folder_are_refused(checkpoint, tmp_path):
+    shutil.move(checkpoint / "model.safetensors", tmp_path / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "../elsewhere.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"elsewhere.safetensors: lies outside the folder"):
         plan_push(checkpoint, REPO)
 
 
@@ -119,11 +126,10 @@ def test_an_adapter_needs_a_base_that_others_have(adapter):
     card = adapter_card(values, "lab/base", "detection", name="Mine", licence="mit", data=data)
     (adapter / "README.md").write_text(card, encoding="utf-8")
     plan = plan_push(adapter, REPO, "lab/base")
-    assert {upload.name for upload in plan.uploads} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert set(plan.files) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     with pytest.raises(CardError, match="`base_model` is 'lab/base', but the adapter belongs to 'lab/another'"):
         plan_push(adapter, REPO, "lab/another")
-    pushed = next(upload for upload in plan.uploads if upload.name == "adapter_config.json")
-    assert json.loads(pushed.content) == {**values, "base_model_name_or_path": "lab/base"}
+    assert json.loads(plan.files["adapter_config.json"]) == {**values, "base_model_name_or_path": "lab/base"}
     assert json.loads((adapter / "adapter_config.json").read_text()) == values
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"adapter without adapter_model.safetensors"):

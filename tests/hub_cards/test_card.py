@@ -1,18 +1,21 @@
-"""Cards: nothing empty or false in them, metadata that huggingface_hub reads back, code that runs."""
+"""Cards: nothing empty or false in them, metadata that huggingface_hub reads back, texts as text, code that runs."""
 
+import ast
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 from card_code import code_of
 from huggingface_hub import DatasetCard, ModelCard
+from markdown_it import MarkdownIt
 from PIL import Image
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_models import very_tiny_config
 
 import unihema
-from unihema.errors import CardError
+from unihema.errors import CardError, CheckpointError
 from unihema.hub_cards import (
     DataRecord,
     DataSource,
@@ -22,6 +25,8 @@ from unihema.hub_cards import (
     dataset_card,
     folder_card,
 )
+from unihema.hub_cards.card import TEMPLATES, as_text
+from unihema.modeling_unihema.tasks import TASK_TABLE
 
 
 METRICS = {
@@ -33,6 +38,20 @@ METRICS = {
         "rows": 19,
     },
     "single_cell": {"accuracy": 0.9, "macro_f1": 0.8, "per_class": {"neutrophil": {"f1": 0.1234}}, "rows": 50},
+}
+OF_SEVERAL_SETS = {
+    "detection": {
+        "mAP50": 0.8,
+        "rows": 38,
+        "images": 38,
+        "intervals": {"mAP50": [0.75, 0.84]},
+        "morphology": {"macro_f1": 0.5},
+        "datasets": {
+            "cbc": {"mAP50": 0.9, "rows": 19, "intervals": {"mAP50": [0.85, 0.95]}},
+            "wbc5": {"mAP50": None, "rows": 19, "intervals": {}},
+        },
+    },
+    "cloze": {"exact_match": 0.25, "rows": 4},
 }
 DATA = DataRecord(
     (
@@ -129,9 +148,9 @@ def test_a_licence_of_ones_own_has_a_name_and_a_link():
     card = check_card(full_card(licence="other", licence_name="Lab terms", licence_link="LICENSE"))
     assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "Lab terms", "LICENSE")
     assert "- Weights: [Lab terms](LICENSE)." in card.text
-    with pytest.raises(CardError, match="needs its name and link"):
+    with pytest.raises(CardError, match="needs license_name and license_link"):
         full_card(licence="other")
-    with pytest.raises(CardError, match="knows no licence 'free'"):
+    with pytest.raises(CardError, match="knows no license 'free'"):
         full_card(licence="free")
 
 
@@ -177,6 +196,9 @@ def test_a_card_from_a_folder_asks_for_what_it_does_not_know(tmp_path):
     (folder / "data.json").write_text("[]")
     with pytest.raises(CardError, match="not the record of a run's data"):
         folder_card(folder, licence="mit")
+    (folder / "data.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"data.json: not readable as JSON"):
+        folder_card(folder, licence="mit")
 
 
 def test_an_adapters_card_says_what_it_changes_and_where_its_base_is():
@@ -199,9 +221,7 @@ def test_an_adapters_card_says_what_it_changes_and_where_its_base_is():
 def test_the_code_in_an_adapters_card_runs(tmp_path, monkeypatch, task, of_all_heads):
     from peft import LoraConfig, get_peft_model
 
-    from unihema.hub_cards.usage import class_of_task
-
-    name = "UniHemaForMultiTask" if of_all_heads else class_of_task(task)
+    name = "UniHemaForMultiTask" if of_all_heads else TASK_TABLE[task].model_class
     base = save_tiny_checkpoint(tmp_path / "lab" / "base")
     model = getattr(unihema, name).from_pretrained(base)
     get_peft_model(model, LoraConfig(r=2, target_modules=["value_proj", "q"])).save_pretrained(tmp_path)
@@ -245,3 +265,153 @@ def test_a_dataset_card_counts_and_names_its_origin():
         values = {"record": source, "tasks": tasks, "labels": labels, "description": "Cells.", **changes}
         with pytest.raises(CardError, match=message):
             dataset_card(**values)
+
+
+def test_a_checkpoints_card_lists_the_trained_tasks_and_the_figures_of_whole_tasks():
+    report = {
+        "detection": {
+            "mAP50": 0.7123,
+            "per_class": {"platelet": {"AP50": 0.9}},
+            "morphology": {"macro_f1": 0.55, "per_attribute": {"vacuoles": {"accuracy": 0.1}}},
+            "rows": 19,
+        }
+    }
+    card = checkpoint_card(very_tiny_config(trained={"tasks": ["detection"]}), report)
+    assert "| detection | 19 | mAP50 0.712, morphology macro_f1 0.550 |" in card
+    assert "0.9" not in card and "0.1" not in card
+    assert "- `detection`" in card and "- `segmentation`" not in card and "Single-cell classes" not in card
+    assert "red blood cell, platelet, neutrophil" in card and "- vacuoles: absent, prominent" in card
+    assert ModelCard(card).data.library_name == "transformers"
+
+
+def test_a_checkpoints_card_does_not_claim_what_was_not_measured():
+    card = checkpoint_card(very_tiny_config())
+    assert "Nothing was measured on validation data." in card and "## Measured" not in card
+    assert "- `cloze`" in card
+
+
+def test_each_data_set_has_a_row_under_the_whole():
+    text = checkpoint_card(very_tiny_config(), OF_SEVERAL_SETS)
+    rows = (
+        "| detection | 38 | mAP50 0.800 (0.750 to 0.840), morphology macro_f1 0.500 |",
+        "| detection, cbc | 19 | mAP50 0.900 (0.850 to 0.950) |",
+        "| cloze | 4 | exact_match 0.250 |",
+    )
+    assert "\n|---|---|---|\n" + "\n".join(rows) + "\n" in text
+
+
+def test_intervals_are_explained_where_there_are_any():
+    with_intervals = checkpoint_card(very_tiny_config(), OF_SEVERAL_SETS)
+    without = checkpoint_card(very_tiny_config(), {"cloze": OF_SEVERAL_SETS["cloze"]})
+    assert "In brackets: 95 % interval" in with_intervals
+    assert "| cloze | 4 | exact_match 0.250 |\n" in without and "In brackets" not in without
+
+
+# Each of them is something else than text to HTML, Markdown, YAML or Jinja.
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "{{ 7 * 191 }} {% raw %} {# gone #}",
+    "a | b\n\n## Heading\n---",
+    "[link](javascript:alert) ![image](x) `code` **bold** __init__ ~~gone~~ $$x$$ &lt;",
+    "# heading",
+    "- item",
+    "1. item",
+)
+
+
+def read(card: str) -> tuple[list[str], str]:
+    """A card as a reader of Markdown has it: the kinds of its parts, and its text."""
+    parser = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    tokens = [token for block in parser.parse(ModelCard(card).text) for token in (block, *(block.children or ()))]
+    return [f"{token.type} {token.tag}" for token in tokens], "\n".join(token.content for token in tokens)
+
+
+def assert_text(card_of: Callable[[str], str], text: str) -> None:
+    """Asserts that a text in a card is read as it is, as often as a word would be, and changes nothing else."""
+    parts, shown = read(card_of("harmless"))
+    hostile_parts, hostile_shown = read(card_of(text))
+    assert hostile_parts == parts
+    escaped = as_text(text)
+    line = " ".join(text.split())
+    assert hostile_shown.replace(escaped, "harmless").replace(line, "harmless") == shown and "harmless" in shown
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_texts_from_files_are_text_in_a_checkpoints_card(text):
+    def card_of(text: str) -> str:
+        config = very_tiny_config(trained={"tasks": ["detection", "single_cell"]})
+        config.id2label = {0: text, 1: "platelet"}
+        config.morphology = {text: ["absent", text]}
+        config.single_cell_labels = [text, "neutrophil"]
+        record = DataRecord((DataSource(text, text, text, {text: 3}),), {text: 3, "val": 2})
+        run = {**RUN, "provenance": {"python": text, "platform": text, "packages": {text: text}}}
+        metrics = {"detection": {"mAP50": 0.5, "rows": text, "datasets": {text: {"mAP50": 0.5}}}, text: {text: 0.25}}
+        card = checkpoint_card(
+            config, metrics, data=record, run=run, name=text, licence="other", licence_name=text, licence_link="LICENSE"
+        )
+        assert check_card(card).data.license_name == text
+        return card
+
+    assert_text(card_of, text)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_texts_from_files_are_text_in_an_adapters_card(text):
+    def card_of(text: str) -> str:
+        record = DataRecord((DataSource(text, text, text, {text: 3}),))
+        adapter = {
+            **ADAPTER,
+            "peft_type": text,
+            "r": text,
+            "auto_mapping": {"base_model_class": f"UniHemaForQA({text}"},
+        }
+        card = adapter_card(adapter, "lab/base", "detection", name=text, data=record, licence="mit")
+        check_card(card)
+        return card
+
+    assert_text(card_of, text)
+    # A class that there is not is no code.
+    assert "unihema.UniHemaForDetection.from_pretrained" in card_of(text)
+    # Names of layers are shown as code, in which nothing but a backtick means anything.
+    changed = {**ADAPTER, "target_modules": [text], "modules_to_save": [text]}
+    layers = adapter_card(changed, "lab/base", "detection", name="Mine", data=DATA, licence="mit")
+    assert layers.count("`" + " ".join(text.split()).replace("`", "'") + "`") == 2
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_texts_from_files_are_text_in_a_dataset_card(text):
+    def card_of(text: str) -> str:
+        record = DataRecord((DataSource(text, "other", text, {"train": 3}),))
+        tasks, labels = {"detection": {text: 3}}, {"detection": ["platelet", text]}
+        about = {"description": "{{ 7 * 191 }} cells.", "licence_name": text, "licence_link": "LICENSE"}
+        card = dataset_card(record, tasks, labels, **about)
+        check_card(card, "dataset")
+        # What its author says of it is Markdown, and no template either.
+        assert "\n{{ 7 * 191 }} cells.\n" in card
+        return card
+
+    assert_text(card_of, text)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_texts_in_code_and_links_stay_within_them(text):
+    record = DataRecord((DataSource("mine", "mit", "lab/mine", {text: 3}),))
+    code = code_of(dataset_card(record, {"detection": {text: 3}}, {}, description="Cells."))
+    strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert text in strings
+    card = full_card(licence="other", licence_name="Lab terms", licence_link=text)
+    assert read(card)[0] == read(full_card(licence="other", licence_name="Lab terms", licence_link="LICENSE"))[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["band cell (stab), 5 %", "red_blood_cell", "https://example.org/a_/~b*c?x=1&y=2", "CC-BY 4.0"]
+)
+def test_ordinary_texts_and_addresses_stay_as_they_are(text):
+    record = DataRecord((DataSource(text, text, text, {"train": 3}),))
+    assert f"| {text} | {text} | 3 train | {text} |" in checkpoint_card(very_tiny_config(), data=record)
+
+
+def test_the_templates_are_plain_ascii():
+    # huggingface_hub 1.5 reads them in the encoding of the machine.
+    templates = sorted(path.name for path in TEMPLATES.iterdir() if path.read_text("ascii"))
+    assert templates == ["adapter.md.jinja", "checkpoint.md.jinja", "dataset.md.jinja"]

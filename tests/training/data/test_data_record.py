@@ -7,9 +7,9 @@ import pytest
 
 from unihema.errors import CardError
 from unihema.hub_cards import DataRecord, check_card
+from unihema.training.data.data_record import data_folder_card, data_record
 from unihema.training.data.readers import load_folder
 from unihema.training.data.synthetic.folder import write_synthetic
-from unihema.training.data_record import data_folder_card, data_record
 
 
 @pytest.fixture(scope="module")
