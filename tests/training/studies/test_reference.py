@@ -31,7 +31,7 @@ from unihema.results.smear_result import Cell, SmearResult
 from unihema.training.adapters import attach_adapter, save_adapter
 from unihema.training.data.synthetic.fields import SyntheticSmears
 from unihema.training.data.synthetic.folder import write_synthetic
-from unihema.training.half_precision import store_in_half
+from tools.store_in_half import store_in_half
 from unihema.training.run.adapter_config import AdapterConfig
 from unihema.training.run.build import build, load_rows, training_rows
 from unihema.training.studies.reference import fit_reference
