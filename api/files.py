@@ -184,4 +184,4 @@ def _umask() -> int:
     return mask
 
 
-__all__ = ["OpenedImage", "find_images", "open_image", "sha256", "write_atomically", "write_text"]
+__all__ = ["OpenedImage", "claim_folder", "find_images", "open_image", "sha256", "write_atomically", "write_text"]

@@ -48,7 +48,7 @@ def dataset_card(
     source = record.sources[0]
     record.check()
     if not source.source:
-        raise CardError(f"Where {source.name!r} is from is not known; give it: --source ADDRESS.")
+        raise CardError(f"Where {source.name!r} is from is not known; give it: --data-source ADDRESS.")
     if not description.strip():
         raise CardError(f"What {source.name!r} shows is not said; give it: --description TEXT.")
     if not tasks or not sum(source.images.values()):

@@ -80,10 +80,10 @@ def of_all_tasks(values: Sequence[tuple[str | None, int]], option: str, default:
     return values[-1][1] if values else default
 
 
-def task_option(help: str = "Task; may be repeated.", **details: Any) -> Callable:
+def task_option(help: str = "Task; may be repeated.", multiple: bool = True, **details: Any) -> Callable:
     """`--task`, by the names of the table of tasks."""
-    details = {"multiple": True, **details}
-    return click.option("--task", "-t", "tasks" if details["multiple"] else "task", type=click.Choice(TASKS), help=help, **details)  # fmt: skip
+    name = "tasks" if multiple else "task"
+    return click.option("--task", "-t", name, type=click.Choice(TASKS), multiple=multiple, help=help, **details)
 
 
 def output_option(help: str, **details: Any) -> Callable:

@@ -47,9 +47,11 @@ HOW_TO_TRAIN = (
     help="Several runs: the paper's six stages, or the whole model and one without each part in question.",
 )
 @click.option(
-    "--only", multiple=True, help="Number of a stage, or name of an ablation, of the recipe; may be repeated."
+    "--only",
+    multiple=True,
+    help="Of the recipe, the stage of this number or the ablation of this name; may be repeated. `unseen=FOLDER` or "
+    "`unseen=slide=7` holds that out.",
 )
-@click.option("--unseen", help="Data folder, or group such as slide=7, that the ablation `unseen` holds out.")
 @task_option()
 @batch_size_option
 @image_size_option
@@ -61,7 +63,6 @@ def train(
     config: Path | None,
     recipe: str | None,
     only: tuple[str, ...],
-    unseen: str | None,
     tasks: tuple[str, ...],
     batch_sizes: Sequence[tuple[str | None, int]],
     image_sizes: Sequence[tuple[str | None, int]],
@@ -75,7 +76,7 @@ def train(
 
     Exit code 3: stopped by Ctrl-C or a signal, with a checkpoint saved.
     """
-    stage = _check_recipe(recipe, only, unseen)
+    stage = _only_stage(recipe, only)
     mix = _settings_to_start_from(config, output, known=bool(data) or overwrite)
     if mix.stages and recipe != STAGES:
         raise click.UsageError(f"{config} has settings for stages: add --recipe {STAGES}.")
@@ -104,7 +105,9 @@ def train(
         elif recipe == ABLATIONS:
             from unihema.training.studies.ablate import run_ablations
 
-            run_ablations(run, list(only) or None, unseen, resume=True)
+            held_out = [name.removeprefix("unseen=") for name in only if name.startswith("unseen=")]
+            names = ["unseen" if name.startswith("unseen=") else name for name in only]
+            run_ablations(run, names or None, held_out[-1] if held_out else None, resume=True)
             click.echo((output / "ablation.md").read_text(encoding="utf-8"))
         else:
             from unihema.training.evaluation.report import figures_text
@@ -114,16 +117,14 @@ def train(
                 click.echo(f"{task}: {figures_text(figures)}")
 
 
-def _check_recipe(recipe: str | None, only: Sequence[str], unseen: str | None) -> int | None:
+def _only_stage(recipe: str | None, only: Sequence[str]) -> int | None:
     """The number of the stage to train alone.
 
     Raises:
-        click.UsageError: Options of a recipe that is not asked for.
+        click.UsageError: There is no recipe, or it is not the number of one stage.
     """
     if recipe is None and only:
         raise click.UsageError("--only names a part of a recipe: add --recipe.")
-    if recipe != ABLATIONS and unseen is not None:
-        raise click.UsageError(f"--unseen is of the ablation `unseen`: add --recipe {ABLATIONS}.")
     if recipe != STAGES or not only:
         return None
     if len(only) > 1 or not only[0].isdecimal():

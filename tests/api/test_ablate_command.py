@@ -1,7 +1,7 @@
 """`unihema ablate`: its options become settings of every run, and it prints the table."""
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from unihema.errors import TrainingInterrupted
 from unihema.training.studies import ablate as runner

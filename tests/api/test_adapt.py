@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 from card_code import code_of
+from click.testing import CliRunner
 from local_hub import LocalHub
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_checkpoint import save_tiny_checkpoint
-from typer.testing import CliRunner
 
 from unihema.errors import CheckpointError, DatasetError, RunConfigError
 from unihema.hub_cards import check_card, folder_card

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from click.testing import CliRunner
 from tiny_checkpoint import save_tiny_checkpoint
-from typer.testing import CliRunner
 
 from unihema.training.data.synthetic.folder import write_synthetic
 from unihema_cli import app

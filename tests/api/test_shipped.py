@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, pipeline
-from typer.testing import CliRunner
 
 import unihema
 from unihema import Analyzer

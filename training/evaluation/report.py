@@ -34,7 +34,10 @@ def figures_text(figures: Mapping[str, Any]) -> str:
     if morphology is not None:
         shown["morphology macro_f1"] = morphology
     intervals = figures.get("intervals") or {}
-    return ", ".join(_figure_text(name, value, intervals.get(name)) for name, value in shown.items()) or "nothing to measure"
+    return (
+        ", ".join(_figure_text(name, value, intervals.get(name)) for name, value in shown.items())
+        or "nothing to measure"
+    )
 
 
 def _figure_text(name: str, value: float, interval: Sequence[float] | None) -> str:

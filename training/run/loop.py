@@ -27,7 +27,7 @@ from unihema.training.run.checkpoint import Progress, last_checkpoint, load_trai
 from unihema.training.run.config import RunConfig
 from unihema.training.run.early_stopping import EarlyStopping
 from unihema.training.run.ema import ExponentialMovingAverage
-from unihema.training.run.folder import check_same_run, check_unused_folder
+from unihema.training.run.folder import check_same_run, check_unused_folder, finished_report
 from unihema.training.run.log import RunLog
 from unihema.training.run.optimizer import ProgressSchedule, make_optimizer
 from unihema.training.run.shared_batch_norm import share_batch_norms
@@ -48,7 +48,8 @@ def train(config: RunConfig, resume: bool = False, callbacks: Iterable[Callable[
 
     Args:
         config ([`RunConfig`]): The run.
-        resume (`bool`): Go on from the last checkpoint of the output folder as if never stopped.
+        resume (`bool`): Go on from the last checkpoint of the output folder as if never stopped; a run that is finished is
+            not run again.
         callbacks (`Iterable[Callable[[dict], None]]`): Called with every line of the log.
 
     Returns:
@@ -62,6 +63,8 @@ def train(config: RunConfig, resume: bool = False, callbacks: Iterable[Callable[
         TrainingInterrupted: SIGINT or SIGTERM.
     """
     config.check()
+    if resume and (report := finished_report(config)) is not None:
+        return report
     return _Run(config, resume, tuple(callbacks)).to_the_end()
 
 
@@ -112,6 +115,7 @@ class _Run:
             self._say(f"No checkpoint in {self.folder / 'checkpoints'}: starting from the beginning.")
             self.log.forget_after(0)
         if self.accelerator.is_main_process:
+            (self.folder / RECORD_FILE).unlink(missing_ok=True)
             config.save(self.folder)
         self.stopped_by: int | None = None
         self.files: list[str] = []
@@ -224,7 +228,7 @@ class _Run:
                 if stop:
                     path = save_checkpoint(self.folder, self.accelerator, self.progress, logging.keep_checkpoints)
                     raise TrainingInterrupted(
-                        f"Stopped at step {self.progress.step}; {path} is saved. The same command with --resume goes on."
+                        f"Stopped at step {self.progress.step}; {path} is saved. The same command goes on from there."
                     )
                 minutes = logging.checkpoint_minutes
                 due = minutes is not None and since_save > 60 * minutes
@@ -386,11 +390,12 @@ class _Run:
         val_split = data.val_split if data.folds is None else "held out"
         rows = {data.train_split: self.rows, val_split: self.val_rows}
         record = data_record(data.folders, {split: found for split, found in rows.items() if found}, val_split)
-        write_json(self.folder / RECORD_FILE, asdict(record))
         # What an adapter's card has to say, nobody but its maker knows: `unihema adapt` and `unihema card` ask.
         if self.config.adapter.method == "none":
             card = checkpoint_card(model.config, report, data=record, run=self.config.to_dict())
             write_text(self.folder / "README.md", card)
+        # Last: by this file a finished run is known.
+        write_json(self.folder / RECORD_FILE, asdict(record))
         self._say(f"Saved {self.folder}. {headline(report)[1]}".strip())
 
 

@@ -1,4 +1,4 @@
-"""A mix of data sets and how to train on it, as a YAML file that people write (`unihema train --data MIX.yaml`)."""
+"""A mix of data sets and how to train on it, as a YAML file that people write (`unihema train --config MIX.yaml`)."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

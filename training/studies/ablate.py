@@ -57,7 +57,7 @@ def run_ablations(
     folder = Path(config.output_dir)
     if not resume and (folder / WHOLE).exists():
         raise RunConfigError(
-            f"{folder} holds the ablations of an earlier call. Go on with them (--resume), delete the folder, or name another."
+            f"{folder} holds the ablations of an earlier call. Go on with them (resume=True), start anew (--overwrite), or name another."
         )
     if not config.data.val_split and config.data.folds is None:
         raise RunConfigError("data.val_split is empty: ablations are compared on a validation split.")
@@ -87,7 +87,7 @@ def _chosen(names: Sequence[str] | None, unseen: str | None, tasks: list[str], c
     if unknown:
         raise RunConfigError(f"Unknown ablation '{unknown[0]}'; there are {', '.join(known)}.")
     if unseen is None and "unseen" in (names or ()):
-        raise RunConfigError("The ablation 'unseen' needs a data set to hold out (--unseen NAME, or --unseen slide=7).")
+        raise RunConfigError("The ablation 'unseen' needs a data set to hold out (unseen=NAME, or unseen=slide=7).")
     chosen = []
     for ablation in ABLATIONS:
         if names is not None and ablation.name not in names:
@@ -149,8 +149,8 @@ def _finished_run(run: RunConfig, resume: bool) -> dict[str, Any]:
         if changed:
             name, (now, before) = next(iter(changed.items()))
             raise RunConfigError(
-                f"{folder} is finished, with {name}={before!r}; now it is {now!r}. Compare runs of the same settings, or "
-                "name another output folder."
+                f"{folder} is finished, with {name}={before!r}; now it is {now!r}. Compare runs of the same settings, "
+                "start anew (--overwrite), or name another output folder."
             )
         return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     return train(run, resume=resume and folder.exists())

@@ -65,8 +65,8 @@ def train_stages(
     report = StageReport(folder)
     if report.finished and not resume and only is None:
         raise RunConfigError(
-            f"{folder} holds the stages of an earlier run ({', '.join(report.finished)}). Go on with it (--resume), delete "
-            "the folder, or train into another."
+            f"{folder} holds the stages of an earlier run ({', '.join(report.finished)}). Go on with it (resume=True), start "
+            "anew (--overwrite), or train into another."
         )
     whole = training_rows(config.with_overrides({"data.tasks": None}))
     present = [stage for stage in stages if any(task in whole for task in stage.tasks)]

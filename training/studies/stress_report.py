@@ -30,7 +30,7 @@ def write_stress_report(report: Mapping[str, Any], folder: str | Path) -> None:
 def _lines(report: Mapping[str, Any]) -> list[str]:
     settings = {name: value for name, value in report["settings"].items() if value is not None}
     shown = (f"{name} {_told(value)}" for name, value in settings.items())
-    lines = ["# Measured under corruptions", "", f"Written by `unihema stress`: {'; '.join(shown)}.", ""]
+    lines = ["# Measured under corruptions", "", f"Written by `unihema evaluate --corruption`: {'; '.join(shown)}.", ""]
     points = report["points"]
     for task in dict.fromkeys(point["task"] for point in points):
         own = [point for point in points if point["task"] == task]

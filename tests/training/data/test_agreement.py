@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from data_folders import photograph, write_coco, write_photograph
 from PIL import Image
-from typer.testing import CliRunner
 
 from unihema.errors import DatasetError
 from unihema.training.data.curation.agreement import annotation_agreement

@@ -8,12 +8,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from data_folders import photograph
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_runs import run_config
-from typer.testing import CliRunner
 
 import unihema
 from tools.store_in_half import store_in_half
