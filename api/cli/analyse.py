@@ -32,7 +32,7 @@ DEMO_QUESTIONS = (
 @click.command()
 @click.argument("checkpoint")
 @click.argument("images", nargs=-1, required=True)
-@output_option("Folder for the results.", default="results", show_default=True)
+@output_option(default="results", show_default=True)
 @task_option()
 @click.option("--prompt", help="Class names, or a disease, to look for.")
 @click.option("--question", "-q", "questions", multiple=True, help="Question about each image; may be repeated.")
@@ -40,7 +40,7 @@ DEMO_QUESTIONS = (
 @click.option("--geojson", is_flag=True, help="Also write GeoJSON for QuPath.")
 @image_size_option
 @batch_size_option
-@click.option("--device", help="Such as cpu or cuda:0.")
+@click.option("--device", help="Device, such as cpu or cuda:0; the first GPU by default.")
 @int8_option
 @overwrite_option
 def predict(

@@ -33,7 +33,7 @@ def data() -> None:
 
 @data.command("list")
 @click.argument("name", required=False)
-@task_option("Data sets of this task only.", multiple=False)
+@task_option(multiple=False)
 @click.option("--disease", help="Data sets of this disease only; a part of its name is enough.")
 @click.option("--json", "json_lines", is_flag=True, help="A JSON object a line.")
 def list_data(name: str | None, task: str | None, disease: str | None, json_lines: bool) -> None:
@@ -84,7 +84,7 @@ def _show(entry: "CatalogEntry") -> None:
 
 @data.command(cls=SettingsCommand, settings=("data.rename", "data.segmentation_prompt", "data.on_invalid"))
 @click.argument("source", type=PATH)
-@output_option("New data folder.", required=True)
+@output_option(required=True)
 @click.option("--dataset", "-d", help="The data set's key in the catalog.")
 @click.option("--layout", help="coco, yolo, voc, attribute_table, mask_pairs or class_folders; recognised by default.")
 @click.option("--keep-names", is_flag=True, help="Leave class names as they are instead of giving them official ones.")
@@ -153,7 +153,7 @@ def prepare(
 
 @data.command()
 @click.argument("paths", nargs=-1, required=True, type=PATH)
-@output_option("JSON file for the whole report.")
+@output_option(file=True)
 @data_license_option
 @group_pattern_option
 @click.option("--similarity", type=float, help="Smallest similarity, 0..1, of the same photograph; 0.8 by default.")
@@ -196,7 +196,7 @@ def check(
 @data.command(cls=SettingsCommand, settings=("data.rename",))
 @click.argument("first", type=PATH)
 @click.argument("second", type=PATH)
-@output_option("JSON file for the figures.")
+@output_option(file=True)
 def compare(first: Path, second: Path, output: Path | None, settings: Mapping[str, Any]) -> None:
     """Compare two annotations of the same photographs.
 
@@ -224,7 +224,7 @@ def compare(first: Path, second: Path, output: Path | None, settings: Mapping[st
 
 @data.command(cls=SettingsCommand, settings=("data.attributes_as_detection", "data.on_invalid"))
 @click.argument("source", type=PATH)
-@output_option("Folder for the shards.", required=True)
+@output_option(required=True)
 @task_option()
 @click.option(
     "--split", "splits", multiple=True, help="Split of the data; may be repeated. Those there are by default."

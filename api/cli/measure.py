@@ -33,7 +33,7 @@ FIGURES, EXACT_FIGURES = "metrics", "metrics_exact"
 @click.command(cls=SettingsCommand, settings=("data.rename",))
 @click.argument("checkpoint", type=PATH)
 @click.argument("data", nargs=-1, required=True, type=PATH)
-@output_option("Folder for the figures, as JSON and as tables.")
+@output_option()
 @task_option()
 @click.option("--split", default="val", show_default=True, help="Split of the data.")
 @click.option("--max-samples", type=click.IntRange(1), help="Measure on about this many rows of a task.")

@@ -80,14 +80,15 @@ def of_all_tasks(values: Sequence[tuple[str | None, int]], option: str, default:
     return values[-1][1] if values else default
 
 
-def task_option(help: str = "Task; may be repeated.", multiple: bool = True, **details: Any) -> Callable:
+def task_option(multiple: bool = True, **details: Any) -> Callable:
     """`--task`, by the names of the table of tasks."""
-    name = "tasks" if multiple else "task"
+    name, help = ("tasks", "Task; may be repeated.") if multiple else ("task", "One task.")
     return click.option("--task", "-t", name, type=click.Choice(TASKS), multiple=multiple, help=help, **details)
 
 
-def output_option(help: str, **details: Any) -> Callable:
+def output_option(file: bool = False, **details: Any) -> Callable:
     """`--output`, the one place that a command writes to."""
+    help = "JSON file for what the command finds." if file else "Folder for what the command writes."
     return click.option("--output", "-o", type=PATH, help=help, **details)
 
 
@@ -201,7 +202,7 @@ def _option_details(hint: Any) -> dict[str, Any]:
     if origin is list:
         return {"type": inner[0], "multiple": True}
     if origin is dict:
-        return {"type": NameValue("NEW=OLD"), "multiple": True}
+        return {"type": NameValue("blast=WBC"), "multiple": True}
     return {"is_flag": True, "default": None} if kind is bool else {"type": kind}
 
 

@@ -19,13 +19,13 @@ from .options import (
 @click.command()
 @click.argument("checkpoint", type=PATH)
 @click.argument("output", type=PATH)
-@task_option("Task of an ONNX file: detection or single_cell.", multiple=False, default="detection", show_default=True)
+@task_option(multiple=False, default="detection", show_default=True)
 @overwrite_option
 def export(checkpoint: Path, output: Path, task: str, overwrite: bool) -> None:
     """Write a checkpoint as an ONNX file, or for the authors' code.
 
-    CHECKPOINT is a folder. OUTPUT ends in .onnx for one task of it, which `unihema predict` takes as a checkpoint, or in .pth
-    for all of it as the authors' code reads it.
+    CHECKPOINT is a folder. OUTPUT ends in .onnx for its detection, or its single_cell, which `unihema predict` takes as a
+    checkpoint, or in .pth for all of it as the authors' code reads it.
     """
     import logging
 
@@ -82,7 +82,7 @@ def convert(source: Path, output: Path, tokenizer: str | None, report: bool) -> 
     help="Where a data set is from: an address, or owner/dataset; of a data folder itself without NAME. May be repeated.",
 )
 @base_option
-@task_option("What an adapter was trained for, where that was not measured.", multiple=False)
+@task_option(multiple=False)
 @click.option("--description", help="What a data folder shows, and who annotated it.")
 @overwrite_option
 def card(
@@ -100,7 +100,8 @@ def card(
 ) -> None:
     """Write README.md of a checkpoint, an adapter or data.
 
-    FOLDER is a checkpoint, an adapter or a data folder; the card is made of what lies in it. Read it before others do.
+    FOLDER is a checkpoint, an adapter or a data folder; the card is made of what lies in it. --task says what an adapter was
+    trained for, where that was not measured. Read the card before others do.
     """
     from unihema.files import write_text
     from unihema.hub_cards import folder_card
@@ -134,7 +135,7 @@ def card(
 @click.argument("repo_id")
 @click.option("--public", is_flag=True, help="For everybody; a new repository is private by default.")
 @click.option("--revision", help="Branch; made when missing.")
-@click.option("--message", "-m", help="Of the commit.")
+@click.option("--message", "-m", help="Message of the commit.")
 @base_option
 @click.option("--dry-run", is_flag=True, help="Check and list the files, and send nothing.")
 def push(

@@ -39,7 +39,7 @@ HOW_TO_TRAIN = (
 
 @click.command(cls=SettingsCommand, settings=("model.initial_checkpoint", "optimisation.epochs", *HOW_TO_TRAIN))
 @click.argument("data", nargs=-1, type=PATH)
-@output_option("Folder for the model, its log and its checkpoints.", required=True)
+@output_option(required=True)
 @click.option("--config", type=PATH, help="A run_config.json, or a mix in YAML, to start from; options override it.")
 @click.option(
     "--recipe",
@@ -177,7 +177,7 @@ def _start_anew(folder: Path, made: Iterable[str], run: "RunConfig") -> None:
 @click.command(cls=SettingsCommand, settings=("adapter.method", "adapter.labels", "adapter.start_from", *HOW_TO_TRAIN))
 @click.argument("base")
 @click.argument("data", nargs=-1, required=True, type=PATH)
-@output_option("Folder for the adapter.", required=True)
+@output_option(required=True)
 @task_option(required=True)
 @click.option("--folds", type=click.IntRange(2), help="First train and measure this many, each on other images.")
 @click.option("--base-data", type=PATH, help="Data folder of the base: what is forgotten is measured on its val split.")

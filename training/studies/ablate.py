@@ -57,7 +57,8 @@ def run_ablations(
     folder = Path(config.output_dir)
     if not resume and (folder / WHOLE).exists():
         raise RunConfigError(
-            f"{folder} holds the ablations of an earlier call. Go on with them (resume=True), start anew (--overwrite), or name another."
+            f"{folder} holds the ablations of an earlier call. Go on with them (resume=True), start anew "
+            "(--overwrite), or name another."
         )
     if not config.data.val_split and config.data.folds is None:
         raise RunConfigError("data.val_split is empty: ablations are compared on a validation split.")

@@ -110,7 +110,7 @@ def test_the_six_stages(smears, tmp_path):
     assert train_stages(config, changes={"text": text}, resume=True) == rows
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
-    with pytest.raises(RunConfigError, match=r"holds the stages of an earlier run \(single_cell, text, .*--resume"):
+    with pytest.raises(RunConfigError, match=r"holds the stages of an earlier run \(single_cell, text, .*--overwrite"):
         train_stages(config)
     with pytest.raises(
         RunConfigError, match=r"Stage 2 \(text\) is finished, with optimisation.learning_rate=0.002; now"
