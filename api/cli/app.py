@@ -67,7 +67,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app(prog_name="unihema")
+        app()
     except Exception as error:
         # Not imported before it is needed: the help waits for nothing heavy.
         from unihema.errors import UniHemaError
