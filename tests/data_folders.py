@@ -35,7 +35,7 @@ def write_lines(path: Path, *records: dict) -> Path:
 
 
 def write_coco(path: Path, images: dict[str, list[list[float]]], size=(96, 72), **more: dict) -> Path:
-    """A COCO file, an entry a line: file name -> boxes of red cells; `more` has further fields of an image by its stem."""
+    """A COCO file: file name -> boxes of red cells; `more` has further fields of an image by its stem."""
     entries, annotations = [], []
     for number, (name, boxes) in enumerate(images.items()):
         extra = more.get(Path(name).stem, {})
@@ -43,10 +43,9 @@ def write_coco(path: Path, images: dict[str, list[list[float]]], size=(96, 72), 
         annotations += [{"image_id": number, "category_id": 0, "bbox": box} for box in boxes]
     for number, annotation in enumerate(annotations):
         annotation["id"] = number
-    parts = {"images": entries, "annotations": annotations, "categories": [{"id": 0, "name": "RBC"}]}
-    lines = (f'"{key}": [\n' + ",\n".join(map(json.dumps, values)) + "\n]" for key, values in parts.items())
+    content = {"images": entries, "annotations": annotations, "categories": [{"id": 0, "name": "RBC"}]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
+    path.write_text(json.dumps(content), encoding="utf-8")
     return path
 
 

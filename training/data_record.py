@@ -7,10 +7,9 @@ from pathlib import Path
 from unihema.errors import DatasetError
 from unihema.files import sha256
 from unihema.hub_cards import DataRecord, DataSource, dataset_card
-from unihema.training.data.description import folder_licence, read_description
-from unihema.training.data.readers import load_folder
+from unihema.training.data.readers import folder_licence, load_folder, read_description
 from unihema.training.data.rows import TASKS, Row, class_names, single_cell_names
-from unihema.training.data.stored_rows import StoredFile
+from unihema.training.data.shards import StoredFile
 
 
 def data_record(

@@ -55,11 +55,11 @@ def list_data(name: str | None, task: str | None, disease: str | None, json_line
     if name:
         _show(entries[0])
         return
-    lines = [("data set", "disease", "images", "licence", "link")]
-    lines += [(entry.key, entry.disease, str(entry.images or ""), entry.licence, entry.data_link) for entry in entries]
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    lines = [("data set", "disease", "licence", "link")]
+    lines += [(entry.key, entry.disease, entry.licence, entry.data_link) for entry in entries]
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
     for line in lines:
-        click.echo("  ".join([*(cell.ljust(width) for cell, width in zip(line, widths)), line[4]]).rstrip())
+        click.echo("  ".join([*(cell.ljust(width) for cell, width in zip(line, widths)), line[3]]).rstrip())
 
 
 def _show(entry: "CatalogEntry") -> None:
@@ -68,17 +68,13 @@ def _show(entry: "CatalogEntry") -> None:
         "name": entry.name,
         "task": entry.task,
         "disease": entry.disease,
-        "images": f"{entry.images} ({entry.images_source})" if entry.images else "",
-        "licence": f"{entry.licence} ({entry.licence_source})" if entry.licence else "",
+        "licence": entry.licence,
         "data": entry.data_link,
         "paper": entry.paper_link,
-        "layout": entry.layout,
-        "reader": entry.reader or "recognised by `unihema data prepare`",
-        "labels": ", ".join(f"{ours} -> {official}" for ours, official in entry.labels.items()),
-        "note": entry.note,
+        "notes": entry.notes,
     }
     for field, value in fields.items():
-        if value or field != "note":
+        if value or field != "notes":
             click.echo(f"{field + ':':10}{value or '(not stated)'}")
 
 
@@ -238,11 +234,8 @@ def shard(
     shard_samples: int,
     settings: Mapping[str, Any],
 ) -> None:
-    """Write a data folder as Parquet shards.
-
-    SOURCE is a data folder. `unihema train` reads shards a few samples at a time.
-    """
-    from unihema.training.data.shard_writer import shard_folder
+    """Write a data folder as Parquet shards, which `unihema train` reads a few samples at a time."""
+    from unihema.training.data.curation.prepare import shard_folder
 
     written = shard_folder(
         source,

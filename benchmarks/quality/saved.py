@@ -12,8 +12,8 @@ from benchmarks.quality.peers import PEERS
 from unihema.files import write_atomically
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
+from unihema.training.data.class_tree import as_known
 from unihema.training.data.dataset import SmearDataset
-from unihema.training.data.label_names import as_known
 from unihema.training.data.rows import Row
 
 

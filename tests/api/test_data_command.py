@@ -24,7 +24,12 @@ def test_list_all_and_one():
     records = [json.loads(line) for line in run("list", "--task", "detection", "--json").stdout.splitlines()]
     assert len(records) == 17 and {record["task"] for record in records} == {"detection"}
     shown = run("list", "detection/txl-pbc")
-    for text in ("MIT AND CC-BY-4.0", "Platelets -> platelet", "reader:   yolo", "disease:  (not stated)"):
+    for text in (
+        "MIT AND CC-BY-4.0",
+        "notes:    Photographs come from BCCD",
+        "Layout `yolo`",
+        "disease:  (not stated)",
+    ):
         assert text in shown.stdout
 
 
@@ -57,10 +62,10 @@ def test_bad_rows_are_listed_and_the_rest_goes_on(tmp_path):
     write_photograph(tmp_path / "set" / "a.png")
     write_coco(tmp_path / "set" / "all.json", {"a.png": [[1, 2, 3, 4], [99, 2, 3, 4]]})
     stopped = run("prepare", "set", "-o", "out", cwd=tmp_path)
-    assert stopped.returncode == 2 and "all.json:6: annotation 1 (a.png)" in stopped.stderr
+    assert stopped.returncode == 2 and "all.json: annotations[1].bbox (a.png)" in stopped.stderr
     assert not (tmp_path / "out").exists() and "Traceback" not in stopped.stderr
     went_on = run("prepare", "set", "-o", "out", "--on-invalid", "skip", "--val-share", 0, cwd=tmp_path)
-    assert went_on.returncode == 1 and "left out: set/all.json:6: annotation 1" in went_on.stderr
+    assert went_on.returncode == 1 and "left out: set/all.json: annotations[1].bbox" in went_on.stderr
     checked = run("check", "set", cwd=tmp_path)
     assert checked.returncode == 1 and "bad rows: 1" in checked.stdout and "lies outside the image" in checked.stdout
 
@@ -71,7 +76,7 @@ def test_a_planted_path_traversal_is_found(tmp_path):
     checked = run("check", "evil.zip", cwd=tmp_path)
     assert checked.returncode == 1 and "'../../evil.png' leads out of the folder" in checked.stdout
     prepared = run("prepare", "evil.zip", "-o", "out", cwd=tmp_path)
-    assert prepared.returncode == 2 and "unsafe, so nothing was unpacked" in prepared.stderr
+    assert prepared.returncode == 2 and "1 unsafe member, so nothing was unpacked" in prepared.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["evil.zip"]
 
 

@@ -1,15 +1,105 @@
-"""Which classes are kinds of which: a neutrophil is a white cell."""
+"""Classes of data sets: one name for a class that is spelled in several ways, and which classes are kinds of which."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 
-from unihema.processing_unihema.class_names import STANDARD_PARENTS, usual_name
+from unihema.official.labels import OFFICIAL_CELLS, OFFICIAL_CLASSES
+from unihema.processing_unihema.class_names import STANDARD_PARENTS, short_name, usual_name
+from unihema.training.data.rows import Row, witnesses
+
+
+OFFICIAL_NAMES = {
+    # Logit 0 of the official detector was never used.
+    "detection": tuple(name for name in OFFICIAL_CLASSES if name != "unused"),
+    "single_cell": tuple(OFFICIAL_CELLS),
+}
+
+
+def official_name(name: str, task: str) -> str | None:
+    """The official name of which a class name is another spelling.
+
+    Spellings are compared by `short_name`. Synonyms stay apart, since the official lists have some of them as separate classes.
+
+    Args:
+        name (`str`): As a data set has it.
+        task (`str`): `detection` or `single_cell`; other tasks have no list.
+
+    Returns:
+        `str` or `None`: None without such an official name.
+    """
+    return _spellings(task).get(short_name(name))
+
+
+def label_map(names: Iterable[str], task: str) -> dict[str, str]:
+    """Class names of a data set -> official names, for those that have one; see [`official_name`]."""
+    found = {name: official_name(name, task) for name in names}
+    return {name: official for name, official in found.items() if official is not None}
+
+
+def unify_names(rows_by_task: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
+    """Rows in which each class has one name, however the data sets spell it.
+
+    A class with several spellings gets its official name, or else the spelling that comes first. Other classes keep their name.
+
+    Args:
+        rows_by_task (`Mapping[str, Sequence[Row]]`): Task -> rows of all data sets (see rows.py).
+
+    Returns:
+        `dict[str, list[Row]]`: The same; rows with another name are copies.
+    """
+    unified = {}
+    for task, rows in rows_by_task.items():
+        spellings: dict[str, list[str]] = {}
+        for name in dict.fromkeys(name for row in witnesses(rows) for name in row_names(row)):
+            spellings.setdefault(usual_name(name), []).append(name)
+        new_names = {}
+        for key, names in spellings.items():
+            if len(names) > 1:
+                chosen = _official_by_key(task).get(key, names[0])
+                new_names |= {name: chosen for name in names if name != chosen}
+        unified[task] = rename_rows(rows, new_names)
+    return unified
+
+
+def as_known(rows: Sequence[Row], known: Sequence[str]) -> list[Row]:
+    """Rows of one task in a model's spelling of the class names.
+
+    Args:
+        rows (`Sequence[Row]`): Rows of one task.
+        known (`Sequence[str]`): The model's classes or labels.
+
+    Returns:
+        `list[Row]`: The same; rows with another name are copies. Names that the model does not have stay.
+    """
+    plain = {short_name(name): name for name in reversed(known)}
+    by_key = {usual_name(name): name for name in reversed(known)}
+    names = dict.fromkeys(name for row in witnesses(rows) for name in row_names(row))
+    found = {name: plain.get(short_name(name)) or by_key.get(usual_name(name)) for name in names if name not in known}
+    return rename_rows(rows, {name: other for name, other in found.items() if other is not None})
+
+
+def row_names(row: Row) -> list[str]:
+    """Class names of a row: of its label or objects, and of `annotated_classes`."""
+    if row.get("task") == "single_cell":
+        return [row["label"]] if isinstance(row.get("label"), str) else []
+    objects = row.get("objects") or {}
+    return [*(row.get("annotated_classes") or ()), *objects.get("category", ())]
+
+
+def rename_rows(rows: Sequence[Row], names: Mapping[str, str]) -> list[Row]:
+    """Rows with some classes renamed; rows with such a class are copied, the others are not."""
+    if hasattr(rows, "renamed"):
+        return rows.renamed(names) if names else rows
+    if not names:
+        return list(rows)
+    return [_renamed(row, names) if any(name in names for name in row_names(row)) else row for row in rows]
 
 
 def known_parents(names: Sequence[str]) -> dict[str, str]:
-    """The closest coarser class in the list of each class that has one, by the usual names of `class_names.py`.
+    """For each class, its closest coarser class among `names`.
 
-    Nucleated red cells, stages of a parasite (the box may be that of the red cell it is in), debris and cells of no known
-    kind have no parent: a wrong one would teach a class its opposite.
+    Nucleated red cells, stages of a parasite (the box may be that of the red cell around it), debris and unknown cells have no
+    parent: a wrong one would teach the opposite.
 
     Args:
         names (`Sequence[str]`): Detection classes, in any spelling.
@@ -29,20 +119,20 @@ def known_parents(names: Sequence[str]) -> dict[str, str]:
 
 
 def with_covered_parents(annotated: Sequence[str], parents: Mapping[str, str]) -> list[str]:
-    """The classes that a data set annotates, and the coarser ones that it thereby boxes as well.
+    """The classes that a data set annotates, and the coarser classes that they cover.
 
-    A set that boxes the types of white cells boxes white cells: what it leaves without a box is none. With one type only,
-    nobody knows; so a coarser class counts from two of its kinds on, and half of them.
+    A set that boxes the types of white cells has boxed the white cells: what has no box is not one. A single type does not show
+    that. So a coarser class is covered by at least two of its kinds, and at least half of them.
 
     Args:
         annotated (`Sequence[str]`): Classes that the set annotates.
         parents (`Mapping[str, str]`): Class -> its parent, of all the model's classes.
 
     Returns:
-        `list[str]`: `annotated`, and behind them those parents.
+        `list[str]`: `annotated`, followed by the covered parents.
     """
     found = list(annotated)
-    # A parent that is covered may complete its own parent: from the finest up.
+    # A covered parent may complete its own parent.
     for _ in range(len(parents)):
         kinds: dict[str, list[bool]] = {}
         for child, parent in parents.items():
@@ -52,3 +142,24 @@ def with_covered_parents(annotated: Sequence[str], parents: Mapping[str, str]) -
             break
         found += new
     return found
+
+
+def _renamed(row: Row, names: Mapping[str, str]) -> Row:
+    if row.get("task") == "single_cell":
+        return row | {"label": names.get(row["label"], row["label"])}
+    objects = row["objects"]
+    row = row | {"objects": {**objects, "category": [names.get(name, name) for name in objects["category"]]}}
+    if row.get("annotated_classes") is not None:
+        row["annotated_classes"] = list(dict.fromkeys(names.get(name, name) for name in row["annotated_classes"]))
+    return row
+
+
+@cache
+def _official_by_key(task: str) -> dict[str, str]:
+    # Of two official words for the same cell the first is taken.
+    return {usual_name(name): name for name in reversed(OFFICIAL_NAMES.get(task, ()))}
+
+
+@cache
+def _spellings(task: str) -> dict[str, str]:
+    return {short_name(name): name for name in OFFICIAL_NAMES.get(task, ())}

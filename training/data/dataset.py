@@ -1,4 +1,4 @@
-"""Schema rows of one task as a torch data set, and their collation into batches a model takes."""
+"""Schema rows of one task as a PyTorch data set, and their collation into batches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,16 +13,14 @@ from unihema.errors import DatasetError, InputError
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 from unihema.processing_unihema.image_io import load_image
 from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng, drawn_scale
-from unihema.training.data.class_tree import with_covered_parents
-from unihema.training.data.label_names import as_known
-from unihema.training.data.lazy_rows import LazyRows, largest_group, one_cell_samples, rows_by_sample, witnesses
-from unihema.training.data.rows import Row, check_rows
-from unihema.training.data.stored_rows import StoredFile
+from unihema.training.data.class_tree import as_known, with_covered_parents
+from unihema.training.data.rows import Row, check_rows, witnesses
+from unihema.training.data.shards import LazyRows, StoredFile, largest_group, one_cell_samples, rows_by_sample
 
 
 CACHE_BYTES = 2_000_000_000
-# How often a training image is asked for all classes, as `unihema predict` does where no prompt is given, though its data set
-# annotates some: otherwise that prompt would be new to a model of several data sets.
+# Share of training images that are asked for all classes, although their data set annotates only some. `unihema predict`
+# does so without a prompt, which would otherwise be new to a model of several data sets.
 DEFAULT_PROMPT_SHARE = 0.5
 _TEXT_KEYS = {"question_answering": ("question", "answer"), "cloze": ("masked", "completed")}
 
@@ -210,7 +208,7 @@ class SmearDataset(Dataset):
         return sample
 
     def _views_of(self, row: Row) -> AugmentationConfig:
-        """A crop of one cell is cut no closer than single cells are: a window must not leave its cell out."""
+        """The augmentation of a row. Crops of one cell are cut no closer than single cells, or their cell could be lost."""
         if not row.get("from_attributes"):
             return self.augmentation
         least = AugmentationConfig.for_task("single_cell").zoom_min
@@ -238,7 +236,7 @@ class SmearDataset(Dataset):
         boxes = torch.tensor(row["objects"]["bbox"], dtype=torch.float32).reshape(-1, 4)
         recorded = row.get("size") or (width, height)
         if tuple(recorded) != (width, height):
-            # Very large images are reduced on opening; any other difference means that the boxes are of another image.
+            # Very large images are reduced on opening. Any other difference means that the boxes belong to another image.
             if not _same_shape(recorded, (width, height)):
                 raise DatasetError(
                     f"{row['dataset']}: {row['file_name']} has {width}x{height} pixels, but its boxes are for "

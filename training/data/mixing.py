@@ -1,4 +1,4 @@
-"""Mixing of tasks and data sets: the sampler decides what each batch is about, so that a batch holds one task."""
+"""Mixing of tasks and data sets. The sampler draws batches, each of one task."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, Sampler
 
 from unihema.errors import InputError
 from unihema.training.data.dataset import SmearDataset
-from unihema.training.data.lazy_rows import WINDOW
+from unihema.training.data.shards import WINDOW
 
 
 Key = tuple[str, int, int]
@@ -165,7 +165,7 @@ class TaskMixer(Sampler[list[Key]]):
             yield order.tolist()
 
     def _mixed_rounds(self, task: str, seed: list[int]) -> Iterator[Iterable[int]]:
-        """Rounds that draw from each data set as often as its share says; each goes on where the round before left it."""
+        """Rounds that draw from each data set by its share, each from where the round before stopped."""
         parts, counts = self._mixed_sources[task]
         rng = np.random.default_rng(np.random.SeedSequence(seed))
         streams = {number: _shuffled(parts[number][1], [*seed, number + 1]) for number in counts if counts[number]}
@@ -208,8 +208,8 @@ class MixedSmears(Dataset):
 
 
 def _shuffled(blocks: Sequence[Sequence[int]], seed: list[int]) -> Iterator[int]:
-    """Samples of all blocks again and again: blocks in random order, and the samples of `WINDOW` of them shuffled together,
-    so that no more are in use at once."""
+    """Endless rounds over all samples. Blocks come in random order, and the samples of `WINDOW` blocks are shuffled together, so
+    that no more blocks are in use at once."""
     rng = np.random.default_rng(np.random.SeedSequence(seed))
     while True:
         order = rng.permutation(len(blocks))

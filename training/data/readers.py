@@ -1,27 +1,42 @@
-"""Data folders to schema rows (see rows.py)."""
+"""Data folders to schema rows (see rows.py): layouts of our own, those in which others publish data sets, and shards."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from unihema.errors import DatasetError
-from unihema.training.data.bad_rows import BadRows, OnInvalid
-from unihema.training.data.description import masks_show
-from unihema.training.data.layouts.annotation_files import (
+from unihema.training.data.layouts.coco import read_coco
+from unihema.training.data.layouts.files import (
+    ImageFinder,
     ImageFolder,
     checked_box,
     image_files,
+    is_hidden,
+    read_json,
     read_json_lines,
     read_table,
     recorded_size,
     require,
 )
-from unihema.training.data.layouts.coco import read_coco
-from unihema.training.data.layouts.foreign_layouts import FOREIGN_LAYOUTS, read_foreign, recognise_foreign
-from unihema.training.data.layouts.tables import WBCATT_ATTRIBUTES, rows_of_cell, with_annotated_classes
-from unihema.training.data.rows import TASKS, Row, group_ids
-from unihema.training.data.stored_rows import INDEX_FILE, read_stored
+from unihema.training.data.layouts.folders import class_of, read_class_folders
+from unihema.training.data.layouts.masks import is_mask, read_mask_pairs
+from unihema.training.data.layouts.tables import (
+    WBCATT_ATTRIBUTES,
+    attribute_tables,
+    read_attribute_tables,
+    rows_of_cell,
+    with_annotated_classes,
+)
+from unihema.training.data.layouts.voc import is_voc, read_voc
+from unihema.training.data.layouts.yolo import labels_of, read_yolo, yolo_names
+from unihema.training.data.rows import TASKS, BadRows, OnInvalid, Row, group_ids
+from unihema.training.data.shards import INDEX_FILE, read_stored
+from unihema.training.data.splits import split_in_name, split_in_path
 
+
+# Layouts in which others publish data sets.
+FOREIGN_LAYOUTS = ("coco", "yolo", "voc", "attribute_table", "mask_pairs", "class_folders")
 
 LAYOUTS = f"""Accepted layouts, any part of which may be left out:
   <split>/annotations.json (COCO, file_name relative to <split>/), <split>/images/, <split>/masks/<same stem>.png,
@@ -34,6 +49,8 @@ LAYOUTS = f"""Accepted layouts, any part of which may be left out:
   <split>/{INDEX_FILE}, written by `unihema data shard`"""
 
 SPLIT_ALIASES = {"val": ("val", "validation", "valid"), "validation": ("validation", "val", "valid")}
+# What a prepared data folder says about itself.
+DESCRIPTION_FILE = "dataset.json"
 OWN_PARTS = ("annotations.json", "masks", "crops", "qa.jsonl", "cloze.jsonl")
 
 
@@ -99,28 +116,28 @@ def read_folder(
     unknown = [task for task in tasks or () if task not in TASKS]
     if unknown:
         raise DatasetError(f"Unknown task {unknown[0]!r}; tasks are {', '.join(TASKS)}.")
-    wanted = tuple(tasks or TASKS)
+    wanted = tuple(task for task in TASKS if task in (tasks or TASKS))
     columns = WBCATT_ATTRIBUTES if attributes_as_detection is True else tuple(attributes_as_detection or ())
-    options = {
-        "wanted": wanted,
-        "dataset": folder.resolve().name,
-        "prompt": masks_show(folder) or prompt,
-        "rename": dict(rename or {}),
-        "bad": bad,
-    }
+    dataset, rename = folder.resolve().name, dict(rename or {})
+    prompt = str(read_description(folder).get("masks_show") or prompt)
+    options = {"wanted": wanted, "dataset": dataset, "prompt": prompt, "rename": rename, "bad": bad}
     already_bad = len(bad.messages)
     for name in SPLIT_ALIASES.get(split, (split,)):
         if (folder / name / INDEX_FILE).is_file():
-            found = read_stored(folder / name, wanted, options["rename"])
+            found = read_stored(folder / name, wanted, rename)
         elif _has_own(folder, name):
             found = _read_own(folder / name, attributes_as_detection=attributes_as_detection, **options)
         else:
             found = _read_by_split(folder, name, columns=columns, **options)
-        found = {task: found[task] for task in TASKS if found.get(task)}
+        found = {task: found[task] for task in wanted if found.get(task)}
         if found or len(bad.messages) > already_bad:
             return found
-    if not _is_ours(folder) and recognise_foreign(folder):
-        found = _read_foreign(folder, split, columns=columns, **options)
+    if not splits_of(folder) and (layout := recognise_foreign(folder)):
+        rows = read_foreign(folder, dataset, bad, layout=layout, rename=rename, prompt=prompt, attributes=columns)
+        # A set without splits is one to train on.
+        names = SPLIT_ALIASES.get(split, (split,))
+        rows = [row for row in rows if (row.get("split") or "train") in names]
+        found = {task: kept for task in wanted if (kept := [row for row in rows if row["task"] == task])}
         if found or len(bad.messages) > already_bad:
             return found
     inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12]) or "nothing"
@@ -139,8 +156,111 @@ def splits_of(folder: Path) -> list[str]:
     return found
 
 
-def _is_ours(folder: Path) -> bool:
-    return bool(splits_of(folder))
+def recognise_foreign(folder: Path) -> str | None:
+    """The layout of a folder: a key of `FOREIGN_LAYOUTS`, or None.
+
+    The layout that says most about its images comes first: class folders are what is left.
+    """
+    images = ImageFinder(folder)
+    if _coco_files(folder):
+        return "coco"
+    if any(labels_of(path, folder) for path in images.files[:200]) and _has_names(folder):
+        return "yolo"
+    annotations = [path for path in folder.rglob("*.xml") if not is_hidden(path.relative_to(folder))]
+    if any(is_voc(path) for path in annotations[:20]):
+        return "voc"
+    if not images.files:
+        return None
+    if attribute_tables(folder):
+        return "attribute_table"
+    if any(is_mask(path, folder) for path in images.files):
+        return "mask_pairs"
+    if any(class_of(path, folder) for path in images.files):
+        return "class_folders"
+    return None
+
+
+def read_foreign(
+    folder: Path,
+    dataset: str,
+    bad: BadRows,
+    *,
+    layout: str | None = None,
+    rename: Mapping[str, str] | None = None,
+    prompt: str = "white blood cell",
+    attributes: Sequence[str] = WBCATT_ATTRIBUTES,
+) -> list[Row]:
+    """Rows of a folder in a layout that is not ours.
+
+    Args:
+        folder (`Path`): The folder.
+        dataset (`str`): Name of the data set.
+        bad (`BadRows`): Gets the bad rows.
+        layout (`str`, *optional*): A key of `FOREIGN_LAYOUTS`; recognised when not given.
+        rename (`Mapping[str, str]`, *optional*): Class names to replace.
+        prompt (`str`): What the masks show.
+        attributes (`Sequence[str]`): Columns of attribute tables that are attributes.
+
+    Returns:
+        `list[Row]`: With `split` (`train`, `val`, `test`), or None where nothing names one.
+
+    Raises:
+        DatasetError: No such layout, or none recognised.
+    """
+    layout = layout or recognise_foreign(folder)
+    if layout not in FOREIGN_LAYOUTS:
+        what = f"unknown layout '{layout}'" if layout else "no known layout"
+        raise DatasetError(f"{folder}: {what}; known are {', '.join(FOREIGN_LAYOUTS)}. Name the one it has.")
+    names = dict(rename or {})
+    if layout == "coco":
+        rows = _read_coco_files(folder, dataset, names, bad)
+    elif layout == "attribute_table":
+        rows = read_attribute_tables(folder, dataset, names, bad, attributes)
+    elif layout == "mask_pairs":
+        rows = read_mask_pairs(folder, dataset, prompt, bad)
+    else:
+        read = {"yolo": read_yolo, "voc": read_voc, "class_folders": read_class_folders}[layout]
+        rows = read(folder, dataset, names, bad)
+    lists = _voc_lists(folder) if layout == "voc" else {}
+    for row in rows:
+        stem = Path(row["file_name"]).stem
+        row["split"] = row.get("split") or split_in_path(row["file_name"]) or lists.get(stem)
+    return rows
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The description of a data folder; empty without one.
+
+    Raises:
+        DatasetError: It is no JSON object.
+    """
+    path = folder / DESCRIPTION_FILE
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DatasetError(f"{path}: a JSON object {{...}} is needed, got {type(content).__name__}.")
+    return content
+
+
+def folder_licence(folder: Path) -> str:
+    """The licence a data folder declares, in `dataset.json` or the front matter of `README.md` (a Hub dataset card).
+
+    Returns:
+        `str`: Empty when it declares none.
+
+    Raises:
+        DatasetError: `dataset.json` is no JSON object.
+    """
+    declared = read_description(folder).get("licence")
+    if declared:
+        return str(declared)
+    card = folder / "README.md"
+    if not card.is_file():
+        return ""
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S)
+    found = re.search(r"^license:\s*([\w.+-]+)\s*$", front.group(1), re.M) if front else None
+    return found.group(1) if found else ""
 
 
 def _has_own(folder: Path, split: str) -> bool:
@@ -281,20 +401,10 @@ def _read_objects(objects: Any, size: tuple[int, int], source: str, rename, bad:
     kept: dict[str, list] = {"bbox": [], "category": [], "morphology": []}
     for index, (box, name) in enumerate(zip(boxes, names)):
         with bad.collecting():
-            kept["bbox"].append(checked_box(box, *size, f"{source}: object {index}"))
+            kept["bbox"].append(checked_box(box, *size, f"{source}: objects.bbox[{index}]"))
             kept["category"].append(rename.get(name, name))
             kept["morphology"].append({})
     return kept
-
-
-def _read_foreign(
-    folder: Path, split: str, wanted, dataset, prompt, rename, bad: BadRows, columns: Sequence[str]
-) -> dict[str, list[Row]]:
-    names = SPLIT_ALIASES.get(split, (split,))
-    found = read_foreign(folder, dataset, bad, rename=rename, prompt=prompt, attributes=columns)
-    # A set without splits is one to train on.
-    rows = [row for row in found if (row.get("split") or "train") in names]
-    return {task: kept for task in TASKS if task in wanted and (kept := [row for row in rows if row["task"] == task])}
 
 
 def _read_questions(path: Path, images: ImageFolder, dataset: str, bad: BadRows) -> list[Row]:
@@ -324,3 +434,53 @@ def _read_cloze(path: Path, images: ImageFolder, dataset: str, bad: BadRows) -> 
 
 def _row(image: str | Path, file_name: str, dataset: str, task: str) -> Row:
     return {"image": str(image), "file_name": file_name, "dataset": dataset, "task": task}
+
+
+def _read_coco_files(folder: Path, dataset: str, rename: Mapping[str, str], bad: BadRows) -> list[Row]:
+    images = ImageFinder(folder)
+    rows: list[Row] = []
+    for path in _coco_files(folder):
+        where = path.relative_to(folder).as_posix()
+        split = split_in_path(where) or split_in_name(where)
+        with bad.collecting():
+            found = read_coco(
+                path, lambda name, source, path=path: images.find([name], path, source), dataset, rename, bad
+            )
+            rows += [row | {"file_name": images.relative(row["image"]), "split": split} for row in found]
+    return rows
+
+
+def _coco_files(folder: Path) -> list[Path]:
+    """COCO files; a broken one counts, so that reading it names what is broken."""
+    found = []
+    for path in sorted(folder.rglob("*.json")):
+        if is_hidden(path.relative_to(folder)):
+            continue
+        try:
+            content = read_json(path)
+            matches = isinstance(content, dict) and {"images", "annotations", "categories"} <= set(content)
+        except DatasetError:
+            matches = b'"annotations"' in path.read_bytes()
+        if matches:
+            found.append(path)
+    return found
+
+
+def _has_names(folder: Path) -> bool:
+    try:
+        return bool(yolo_names(folder))
+    except DatasetError:
+        return False
+
+
+def _voc_lists(folder: Path) -> dict[str, str]:
+    """Stem -> split, from `ImageSets/Main/<split>.txt`; stems that two lists have are drawn anew."""
+    found: dict[str, set[str]] = {}
+    for path in sorted(folder.rglob("ImageSets/Main/*.txt")):
+        split = split_in_name(path.name) if path.stem.lower() != "trainval" else None
+        if split is None:
+            continue
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.strip():
+                found.setdefault(line.split()[0], set()).add(split)
+    return {stem: splits.pop() for stem, splits in found.items() if len(splits) == 1}

@@ -1,30 +1,37 @@
-"""The schema row, one dict per sample, that every reader gives and every data set takes.
+"""The schema row: one dictionary a sample. Every reader returns such rows, and `SmearDataset` takes them.
 
 Common keys: `image` (path or PIL image), `file_name`, `dataset`, `task`. Task keys:
 
 - detection: `objects` (`bbox` xywh pixels, `category` names, `morphology` {attribute: value}; `iscrowd` where present)
   and `annotated_classes` (names, or None when all are); `size` (width, height) of the image that the boxes refer to,
-  where known; `from_attributes` marks a crop of one cell, made to teach its attributes: its box is the whole image and
-  teaches no box;
+  where known; `from_attributes` marks a crop of one cell that is there for its attributes: its box is the whole image,
+  and box losses ignore it;
 - segmentation: `mask` (path or array, nonzero = cell), `prompt` (what the mask shows);
 - single_cell: `label`;
 - question_answering: `question`, `answer`;
 - cloze: `masked` (sentinels in T5's order), `completed` (the whole sentence).
 
-Rows of any task may say whom or what an image comes from: `patient`, `slide` or `source_image` (the field that a crop was
-cut from), and images that share one belong into one split; or `origin`, the microscope or the data set it was first of.
+Rows of any task may state where an image comes from: its `patient`, `slide` or `source_image` (the field that a crop was cut
+from). Images that share one of these belong into one split. `origin` is the microscope, or the data set that first had it.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
-from unihema.errors import DatasetError
+from unihema.errors import DatasetError, InputError
 from unihema.modeling_unihema.tasks import TASKS
-from unihema.training.data.bad_rows import BadRows, BadRowsError
 
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+# What a reader does with bad rows.
+OnInvalid = Literal["error", "skip"]
+# Bad rows that a message lists.
+SHOWN = 50
 REQUIRED_KEYS = {
     "detection": ("objects",),
     "segmentation": ("mask",),
@@ -38,17 +45,22 @@ GROUP_KEYS = {
     "slide": ("slide", "slide_id"),
     "source_image": ("source_image",),
 }
-# Those, and which microscope or data set it was first of.
+# The same, and the microscope or the data set that first had the image.
 PROVENANCE_KEYS = GROUP_KEYS | {"origin": ("origin", "microscope", "scanner")}
 
 
 def group_ids(record: Mapping[str, Any]) -> dict[str, str]:
-    """Patient, slide, source image and origin of a record, as far as it has them."""
+    """The patient, slide, source image and origin that a record states."""
     found = {
         group: next((record[key] for key in keys if record.get(key) not in (None, "")), None)
         for group, keys in PROVENANCE_KEYS.items()
     }
     return {group: str(value) for group, value in found.items() if value is not None}
+
+
+def witnesses(rows: Sequence[Row]) -> Sequence[Row]:
+    """Rows among which every name occurs: all of them, or, of rows that are not in memory, those that their index lists."""
+    return getattr(rows, "witnesses", rows)
 
 
 def class_names(rows: Iterable[Row]) -> list[str]:
@@ -147,3 +159,56 @@ def _check_known(name: str, known: Sequence[str], where: str, what: str) -> None
         f"{where}: unknown {what} '{name}'; known: {', '.join(map(str, known))}.{hint} "
         "Rename it (`rename`) or add it to the model's list."
     )
+
+
+def first_lines(messages: Sequence[str]) -> str:
+    """The first `SHOWN` messages, a line each, and how many more there are."""
+    more = [f"... and {len(messages) - SHOWN} more"] if len(messages) > SHOWN else []
+    return "\n".join([*messages[:SHOWN], *more])
+
+
+class BadRowsError(DatasetError):
+    """Rows that cannot be used.
+
+    Attributes:
+        messages (`list[str]`): One for each bad row, with its file and its line or entry.
+    """
+
+    def __init__(self, messages: list[str], remedy: str = ""):
+        self.messages = list(messages)
+        text = first_lines(messages)
+        if len(messages) > 1:
+            text = f"{len(messages)} bad rows:\n{text}"
+        super().__init__(f"{text}\n{remedy}" if remedy else text)
+
+
+class BadRows:
+    """Collects bad rows while a reader goes on with the next one."""
+
+    def __init__(self):
+        self.messages: list[str] = []
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Notes a [`DatasetError`] of one row instead of letting it end the reading."""
+        try:
+            yield
+        except DatasetError as error:
+            self.messages.append(str(error))
+
+    def settle(self, on_invalid: OnInvalid) -> None:
+        """Stops, or warns of each bad row and goes on.
+
+        Args:
+            on_invalid (`"error"` or `"skip"`): Which of the two.
+
+        Raises:
+            BadRowsError: There are bad rows, with `"error"`.
+            ValueError: `on_invalid` is neither.
+        """
+        if on_invalid not in ("error", "skip"):
+            raise InputError(f"on_invalid={on_invalid!r} must be 'error' or 'skip'.")
+        if self.messages and on_invalid == "error":
+            raise BadRowsError(self.messages, 'Correct this, or leave bad rows out (on_invalid="skip").')
+        for message in self.messages:
+            logger.warning("%s Left out.", message)

@@ -1,11 +1,14 @@
-"""Splits: the names they go by, and a fair one for data that come without."""
+"""Splits of data: their names, drawing them, cross-validation folds, and the images that stay together in one."""
 
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from unihema.errors import DatasetError
-from unihema.training.data.rows import GROUP_KEYS, Row
+import numpy as np
+
+from unihema.errors import DatasetError, InputError, RunConfigError
+from unihema.training.data.rows import GROUP_KEYS, PROVENANCE_KEYS, Row
 
 
 SPLITS = ("train", "val", "test")
@@ -36,10 +39,10 @@ def split_in_name(file_name: str) -> str | None:
 
 
 def draw_split(row: Row, val_share: float) -> str:
-    """`train` or `val`, the same wherever and whenever it is drawn.
+    """Draws `train` or `val` for a row, always the same one.
 
-    All rows of a patient, else of a slide, else of a field fall into one split. Without these the bytes of the image
-    decide, so that a photograph falls into the same split in every data set that has it.
+    All rows of a patient, else of a slide, else of a field fall into one split. Without these, the bytes of the image decide:
+    a photograph falls into the same split in every data set that has it.
 
     Raises:
         DatasetError: The image cannot be read.
@@ -64,10 +67,9 @@ def check_val_share(val_share: float) -> None:
 
 
 def by_split(rows: Sequence[Row], val_share: float) -> dict[str, list[Row]]:
-    """Rows sorted into splits: by a `split` that they have, which is taken off, else drawn.
+    """Rows by split. The key `split` of a row is removed; rows without one are drawn into `train` and `val`.
 
-    Where the data set has a training and no validation split, validation is drawn from its training rows; what it calls
-    `test` stays `test`.
+    Without a validation split, one is drawn from the training rows. `test` stays `test`.
 
     Raises:
         DatasetError: An image that cannot be read.
@@ -80,3 +82,91 @@ def by_split(rows: Sequence[Row], val_share: float) -> dict[str, list[Row]]:
             split = draw_split(row, val_share)
         sorted_rows.setdefault(split, []).append({key: value for key, value in row.items() if key != "split"})
     return {split: sorted_rows[split] for split in SPLITS if split in sorted_rows}
+
+
+def compile_patterns(patterns: Mapping[str, str]) -> dict[str, re.Pattern]:
+    """Regular expressions whose first group is an identifier in a file name.
+
+    Args:
+        patterns (`Mapping[str, str]`): `patient`, `slide` or `source_image` -> expression.
+
+    Raises:
+        DatasetError: Another key, a broken expression, or one without a group.
+    """
+    compiled = {}
+    for group, pattern in patterns.items():
+        if group not in GROUP_KEYS:
+            raise DatasetError(f"Unknown group '{group}'; groups are {', '.join(GROUP_KEYS)}.")
+        try:
+            compiled[group] = re.compile(pattern)
+        except re.error as error:
+            raise DatasetError(f"{group} pattern {pattern!r} is no regular expression ({error}).") from error
+        if compiled[group].groups < 1:
+            raise DatasetError(f"{group} pattern {pattern!r} needs brackets around the identifier, such as '-(\\d+)_'.")
+    return compiled
+
+
+def groups_of(row: Row, patterns: Mapping[str, re.Pattern]) -> dict[str, str]:
+    """Patient, slide and field of a row: as stated, or else as the patterns find them in its file name."""
+    groups = {group: str(row[group]) for group in GROUP_KEYS if row.get(group)}
+    for group, pattern in patterns.items():
+        found = pattern.search(PurePosixPath(row["file_name"]).name)
+        if found and found.group(1):
+            groups.setdefault(group, found.group(1))
+    return groups
+
+
+def fold_rows(
+    rows_by_task: Mapping[str, Sequence[Row]], folds: int, fold: int, seed: int, held_out: bool
+) -> dict[str, list[Row]]:
+    """The training rows of one cross-validation fold, or those it holds out.
+
+    Rows of one patient, slide or source image stay together, and so do all rows of an image, of every task.
+
+    Args:
+        rows_by_task (`Mapping[str, Sequence[Row]]`): Task -> rows.
+        folds (`int`): Number of parts, at least 2.
+        fold (`int`): Which of them is held out, from 0.
+        seed (`int`): Of the division.
+        held_out (`bool`): Return the rows that are held out instead of the others.
+
+    Raises:
+        DatasetError: Fewer groups than folds.
+        ValueError: There is no such fold.
+    """
+    if folds < 2 or not 0 <= fold < folds:
+        raise InputError(f"Fold {fold} of {folds}: there must be at least 2, counted from 0.")
+    groups = sorted({_group(row) for rows in rows_by_task.values() for row in rows})
+    if len(groups) < folds:
+        raise DatasetError(
+            f"{len(groups)} images (or patients, or slides) cannot be divided into {folds} folds; ask for fewer."
+        )
+    order = np.random.default_rng(seed).permutation(len(groups))
+    chosen = {groups[position] for position in order[fold::folds]}
+    parts = {task: [row for row in rows if (_group(row) in chosen) == held_out] for task, rows in rows_by_task.items()}
+    return {task: rows for task, rows in parts.items() if rows}
+
+
+def _group(row: Row) -> str:
+    for kind in GROUP_KEYS:
+        if row.get(kind):
+            return f"{kind} {row['dataset']} {row[kind]}"
+    return f"image {row['image'] if isinstance(row['image'], str) else id(row['image'])}"
+
+
+def is_held_out(row: Row, hold_out: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a row belongs to a patient, slide, field or microscope that a run must not see.
+
+    Args:
+        row (`Row`): A schema row, see rows.py.
+        hold_out (`Mapping[str, Sequence[str]]`): `patient`, `slide`, `source_image` or `origin` -> those held out.
+
+    Raises:
+        RunConfigError: Another kind of group.
+    """
+    for group, names in hold_out.items():
+        if group not in PROVENANCE_KEYS:
+            raise RunConfigError(f"data.hold_out: unknown group '{group}'; groups are {', '.join(PROVENANCE_KEYS)}.")
+        if str(row.get(group)) in names:
+            return True
+    return False

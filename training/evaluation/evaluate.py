@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
+from unihema.training.data.class_tree import as_known
 from unihema.training.data.dataset import SmearDataset
-from unihema.training.data.label_names import as_known
 from unihema.training.data.rows import Row
 from unihema.training.evaluation.detection import MeasuredDetections
 from unihema.training.evaluation.intervals import DRAWS, LEVEL, bootstrap_intervals

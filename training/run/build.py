@@ -11,13 +11,11 @@ from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 from unihema.modeling_unihema.tasks import TASKS
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.adapters import attach_adapter
-from unihema.training.data.class_tree import known_parents
-from unihema.training.data.folds import fold_rows
-from unihema.training.data.hold_out import is_held_out
-from unihema.training.data.label_names import unify_names
-from unihema.training.data.lazy_rows import joined, witnesses
+from unihema.training.data.class_tree import known_parents, unify_names
 from unihema.training.data.readers import load_folder
-from unihema.training.data.rows import Row, class_names, morphology_schema, single_cell_names
+from unihema.training.data.rows import Row, class_names, morphology_schema, single_cell_names, witnesses
+from unihema.training.data.shards import joined
+from unihema.training.data.splits import fold_rows, is_held_out
 from unihema.training.evaluation import draw_rows
 from unihema.training.run.config import DataConfig, RunConfig
 from unihema.training.run.pretrained_backbone import (

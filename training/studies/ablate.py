@@ -10,9 +10,9 @@ from typing import Any
 
 from unihema.errors import RunConfigError
 from unihema.loading import load_model
-from unihema.training.data.hold_out import is_held_out
-from unihema.training.data.label_names import as_known, row_names
+from unihema.training.data.class_tree import as_known, row_names
 from unihema.training.data.rows import Row
+from unihema.training.data.splits import is_held_out
 from unihema.training.evaluation import evaluate_model
 from unihema.training.run.build import load_rows, training_rows
 from unihema.training.run.config import RunConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 from unihema.errors import DatasetError
 from unihema.loading import available_tasks, load_model
-from unihema.training.data.label_names import as_known, row_names
+from unihema.training.data.class_tree import as_known, row_names
 from unihema.training.data.rows import Row
 from unihema.training.evaluation import HEADLINES, evaluate_model
 from unihema.training.evaluation.class_agnostic import class_agnostic_precision

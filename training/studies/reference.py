@@ -18,9 +18,9 @@ from unihema.results.out_of_distribution import (
     backbone_checksum,
     image_scores,
 )
-from unihema.training.data.label_names import as_known
+from unihema.training.data.class_tree import as_known
 from unihema.training.data.rows import Row
-from unihema.training.data.stored_rows import StoredFile
+from unihema.training.data.shards import StoredFile
 from unihema.training.evaluation import draw_rows
 
 

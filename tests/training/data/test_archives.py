@@ -52,8 +52,10 @@ HOSTILE_ZIPS = {
 HOSTILE_TARS = {
     **{name: [(name, b"x")] for name in HOSTILE_NAMES},
     "link to '/etc/passwd'": [(tar_info("link", tarfile.SYMTYPE, "/etc/passwd"), b"")],
+    "link to '../../evil'": [(tar_info("a/link", tarfile.SYMTYPE, "../../evil"), b"")],
     "link to 'good.txt'": [("good.txt", b"x"), (tar_info("hard", tarfile.LNKTYPE, "good.txt"), b"")],
-    "device or pipe": [(tar_info("null", tarfile.CHRTYPE), b"")],
+    "'null' is a special file": [(tar_info("null", tarfile.CHRTYPE), b"")],
+    "'pipe' is a special file": [(tar_info("pipe", tarfile.FIFOTYPE), b"")],
     "occurs twice": [("a.txt", b"x"), ("./a.txt", b"y")],
 }
 
@@ -72,7 +74,7 @@ def assert_refused(archive, words, **options):
 def test_hostile_zips(tmp_path, case):
     (tmp_path / "in").mkdir()
     archive = write_zip(tmp_path / "in" / "x.zip", *HOSTILE_ZIPS[case])
-    words = ["unsafe, so nothing was unpacked", "evil.txt" if case in HOSTILE_NAMES else case]
+    words = ["1 unsafe member, so nothing was unpacked", "evil.txt" if case in HOSTILE_NAMES else case]
     assert_refused(archive, words)
     assert len(unsafe_members(archive)) == 1
 
@@ -87,7 +89,9 @@ def test_hostile_tars(tmp_path, case):
 
 def test_every_unsafe_member_is_named(tmp_path):
     archive = write_zip(tmp_path / "x.zip", ("good.txt", b"x"), *[(f"../{n}.txt", b"x") for n in range(60)])
-    with pytest.raises(ArchiveError, match=r"(?s)'\.\./0\.txt' leads out.*'\.\./49\.txt'.*and 10 more"):
+    with pytest.raises(
+        ArchiveError, match=r"(?s)60 unsafe members.*'\.\./0\.txt' leads out.*'\.\./49\.txt'.*and 10 more"
+    ):
         unpack(archive, tmp_path / "out")
     assert len(unsafe_members(archive)) == 60
 
@@ -110,6 +114,14 @@ def test_sizes_that_lie_are_found_out(tmp_path):
     content = archive.read_bytes().replace((100_000).to_bytes(4, "little"), (10).to_bytes(4, "little"))
     archive.write_bytes(content)
     assert_refused(archive, ["x.zip"], limits=ArchiveLimits(bytes=1000))
+
+
+def test_claims_that_no_images_make(tmp_path):
+    archive = write_zip(tmp_path / "x.zip", ("big.txt", bytes(100_000)))
+    content = archive.read_bytes().replace((100_000).to_bytes(4, "little"), (2 << 30).to_bytes(4, "little"))
+    archive.write_bytes(content)
+    with pytest.raises(ArchiveError, match="more than 200 times its size"):
+        unsafe_members(archive)
 
 
 def test_absurd_headers_are_not_read_into_memory(tmp_path):

@@ -1,4 +1,4 @@
-"""Every bad row is named with its file and line; reading stops or goes on as asked, and loses nothing good."""
+"""Every bad row is named with its file and line or entry; reading stops or goes on as asked, and loses nothing good."""
 
 import json
 import logging
@@ -7,9 +7,8 @@ import pytest
 from data_folders import write_coco, write_photograph
 
 from unihema.errors import DatasetError
-from unihema.training.data.bad_rows import BadRowsError
 from unihema.training.data.readers import load_folder
-from unihema.training.data.rows import check_rows
+from unihema.training.data.rows import BadRowsError, check_rows
 
 
 @pytest.fixture
@@ -33,10 +32,10 @@ def folder(tmp_path):
 
 
 EXPECTED = [
-    "train.json:3: image 1: no image",
-    "train.json:4: image 2: '../../etc/passwd' leads out of the folder",
-    "train.json:9: annotation 1 (a.png): box [500, 2, 3, 4] lies outside the image of 96x72 pixels",
-    "train.json:11: annotation 3 (b.png): box [1, 2, 0, 4] has no area",
+    "train.json: images[1]: no image",
+    "train.json: images[2]: '../../etc/passwd' leads out of the folder",
+    "train.json: annotations[1].bbox (a.png): box [500, 2, 3, 4] lies outside the image of 96x72 pixels",
+    "train.json: annotations[3].bbox (b.png): box [1, 2, 0, 4] has no area",
     "qa_train.jsonl:2: broken JSON",
     "qa_train.jsonl:3: a JSON object {...} is needed, got list",
     "qa_train.jsonl:4: field 'answer' is missing",
@@ -85,7 +84,9 @@ def test_a_wrong_setting(folder):
         ('{"images": [], "annotations": []}', "field 'categories' is missing"),
         ("[]", "a COCO object"),
         ('{"images": []} x', "Extra data"),
-        ('{"images" []}', "broken JSON"),
+        ('{"images" []}', r"train\.json:1: broken JSON at column 11"),
+        ("[" * 100_000, r"train\.json:1: cannot be read as JSON"),
+        ('{"id": ' + "1" * 5000 + "}", r"train\.json:1: cannot be read as JSON"),
     ],
 )
 def test_files_that_cannot_be_read_at_all(tmp_path, content, words):
@@ -98,17 +99,27 @@ def test_files_that_cannot_be_read_at_all(tmp_path, content, words):
 @pytest.mark.parametrize(
     ("image", "annotation", "words"),
     [
-        ("x", {}, "image: a JSON object"),
-        ({"id": [1]}, {}, r"id \[1\] must be a number or a text"),
+        ("x", {}, r"images\[0\]: a JSON object"),
+        ({"id": [1]}, {}, r"images\[0\]\.id: \[1\] must be a number or a text"),
         ({"id": 1, "file_name": 7}, {}, "a file name is needed, got 7"),
         ({"id": 1, "file_name": "a.png", "width": -4, "height": 3}, {}, "no size in pixels"),
-        ({"id": 1, "file_name": "a.png"}, "x", "annotation: a JSON object"),
-        ({"id": 1, "file_name": "a.png"}, {"image_id": 1, "category_id": {}}, "category_id {} must be"),
+        ({"id": 1, "file_name": "a.png", "width": float("inf"), "height": 3}, {}, "no size in pixels"),
+        ({"id": 1, "file_name": "a.png"}, "x", r"annotations\[0\]: a JSON object"),
+        (
+            {"id": 1, "file_name": "a.png"},
+            {"image_id": 1, "category_id": {}},
+            r"annotations\[0\]\.category_id: {} must be",
+        ),
         ({"id": 1, "file_name": "a.png"}, {"image_id": 1, "category_id": 0, "bbox": "box"}, "four finite numbers"),
         (
             {"id": 1, "file_name": "a.png"},
+            {"image_id": 1, "category_id": 0, "bbox": [0, 0, 10**400, 1]},
+            "four finite numbers",
+        ),
+        (
+            {"id": 1, "file_name": "a.png"},
             {"image_id": 1, "category_id": 0, "bbox": [1, 1, 2, 2], "attributes": [1]},
-            "attributes: a JSON object",
+            r"annotations\[0\]\.attributes \(a\.png\): a JSON object",
         ),
     ],
 )

@@ -1,15 +1,17 @@
 """The catalog against the official table, official names, and the licence of a mix."""
 
 import csv
+import re
+from pathlib import Path
 
 import pytest
 
 from unihema.errors import DatasetError
 from unihema.official.labels import OFFICIAL_CELLS, OFFICIAL_CLASSES
-from unihema.training.data.curation.catalog import catalog, find_entries, find_entry
+from unihema.training.data.class_tree import label_map, official_name
+from unihema.training.data.curation.catalog import catalog, catalog_table, find_entries, find_entry
 from unihema.training.data.curation.licences import known_licence, mix_licence
-from unihema.training.data.label_names import OFFICIAL_NAMES, label_map, official_name
-from unihema.training.data.layouts.foreign_layouts import FOREIGN_LAYOUTS
+from unihema.training.data.readers import FOREIGN_LAYOUTS
 from unihema.training.data.rows import TASKS
 
 
@@ -18,11 +20,9 @@ def test_entries_are_whole():
     assert len({entry.key for entry in entries}) == len(entries) == 47
     for entry in entries:
         assert entry.task in TASKS and entry.key.startswith(f"{entry.task}/")
-        assert entry.reader in ("", *FOREIGN_LAYOUTS)
-        assert set(entry.labels.values()) <= set(OFFICIAL_NAMES.get(entry.task, ()))
         # What is stated has a source.
-        assert bool(entry.licence) == bool(entry.licence_source)
-        assert bool(entry.images) == bool(entry.images_source)
+        assert bool(entry.licence) == ("Licence: http" in entry.notes)
+        assert all(layout in FOREIGN_LAYOUTS for layout in re.findall(r"Layout `(\w+)`", entry.notes))
         for part in filter(None, entry.licence.split(" AND ")):
             assert known_licence(part) == part
 
@@ -35,6 +35,13 @@ def test_the_catalog_has_the_official_table(official_dir):
     found = [(entry.task, entry.name, entry.data_link, entry.paper_link) for entry in catalog()]
     assert found[: len(expected)] == expected
     assert [name for _, name, _, _ in found[len(expected) :]] == ["WBCAtt-VQA", "LeukemiaAttri-MLM"]
+
+
+def test_the_page_shows_the_catalog():
+    page = Path(__file__).parents[3] / "docs" / "datasets.md"
+    (shown,) = re.findall(r"^<!-- catalog -->\n(.*?)^<!-- end -->", page.read_text(encoding="utf-8"), re.M | re.S)
+    assert shown == catalog_table()
+    assert shown.count("\n| `") == 47 and "| [data](https://datasetninja.com/bccd#download) |" in shown
 
 
 def test_looking_up():
@@ -71,7 +78,7 @@ def test_official_names(name, task, official):
 def test_every_official_name_is_its_own():
     assert label_map(OFFICIAL_CELLS, "single_cell") == {name: name for name in OFFICIAL_CELLS}
     assert label_map(OFFICIAL_CLASSES[1:], "detection") == {name: name for name in OFFICIAL_CLASSES[1:]}
-    assert label_map(["KSC", "BAS", "odd"], "single_cell", {"KSC": "smudge cell"}) == {"KSC": "smudge cell"}
+    assert label_map(["Smudge-Cells", "odd"], "single_cell") == {"Smudge-Cells": "smudge cell"}
 
 
 def test_licences():

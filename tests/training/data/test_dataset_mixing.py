@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from unihema.training.data.lazy_rows import WINDOW
 from unihema.training.data.mixing import TaskMixer
+from unihema.training.data.shards import WINDOW
 from unihema.training.run.batches import ProcessShare
 
 

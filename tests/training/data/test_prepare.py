@@ -11,11 +11,11 @@ from data_folders import write_coco, write_lines, write_mask, write_photograph, 
 from PIL import Image
 
 from unihema.errors import DatasetError
-from unihema.training.data.bad_rows import BadRowsError
 from unihema.training.data.curation.archives import ArchiveError, ArchiveLimits
 from unihema.training.data.curation.catalog import find_entry
 from unihema.training.data.curation.prepare import prepare_data
 from unihema.training.data.readers import load_folder
+from unihema.training.data.rows import BadRowsError
 
 
 def zipped(folder: Path) -> Path:

@@ -11,12 +11,11 @@ from data_folders import write_coco, write_lines, write_mask, write_photograph
 
 from unihema.errors import DatasetError
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
+from unihema.training.data.curation.prepare import shard_folder
 from unihema.training.data.dataset import SmearDataset, read_mask
-from unihema.training.data.lazy_rows import WINDOW, JoinedRows, joined
 from unihema.training.data.readers import load_folder
 from unihema.training.data.rows import class_names
-from unihema.training.data.shard_writer import shard_folder, write_shards
-from unihema.training.data.stored_rows import StoredRows
+from unihema.training.data.shards import WINDOW, JoinedRows, StoredRows, joined, write_shards
 from unihema.training.run.batches import RunBatches
 from unihema.training.run.config import DataConfig
 
@@ -156,9 +155,9 @@ def test_a_set_in_shards_beside_one_in_memory(folder, shards, processor):
 
 
 def test_an_interrupted_writing_goes_on(folder, tmp_path, monkeypatch):
-    from unihema.training.data import shard_writer
+    from unihema.training.data import shards
 
-    written, real = [], shard_writer._write_shard
+    written, real = [], shards._write_shard
 
     def stop_at_the_third(path, *arguments):
         if len(written) == 2:
@@ -166,13 +165,13 @@ def test_an_interrupted_writing_goes_on(folder, tmp_path, monkeypatch):
         real(path, *arguments)
         written.append(path)
 
-    monkeypatch.setattr(shard_writer, "_write_shard", stop_at_the_third)
+    monkeypatch.setattr(shards, "_write_shard", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         shard_folder(folder, tmp_path / "out", splits=["train"], tasks=["detection"], shard_samples=4)
     with pytest.raises(DatasetError, match="no data"):
         load_folder(tmp_path / "out", "train")
     times = {path: path.stat().st_mtime_ns for path in written}
-    monkeypatch.setattr(shard_writer, "_write_shard", real)
+    monkeypatch.setattr(shards, "_write_shard", real)
     shard_folder(folder, tmp_path / "out", splits=["train"], tasks=["detection"], shard_samples=4)
     assert {path: path.stat().st_mtime_ns for path in written} == times
     assert len(load_folder(tmp_path / "out", "train")["detection"]) == FIELDS

@@ -12,10 +12,9 @@ from unihema.errors import DatasetError
 from unihema.modeling_unihema.configuration_unihema import PAPER_MORPHOLOGY, SMEAR_CLASSES
 from unihema.training.data.readers import load_folder
 from unihema.training.data.rows import check_rows
-from unihema.training.data.synthetic.cells import CLASSES, MORPHOLOGY, WHITE_CELLS, cell_patch, plan_cell
+from unihema.training.data.synthetic.cells import CLASSES, MORPHOLOGY, WHITE_CELLS, cell_patch, paint_cell, plan_cell
 from unihema.training.data.synthetic.fields import SyntheticSmears, _visible
 from unihema.training.data.synthetic.folder import write_synthetic
-from unihema.training.data.synthetic.painting import paint_cell
 
 
 @pytest.fixture(scope="module")

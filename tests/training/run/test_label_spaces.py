@@ -9,9 +9,8 @@ from data_folders import write_coco, write_photograph
 
 from unihema.errors import DatasetError, RunConfigError
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
-from unihema.training.data.class_tree import known_parents, with_covered_parents
+from unihema.training.data.class_tree import as_known, known_parents, unify_names, with_covered_parents
 from unihema.training.data.dataset import SmearDataset
-from unihema.training.data.label_names import as_known, unify_names
 from unihema.training.data.rows import class_names, single_cell_names
 from unihema.training.metrics.coarse_classes import with_coarser_names, with_coarser_truth
 from unihema.training.metrics.detection import mean_average_precision, score_matches

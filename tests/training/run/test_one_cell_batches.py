@@ -7,8 +7,8 @@ from PIL import Image
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.data.augmentation import AugmentationConfig
 from unihema.training.data.dataset import SmearDataset
-from unihema.training.data.lazy_rows import JoinedRows, one_cell_samples
 from unihema.training.data.mixing import TaskMixer
+from unihema.training.data.shards import JoinedRows, one_cell_samples
 from unihema.training.run.batches import RunBatches
 from unihema.training.run.config import DataConfig
 

@@ -1,4 +1,4 @@
-"""How far two annotations of the same photographs agree: two experts on one set of smears, or two data sets that share images."""
+"""Inter-annotator agreement: two experts on one set of smears, or two data sets that share photographs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from unihema.errors import DatasetError
-from unihema.training.data.curation.fingerprints import SIMILARITY, fingerprint, near_pairs, upright_similarity
-from unihema.training.data.label_names import rename_rows, unify_names
+from unihema.training.data.class_tree import rename_rows, unify_names
+from unihema.training.data.curation.duplicates import SIMILARITY, fingerprint, near_pairs, upright_similarity
 from unihema.training.data.readers import load_folder, splits_of
 from unihema.training.data.rows import Row
 from unihema.training.metrics.morphology import match_cells
@@ -17,7 +17,7 @@ from unihema.training.metrics.morphology import match_cells
 
 @dataclass
 class ClassAgreement:
-    """One class in the photographs that both annotate.
+    """Agreement on one class, in the photographs that both annotate.
 
     Args:
         first (`int`): Boxes of the first.
@@ -105,8 +105,8 @@ def _detections(folder: str | Path) -> list[Row]:
 def _same_photographs(
     first: Sequence[Row], second: Sequence[Row], min_similarity: float, progress: bool
 ) -> list[tuple[Row, Row, float]]:
-    """Rows of one photograph, and how many pixels of the first image a pixel of the second is; each row once, the most
-    similar first."""
+    """Pairs of rows of one photograph, and the scale from the second image to the first. A row is in one pair; the most similar
+    are paired first."""
     from tqdm.auto import tqdm
 
     rows = tqdm([*first, *second], desc="images", unit="image", disable=not progress, leave=False)

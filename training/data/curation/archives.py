@@ -1,4 +1,4 @@
-"""Unpacking archives that nobody vouches for: nothing outside the folder, no links, bounded numbers and sizes."""
+"""Unpacking of untrusted archives: nothing outside the folder, no links or devices, bounded numbers and sizes."""
 
 import shutil
 import stat
@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from unihema.errors import DatasetError
-from unihema.training.data.bad_rows import SHOWN
-from unihema.training.data.curation.member_names import UnsafeNameError, inside
+from unihema.training.data.layouts.files import UnsafeNameError, inside
+from unihema.training.data.rows import first_lines
 
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -54,8 +54,10 @@ class ArchiveLimits:
 @dataclass
 class _Member:
     name: str
-    kind: str
+    folder: bool
     size: int
+    # Why it is refused, whatever its name.
+    refusal: str | None
     open: Callable[[], IO[bytes]]
 
 
@@ -97,29 +99,19 @@ def unsafe_members(path: Path, limits: ArchiveLimits | None = None) -> list[str]
         limits (`ArchiveLimits`, *optional*): Compared with the sizes the archive claims.
 
     Returns:
-        `list[str]`: One message for each member that leads out of the folder, is a link or a device, is encrypted or
-        occurs twice; empty when it may be unpacked.
+        `list[str]`: One message for each member that leads out of the folder, is a link or a device, is encrypted or occurs
+            twice; empty when it may be unpacked.
 
     Raises:
         ArchiveError: Not an archive, damaged, or beyond the limits.
     """
-    budget = _Budget(limits or ArchiveLimits(), path.stat().st_size if path.is_file() else 0)
-    problems = []
-    with _reading(path):
-        for member in _members(path):
-            budget.count_file(path)
-            _, problem = _target(path, member, budget)
-            if problem:
-                problems.append(problem)
-            elif member.kind == "file":
-                budget.count_bytes(path, member.name, member.size, member.size)
-    return problems
+    return _read_members(path, None, _budget(path, limits))
 
 
 def unpack(
     path: Path, into: Path, limits: ArchiveLimits | None = None, report: Callable[[int], object] | None = None
 ) -> Path:
-    """Unpacks an archive, and archives inside it, into a folder that is there only when everything went well.
+    """Unpacks an archive, and archives inside it. The folder appears when everything is written.
 
     Args:
         path (`Path`): A zip or tar file.
@@ -140,12 +132,12 @@ def unpack(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        budget = _Budget(limits or ArchiveLimits(), path.stat().st_size if path.is_file() else 0)
+        budget = _budget(path, limits)
         _unpack_one(path, partial, budget, report)
         _unpack_inner(partial, budget, report)
         partial.rename(into)
     except ArchiveError as error:
-        # The folder is gone when the message is read.
+        # The partial folder is deleted, so the message names the archive.
         raise ArchiveError(str(error).replace(str(partial), str(path))) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -169,6 +161,16 @@ def _unpack_inner(folder: Path, budget: _Budget, report: Callable[[int], object]
 
 
 def _unpack_one(path: Path, into: Path, budget: _Budget, report: Callable[[int], object] | None) -> None:
+    problems = _read_members(path, into, budget, report)
+    if problems:
+        number = "1 unsafe member" if len(problems) == 1 else f"{len(problems)} unsafe members"
+        raise ArchiveError(f"{path}: {number}, so nothing was unpacked:\n{first_lines(problems)}")
+
+
+def _read_members(
+    path: Path, into: Path | None, budget: _Budget, report: Callable[[int], object] | None = None
+) -> list[str]:
+    """What is wrong with each member; as long as nothing is, they are written into a folder, if one is given."""
     problems: list[str] = []
     with _reading(path):
         for member in _members(path):
@@ -176,16 +178,20 @@ def _unpack_one(path: Path, into: Path, budget: _Budget, report: Callable[[int],
             name, problem = _target(path, member, budget)
             if problem:
                 problems.append(problem)
+            elif into is None:
+                budget.count_bytes(path, member.name, member.size, member.size)
             elif problems:
                 # The rest is only looked at, to name all that is wrong.
                 continue
-            elif member.kind == "folder":
+            elif member.folder:
                 (into / name).mkdir(parents=True, exist_ok=True)
             else:
                 _write(path, member, into / name, budget, report)
-    if problems:
-        shown = problems[:SHOWN] + ([f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])
-        raise ArchiveError("\n".join([f"{path}: unsafe, so nothing was unpacked:", *shown]))
+    return problems
+
+
+def _budget(path: Path, limits: ArchiveLimits | None) -> _Budget:
+    return _Budget(limits or ArchiveLimits(), path.stat().st_size if path.is_file() else 0)
 
 
 def _write(path: Path, member: _Member, target: Path, budget: _Budget, report: Callable[[int], object] | None) -> None:
@@ -203,15 +209,15 @@ def _write(path: Path, member: _Member, target: Path, budget: _Budget, report: C
 
 def _target(path: Path, member: _Member, budget: _Budget) -> tuple[str, str | None]:
     """Where a member goes, and what is wrong with it."""
-    if member.kind == "folder" and PurePosixPath(member.name.replace("\\", "/")) == PurePosixPath("."):
+    if member.folder and PurePosixPath(member.name.replace("\\", "/")) == PurePosixPath("."):
         return ".", None
     try:
         name = inside(member.name)
     except UnsafeNameError as error:
         return "", f"{path}: {error}."
-    if member.kind not in ("file", "folder"):
-        return name, f"{path}: {member.name} is {member.kind}, not a file."
-    if member.kind == "file":
+    if member.refusal:
+        return name, f"{path}: {member.refusal}."
+    if not member.folder:
         if name in budget.names:
             return name, f"{path}: {member.name} occurs twice."
         budget.names.add(name)
@@ -222,32 +228,46 @@ def _members(path: Path) -> Iterator[_Member]:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                yield _Member(info.orig_filename, _zip_kind(info), info.file_size, lambda info=info: archive.open(info))
+                yield _Member(
+                    info.orig_filename,
+                    info.is_dir(),
+                    info.file_size,
+                    _zip_refusal(info),
+                    lambda info=info: archive.open(info),
+                )
         return
     with tarfile.open(path, "r:*", tarinfo=_BoundedTarInfo) as archive:
         while (info := archive.next()) is not None:
-            yield _Member(info.name, _tar_kind(info), info.size, lambda info=info: archive.extractfile(info))
+            yield _Member(
+                info.name,
+                info.isdir(),
+                info.size,
+                _tar_refusal(info, path),
+                lambda info=info: archive.extractfile(info),
+            )
             # tarfile keeps every member it has met.
             archive.members.clear()
 
 
-def _zip_kind(info: zipfile.ZipInfo) -> str:
+def _zip_refusal(info: zipfile.ZipInfo) -> str | None:
     mode = info.external_attr >> 16
     if stat.S_ISLNK(mode):
-        return "a symbolic link"
+        return f"{info.filename!r} is a symbolic link"
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
-        return "a device or pipe"
-    if info.flag_bits & 1:
-        return "encrypted"
-    return "folder" if info.is_dir() else "file"
+        return f"{info.filename!r} is a device or pipe"
+    return f"{info.filename!r} is encrypted" if info.flag_bits & 1 else None
 
 
-def _tar_kind(info: tarfile.TarInfo) -> str:
+def _tar_refusal(info: tarfile.TarInfo, path: Path) -> str | None:
+    # The filter lets links within the folder pass; no data set needs one.
     if info.issym() or info.islnk():
-        return f"a link to {info.linkname!r}"
-    if info.isdir():
-        return "folder"
-    return "file" if info.isreg() else "a device or pipe"
+        return f"{info.name!r} is a link to {info.linkname!r}"
+    try:
+        # Nothing can lie below the archive itself, so no link on the disk leads a member elsewhere.
+        tarfile.data_filter(info, str(path))
+    except tarfile.FilterError as error:
+        return str(error)
+    return None
 
 
 class _BoundedTarInfo(tarfile.TarInfo):

@@ -1,12 +1,13 @@
-"""The data sets of the Uni-Hema paper: task, disease, size, licence, links, layout, reader and official names.
+"""The data sets of the Uni-Hema paper: task, disease, licence, links and notes.
 
 `catalog.json` holds them: the 45 rows of the official README's table, and the two text sets of the paper that it does not
-list. A field that is empty is one that nobody has stated; nothing in it is a guess. A disease is given where the name or a
-link of the set names it.
+list. A field that is missing is one that nobody has stated; nothing in it is a guess. A disease is given where the name or a
+link of the set names it. `python -m unihema.training.data.curation.catalog` prints the table of docs/datasets.md.
 """
 
 import difflib
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,39 +18,27 @@ from unihema.training.data.rows import TASKS
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """A data set of the paper.
+    """A data set of the paper. An empty field is one that nobody has stated.
 
     Args:
         key (`str`): `task/name`, as the commands take it.
         name (`str`): As the official table has it.
         task (`str`): One of the five tasks.
         disease (`str`): What its smears show.
-        images (`int`, *optional*): How many.
-        images_source (`str`): Who says so.
-        licence (`str`): SPDX name, several that apply together joined by `AND`.
-        licence_source (`str`): Who says so.
+        licence (`str`): SPDX name, several that apply together joined by `AND`; `notes` says who states it.
         data_link (`str`): As the official table has it.
         paper_link (`str`): As the official table has it.
-        layout (`str`): Of the archive.
-        reader (`str`): A key of `FOREIGN_LAYOUTS`; empty: recognised when it is prepared.
-        labels (`dict[str, str]`): Its class names -> the official ones.
-        note (`str`): What else to know.
+        notes (`str`): What else is known: source of the licence, layout of the archive, which sets share photographs.
     """
 
     key: str
     name: str
     task: str
-    disease: str
-    images: int | None
-    images_source: str
-    licence: str
-    licence_source: str
-    data_link: str
-    paper_link: str
-    layout: str
-    reader: str
-    labels: dict[str, str]
-    note: str
+    disease: str = ""
+    licence: str = ""
+    data_link: str = ""
+    paper_link: str = ""
+    notes: str = ""
 
 
 @cache
@@ -94,3 +83,18 @@ def find_entry(name: str) -> CatalogEntry:
     close = [parts[match] for match in difflib.get_close_matches(wanted, parts, n=3, cutoff=0.5)]
     hint = f" Did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
     raise DatasetError(f"No data set '{name}' in the catalog.{hint} `unihema data list` shows all.")
+
+
+def catalog_table() -> str:
+    """All entries as the Markdown table of docs/datasets.md."""
+    lines = ["| data set | disease | licence | links | notes |", "|---|---|---|---|---|"]
+    for entry in catalog():
+        links = {"data": entry.data_link, "paper": entry.paper_link}
+        linked = ", ".join(f"[{name}]({link})" for name, link in links.items() if link)
+        notes = re.sub(r"https?://\S*[\w/]", r"<\g<0>>", entry.notes)
+        lines.append(f"| `{entry.key}` | {entry.disease} | {entry.licence} | {linked} | {notes} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(catalog_table(), end="")

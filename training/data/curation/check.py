@@ -1,4 +1,4 @@
-"""Checking data folders before training: bad rows, the same photograph twice, patients in two splits, classes, licences."""
+"""Checks of data folders before training: bad rows, duplicate photographs, patients in two splits, classes, licences."""
 
 import re
 from collections import Counter
@@ -8,17 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from unihema.errors import DatasetError
-from unihema.training.data.bad_rows import BadRows
 from unihema.training.data.curation.archives import ArchiveError, is_archive, unsafe_members
-from unihema.training.data.curation.duplicates import CheckedImage, Repeat, find_repeats
-from unihema.training.data.curation.fingerprints import HASH_DISTANCE, SIMILARITY, fingerprint
+from unihema.training.data.curation.duplicates import (
+    HASH_DISTANCE,
+    SIMILARITY,
+    CheckedImage,
+    Repeat,
+    find_repeats,
+    fingerprint,
+)
 from unihema.training.data.curation.licences import MixLicence, mix_licence
-from unihema.training.data.description import folder_licence
-from unihema.training.data.groups import compile_patterns, groups_of
-from unihema.training.data.layouts.foreign_layouts import read_foreign, recognise_foreign
 from unihema.training.data.layouts.masks import check_mask_size
-from unihema.training.data.readers import LAYOUTS, read_folder, splits_of
-from unihema.training.data.rows import Row
+from unihema.training.data.readers import (
+    LAYOUTS,
+    folder_licence,
+    read_folder,
+    read_foreign,
+    recognise_foreign,
+    splits_of,
+)
+from unihema.training.data.rows import BadRows, Row
+from unihema.training.data.splits import compile_patterns, groups_of
 
 
 UNSPLIT = "all"
@@ -47,7 +57,7 @@ class CheckReport:
 
     Args:
         counts (`dict`): Data set -> split -> task -> `rows` and, where there are any, `classes` with their numbers.
-        bad_rows (`list[str]`): Rows and files that cannot be used, with file and line.
+        bad_rows (`list[str]`): Rows and files that cannot be used, each with its file and its line or entry.
         repeats (`list[Repeat]`): Photographs that are there more than once.
         shared_groups (`list[SharedGroup]`): Patients, slides and fields in more than one split.
         unsafe_archives (`dict[str, list[str]]`): Archive -> what is wrong with it.
@@ -63,7 +73,7 @@ class CheckReport:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing was found that has to be put right."""
+        """Whether nothing has to be corrected."""
         return not (self.bad_rows or self.repeats or self.shared_groups or any(self.unsafe_archives.values()))
 
     def to_dict(self) -> dict[str, Any]:

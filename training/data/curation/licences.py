@@ -1,4 +1,4 @@
-"""What the licence of a mix of data sets asks: the duties of all of them together."""
+"""Licence terms of a mix of data sets: what all of their licences ask together."""
 
 import re
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class MixLicence:
 
     Args:
         strictest (`str`): The strictest licence among those known; empty when none is.
-        terms (`list[str]`): All that any of them asks.
+        terms (`list[str]`): What any of them asks.
         by_source (`dict[str, str]`): Data set -> its licence as recorded; empty: nobody knows.
         unknown (`list[str]`): Data sets without a licence, or with one that is not in the table: ask their authors.
         conflicts (`list[str]`): Why a work made of all of them could not be passed on under one licence.
@@ -58,7 +58,7 @@ def known_licence(licence: str) -> str | None:
 
 
 def mix_licence(licences: Mapping[str, str]) -> MixLicence:
-    """The duties of a mix of data sets. Not legal advice: a list of what to look at.
+    """The terms of a mix of data sets. Not legal advice: a list of what to look at.
 
     Args:
         licences (`Mapping[str, str]`): Data set -> licence, SPDX or as people write it; empty when nobody knows. Several

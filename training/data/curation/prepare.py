@@ -1,24 +1,41 @@
-"""A downloaded archive, or the folder it was unpacked to, turned into a data folder of our own layout."""
+"""Data folders of our own layout, made of downloaded archives or folders; and Parquet shards, made of data folders."""
 
+import csv
+import io
+import json
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from unihema.errors import DatasetError
-from unihema.training.data.bad_rows import BadRows, BadRowsError, OnInvalid
-from unihema.training.data.curation.archives import ArchiveError, ArchiveLimits, is_archive, unpack
+import numpy as np
+from PIL import Image
+
+from unihema.errors import DatasetError, UnreadableImageError
+from unihema.processing_unihema.image_io import load_mask
+from unihema.training.data.class_tree import OFFICIAL_NAMES, label_map, rename_rows, row_names
+from unihema.training.data.curation.archives import OTHER_ARCHIVES, ArchiveError, ArchiveLimits, is_archive, unpack
 from unihema.training.data.curation.catalog import CatalogEntry
-from unihema.training.data.curation.folder_writer import renamed, write_split
-from unihema.training.data.description import DESCRIPTION_FILE
-from unihema.training.data.groups import compile_patterns, groups_of
-from unihema.training.data.label_names import OFFICIAL_NAMES, label_map
-from unihema.training.data.layouts.foreign_layouts import FOREIGN_LAYOUTS, read_foreign, recognise_foreign
 from unihema.training.data.layouts.tables import WBCATT_ATTRIBUTES
-from unihema.training.data.readers import read_folder, splits_of
-from unihema.training.data.rows import Row
-from unihema.training.data.splits import by_split, check_val_share
-from unihema.training.files import write_json
+from unihema.training.data.readers import (
+    DESCRIPTION_FILE,
+    FOREIGN_LAYOUTS,
+    load_folder,
+    read_folder,
+    read_foreign,
+    recognise_foreign,
+    splits_of,
+)
+from unihema.training.data.rows import PROVENANCE_KEYS, BadRows, BadRowsError, OnInvalid, Row
+from unihema.training.data.shards import write_shards
+from unihema.training.data.splits import by_split, check_val_share, compile_patterns, groups_of
+from unihema.training.files import write_json, write_text
+
+
+_UNSAFE = re.compile(r"[^\w.\- ]+")
+_NO_FOLDER = re.compile(r'[/\\:*?"<>|\x00-\x1f]')
 
 
 @dataclass
@@ -31,7 +48,7 @@ class PreparedData:
         counts (`dict[str, dict[str, int]]`): Split -> task -> rows.
         labels (`dict[str, dict[str, str]]`): Task -> class name -> the name it got.
         unmapped (`dict[str, list[str]]`): Task -> class names that no official name was found for; they stay as they are.
-        left_out (`list[str]`): Bad rows, with file and line.
+        left_out (`list[str]`): Bad rows, each with its file and its line or entry.
     """
 
     folder: Path
@@ -67,8 +84,8 @@ def prepare_data(
     Args:
         source (`str` or `Path`): A zip or tar file, or a folder.
         output (`str` or `Path`): The data folder to write; must not be there.
-        entry ([`CatalogEntry`], *optional*): The data set's entry: layout, label map, licence.
-        layout (`str`, *optional*): A key of `FOREIGN_LAYOUTS`; the entry's, or recognised, when not given.
+        entry ([`CatalogEntry`], *optional*): The data set's entry: name, licence and links.
+        layout (`str`, *optional*): One of `FOREIGN_LAYOUTS`; recognised when not given.
         official_names (`bool`): Give classes the names of the official model where there is one.
         rename (`Mapping[str, str]`, *optional*): Class names to replace; comes before everything else.
         masks_show (`str`): What the masks show.
@@ -107,13 +124,13 @@ def prepare_data(
         else:
             folder = source
         bad = BadRows()
-        layout = layout or (entry.reader if entry else "") or None
         used, rows = _read(folder, output.name, layout, masks_show, attributes, bad)
         _stop_if(bad, on_invalid, folder, source)
         rows = [row | groups_of(row, compiled) for row in rows]
-        labels, unmapped = _names(rows, entry, official_names, dict(rename or {}))
+        labels, unmapped = _names(rows, official_names, rename or {})
         prepared = PreparedData(output, used, labels=labels, unmapped=unmapped)
-        _write(partial, renamed(rows, labels), val_share, bad, prepared, progress)
+        rows = [named for row in rows for named in rename_rows([row], labels.get(row["task"], {}))]
+        _write(partial, rows, val_share, bad, prepared, progress)
         _stop_if(bad, on_invalid, folder, source)
         prepared.left_out = bad.messages
         if not prepared.counts:
@@ -121,7 +138,7 @@ def prepare_data(
         _describe(partial, source, entry, masks_show, licence, prepared)
         partial.rename(output)
     except DatasetError as error:
-        # The folder it was unpacked to is gone when the message is read.
+        # The unpacked folder is deleted, so the message names the archive.
         if isinstance(error, (ArchiveError, BadRowsError)) or str(unpacked) not in str(error):
             raise
         raise DatasetError(str(error).replace(str(unpacked), str(source))) from error
@@ -131,18 +148,71 @@ def prepare_data(
     return prepared
 
 
+def shard_folder(
+    source: str | Path,
+    output: str | Path,
+    splits: Sequence[str] = (),
+    tasks: Sequence[str] | None = None,
+    attributes_as_detection: bool | Sequence[str] = False,
+    on_invalid: OnInvalid = "error",
+    **options: Any,
+) -> dict[str, dict[str, int]]:
+    """Writes a data folder as shards, with what it says about itself (`dataset.json`, `README.md`).
+
+    Args:
+        source (`str` or `Path`): The data folder, of any layout.
+        output (`str` or `Path`): Where its shards go: a new folder, or one that an interrupted call left behind.
+        splits (`Sequence[str]`): Splits to write; those among train, val and test that there are when not given.
+        tasks (`Sequence[str]`, *optional*): Tasks to write; all when not given.
+        attributes_as_detection (`bool` or `Sequence[str]`): See `load_folder`.
+        on_invalid (`"error"` or `"skip"`): See `load_folder`.
+        **options: See [`write_shards`].
+
+    Returns:
+        `dict[str, dict[str, int]]`: Split -> task -> samples.
+
+    Raises:
+        DatasetError: No such split, a bad row, or an output that holds something else.
+    """
+    source, output = Path(source).expanduser(), Path(output).expanduser()
+    if source.resolve() == output.resolve():
+        raise DatasetError(f"{output} is the data folder itself: write its shards into another.")
+    written = {}
+    missing: DatasetError | None = None
+    for split in splits or ("train", "val", "test"):
+        try:
+            rows = load_folder(
+                source, split, tasks=tasks, attributes_as_detection=attributes_as_detection, on_invalid=on_invalid
+            )
+        except BadRowsError:
+            raise
+        except DatasetError as error:
+            # Which splits a layout of others has shows only on reading.
+            if splits:
+                raise
+            missing = missing or error
+            continue
+        written[split] = write_shards(rows, output / split, source.resolve().name, **options)
+    if not written and missing is not None:
+        raise missing
+    for name in (DESCRIPTION_FILE, "README.md"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, output / name)
+    return written
+
+
 def _stop_if(bad: BadRows, on_invalid: OnInvalid, folder: Path, source: Path) -> None:
-    # The folder an archive was unpacked to is gone when the message is read.
+    # The unpacked folder is deleted, so messages name the archive.
     if folder != source:
         bad.messages = [message.replace(str(folder), str(source)) for message in bad.messages]
-    if bad.messages and on_invalid == "error":
+    if on_invalid == "error":
         bad.settle("error")
 
 
 def _unpack(source: Path, into: Path, limits: ArchiveLimits | None, progress: bool) -> None:
     from tqdm.auto import tqdm
 
-    if not is_archive(source) and source.suffix.lower() not in (".rar", ".7z"):
+    if not is_archive(source) and source.suffix.lower() not in OTHER_ARCHIVES:
         raise DatasetError(f"{source}: not a zip or tar file. Give the archive as it was downloaded, or a folder.")
     with tqdm(desc="unpacking", unit="B", unit_scale=True, disable=not progress) as bar:
         unpack(source, into, limits, bar.update)
@@ -176,27 +246,24 @@ def _read(
 
 
 def _names(
-    rows: list[Row], entry: CatalogEntry | None, official_names: bool, rename: dict[str, str]
+    rows: list[Row], use_official: bool, rename: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, str]], dict[str, list[str]]]:
     used: dict[str, dict[str, None]] = {task: {} for task in OFFICIAL_NAMES}
     for row in rows:
-        if row["task"] == "single_cell":
-            used["single_cell"][row["label"]] = None
-        elif row["task"] == "detection" and not row.get("from_attributes"):
-            names = [*(row.get("annotated_classes") or ()), *row["objects"]["category"]]
-            used["detection"].update(dict.fromkeys(names))
+        if row["task"] in used and not row.get("from_attributes"):
+            used[row["task"]].update(dict.fromkeys(row_names(row)))
     known = dict.fromkeys(name for names in used.values() for name in names)
     for name in rename:
         if name not in known:
             raise DatasetError(f"No class '{name}' to rename; classes are {', '.join(known) or 'none'}.")
     labels, unmapped = {}, {}
     for task, names in used.items():
-        official = label_map(names, task, entry.labels if entry else None) if official_names else {}
-        found = official | {name: rename[name] for name in names if name in rename}
+        found = label_map(names, task) if use_official else {}
+        found |= {name: rename[name] for name in names if name in rename}
         if found:
             labels[task] = found
         rest = [name for name in names if name not in found]
-        if rest and official_names:
+        if rest and use_official:
             unmapped[task] = rest
     return labels, unmapped
 
@@ -236,3 +303,159 @@ def _describe(
             "left_out": len(prepared.left_out),
         },
     )
+
+
+def write_split(
+    folder: Path, rows: Sequence[Row], bad: BadRows, report: Callable[[int], object] | None = None
+) -> dict[str, int]:
+    """Writes the rows of one split; images are copied byte by byte.
+
+    Args:
+        folder (`Path`): `<data folder>/<split>`.
+        rows (`Sequence[Row]`): Of all tasks; `image` and `mask` are paths.
+        bad (`BadRows`): Gets rows whose files cannot be copied; they are left out.
+        report (`Callable`, *optional*): Gets the number of rows done since its last call.
+
+    Returns:
+        `dict[str, int]`: Task, or `attributes`, -> rows written.
+    """
+    writer = _SplitWriter(folder, {str(row["image"]): row["label"] for row in rows if row["task"] == "single_cell"})
+    for row in rows:
+        with bad.collecting():
+            writer.add(row)
+        if report:
+            report(1)
+    return writer.finish()
+
+
+class _SplitWriter:
+    def __init__(self, folder: Path, labels: Mapping[str, str]):
+        self.folder = folder
+        self.labels = labels
+        self.attributes: dict[str, dict[str, str]] = {}
+        self.counts: dict[str, int] = {}
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+        self.categories: dict[str, int] = {}
+        self.texts: dict[str, list[dict[str, Any]]] = {"qa.jsonl": [], "cloze.jsonl": []}
+        self.origins: dict[str, dict[str, str]] = {}
+        self._placed: dict[tuple[str, str], str] = {}
+        self._taken: set[str] = set()
+        self._masked: set[str] = set()
+
+    def add(self, row: Row) -> None:
+        label = row["label"] if row["task"] == "single_cell" else self.labels.get(str(row["image"]))
+        # A mask is paired with images/ by name. For other tasks a crop lies in its class folder only.
+        crop = label is not None and row["task"] != "segmentation"
+        name = self._place(row, f"crops/{folder_name(label, row['file_name'])}" if crop else "images")
+        groups = {group: str(row[group]) for group in PROVENANCE_KEYS if row.get(group)}
+        if groups:
+            self.origins[name] = groups
+        if row.get("from_attributes"):
+            self.attributes[name] = row["objects"]["morphology"][0]
+        elif row["task"] == "detection":
+            self._add_objects(row, name)
+        elif row["task"] == "segmentation":
+            self._write_mask(row, name)
+        elif row["task"] == "question_answering":
+            self.texts["qa.jsonl"].append({"image": name, "question": row["question"], "answer": row["answer"]})
+        elif row["task"] == "cloze":
+            self.texts["cloze.jsonl"].append({"image": name, "masked": row["masked"], "completed": row["completed"]})
+        what = "attributes" if row.get("from_attributes") else row["task"]
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+    def finish(self) -> dict[str, int]:
+        for name, records in self.texts.items():
+            if records:
+                write_text(self.folder / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in records))
+        if self.images:
+            categories = [{"id": number, "name": name} for name, number in self.categories.items()]
+            coco = {"images": self.images, "annotations": self.annotations, "categories": categories}
+            write_text(self.folder / "annotations.json", json.dumps(coco, ensure_ascii=False) + "\n")
+        self._write_table("origins.csv", self.origins, PROVENANCE_KEYS)
+        columns = dict.fromkeys(name for attributes in self.attributes.values() for name in attributes)
+        self._write_table("attributes.csv", self.attributes, tuple(columns))
+        return self.counts
+
+    def _write_table(self, name: str, lines: Mapping[str, Mapping[str, str]], columns: Iterable[str]) -> None:
+        if not lines:
+            return
+        table = io.StringIO()
+        writer = csv.DictWriter(table, ["file_name", *columns], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({"file_name": image, **values} for image, values in lines.items())
+        write_text(self.folder / name, table.getvalue())
+
+    def _place(self, row: Row, place: str) -> str:
+        """Copies an image into a folder, once. Its name is made of the original one, and its stem is unique there."""
+        key = (str(row["image"]), place)
+        if key in self._placed:
+            return self._placed[key]
+        original = PurePosixPath(row["file_name"])
+        stem = _UNSAFE.sub("_", original.stem).strip(". ") or "image"
+        candidate, number = stem, 1
+        while f"{place}/{candidate}".lower() in self._taken:
+            number += 1
+            candidate = f"{stem}_{number}"
+        name = f"{place}/{candidate}{original.suffix.lower()}"
+        target = self.folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(row["image"], target)
+        except OSError as error:
+            raise DatasetError(f"{row['image']}: cannot be copied ({error}).") from error
+        self._taken.add(f"{place}/{candidate}".lower())
+        self._placed[key] = name
+        return name
+
+    def _add_objects(self, row: Row, name: str) -> None:
+        number = len(self.images)
+        size = {"width": row["size"][0], "height": row["size"][1]} if row.get("size") else {}
+        groups = {group: row[group] for group in PROVENANCE_KEYS if row.get(group)}
+        self.images.append({"id": number, "file_name": name, **size, **groups})
+        objects = row["objects"]
+        for label in [*(row.get("annotated_classes") or ()), *objects["category"]]:
+            self.categories.setdefault(label, len(self.categories))
+        crowds = objects.get("iscrowd") or [0] * len(objects["bbox"])
+        for box, label, attributes, crowd in zip(objects["bbox"], objects["category"], objects["morphology"], crowds):
+            annotation = {
+                "id": len(self.annotations),
+                "image_id": number,
+                "category_id": self.categories[label],
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": crowd,
+            }
+            self.annotations.append(annotation | ({"attributes": attributes} if attributes else {}))
+
+    def _write_mask(self, row: Row, name: str) -> None:
+        mask = Path(row["mask"])
+        stem = PurePosixPath(name).stem
+        target = self.folder / "masks" / f"{stem}{mask.suffix.lower()}"
+        if stem in self._masked:
+            raise DatasetError(f"{mask}: its image {row['image']} has a mask already; there is one for each image.")
+        self._masked.add(stem)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if mask.suffix.lower() not in (".jpg", ".jpeg"):
+            shutil.copyfile(mask, target)
+            return
+        # JPEG leaves noise around the edges of a mask, which would count as cell.
+        try:
+            values = load_mask(mask)
+        except UnreadableImageError as error:
+            raise DatasetError(str(error)) from error
+        values = values.max(axis=-1) if values.ndim == 3 else values
+        Image.fromarray(np.where(values > 127, 255, 0).astype(np.uint8)).save(target.with_suffix(".png"))
+
+
+def folder_name(label: str, source: str) -> str:
+    """Checks that a class name can be the name of a folder.
+
+    Raises:
+        DatasetError: It has characters that no folder may have.
+    """
+    if _NO_FOLDER.search(label) or label.strip(". ") != label or not label:
+        raise DatasetError(
+            f"{source}: class {label!r} cannot be a folder's name. Rename it, such as --rename '{label}=...'."
+        )
+    return label

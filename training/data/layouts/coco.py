@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from unihema.errors import DatasetError
-from unihema.training.data.bad_rows import BadRows
-from unihema.training.data.layouts.annotation_files import checked_box, read_located_json, recorded_size, require
-from unihema.training.data.rows import Row, group_ids
+from unihema.training.data.layouts.files import checked_box, read_json, recorded_size, require
+from unihema.training.data.rows import BadRows, Row, group_ids
 
 
 def read_coco(
@@ -24,12 +23,12 @@ def read_coco(
         find_image (`Callable`): Path of an image from its `file_name` and the source for messages.
         dataset (`str`): Name of the data set.
         rename (`Mapping[str, str]`): Category names to replace.
-        bad (`BadRows`): Gets images and annotations that cannot be used, with their line.
+        bad (`BadRows`): Gets images and annotations that cannot be used, by their place in the file.
 
     Raises:
         DatasetError: Not a COCO file, or one without categories.
     """
-    content, lines = read_located_json(path)
+    content = read_json(path)
     if not isinstance(content, dict):
         raise DatasetError(f"{path}: a COCO object with images, annotations and categories is needed.")
     for key in ("images", "annotations", "categories"):
@@ -39,12 +38,12 @@ def read_coco(
 
     rows: dict[Any, Row] = {}
     left_out = set()
-    for line, image in zip(lines["images"], content["images"]):
+    for number, image in enumerate(content["images"]):
         with bad.collecting():
-            identifier = _identifier(image, "id", f"{path}:{line}: image")
-            source = f"{path}:{line}: image {identifier}"
+            source = f"{path}: images[{number}]"
+            identifier = _identifier(image, "id", source)
             if identifier in rows:
-                raise DatasetError(f"{source}: this id occurs twice.")
+                raise DatasetError(f"{source}.id: {identifier} occurs twice.")
             left_out.add(identifier)
             file_name = require(image, "file_name", source)
             found = find_image(file_name, source)
@@ -60,10 +59,9 @@ def read_coco(
             }
             left_out.discard(identifier)
 
-    for line, annotation in zip(lines["annotations"], content["annotations"]):
+    for number, annotation in enumerate(content["annotations"]):
         with bad.collecting():
-            source = f"{path}:{line}: annotation"
-            source = f"{source} {_record(annotation, source).get('id')}"
+            source = f"{path}: annotations[{number}]"
             image_id = _identifier(annotation, "image_id", source)
             # Its image was named already.
             if image_id not in left_out:
@@ -75,15 +73,15 @@ def _add_object(
     rows: Mapping[Any, Row], image_id: Any, annotation: Mapping[str, Any], names: Mapping[Any, str], source: str
 ) -> None:
     if image_id not in rows:
-        raise DatasetError(f"{source}: image_id {image_id} is not among the images.")
+        raise DatasetError(f"{source}.image_id: {image_id} is not among the images.")
     row = rows[image_id]
-    source = f"{source} ({row['file_name']})"
+    shown = f"({row['file_name']})"
     category = _identifier(annotation, "category_id", source)
     if category not in names:
         known = ", ".join(f"{key} {name}" for key, name in names.items())
-        raise DatasetError(f"{source}: category_id {category} is not among the categories ({known}).")
-    box = checked_box(require(annotation, "bbox", source), *row["size"], source)
-    attributes = _record(annotation.get("attributes") or {}, f"{source}: attributes")
+        raise DatasetError(f"{source}.category_id {shown}: {category} is not among the categories ({known}).")
+    box = checked_box(require(annotation, "bbox", f"{source} {shown}"), *row["size"], f"{source}.bbox {shown}")
+    attributes = _record(annotation.get("attributes") or {}, f"{source}.attributes {shown}")
     row["objects"]["bbox"].append(box)
     row["objects"]["category"].append(names[category])
     row["objects"]["morphology"].append({key: str(value) for key, value in attributes.items() if value is not None})
@@ -93,15 +91,19 @@ def _add_object(
 def _category_names(categories: list[Any], path: Path, rename: Mapping[str, str]) -> dict[Any, str]:
     if not categories:
         raise DatasetError(f"{path}: no categories. List the annotated classes as {{'id', 'name'}}.")
-    source = f"{path}: category"
-    names = [(_identifier(one, "id", source), str(require(one, "name", source))) for one in categories]
-    return {identifier: rename.get(name, name) for identifier, name in names}
+    names = {}
+    for number, category in enumerate(categories):
+        source = f"{path}: categories[{number}]"
+        identifier = _identifier(category, "id", source)
+        name = str(require(category, "name", source))
+        names[identifier] = rename.get(name, name)
+    return names
 
 
 def _identifier(value: Any, key: str, source: str) -> int | str:
     identifier = require(_record(value, source), key, source)
     if not isinstance(identifier, (int, str)):
-        raise DatasetError(f"{source}: {key} {identifier!r} must be a number or a text.")
+        raise DatasetError(f"{source}.{key}: {identifier!r} must be a number or a text.")
     return identifier
 
 

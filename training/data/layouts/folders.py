@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from unihema.errors import DatasetError
-from unihema.training.data.bad_rows import BadRows
-from unihema.training.data.image_finder import ImageFinder
-from unihema.training.data.rows import Row
+from unihema.training.data.layouts.files import ImageFinder
+from unihema.training.data.rows import BadRows, Row
 from unihema.training.data.splits import SPLIT_NAMES
 
 
@@ -29,15 +28,7 @@ def read_class_folders(folder: Path, dataset: str, rename: Mapping[str, str], ba
             label = class_of(path, folder)
             if label is None:
                 raise DatasetError(f"{path}: lies in no class folder. Move it into one, or take it out.")
-            rows.append(
-                {
-                    "image": str(path),
-                    "file_name": images.relative(path),
-                    "dataset": dataset,
-                    "task": "single_cell",
-                    "label": rename.get(label, label),
-                }
-            )
+            rows.append(images.row(path, dataset, "single_cell") | {"label": rename.get(label, label)})
     return rows
 
 

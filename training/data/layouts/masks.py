@@ -4,10 +4,8 @@ import re
 from pathlib import Path
 
 from unihema.errors import DatasetError
-from unihema.training.data.bad_rows import BadRows
-from unihema.training.data.image_finder import ImageFinder
-from unihema.training.data.layouts.annotation_files import image_size
-from unihema.training.data.rows import Row
+from unihema.training.data.layouts.files import ImageFinder, image_size
+from unihema.training.data.rows import BadRows, Row
 
 
 MASK_FOLDERS = ("masks", "mask", "gt", "ground_truth", "groundtruth", "annotations", "labels")
@@ -46,14 +44,7 @@ def read_mask_pairs(folder: Path, dataset: str, prompt: str, bad: BadRows) -> li
                 )
             if len(found) > 1:
                 raise DatasetError(f"{mask}: several images of this name: {', '.join(path.name for path in found)}.")
-            row = {
-                "image": str(found[0]),
-                "file_name": images.relative(found[0]),
-                "dataset": dataset,
-                "task": "segmentation",
-                "mask": str(mask),
-                "prompt": prompt,
-            }
+            row = images.row(found[0], dataset, "segmentation") | {"mask": str(mask), "prompt": prompt}
             check_mask_size(row)
             rows.append(row)
     return rows
@@ -83,7 +74,7 @@ def is_mask(path: Path, root: Path) -> bool:
 
 
 def _key(path: Path, root: Path) -> tuple[str, str]:
-    """The same for an image and its mask: the folders without those that say which of the two it is, and the stem."""
+    """What an image and its mask share: the stem, and the folders apart from `images`, `masks` and the like."""
     folders = [
         part for part in path.relative_to(root).parts[:-1] if part.lower() not in (*MASK_FOLDERS, *IMAGE_FOLDERS)
     ]

@@ -1,13 +1,11 @@
-"""Tables with a line for each image: its label and, in further columns, attributes of its cell."""
+"""Tables with a line an image: its label and, in further columns, attributes of its cell."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unihema.training.data.bad_rows import BadRows
-from unihema.training.data.image_finder import ImageFinder, is_hidden
-from unihema.training.data.layouts.annotation_files import image_size, read_table, require
-from unihema.training.data.rows import Row, group_ids
+from unihema.training.data.layouts.files import ImageFinder, image_size, is_hidden, read_table, require
+from unihema.training.data.rows import BadRows, Row, group_ids
 from unihema.training.data.splits import split_in_name
 
 
@@ -74,13 +72,7 @@ def read_attribute_tables(
                 name = require(record, "file_name", source, *IMAGE_COLUMNS)
                 label = require(record, "label", source, *LABEL_COLUMNS)
                 image = images.find([name], path, source)
-                row = {
-                    "image": image,
-                    "file_name": images.relative(image),
-                    "dataset": dataset,
-                    "split": split,
-                    **group_ids(record),
-                }
+                row = images.row(image, dataset, "single_cell") | {"split": split, **group_ids(record)}
                 rows += rows_of_cell(row, rename.get(label, label), record, attributes)
     return with_annotated_classes(rows)
 
@@ -95,8 +87,8 @@ def rows_of_cell(row: Row, label: str, record: Mapping[str, Any], attributes: Se
         attributes (`Sequence[str]`): Its keys that are attributes; with none of them there is no detection row.
 
     Returns:
-        `list[Row]`: A single-cell row and, where there are attributes, a detection row: one cell somewhere in the image, as its
-            box, the whole image, says; nothing is learned of where its edges are.
+        `list[Row]`: A single-cell row and, where there are attributes, a detection row. Its one box is the whole image, and box
+            losses ignore it.
     """
     rows = [row | {"task": "single_cell", "label": label}]
     if any(key in record for key in attributes):

@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from unihema.errors import DatasetError
-from unihema.training.data.bad_rows import BadRows
-from unihema.training.data.image_finder import ImageFinder
-from unihema.training.data.layouts.annotation_files import checked_box, image_size
-from unihema.training.data.rows import Row
+from unihema.training.data.layouts.files import ImageFinder, checked_box, image_size
+from unihema.training.data.rows import BadRows, Row
 
 
 LARGEST_FILE = 64 << 20
@@ -80,14 +78,7 @@ def _read_file(
             objects["category"].append(rename.get(name, name))
             objects["morphology"].append({})
             objects["iscrowd"].append(0)
-    return {
-        "image": image,
-        "file_name": images.relative(image),
-        "dataset": dataset,
-        "task": "detection",
-        "objects": objects,
-        "size": size,
-    }
+    return images.row(image, dataset, "detection") | {"objects": objects, "size": size}
 
 
 def _box(corners: _Element, source: str) -> list[float]:

@@ -1,14 +1,12 @@
-"""YOLO: one text file of boxes (or polygons) for each image, class names in data.yaml or classes.txt."""
+"""YOLO: a text file of boxes (or polygons) for each image, class names in data.yaml or classes.txt."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from unihema.errors import DatasetError
-from unihema.training.data.bad_rows import BadRows
-from unihema.training.data.image_finder import ImageFinder
-from unihema.training.data.layouts.annotation_files import checked_box, image_size, read_text
-from unihema.training.data.rows import Row
+from unihema.training.data.layouts.files import ImageFinder, checked_box, image_size, read_text
+from unihema.training.data.rows import BadRows, Row
 
 
 NAME_LISTS = ("classes.txt", "obj.names", "_darknet.labels")
@@ -43,17 +41,9 @@ def read_yolo(folder: Path, dataset: str, rename: Mapping[str, str], bad: BadRow
                     f"{path}: no label file. Add an empty one if the image has no cells, or take it out."
                 )
             size = image_size(str(path))
-            rows.append(
-                {
-                    "image": str(path),
-                    "file_name": images.relative(path),
-                    "dataset": dataset,
-                    "task": "detection",
-                    "objects": _read_labels(labels, names, size, bad),
-                    "annotated_classes": list(dict.fromkeys(names)),
-                    "size": size,
-                }
-            )
+            objects = _read_labels(labels, names, size, bad)
+            annotated = {"objects": objects, "annotated_classes": list(dict.fromkeys(names)), "size": size}
+            rows.append(images.row(path, dataset, "detection") | annotated)
     return rows
 
 

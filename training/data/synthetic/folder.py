@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from unihema.errors import DatasetError, InputError
 from unihema.training.data.synthetic.cells import CLASSES
 from unihema.training.data.synthetic.fields import SyntheticSmears
+from unihema.training.files import write_json, write_text
 
 
 SETTINGS_FILE = "synthetic.json"
@@ -92,7 +93,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DatasetError(f"{folder}: is there already and holds something else. Choose a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_text(known, json.dumps(settings, indent=2) + "\n")
+    write_json(known, settings)
 
 
 def _write_split(
@@ -137,11 +138,11 @@ def _write_split(
             cloze += [{"image": name_of_crop, **sentence} for sentence in cell.cloze]
         report(1)
     categories = [{"id": index, "name": name} for index, name in enumerate(CLASSES)]
-    _write_text(folder / "qa.jsonl", "".join(json.dumps(line) + "\n" for line in questions))
-    _write_text(folder / "cloze.jsonl", "".join(json.dumps(line) + "\n" for line in cloze))
+    write_text(folder / "qa.jsonl", "".join(json.dumps(line) + "\n" for line in questions))
+    write_text(folder / "cloze.jsonl", "".join(json.dumps(line) + "\n" for line in cloze))
     # Last: its presence says that the split is complete.
     coco = {"images": images, "annotations": annotations, "categories": categories}
-    _write_text(folder / "annotations.json", json.dumps(coco))
+    write_text(folder / "annotations.json", json.dumps(coco))
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:
@@ -149,10 +150,4 @@ def _write_png(path: Path, pixels: np.ndarray) -> None:
         return
     partial = path.with_name(f".{path.name}.partial")
     Image.fromarray(pixels).save(partial, format="PNG", compress_level=1)
-    os.replace(partial, path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -1,23 +1,26 @@
-"""Reading of the files that data folders are made of: JSON, JSON lines, tables, the images they name."""
+"""Files of data folders: JSON, JSON lines, tables, the images that they name, and boxes within an image."""
 
 import csv
 import json
 import math
 import os
+import posixpath
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
 
-from unihema.errors import DatasetError
+from unihema.errors import DatasetError, InputError
 from unihema.processing_unihema.image_io import IMAGE_SUFFIXES
-from unihema.training.data.bad_rows import BadRows
-from unihema.training.data.curation.member_names import UnsafeNameError, inside
+from unihema.training.data.rows import BadRows, Row
 
 
-_SPACE = re.compile(r"[ \t\n\r]*")
+# Where images lie, seen from the folder of the file that names them.
+BESIDE = ("", "images", "JPEGImages", "../images", "../JPEGImages")
+_DRIVE = re.compile(r"^[A-Za-z]:")
 
 
 class ImageFolder:
@@ -38,8 +41,115 @@ class ImageFolder:
         if folder not in self._listings:
             self._listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if name not in self._listings[folder] and not os.path.isfile(path):
-            raise DatasetError(f"{source}: no image {path}. Put it there, or take its line out.")
+            raise DatasetError(f"{source}: no image {path}. Put it there, or take its entry out.")
         return path
+
+
+class ImageFinder:
+    """The images of a folder and its subfolders, by path, name and stem.
+
+    Args:
+        root (`Path`): The data set; nothing outside it is found.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """All images, in order, hidden files and folders (such as `__MACOSX`) left out."""
+        return [
+            path
+            for path in sorted(self.root.rglob("*"))
+            if path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path.relative_to(self.root)) and path.is_file()
+        ]
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for path in self.files:
+            for key in {path.name, path.stem}:
+                found.setdefault(key, []).append(path)
+        return found
+
+    @cached_property
+    def _paths(self) -> set[Path]:
+        return set(self.files)
+
+    def relative(self, path: str | Path) -> str:
+        """Path from the data set's folder, with forward slashes."""
+        return Path(path).relative_to(self.root).as_posix()
+
+    def row(self, path: str | Path, dataset: str, task: str) -> Row:
+        """What a row of any task says of its image."""
+        return {"image": str(path), "file_name": self.relative(path), "dataset": dataset, "task": task}
+
+    def find(self, names: Sequence[str], annotation: Path, source: str) -> str:
+        """Path of an image.
+
+        Args:
+            names (`Sequence[str]`): What it may be called, best first; with or without folder and suffix.
+            annotation (`Path`): The file that names it: images near it come first.
+            source (`str`): Who refers to it, for the message.
+
+        Raises:
+            DatasetError: None, several of the same name, or a name that leads out of the data set.
+        """
+        checked = [checked_name(name, source) for name in names]
+        for name in checked:
+            for place in BESIDE:
+                path = _joined(annotation.parent, place, name)
+                if path in self._paths:
+                    return str(path)
+            if self.root / name in self._paths:
+                return str(self.root / name)
+        for name in checked:
+            found = self._by_name.get(PurePosixPath(name).name, [])
+            if len(found) == 1:
+                return str(found[0])
+            if found:
+                shown = ", ".join(self.relative(path) for path in found[:3])
+                raise DatasetError(
+                    f"{source}: {len(found)} images are called {name}: {shown}. Give the folder as well."
+                )
+        raise DatasetError(f"{source}: no image {checked[0]} in {self.root}. Put it there, or take its entry out.")
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a relative path is a hidden file, in a hidden folder, or what macOS adds to archives."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def _joined(folder: Path, place: str, name: str) -> Path:
+    if place.startswith("../"):
+        return folder.parent / place[3:] / name
+    return folder / place / name
+
+
+class UnsafeNameError(InputError):
+    """A name that leads out of the folder it belongs to."""
+
+
+def inside(name: str) -> str:
+    """A relative name with forward slashes and without `.` and `..`.
+
+    Args:
+        name (`str`): As an annotation file or an archive has it; backslashes count as slashes.
+
+    Raises:
+        UnsafeNameError: Empty, absolute, with a drive, a control character, or leading out by `..`.
+    """
+    slashed = name.replace("\\", "/")
+    if any(ord(character) < 32 for character in name):
+        raise UnsafeNameError(f"{name!r} has a control character in it")
+    if slashed.startswith("/") or _DRIVE.match(slashed):
+        raise UnsafeNameError(f"{name!r} is an absolute path")
+    normal = posixpath.normpath(slashed)
+    if normal == ".." or normal.startswith("../"):
+        raise UnsafeNameError(f"{name!r} leads out of the folder")
+    if not slashed or normal == ".":
+        raise UnsafeNameError(f"{name!r} names no file")
+    return normal
 
 
 def checked_name(file_name: Any, source: str) -> str:
@@ -68,67 +178,25 @@ def read_text(path: Path) -> str:
         raise DatasetError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
 
 
-def read_located_json(path: Path) -> tuple[Any, dict[str, list[int]]]:
-    """A JSON file and, where it is an object, the line on which each entry of its lists begins.
-
-    Returns:
-        `tuple`: The content, and key -> line numbers of the entries.
+def read_json(path: Path) -> Any:
+    """A JSON file.
 
     Raises:
-        DatasetError: Not JSON; the message gives file, line and column.
+        DatasetError: Not a text file, or not JSON; the message names line and column.
     """
-    text = read_text(path)
+    return _parsed(read_text(path), path)
+
+
+def _parsed(text: str, path: Path, line: int = 1) -> Any:
+    """The JSON value of a text that begins on a line of a file."""
     try:
-        start = _SPACE.match(text).end()
-        if text[start : start + 1] != "{":
-            return json.loads(text), {}
-        return _located_object(text, start)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DatasetError(f"{path}:{error.lineno}: broken JSON at column {error.colno} ({error.msg}).") from error
-    except RecursionError as error:
-        raise DatasetError(f"{path}: nested too deeply to be an annotation file.") from error
-
-
-def _located_object(text: str, at: int) -> tuple[dict[str, Any], dict[str, list[int]]]:
-    decode = json.JSONDecoder().raw_decode
-    content: dict[str, Any] = {}
-    lines: dict[str, list[int]] = {}
-    newlines, counted = 1, 0
-
-    def skip(position: int) -> int:
-        return _SPACE.match(text, position).end()
-
-    def expect(position: int, characters: str) -> int:
-        if text[position : position + 1] not in characters or position >= len(text):
-            raise json.JSONDecodeError(f"Expecting one of {characters}", text, position)
-        return position + 1
-
-    at = skip(at + 1)
-    while text[at : at + 1] != "}":
-        if content:
-            at = skip(expect(at, ","))
-        expect(at, '"')
-        key, at = decode(text, at)
-        at = skip(expect(skip(at), ":"))
-        if text[at : at + 1] != "[":
-            content[key], at = decode(text, at)
-        else:
-            entries, where = [], []
-            at = skip(at + 1)
-            while text[at : at + 1] != "]":
-                if entries:
-                    at = skip(expect(at, ","))
-                newlines, counted = newlines + text.count("\n", counted, at), at
-                where.append(newlines)
-                entry, at = decode(text, at)
-                entries.append(entry)
-                at = skip(at)
-            at += 1
-            content[key], lines[key] = entries, where
-        at = skip(at)
-    if skip(at + 1) != len(text):
-        raise json.JSONDecodeError("Extra data", text, at + 1)
-    return content, lines
+        place = f"{path}:{line + error.lineno - 1}"
+        raise DatasetError(f"{place}: broken JSON at column {error.colno} ({error.msg}).") from error
+    except (ValueError, RecursionError) as error:
+        # A number of thousands of digits, or nesting of thousands of levels.
+        raise DatasetError(f"{path}:{line}: cannot be read as JSON ({error}).") from error
 
 
 def read_json_lines(path: Path, bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -147,12 +215,7 @@ def read_json_lines(path: Path, bad: BadRows) -> Iterator[tuple[str, dict[str, A
         source = f"{path}:{number}"
         record = None
         with bad.collecting():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DatasetError(f"{source}: broken JSON ({error.msg} at column {error.colno}).") from error
-            except RecursionError as error:
-                raise DatasetError(f"{source}: nested too deeply to be a record.") from error
+            record = _parsed(line, path, number)
             if not isinstance(record, dict):
                 raise DatasetError(f"{source}: a JSON object {{...}} is needed, got {type(record).__name__}.")
         if isinstance(record, dict):
@@ -223,7 +286,7 @@ def checked_box(box: Any, width: int, height: int, source: str) -> list[float]:
     """
     try:
         x, y, w, h = (float(value) for value in box)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         x = y = w = h = math.nan
     if not all(map(math.isfinite, (x, y, w, h))):
         problem = "is not four finite numbers [x, y, width, height]"
@@ -246,7 +309,7 @@ def recorded_size(record: Mapping[str, Any], path: str) -> tuple[int, int]:
     if record.get("width") and record.get("height"):
         try:
             size = int(record["width"]), int(record["height"])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             size = (0, 0)
         if min(size) <= 0:
             raise DatasetError(f"{path}: its recorded size {record['width']}x{record['height']} is no size in pixels.")

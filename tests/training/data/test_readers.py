@@ -157,7 +157,7 @@ def test_boxes_partly_outside_are_clipped(coco_folder):
 )
 def test_invalid_boxes(coco_folder, box, words):
     folder = coco_folder(coco(bbox=box))
-    with pytest.raises(DatasetError, match=rf"annotation 7 \(a\.png\).*{words}"):
+    with pytest.raises(DatasetError, match=rf"train\.json: annotations\[0\]\.bbox \(a\.png\): .*{words}"):
         load_folder(folder, "train")
     assert load_folder(folder, "train", on_invalid="skip")["detection"][0]["objects"]["bbox"] == []
 
@@ -165,8 +165,8 @@ def test_invalid_boxes(coco_folder, box, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"image_id": 9}, "annotation 7: image_id 9"),
-        ({"category_id": 5}, r"category_id 5 .*1 RBC, 2 WBC"),
+        ({"image_id": 9}, r"annotations\[0\]\.image_id: 9 is not among the images"),
+        ({"category_id": 5}, r"annotations\[0\]\.category_id \(a\.png\): 5 .*1 RBC, 2 WBC"),
         ({"bbox": None}, "field 'bbox' is missing"),
     ],
 )
@@ -179,7 +179,7 @@ def test_missing_things_are_named(tmp_path, coco_folder):
     with pytest.raises(DatasetError, match=r"nowhere: no such folder.\nAccepted layouts"):
         load_folder(tmp_path / "nowhere")
     folder = coco_folder(coco("missing.png"))
-    with pytest.raises(DatasetError, match=r"train.json:1: image 1: no image .*missing.png"):
+    with pytest.raises(DatasetError, match=r"train.json: images\[0\]: no image .*missing.png"):
         load_folder(folder, "train")
     with pytest.raises(DatasetError, match=r"no data in split 'val'; the folder holds images, train.json"):
         load_folder(folder, "val")

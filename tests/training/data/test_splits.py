@@ -3,7 +3,7 @@
 import pytest
 
 from unihema.errors import DatasetError
-from unihema.training.data.folds import fold_rows
+from unihema.training.data.splits import fold_rows
 
 
 def test_folds_hold_out_every_image_once_and_keep_slides_together():

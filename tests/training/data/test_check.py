@@ -11,8 +11,13 @@ from PIL import Image
 
 from unihema.errors import DatasetError
 from unihema.training.data.curation.check import check_data
-from unihema.training.data.curation.duplicates import count_by_places
-from unihema.training.data.curation.fingerprints import fingerprint, near_pairs, oriented, perceptual_hashes
+from unihema.training.data.curation.duplicates import (
+    count_by_places,
+    fingerprint,
+    near_pairs,
+    oriented,
+    perceptual_hashes,
+)
 
 
 BOX = [4, 5, 10, 8]
@@ -116,8 +121,8 @@ def test_broken_rows_are_listed(folder):
     report = check_data([folder])
     first, second, third = sorted(report.bad_rows, key=len)
     assert "b.png: not an image" in first
-    assert "train.json:4: image 2: '../../outside.png' leads out of the folder" in second
-    assert "train.json:8: annotation 1 (train/a.png): box [96, 0, 5, 5] lies outside the image of 96x72" in third
+    assert "train.json: images[2]: '../../outside.png' leads out of the folder" in second
+    assert "train.json: annotations[1].bbox (train/a.png): box [96, 0, 5, 5] lies outside the image of 96x72" in third
     assert report.counts["lab"]["train"]["detection"]["rows"] == 2
 
 
@@ -199,7 +204,7 @@ def test_licences_come_from_the_folders(folder, tmp_path):
     assert licence.by_source == {str(folder): "", "card": "cc-by-nc-4.0", str(tmp_path / "second" / "lab"): "MIT"}
     assert licence.strictest == "CC-BY-NC-4.0" and licence.unknown == [str(folder)]
     (tmp_path / "second" / "lab" / "dataset.json").write_text("[")
-    with pytest.raises(DatasetError, match="dataset.json: cannot be read as JSON"):
+    with pytest.raises(DatasetError, match="dataset.json:1: broken JSON"):
         check_data([tmp_path / "second" / "lab"])
 
 

@@ -7,9 +7,8 @@ import pytest
 from data_folders import write_coco, write_lines, write_mask, write_photograph, write_voc
 
 from unihema.errors import DatasetError
-from unihema.training.data.bad_rows import BadRows
-from unihema.training.data.layouts.foreign_layouts import read_foreign, recognise_foreign
-from unihema.training.data.readers import load_folder
+from unihema.training.data.readers import load_folder, read_foreign, recognise_foreign
+from unihema.training.data.rows import BadRows
 
 
 def read(folder, layout=None, **options):
