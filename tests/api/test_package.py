@@ -12,7 +12,7 @@ from PIL import Image
 
 
 def python(code: str, cwd=None) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=cwd)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
