@@ -77,7 +77,7 @@ setup(
         "faster-coco-eval>=1.8,<2",
         "sacrebleu>=2.4.3,<3",
         "tqdm>=4.66.4,<5",
-        "click>=8.1.8,<9",
+        "click>=8.2.1,<9",
     ],
     extras_require={
         "dev": [

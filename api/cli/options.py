@@ -161,18 +161,16 @@ class SettingsCommand(click.Command):
         return [*own, *self.setting_options.values(), help_option]
 
     def invoke(self, ctx: click.Context) -> Any:
-        found = {name: ctx.params.pop(option.name) for name, option in self.setting_options.items()}
-        pairs = {
-            name: dict(value) for name, value in found.items() if isinstance(self._type(name), NameValue) and value
-        }
-        lists = {name: list(value) for name, value in found.items() if isinstance(value, tuple) and value}
-        given = {name: value for name, value in found.items() if value is not None and not isinstance(value, tuple)}
+        settings = {}
+        for name, option in self.setting_options.items():
+            value = ctx.params.pop(option.name)
+            if option.multiple:
+                value = dict(value) if isinstance(option.type, NameValue) else list(value)
+            if value not in (None, [], {}):
+                settings[name] = value
         more = {name: _json_or_text(text) for name, text in ctx.params.pop("more_settings", ())}
-        ctx.params["settings"] = given | lists | pairs | more
+        ctx.params["settings"] = settings | more
         return super().invoke(ctx)
-
-    def _type(self, name: str) -> click.ParamType:
-        return self.setting_options[name].type
 
 
 def setting_as_option(dotted: str) -> click.Option:
