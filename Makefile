@@ -66,7 +66,7 @@ demo: install
 
 # Synthetic smears, and the tiny model trained on them: about nine minutes.
 demo-train: install
-	$(BIN)/unihema demo-train demo-train
+	$(BIN)/python -m tools.demo_train demo-train
 
 # About twenty minutes on two cores; writes docs/results/speed.md and speed.json.
 bench: install

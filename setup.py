@@ -79,7 +79,7 @@ setup(
         "faster-coco-eval>=1.8,<2",
         "sacrebleu>=2.4.3,<3",
         "tqdm>=4.66.4,<5",
-        "typer>=0.20,<1",
+        "click>=8.2.1,<9",
     ],
     extras_require={
         "dev": [
@@ -94,6 +94,8 @@ setup(
             "ruff>=0.17,<1",
             "tensorboard>=2.18,<3",
             "twine>=7,<8",
+            # The command of the benchmarks.
+            "typer>=0.20,<1",
             *CONVERT,
             *DOCS,
             *ONNX,

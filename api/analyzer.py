@@ -276,15 +276,15 @@ class Analyzer:
     ) -> "BatchReport":
         """Analyses files, folders and glob patterns into a results folder.
 
-        Images that were analysed with the same checkpoint and settings, and have not changed since, are skipped. A file that
-        cannot be read is reported and the rest goes on.
+        Images that are in the folder already, and have not changed since, are skipped. A file that cannot be read is reported
+        and the rest goes on.
 
         Args:
             inputs (`Sequence[str | Path]`): Image files, folders (with subfolders) and glob patterns.
             output (`str` or `Path`): Folder for the results; made when missing.
             tasks, prompt, questions, threshold: As for a single image.
             geojson (`bool`): Also write a GeoJSON file for QuPath for each image.
-            overwrite (`bool`): Analyse every image again.
+            overwrite (`bool`): Analyse every image again, whatever the folder was written with.
             batch_size (`int`): Images of one size that are analysed together: faster on a GPU, with the same results up to
                 float rounding.
             on_image (`Callable`, *optional*): Called after each image with its number from 1, the number of images, its path,
@@ -297,7 +297,7 @@ class Analyzer:
             CheckpointError: The checkpoint lacks a head that is asked for.
             RequestError: Unknown task, a threshold outside 0..1, a text that is too long, a batch of no images, or an output
                 folder that holds an image to analyse.
-            OSError: The output folder cannot be written.
+            OutputError: The output folder cannot be written, or was written with another checkpoint or other settings.
         """
         from unihema.result_folder import analyze_into
 

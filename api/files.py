@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -107,6 +107,46 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+SETTINGS_FILE = "settings.json"
+
+
+def claim_folder(folder: Path, settings: Mapping[str, Any], made: Sequence[str] = (), overwrite: bool = False) -> None:
+    """Writes what decides the contents of a folder, by which a later call knows whether it goes on with the same work.
+
+    Args:
+        folder (`Path`): The folder; made when missing.
+        settings (`Mapping[str, Any]`): Everything that decides what is written there.
+        made (`Sequence[str]`): Names of the results. `overwrite` deletes them; without settings beside them they are others'.
+        overwrite (`bool`): Start anew.
+
+    Raises:
+        OutputError: The folder was written with other settings; the message names the first of them.
+    """
+    path = folder / SETTINGS_FILE
+    now = json.loads(json.dumps(settings))
+    remedy = "Name another folder, or start anew (--overwrite, or overwrite=True)."
+    if overwrite:
+        for name in made:
+            (folder / name).unlink(missing_ok=True)
+    elif path.is_file():
+        try:
+            then = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise OutputError(f"{path}: cannot be read ({error}). {remedy}") from error
+        other = next((name for name in {**then, **now} if then.get(name) != now.get(name)), None)
+        if other is not None:
+            values = (then.get(other), now.get(other))
+            change = (
+                "has changed"
+                if any(isinstance(value, (dict, list)) for value in values)
+                else "was {!r}, now it is {!r}"
+            )
+            raise OutputError(f"{folder} holds results of other settings: {other} {change.format(*values)}. {remedy}")
+    elif there := [name for name in made if (folder / name).exists()]:
+        raise OutputError(f"{folder} holds {there[0]} of something else. {remedy}")
+    write_text(path, [json.dumps(now, indent=2, ensure_ascii=False), "\n"])
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Writes a file beside its place and moves it there when it is complete.
 
@@ -170,6 +210,7 @@ def _umask() -> int:
 
 __all__ = [
     "OpenedImage",
+    "claim_folder",
     "find_images",
     "open_image",
     "plain",

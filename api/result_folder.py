@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unihema.errors import OutputError, RequestError
-from unihema.files import OpenedImage, find_images, open_image, sha256, write_atomically, write_text
+from unihema.files import OpenedImage, claim_folder, find_images, open_image, sha256, write_atomically, write_text
 from unihema.inference.int8 import is_int8
 from unihema.results.export import cell_columns, cell_row
 from unihema.results.smear_result import SmearResult
@@ -93,7 +93,9 @@ def analyze_into(
         raise RequestError(
             f"{output}: this folder holds {beside.name}, an image to analyse; name another one for results."
         )
-    folder = ResultFolder(output, _settings(analyzer, checked, geojson))
+    settings = _settings(analyzer, checked, geojson)
+    claim_folder(output, settings, overwrite=overwrite)
+    folder = ResultFolder(output, settings)
     report = BatchReport(failed=dict(problems))
     attributes = list(analyzer.model.config.morphology) if "detection" in checked.tasks else []
     run = _Run(analyzer, folder, report, checked, overwrite)

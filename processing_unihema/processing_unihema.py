@@ -25,7 +25,7 @@ DEFAULT_PROMPTS = {name: task.default_prompt for name, task in TASK_TABLE.items(
 def load_default_tokenizer() -> PreTrainedTokenizerBase:
     """Our own small T5-style tokenizer, trained on haematology text: about a thousand pieces, sentinels in T5's order.
 
-    Needs neither the network nor sentencepiece; see tokenizer/train_tokenizer.py.
+    Needs neither the network nor sentencepiece; see tools/train_tokenizer.py.
     """
     return T5Tokenizer.from_pretrained(DEFAULT_TOKENIZER)
 

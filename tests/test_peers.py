@@ -106,7 +106,7 @@ def test_finished_peers_are_not_trained_again(lab, results, monkeypatch):
         match=r"linear_head in .*results.json .* made with optimisation.learning_rate=0.0005; now it is 0.1",
     ):
         comparing.compare(config, checkpoint, ["linear_head"], {"linear_head": 0.1}, resume=True)
-    with pytest.raises(RunConfigError, match=r"of an earlier run. Go on with it \(--resume\)"):
+    with pytest.raises(RunConfigError, match=r"of an earlier run. Go on with it \(resume=True\)"):
         comparing.compare(config, checkpoint)
 
 

@@ -372,12 +372,13 @@ def convert_from_official(
     return became
 
 
-def convert_to_official(source: str | Path, path: str | Path) -> int:
+def convert_to_official(source: str | Path, path: str | Path, overwrite: bool = False) -> int:
     """Writes a checkpoint folder of ours as a `.pth` that the authors' code loads.
 
     Args:
         source (`str` or `Path`): Checkpoint folder with every head.
         path (`str` or `Path`): New file.
+        overwrite (`bool`): Replace a file that is there already.
 
     Returns:
         `int`: Number of tensors written.
@@ -389,8 +390,8 @@ def convert_to_official(source: str | Path, path: str | Path) -> int:
     from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 
     path = Path(path)
-    if path.exists():
-        raise InputError(f"{path} is there already: choose a new file or delete it.")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} is there already: choose a new file, or replace it (--overwrite, or overwrite=True).")
     model, _ = load_model(source, device="cpu")
     if not isinstance(model, UniHemaForMultiTask):
         raise InputError(f"{source} is a {type(model).__name__}: the official model has every head, this one has not.")

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from click.testing import CliRunner
 from tiny_checkpoint import save_tiny_checkpoint
-from typer.testing import CliRunner
 
 from unihema.training.data.synthetic.folder import write_synthetic
 from unihema_cli import app
@@ -52,7 +52,7 @@ def test_names_of_the_data_become_those_of_the_checkpoint(lab, tmp_path):
     result = CliRunner().invoke(app, [*arguments, *names])
     assert result.exit_code == 0, result.output
     wrong = CliRunner().invoke(app, [*arguments, "--rename", "RBC"])
-    assert wrong.exit_code == 2 and "must look like RBC='red blood cell'" in " ".join(wrong.output.split())
+    assert wrong.exit_code == 2 and "'RBC' must be NAME=VALUE" in " ".join(wrong.output.split())
 
 
 def test_int8_beside_the_exact_model(lab):
@@ -76,4 +76,4 @@ def test_an_image_size_of_ones_own(lab, monkeypatch):
     assert result.exit_code == 0, result.output
     assert [seen[0][task]["longest_edge"] for task in ("single_cell", "detection")] == [48, 64]
     wrong = CliRunner().invoke(app, [*arguments, "--image-size", "single_cell=small"])
-    assert wrong.exit_code == 2 and "'small' is not a number" in " ".join(wrong.output.split())
+    assert wrong.exit_code == 2 and "'small' is not a number above 0" in " ".join(wrong.output.split())

@@ -260,7 +260,7 @@ def test_a_dataset_card_counts_and_names_its_origin():
         ({"description": " "}, "--description"),
         ({"tasks": {}}, "no images that the readers find"),
         ({"record": DATA}, "about one data set, not 2"),
-        ({"record": DataRecord((DataSource("pbc", "mit"),))}, "--source"),
+        ({"record": DataRecord((DataSource("pbc", "mit"),))}, "--data-source"),
     ):
         values = {"record": source, "tasks": tasks, "labels": labels, "description": "Cells.", **changes}
         with pytest.raises(CardError, match=message):

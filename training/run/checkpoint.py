@@ -7,25 +7,19 @@ import shutil
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from unihema.errors import FileMissingError, RunConfigError
 from unihema.files import write_json
+from unihema.hub_cards.data_record import RECORD_FILE
 from unihema.training.adapters import CONFIG, load_adapter_weights, save_adapter
 from unihema.training.run.config import RunConfig
 
 
 PROGRESS_FILE = "progress.json"
 # How long a run goes on, and what it writes, may change on resuming.
-FREE_SETTINGS = (
-    "output_dir",
-    "logging.",
-    "optimisation.epochs",
-    "optimisation.max_steps",
-    "optimisation.time_limit_minutes",
-    "optimisation.device",
-    "data.workers",
-    "data.cache_images",
-)
+LIMITS = ("optimisation.epochs", "optimisation.max_steps", "optimisation.time_limit_minutes")
+FREE_SETTINGS = ("output_dir", "logging.", *LIMITS, "optimisation.device", "data.workers", "data.cache_images")
 
 
 @dataclass
@@ -200,7 +194,7 @@ def check_unused_folder(folder: Path) -> None:
     if taken:
         raise RunConfigError(
             f"output_dir {folder} holds {taken[0].relative_to(folder)} of an earlier run. Go on with it "
-            "(--resume, or resume=True), delete the folder, or train into another."
+            "(resume=True), start anew (--overwrite), or train into another."
         )
 
 
@@ -221,14 +215,43 @@ def check_same_run(config: RunConfig, progress: Progress, processes: int) -> Non
             f"{folder} was begun with {progress.processes} process(es), now there are {processes}: batches would differ. "
             "Resume with as many."
         )
-    changed = {
-        name: pair
-        for name, pair in config.differences(RunConfig.load(folder)).items()
-        if not name.startswith(FREE_SETTINGS)
-    }
-    if changed:
-        name, (now, before) = next(iter(changed.items()))
-        raise RunConfigError(
-            f"{folder} was begun with {name}={before!r}, now it is {now!r}. Resume with the same settings, or "
-            "train into another folder."
-        )
+    _check_same_settings(config)
+
+
+def finished_report(config: RunConfig) -> dict[str, Any] | None:
+    """The figures of a run that is finished; `None` where it is still to be trained, or trained on to another limit.
+
+    Args:
+        config ([`RunConfig`]): The run.
+
+    Raises:
+        RunConfigError: It is finished with other settings, or has to go on and has no checkpoint to go on from.
+    """
+    folder = Path(config.output_dir)
+    # The record of the data is written last, and taken away when a run goes on.
+    written = all((folder / name).is_file() for name in (RECORD_FILE, "run_config.json"))
+    if not written or not any(folder.glob("*model*.safetensors")):
+        return None
+    changed = _check_same_settings(config)
+    if any(name in changed for name in LIMITS):
+        if last_checkpoint(folder) is None:
+            raise RunConfigError(
+                f"{folder} is finished, and no checkpoint is left to go on from. Start anew (--overwrite), or train into another "
+                "folder with model.initial_checkpoint."
+            )
+        return None
+    metrics = folder / "metrics.json"
+    return json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {}
+
+
+def _check_same_settings(config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ from those in the output folder and may."""
+    folder = config.output_dir
+    differences = config.differences(RunConfig.load(folder))
+    for name, (now, before) in differences.items():
+        if not name.startswith(FREE_SETTINGS):
+            raise RunConfigError(
+                f"{folder} was begun with {name}={before!r}, now it is {now!r}. Go on with the same settings, start anew "
+                "(--overwrite), or train into another folder."
+            )
+    return differences

@@ -141,7 +141,7 @@ class OptimisationConfig:
         max_steps (`int`, *optional*): Optimizer steps.
         time_limit_minutes (`float`, *optional*): Wall-clock time of training, evaluation between epochs included, that
             at the end not. The learning rate follows the time spent, so it is annealed when the limit comes.
-        learning_rate (`float`): Of AdamW. 2e-4 suits the tiny preset, 1e-4 the base one.
+        learning_rate (`float`): Peak learning rate of AdamW. 2e-4 suits the tiny preset, 1e-4 the base one.
         backbone_multiplier (`float`): Learning rate of the backbone relative to that; 0.1 for a pretrained one.
         learning_rate_multipliers (`dict[str, float]`): The same for parameters whose name has this in it. 0 freezes them:
             the first layers of a pretrained backbone cost much of a step and need not change.
@@ -157,7 +157,7 @@ class OptimisationConfig:
         gradient_clipping (`float`): Largest norm of the gradient; 0 for none.
         accumulation (`int`): Batches of an optimizer step.
         loss_weights (`dict[str, float]`): Factor of a task's loss.
-        mixed_precision (`"no"` or `"bf16"`): Of training; evaluation is always in float32.
+        mixed_precision (`"no"` or `"bf16"`): Number format of training; evaluation is always in float32.
         ema_decay (`float`, *optional*): Keep an exponential moving average of the weights, evaluate and save that.
         ema_warmup (`float`): The decay at step t is at most (1 + t) / (`ema_warmup` + t).
         seed (`int`): Of everything random.

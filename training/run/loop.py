@@ -30,6 +30,7 @@ from unihema.training.run.checkpoint import (
     Progress,
     check_same_run,
     check_unused_folder,
+    finished_report,
     last_checkpoint,
     load_trained,
     save_checkpoint,
@@ -88,7 +89,8 @@ def train(
         build (`Callable`): Makes the model, which may be any [`Trainable`], and its processor, of the run and its training
             rows.
         rows (`Mapping[str, Sequence[Row]]`, *optional*): Task -> training rows, instead of those of `config.data`.
-        resume (`bool`): Go on from the last checkpoint of the output folder as if never stopped.
+        resume (`bool`): Go on from the last checkpoint of the output folder as if never stopped; a run that is finished is
+            not run again.
         callbacks (`Iterable[Callable[[dict], None]]`): Called with every line of the log.
 
     Returns:
@@ -102,6 +104,8 @@ def train(
         TrainingInterrupted: SIGINT or SIGTERM.
     """
     config.check()
+    if resume and (report := finished_report(config)) is not None:
+        return report
     return _Run(config, build, rows, resume, tuple(callbacks)).to_the_end()
 
 
@@ -159,6 +163,7 @@ class _Run:
             self.log.forget_after(0)
         self.progress.batches_per_epoch = self.batches.per_epoch
         if self.accelerator.is_main_process:
+            (self.folder / RECORD_FILE).unlink(missing_ok=True)
             config.save(self.folder)
         self.stopped_by: int | None = None
         self.files: list[str] = []
@@ -274,7 +279,7 @@ class _Run:
                 if stop:
                     path = save_checkpoint(self.folder, self.accelerator, self.progress, logging.keep_checkpoints)
                     raise TrainingInterrupted(
-                        f"Stopped at step {self.progress.step}; {path} is saved. The same command with --resume goes on."
+                        f"Stopped at step {self.progress.step}; {path} is saved. The same command goes on from there."
                     )
                 minutes = logging.checkpoint_minutes
                 due = minutes is not None and since_save > 60 * minutes
@@ -436,11 +441,12 @@ class _Run:
         val_split = data.val_split if data.folds is None else "held out"
         rows = {data.train_split: self.rows, val_split: self.val_rows}
         record = data_record(data.folders, {split: found for split, found in rows.items() if found}, val_split)
-        write_json(self.folder / RECORD_FILE, asdict(record))
         # What an adapter's card has to say, nobody but its maker knows: `unihema adapt` and `unihema card` ask.
         if isinstance(model, UniHemaPreTrainedModel) and self.config.adapter.method == "none":
             card = checkpoint_card(model.config, report, data=record, run=self.config.to_dict())
             write_text(self.folder / "README.md", card)
+        # Last: by this file a finished run is known.
+        write_json(self.folder / RECORD_FILE, asdict(record))
         self._say(f"Saved {self.folder}. {headline(report)[1]}".strip())
 
 

@@ -110,8 +110,8 @@ def run_study(
     record = {"settings": shared, "runs": {}} if overwrite else read_record(folder, name)
     if record["runs"] and not (resume or overwrite):
         raise RunConfigError(
-            f"{path} holds {', '.join(record['runs'])} of an earlier run. Go on with it (--resume), delete the folder, or "
-            "name another."
+            f"{path} holds {', '.join(record['runs'])} of an earlier run. Go on with it (resume=True), start "
+            "anew (--overwrite), or name another folder."
         )
     if record["runs"]:
         _check_same(record["settings"], shared, f"{path} was begun", path)

@@ -50,7 +50,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(smears, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     # The clock does not enter: the schedule of a run without a time limit hangs on its steps alone.
-    with pytest.raises(TrainingInterrupted, match=r"Stopped at step 3.*--resume"):
+    with pytest.raises(TrainingInterrupted, match=r"Stopped at step 3.*same command goes on"):
         train(run_config(smears, tmp_path / "stopped", **UNMEASURED), callbacks=[stop])
     assert not (tmp_path / "stopped" / "model.safetensors").exists()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -124,7 +124,7 @@ def test_a_gradient_that_is_no_number_does_not_reach_the_weights(smears, tmp_pat
 
 def test_a_used_folder_is_not_trained_into(smears, tmp_path):
     train(run_config(smears, tmp_path / "run", **UNMEASURED, **{"optimisation.max_steps": 1}))
-    with pytest.raises(RunConfigError, match=r"holds .* of an earlier run.*--resume"):
+    with pytest.raises(RunConfigError, match=r"holds .* of an earlier run.*--overwrite"):
         train(run_config(smears, tmp_path / "run", **UNMEASURED))
 
 

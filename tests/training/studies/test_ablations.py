@@ -106,7 +106,7 @@ def test_finished_runs_are_kept_and_others_go_on(smears, tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "train", train)
     with pytest.raises(KeyboardInterrupt):
         run_ablations(config, ["bilinear_upsampler"])
-    with pytest.raises(RunConfigError, match="ablation.json holds whole of an earlier run.*--resume"):
+    with pytest.raises(RunConfigError, match="ablation.json holds whole of an earlier run.*--overwrite"):
         run_ablations(config, ["bilinear_upsampler"])
     first = run_ablations(config, ["bilinear_upsampler"], resume=True)
     assert trained == [("whole", False), ("bilinear_upsampler", False), ("bilinear_upsampler", False)]

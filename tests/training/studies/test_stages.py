@@ -109,7 +109,7 @@ def test_the_six_stages(smears, tmp_path):
     assert train_stages(config, changes={"text": text}, resume=True) == rows
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
-    with pytest.raises(RunConfigError, match=r"holds 0-initial, single_cell, text, .* of an earlier run.*--resume"):
+    with pytest.raises(RunConfigError, match=r"holds 0-initial, single_cell, text, .* of an earlier run.*--overwrite"):
         train_stages(config)
     with pytest.raises(
         RunConfigError,

@@ -34,7 +34,7 @@ def test_finished_runs_are_kept_and_a_stopped_study_shows_them(tmp_path):
     written = json.loads((tmp_path / "trial.json").read_text())
     assert list(written["runs"]) == ["a", "b"] and written["best"] == "b"
     assert (tmp_path / "trial.md").read_text() == "| run | before |\n|---|---|\n| a | 0 |\n| b | 1 |\n"
-    with pytest.raises(RunConfigError, match=r"trial.json holds a, b of an earlier run. Go on with it \(--resume\)"):
+    with pytest.raises(RunConfigError, match=r"trial.json holds a, b of an earlier run. Go on with it \(resume=True\)"):
         study(tmp_path, ["a"])
     found = study(tmp_path, ["c", "a"], done, resume=True)
     assert done == ["a", "b", "c"] and found["c"]["before"] == 2 and list(found) == ["a", "b", "c"]

@@ -1,5 +1,9 @@
-"""A checkpoint with its weights stored in half precision: half the size on disk, loaded in float32 as before."""
+"""A checkpoint with its weights stored in half precision: half the size on disk, loaded in float32 as before.
 
+`python -m tools.store_in_half CHECKPOINT FOLDER` writes the checkpoint that comes with the package.
+"""
+
+import argparse
 import json
 import os
 import shutil
@@ -55,4 +59,15 @@ def store_in_half(checkpoint: str | Path, folder: str | Path) -> int:
     return (folder / "model.safetensors").stat().st_size
 
 
-__all__ = ["store_in_half"]
+def main() -> None:
+    """Stores a checkpoint's weights in half precision."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("checkpoint", type=Path, help="Checkpoint folder of one weight file.")
+    parser.add_argument("folder", type=Path, help="Where; made if missing.")
+    given = parser.parse_args()
+    size = store_in_half(given.checkpoint, given.folder)
+    print(f"{given.folder}: {size / 1e6:.1f} MB of weights")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,22 @@
-"""`unihema demo-train`: synthetic smears, a small model trained on them, and what it says of fields it never saw."""
+"""Synthetic smears, a small model trained on them, and what it says of fields it never saw: `make demo-train`.
 
+The whole package in a few minutes, without real data.
+"""
+
+import argparse
 import json
+import shutil
 from itertools import islice
 from pathlib import Path
 
-import typer
+from PIL import Image
 
-from .figures import figures_text
+from unihema.analyzer import Analyzer
+from unihema.training.data.synthetic.fields import WHITE_CELLS, SyntheticSmears
+from unihema.training.data.synthetic.folder import write_synthetic
+from unihema.training.evaluation.report import figures_text
+from unihema.training.run.config import DataConfig, LoggingConfig, OptimisationConfig, RunConfig
+from unihema.training.run.loop import train
 
 
 FIELDS, VALIDATION_FIELDS, SHOWN_FIELDS = 240, 20, 4
@@ -28,26 +38,18 @@ EDGES = {"detection": 256, "segmentation": 256, "single_cell": 96, "question_ans
 BATCHES = {"detection": 8, "segmentation": 4, "single_cell": 16, "question_answering": 16, "cloze": 16}
 
 
-def demo_train(
-    folder: Path = typer.Argument("demo-train", help="Where everything is written."),
-    minutes: float = typer.Option(7.5, help="Minutes of training."),
-    fields: int = typer.Option(FIELDS, help="Synthetic training fields."),
-) -> None:
-    """Train the tiny model on synthetic smears and use it: the whole package in a few minutes, without real data."""
-    import shutil
+def demo_train(folder: Path, minutes: float = 7.5, fields: int = FIELDS) -> None:
+    """Trains the tiny model on synthetic smears and uses it.
 
-    from PIL import Image
-
-    from unihema.analyzer import Analyzer
-    from unihema.training.data.synthetic.fields import WHITE_CELLS, SyntheticSmears
-    from unihema.training.data.synthetic.folder import write_synthetic
-    from unihema.training.run.config import DataConfig, LoggingConfig, OptimisationConfig, RunConfig
-    from unihema.training.run.loop import train
-
-    typer.echo("1/4 Painting synthetic smears")
+    Args:
+        folder (`Path`): Where everything is written.
+        minutes (`float`): Minutes of training.
+        fields (`int`): Synthetic training fields.
+    """
+    print("1/4 Painting synthetic smears")
     data = write_synthetic(folder / "data", fields, VALIDATION_FIELDS, seed=1, **APPEARANCE)
 
-    typer.echo(f"2/4 Training the tiny model for {minutes:g} minutes")
+    print(f"2/4 Training the tiny model for {minutes:g} minutes")
     checkpoint = folder / "unihema"
     shutil.rmtree(checkpoint, ignore_errors=True)
     report = train(
@@ -68,7 +70,7 @@ def demo_train(
     )
     shutil.rmtree(checkpoint / "checkpoints", ignore_errors=True)
 
-    typer.echo("3/4 Analysing fields that were not trained on")
+    print("3/4 Analysing fields that were not trained on")
     smears = SyntheticSmears(seed=2, **APPEARANCE)
     (folder / "smears").mkdir(exist_ok=True)
     with_white_cells = (index for index in range(1000) if set(WHITE_CELLS) & set(smears[index].labels))
@@ -80,12 +82,26 @@ def demo_train(
     fields_shown = sorted((folder / "smears").glob("field_*.png"))
     analyzer = Analyzer.from_pretrained(checkpoint)
     batch = analyzer.analyze_files(fields_shown, results, overwrite=True)
-    typer.echo(f"Cells in {batch.images} fields: " + ", ".join(f"{k} {v}" for k, v in batch.totals.items()))
+    print(f"Cells in {batch.images} fields: " + ", ".join(f"{k} {v}" for k, v in batch.totals.items()))
 
-    typer.echo("4/4 Asking about a cell")
+    print("4/4 Asking about a cell")
     question = "What type of white blood cell is this?"
-    typer.echo(f"{question} {analyzer.ask(folder / 'smears' / 'cell.png', question)} (painted: {crop.label})")
-    typer.echo("Measured on synthetic validation fields:")
+    print(f"{question} {analyzer.ask(folder / 'smears' / 'cell.png', question)} (painted: {crop.label})")
+    print("Measured on synthetic validation fields:")
     for task, figures in json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8")).items():
-        typer.echo(f"  {task}: {figures_text(figures)}")
-    typer.echo(f"Checkpoint {checkpoint}, results {results} ({len(report)} tasks).")
+        print(f"  {task}: {figures_text(figures)}")
+    print(f"Checkpoint {checkpoint}, results {results} ({len(report)} tasks).")
+
+
+def main() -> None:
+    """Trains the tiny model on synthetic smears and uses it."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("demo-train"), help="Where everything is written.")
+    parser.add_argument("--minutes", type=float, default=7.5, help="Minutes of training.")
+    parser.add_argument("--fields", type=int, default=FIELDS, help="Synthetic training fields.")
+    given = parser.parse_args()
+    demo_train(given.folder, given.minutes, given.fields)
+
+
+if __name__ == "__main__":
+    main()

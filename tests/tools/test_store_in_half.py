@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
 
+from tools.store_in_half import store_in_half
 from unihema import UniHemaForMultiTask
-from unihema.training.half_precision import store_in_half
 
 
 def test_half_the_size_and_the_same_model(tmp_path):

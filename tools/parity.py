@@ -1,19 +1,28 @@
-"""Parity with the official model: its recorded outputs reproduced, array by array."""
+"""Parity with the official model: its recorded outputs reproduced, array by array.
 
+`python -m tools.parity FOLDER -o table.md` reads `golden.npz` and `state_dict_manifest.json` of the folder, shows the
+differences, and ends with exit code 1 where one is above its tolerance.
+"""
+
+import argparse
 import json
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from unihema.errors import FileMissingError
-
-
-if TYPE_CHECKING:
-    import torch
+from unihema.files import write_text
+from unihema.modeling_unihema.layers import inverse_sigmoid
+from unihema.modeling_unihema.losses import detection_loss, match_queries, segmentation_loss
+from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
+from unihema.modeling_unihema.outputs import UniHemaDetectionOutput
+from unihema.official.convert import from_official, official_config
+from unihema.processing_unihema.post_processing import post_process_morphology, post_process_object_detection
 
 
 GOLDEN_FILE, MANIFEST_FILE = "golden.npz", "state_dict_manifest.json"
@@ -59,14 +68,12 @@ def official_value(key: str, shape: tuple[int, ...]) -> np.ndarray:
     return noise * np.float32(0.125) if key.startswith("T5_model.") and key.endswith(".q.weight") else noise
 
 
-def official_state(manifest: Mapping[str, dict]) -> dict[str, "torch.Tensor"]:
+def official_state(manifest: Mapping[str, dict]) -> dict[str, torch.Tensor]:
     """A whole official state dict filled by the rule.
 
     Args:
         manifest (`Mapping[str, dict]`): `shape`, and `tied_to` for a copy, of every official key.
     """
-    import torch
-
     own = {
         key: torch.from_numpy(np.asarray(official_value(key, tuple(entry["shape"]))))
         for key, entry in manifest.items()
@@ -88,8 +95,6 @@ def parity(folder: str | Path) -> list[ParityRow]:
         OSError: A file is missing.
         KeyError: Nothing of ours answers to a recorded array.
     """
-    import torch
-
     folder = Path(folder)
     for name in (GOLDEN_FILE, MANIFEST_FILE):
         if not (folder / name).is_file():
@@ -104,7 +109,7 @@ def parity(folder: str | Path) -> list[ParityRow]:
     return [compare_arrays(name, ours[name], recorded) for name, recorded in golden.items()]
 
 
-def compare_arrays(name: str, ours: "torch.Tensor", recorded: "torch.Tensor") -> ParityRow:
+def compare_arrays(name: str, ours: torch.Tensor, recorded: torch.Tensor) -> ParityRow:
     """One recorded array against ours.
 
     Args:
@@ -112,8 +117,6 @@ def compare_arrays(name: str, ours: "torch.Tensor", recorded: "torch.Tensor") ->
         ours (`torch.Tensor`): As many entries as recorded.
         recorded (`torch.Tensor`): Integers have to be equal.
     """
-    import torch
-
     ours = ours.detach().reshape(recorded.shape)
     difference = float((ours.double() - recorded.double()).abs().max())
     tolerance = WIDER.get(name, ABSOLUTE) if recorded.is_floating_point() else 0.0
@@ -125,9 +128,6 @@ def compare_arrays(name: str, ours: "torch.Tensor", recorded: "torch.Tensor") ->
 
 
 def _recorded_model(manifest: Mapping[str, dict]):
-    from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
-    from unihema.official.convert import from_official, official_config
-
     state = official_state(manifest)
     model = UniHemaForMultiTask(official_config(state)).eval()
     converted, _ = from_official(state, {key: value.shape for key, value in model.state_dict().items()})
@@ -135,16 +135,12 @@ def _recorded_model(manifest: Mapping[str, dict]):
     return model
 
 
-def _noise(key: int, shape: tuple[int, ...]) -> "torch.Tensor":
-    import torch
-
+def _noise(key: int, shape: tuple[int, ...]) -> torch.Tensor:
     generator = np.random.Generator(np.random.Philox(key=key))
     return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
 
-def _our_arrays(model, golden: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
-    import torch
-
+def _our_arrays(model, golden: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     pixels = _noise(7, (2, 3, 224, 256))
     pixels[1, :, :, -32:] = 0
     mask = torch.ones(2, 224, 256, dtype=torch.long)
@@ -190,7 +186,7 @@ def _our_arrays(model, golden: Mapping[str, "torch.Tensor"]) -> dict[str, "torch
     return ours
 
 
-def _backbone_arrays(model, pixels, levels) -> Iterator[tuple[str, "torch.Tensor"]]:
+def _backbone_arrays(model, pixels, levels) -> Iterator[tuple[str, torch.Tensor]]:
     for number, feature_map in enumerate(model.model.visual_backbone.backbone(pixels).feature_maps):
         yield f"backbone_c{number + 3}_stride16", feature_map[:, ::16]
         yield f"pos_{number}_b_stride16", levels.positions[number][:, ::16]
@@ -198,11 +194,7 @@ def _backbone_arrays(model, pixels, levels) -> Iterator[tuple[str, "torch.Tensor
         yield f"input_proj_{number}", level
 
 
-def _query_arrays(model, levels, states, seen) -> Iterator[tuple[str, "torch.Tensor"]]:
-    import torch
-
-    from unihema.modeling_unihema.layers import inverse_sigmoid
-
+def _query_arrays(model, levels, states, seen) -> Iterator[tuple[str, torch.Tensor]]:
     trunk = model.model
     yield "encoder_memory", states.encoder_last_hidden_state
     yield "encoder_cls_token_out", trunk.hema_former.single_cell_feature_extraction.query.expand(2, -1)
@@ -231,9 +223,7 @@ def _query_arrays(model, levels, states, seen) -> Iterator[tuple[str, "torch.Ten
         yield f"{prefix}pred_morphology", morphology[layer]
 
 
-def _mask_arrays(model, states) -> Iterator[tuple[str, "torch.Tensor"]]:
-    from unihema.modeling_unihema.losses import segmentation_loss
-
+def _mask_arrays(model, states) -> Iterator[tuple[str, torch.Tensor]]:
     encoder_map, backbone_map = states.mask_features.chunk(2, 1)
     yield "mask_feature_proj_0_stride4", encoder_map[:, ::4]
     yield "mask_features_stride2", (encoder_map + backbone_map)[:, ::2]
@@ -246,11 +236,7 @@ def _mask_arrays(model, states) -> Iterator[tuple[str, "torch.Tensor"]]:
     yield "lossseg_loss_focal_seg", terms["loss_focal"]
 
 
-def _detection_losses(model, states, golden) -> Iterator[tuple[str, "torch.Tensor"]]:
-    import torch
-
-    from unihema.modeling_unihema.losses import detection_loss, match_queries
-
+def _detection_losses(model, states, golden) -> Iterator[tuple[str, torch.Tensor]]:
     labels = [
         {
             "class_labels": golden[f"tgt{image}_labels"],
@@ -288,8 +274,8 @@ def _detection_losses(model, states, golden) -> Iterator[tuple[str, "torch.Tenso
 
 
 def ranked_as_recorded(
-    cells: dict[str, "torch.Tensor"], scores: "torch.Tensor", labels: "torch.Tensor"
-) -> dict[str, "torch.Tensor"]:
+    cells: dict[str, torch.Tensor], scores: torch.Tensor, labels: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Detections with neighbours exchanged where the recorded scores tie up to rounding and the labels say so.
 
     Args:
@@ -305,12 +291,7 @@ def ranked_as_recorded(
     return {name: values[order] for name, values in cells.items()}
 
 
-def _post_processed(model, states, golden) -> Iterator[tuple[str, "torch.Tensor"]]:
-    import torch
-
-    from unihema.modeling_unihema.outputs import UniHemaDetectionOutput
-    from unihema.processing_unihema.post_processing import post_process_morphology, post_process_object_detection
-
+def _post_processed(model, states, golden) -> Iterator[tuple[str, torch.Tensor]]:
     logits, morphology = model.detection_head(states.decoder_states[-1])
     output = UniHemaDetectionOutput(logits=logits, pred_boxes=states.decoder_boxes[-1], pred_morphology=morphology)
     found = post_process_object_detection(
@@ -343,12 +324,21 @@ def parity_table(rows: list[ParityRow]) -> str:
     return "\n".join(lines) + "\n"
 
 
-__all__ = [
-    "ParityRow",
-    "compare_arrays",
-    "official_state",
-    "official_value",
-    "parity",
-    "parity_table",
-    "ranked_as_recorded",
-]
+def main() -> None:
+    """Reproduces the recorded outputs and shows the differences."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=Path, help=f"Folder with {GOLDEN_FILE} and {MANIFEST_FILE}.")
+    parser.add_argument("-o", "--output", type=Path, help="Also write the table there, as Markdown.")
+    given = parser.parse_args()
+    rows = parity(given.folder)
+    table = parity_table(rows)
+    print(table)
+    if given.output is not None:
+        write_text(given.output, [table])
+    failed = [row.name for row in rows if not row.passed]
+    print(f"{len(rows) - len(failed)} of {len(rows)} arrays within tolerance.")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

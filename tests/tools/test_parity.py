@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from unihema.official.parity import compare_arrays, official_value, parity, parity_table, ranked_as_recorded
+from tools.parity import compare_arrays, official_value, parity, parity_table, ranked_as_recorded
 
 
 def test_every_recorded_array_is_reproduced(official_dir):
