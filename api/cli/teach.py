@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 STAGES, ABLATIONS = "six-stages", "ablations"
 RUN_FILE = "run_config.json"
+# By these an output folder of each recipe, or of none, is known, and what it was begun with.
+BEGUN_WITH = {None: RUN_FILE, STAGES: "mix.json", ABLATIONS: f"whole/{RUN_FILE}"}
 # Settings that are options of both commands.
 HOW_TO_TRAIN = (
     "optimisation.max_steps",
@@ -76,7 +78,10 @@ def train(
     Exit code 3: stopped by Ctrl-C or a signal, with a checkpoint saved.
     """
     stage = _only_stage(recipe, only)
-    mix = _settings_to_start_from(config, output, known=bool(data) or overwrite)
+    begun_with = output / BEGUN_WITH[recipe]
+    if config is None and not data and begun_with.is_file():
+        config = begun_with
+    mix = _settings_of(config)
     if mix.stages and recipe != STAGES:
         raise click.UsageError(f"{config} has settings for stages: add --recipe {STAGES}.")
     run = mix.run.with_overrides(
@@ -94,7 +99,7 @@ def train(
     )
     if overwrite:
         run.check()
-        _start_anew(output, (RUN_FILE, "mix.json", "whole"), run)
+        _start_anew(output, (BEGUN_WITH[recipe],), run)
     with stopped_runs_exit():
         if recipe == STAGES:
             from unihema.training.studies.stages import train_stages
@@ -112,7 +117,7 @@ def train(
             from unihema.training.evaluation.report import figures_text
             from unihema.training.run.loop import train as train_at_once
 
-            for task, figures in train_at_once(run, resume=(output / RUN_FILE).is_file()).items():
+            for task, figures in train_at_once(run, resume=begun_with.is_file()).items():
                 click.echo(f"{task}: {figures_text(figures)}")
 
 
@@ -131,12 +136,10 @@ def _only_stage(recipe: str | None, only: Sequence[str]) -> int | None:
     return int(only[0])
 
 
-def _settings_to_start_from(config: Path | None, output: Path, known: bool) -> "Mix":
-    """What a file says, or else what the output folder was begun with, where nothing else says what to train on."""
+def _settings_of(config: Path | None) -> "Mix":
+    """What a file says, a mix or a run's configuration; the defaults without one."""
     from unihema.training.run.config import MIX_FILE, Mix, RunConfig, read_mix
 
-    if config is None and not known:
-        config = next((output / name for name in (MIX_FILE, RUN_FILE) if (output / name).is_file()), None)
     if config is None:
         return Mix(RunConfig())
     if config.suffix in (".yaml", ".yml") or config.name == MIX_FILE:
@@ -158,10 +161,10 @@ def _start_anew(folder: Path, made: Iterable[str], run: "RunConfig") -> None:
     from accelerate import PartialState
 
     whole = folder.resolve()
-    read = [Path.cwd(), *run.data.folders, *([run.model.initial_checkpoint] if run.model.initial_checkpoint else [])]
-    within = [path for path in map(Path, read) if whole in (path.resolve(), *path.resolve().parents)]
+    read = [Path(path) for path in (".", *run.data.folders, run.model.initial_checkpoint) if path]
+    within = [path for path in read if whole in (path.resolve(), *path.resolve().parents)]
     if within:
-        raise click.UsageError(f"--overwrite would delete {within[0]} with {folder}: name another --output.")
+        raise click.UsageError(f"--overwrite would delete {within[0].resolve()} with {folder}: name another --output.")
     state = PartialState(cpu=run.optimisation.device == "cpu")
     if state.is_main_process and folder.exists():
         if any(folder.iterdir()) and not any((folder / name).exists() for name in made):
