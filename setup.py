@@ -78,6 +78,7 @@ setup(
         "sacrebleu>=2.4.3,<3",
         "tqdm>=4.66.4,<5",
         "typer>=0.20,<1",
+        "filelock>=3.13,<5",
     ],
     extras_require={
         "dev": [

@@ -2,9 +2,14 @@
 
 import glob
 import hashlib
+import json
 import os
+import socket
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -13,7 +18,12 @@ from PIL import Image
 
 from unihema.errors import OutputError
 
-from .processing_unihema.image_io import IMAGE_SUFFIXES, image_size, load_image
+from .processing_unihema.image_io import IMAGE_SUFFIXES, image_size, read_image
+
+
+# What writing takes place under, until it is complete.
+_PARTIAL = ".unihema-"
+_LOCK, _OWNER = ".unihema.lock", ".unihema.run"
 
 
 class OpenedImage(NamedTuple):
@@ -24,12 +34,14 @@ class OpenedImage(NamedTuple):
         width (`int`): Of the file.
         height (`int`): Of the file.
         name (`str`, *optional*): Its path, where it came from one.
+        notes (`tuple[str, ...]`): A sentence for each thing that was guessed about its pixels, see [`read_image`].
     """
 
     pixels: Image.Image
     width: int
     height: int
     name: str | None
+    notes: tuple[str, ...] = ()
 
 
 def find_images(inputs: Sequence[str | Path], exclude: Path | None = None) -> tuple[list[Path], list[tuple[str, str]]]:
@@ -47,12 +59,12 @@ def find_images(inputs: Sequence[str | Path], exclude: Path | None = None) -> tu
     problems: list[tuple[str, str]] = []
     for item in map(str, inputs):
         path = Path(item)
-        if path.is_dir():
+        if os.path.isdir(path):
             found, message = _images_in(path, exclude), "no image in this folder or its subfolders"
-        elif path.exists() or not glob.has_magic(item):
-            found, message = [path] if path.exists() else [], "no such file or folder"
+        elif os.path.exists(path) or not glob.has_magic(item):
+            found, message = [path] if os.path.exists(path) else [], "no such file or folder"
         else:
-            matches = [Path(match) for match in sorted(glob.glob(item, recursive=True))]
+            matches = [Path(match) for match in sorted(glob.glob(_pattern(path), recursive=True))]
             found = [
                 image for match in matches for image in (_images_in(match, exclude) if match.is_dir() else [match])
             ]
@@ -62,6 +74,12 @@ def find_images(inputs: Sequence[str | Path], exclude: Path | None = None) -> tu
         for image in found:
             images.setdefault(image.resolve(), image)
     return list(images.values()), problems
+
+
+def _pattern(path: Path) -> str:
+    """A glob pattern; the folders of it that are there are taken by name, brackets and all."""
+    folder = next(parent for parent in path.parents if os.path.isdir(parent) or parent == path.parents[-1])
+    return os.path.join(glob.escape(str(folder)), str(path.relative_to(folder)))
 
 
 def _images_in(folder: Path, exclude: Path | None) -> list[Path]:
@@ -88,12 +106,12 @@ def open_image(image: str | Path | Image.Image | numpy.ndarray) -> OpenedImage:
     Raises:
         UnreadableImageError: The image cannot be read.
     """
-    opened = load_image(image)
+    opened, notes = read_image(image)
     if isinstance(image, (str, Path)):
         height, width = image_size(image)
-        return OpenedImage(opened, width, height, str(image))
+        return OpenedImage(opened, width, height, str(image), tuple(notes))
     height, width = image_size(opened)
-    return OpenedImage(opened, width, height, None)
+    return OpenedImage(opened, width, height, None, tuple(notes))
 
 
 def sha256(path: Path) -> str:
@@ -108,6 +126,8 @@ def sha256(path: Path) -> str:
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Writes a file beside its place and moves it there when it is complete.
 
+    What a killed process leaves is removed by [`exclusive`].
+
     Args:
         path (`Path`): The file; its folder is made when missing.
         write (`Callable`): Gets the open binary file.
@@ -117,7 +137,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=_PARTIAL, suffix=".partial")
         try:
             with os.fdopen(descriptor, "wb") as file:
                 write(file)
@@ -133,8 +153,63 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def write_text(path: Path, lines: Iterable[str]) -> None:
-    """Writes text atomically, piece by piece, as UTF-8."""
-    write_atomically(path, lambda file: file.writelines(line.encode("utf-8") for line in lines))
+    """Writes text atomically, piece by piece, as UTF-8.
+
+    What a file name that is not UTF-8 holds beside characters is written as `\\udcXX`, which JSON reads back as it was.
+    """
+    write_atomically(path, lambda file: file.writelines(line.encode("utf-8", "backslashreplace") for line in lines))
+
+
+@contextmanager
+def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
+    """Keeps other runs out of a folder, and removes what killed ones left of files they were writing.
+
+    The system gives the lock back when a process ends, however it ends.
+
+    Args:
+        folder (`Path`): The folder that is written to; made when missing.
+        subfolders (`Sequence[str]`): Its folders that are written to as well.
+
+    Raises:
+        OutputError: Another run is writing there, which is named; or the folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock, owner = FileLock(folder / _LOCK, mode=0o666 & ~_umask()), folder / _OWNER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(
+            f"{folder}: {_owner(owner)} is writing there. Wait for it or stop it, or name another folder."
+        ) from None
+    except NotImplementedError:
+        warnings.warn(f"{folder}: this file system has no locks. Let only one run at a time write there.", stacklevel=3)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror or error}).") from error
+    try:
+        for place in (folder, *(folder / name for name in subfolders)):
+            for partial in place.glob(f"{_PARTIAL}*.partial"):
+                with suppress(OSError):
+                    partial.unlink()
+        run = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        write_text(owner, [json.dumps(run)])
+        yield
+    finally:
+        with suppress(OSError):
+            owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _owner(path: Path) -> str:
+    """The run that holds a folder, in words."""
+    # It writes down who it is right after it got the lock.
+    for _ in range(20):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            run = json.loads(path.read_text(encoding="utf-8"))
+            return f"another run (process {run['pid']} on {run['host']}, since {run['since']})"
+        time.sleep(0.05)
+    return "another run"
 
 
 def _umask() -> int:
@@ -143,4 +218,4 @@ def _umask() -> int:
     return mask
 
 
-__all__ = ["OpenedImage", "find_images", "open_image", "sha256", "write_atomically", "write_text"]
+__all__ = ["OpenedImage", "exclusive", "find_images", "open_image", "sha256", "write_atomically", "write_text"]

@@ -1,5 +1,6 @@
 """A result as table rows, COCO and GeoJSON; masks as run lengths (COCO) and as polygons (GeoJSON)."""
 
+import unicodedata
 import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,22 @@ def cell_row(result: "SmearResult", cell: "Cell", attributes: Sequence[str]) -> 
         row[name] = attribute.get("value")
         row[f"{name}_score"] = round(attribute["score"], 4) if attribute else None
     return row
+
+
+def table_text(value: Any) -> Any:
+    """A value of a table: text in one line that every spreadsheet takes for text, anything else as it is.
+
+    Control characters and line ends are written as escapes such as `\\n`. An apostrophe goes before what spreadsheets would
+    take for a formula, as it does in what is typed into them.
+    """
+    if not isinstance(value, str):
+        return value
+    text = "".join(
+        repr(character)[1:-1] if unicodedata.category(character) in ("Cc", "Zl", "Zp") else character
+        for character in value
+    )
+    first = unicodedata.normalize("NFKC", value[:1])
+    return f"'{text}" if first and first in "=+-@" else text
 
 
 def coco(result: "SmearResult", image_id: int, first_annotation_id: int) -> dict[str, Any]:
@@ -261,4 +278,5 @@ __all__ = [
     "mask_polygons",
     "rle_decode",
     "rle_encode",
+    "table_text",
 ]
