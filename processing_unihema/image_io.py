@@ -24,7 +24,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".g
 # Images larger than this are reduced on opening: a whole slide does not fit into memory.
 MAX_PIXELS = 64_000_000
 # An image that needs more memory than this, and is so much larger than its file, is damaged or an attack.
-MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 29
 MAX_COMPRESSION = 200
 # Pages of a TIFF that are looked at.
 MAX_PAGES = 4096
@@ -41,16 +41,15 @@ _PHOTOMETRICS = {0: "gray, white is 0", 1: "gray", 2: "RGB", 3: "palette", 5: "C
 _SAMPLE_FORMATS = {1: "", 2: "signed", 3: "float", 5: "complex", 6: "complex float"}
 # What PIL cannot average over blocks of pixels, and what to convert it to first.
 _BEFORE_REDUCING = {"1": "L", "P": "RGBA", "PA": "RGBA", "I;16": "I", "I;16L": "I", "I;16B": "I", "I;16N": "I"}
-_BYTES_OF_MODE = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
-# What PIL's readers raise at damaged files.
+# Bytes a pixel takes on its way to RGB; those of two decodings where PIL gives half of the bits.
+_BYTES_OF_MODE = {"1": 2, "L": 1, "I": 12, "F": 12}
+_BYTES_OF_DEEP_COLOUR = 24
+# What PIL's readers raise at damaged files, beside errors of files and values.
 _DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
     TypeError,
     KeyError,
     IndexError,
+    AttributeError,
     OverflowError,
     ZeroDivisionError,
     struct.error,
@@ -139,7 +138,8 @@ def load_mask(path: "str | Path") -> np.ndarray:
     """
     with _reading(path, path) as opened:
         _check_memory(opened, path)
-        return np.array(opened)
+        with _pil():
+            return np.array(opened)
 
 
 def image_size(image: "str | Path | bytes | Image.Image") -> tuple[int, int]:
@@ -151,7 +151,8 @@ def image_size(image: "str | Path | bytes | Image.Image") -> tuple[int, int]:
     if isinstance(image, (str, Path, bytes)):
         with _reading(image, "image" if isinstance(image, bytes) else image) as opened:
             return image_size(opened)
-    sideways = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    with _pil():
+        sideways = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     return image.size if sideways else image.size[::-1]
 
 
@@ -165,7 +166,7 @@ def _reading(file: "str | Path | bytes", name: "str | Path") -> Iterator[Image.I
         if _file_bytes(file) == 0:
             raise UnreadableImageError(f"{name}: the file is empty. Copy it again from the microscope.")
         try:
-            with _of_any_size():
+            with _of_any_size(), _pil():
                 opened = Image.open(BytesIO(file) if isinstance(file, bytes) else file)
         except UnidentifiedImageError as error:
             kind = _kind_of_tiff(file)
@@ -204,10 +205,19 @@ def _naming(name: "str | Path") -> Iterator[None]:
         raise UnreadableImageError(f"{name}: the file may not be read. Change its permissions.") from error
     except MemoryError as error:
         raise UnreadableImageError(f"{name}: the image needs more memory than there is. Export it smaller.") from error
-    except _DAMAGE as error:
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UnreadableImageError(
             f"{name}: the image is truncated or damaged ({error}). Copy it again or export it anew."
         ) from error
+
+
+@contextmanager
+def _pil() -> Iterator[None]:
+    """What a reader of PIL raises at a damaged file, as an error of that file; our own faults stay what they are."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def _file_bytes(file: "str | Path | bytes") -> int:
@@ -240,7 +250,9 @@ def _unread_content(image: Image.Image) -> bytes | None:
 
 def _check_memory(opened: Image.Image, name: "str | Path", file: "str | Path | bytes | None" = None) -> None:
     """Refuses, before anything is decoded, an image whose size its file cannot hold."""
-    needed = opened.width * opened.height * _BYTES_OF_MODE.get(opened.mode, 4)
+    deep = any(";16" in layout for layout in _rawmodes(opened)) and not opened.mode.startswith("I")
+    of_pixel = _BYTES_OF_DEEP_COLOUR if deep else _BYTES_OF_MODE.get(opened.mode, 4)
+    needed = opened.width * opened.height * of_pixel
     if needed > MAX_BYTES and needed > MAX_COMPRESSION * _file_bytes(name if file is None else file):
         raise UnreadableImageError(
             f"{name}: the file is far too small for the {opened.width} x {opened.height} pixels it names, so it is damaged. "
@@ -303,9 +315,8 @@ def _plane(
         # JPEG decodes straight to a smaller size; other formats are reduced after decoding.
         opened.draft(opened.mode, (int(opened.width / shrink), int(opened.height / shrink)))
     _check_memory(opened, name, file)
-    tags = getattr(opened, "tag_v2", {})
     stated = _stated_bits(file, opened)
-    inverted = opened.mode[0] in "IF" and tags.get(_PHOTOMETRIC) == 0
+    inverted = opened.mode[0] in "IF" and _numbers(opened, _PHOTOMETRIC) == (0,)
     modes = _byte_modes(opened)
     if any("X" in layout for layout in _rawmodes(opened)):
         notes.append("Extra channels, which the file says nothing about, are left out.")
@@ -314,11 +325,11 @@ def _plane(
         depth = 16 if opened.mode.startswith("I;16") else None
         image = _reduced(opened, max_pixels)
         if image.mode[0] in "IF":
-            pixels = np.asarray(ImageOps.exif_transpose(image))
+            pixels = np.asarray(_upright(image))
             return _Plane(pixels, depth, stated, inverted, transparent=_transparent(pixels, image))
         if bits is None or image.mode not in ("RGB", "RGBA"):
             return _Plane(image)
-        upper = np.asarray(ImageOps.exif_transpose(image))
+        upper = np.asarray(_upright(image))
         if int(_brightest(upper.ravel())) < 32:
             raise InputError(
                 f"its pixels use the lower of {bits} bits, and of this compression only the upper eight can be read. Export it "
@@ -349,7 +360,7 @@ def _averaged(pixels: np.ndarray, max_pixels: int | None) -> np.ndarray:
 
 def _go_to(opened: Image.Image, page: int) -> None:
     if getattr(opened, "tell", int)() != page:
-        with _of_any_size():
+        with _of_any_size(), _pil():
             opened.seek(page)
 
 
@@ -364,7 +375,8 @@ def _transparent(pixels: np.ndarray, image: Image.Image) -> np.ndarray | None:
 def _rawmodes(opened: Image.Image) -> list[str]:
     """How the bytes of each tile are laid out, as PIL's decoders are told."""
     tiles = getattr(opened, "tile", [])
-    return [tile.args if isinstance(tile.args, str) else (tile.args or ("",))[0] for tile in tiles]
+    modes = [tile.args if isinstance(tile.args, str) else (tile.args or ("",))[0] for tile in tiles]
+    return [mode if isinstance(mode, str) else "" for mode in modes]
 
 
 def _byte_modes(opened: Image.Image) -> tuple[list[str], list[str]] | None:
@@ -377,14 +389,13 @@ def _byte_modes(opened: Image.Image) -> tuple[list[str], list[str]] | None:
         return None
     if found == ["LA;16B"]:
         return ["RGBA"], ["RGBA"]
-    tags = getattr(opened, "tag_v2", {})
-    planar = tags.get(_PLANAR) == 2
-    if planar and set(tags.get(_BITS, ())) == {16} and opened.mode in ("RGB", "RGBA") and set(found) <= set("RGBA"):
-        order = "LB" if tags.prefix == b"II" else "BL"
+    planar, bits = _numbers(opened, _PLANAR) == (2,), max(_numbers(opened, _BITS), default=8)
+    if planar and bits == 16 and opened.mode in ("RGB", "RGBA") and set(found) <= set("RGBA"):
+        order = "LB" if opened.tag_v2.prefix == b"II" else "BL"
         return [f"{band};16{order[0]}" for band in found], [f"{band};16{order[1]}" for band in found]
     layout, separator, order = found[0].partition(";16")
-    if planar and max(tags.get(_BITS, (8,))) > 8 and len(found[0]) == 1:
-        raise InputError(f"planes of {max(tags[_BITS])} bits are read of RGB only. Export it as RGB, or with 8 bits.")
+    if planar and bits > 8 and len(found[0]) == 1:
+        raise InputError(f"planes of {bits} bits are read of RGB only. Export it as RGB, or with 8 bits.")
     # Compressed planes are put together by libtiff.
     if not separator or layout not in ("RGB", "RGBA", "RGBX", "RGBa") or (planar and order == "N"):
         return None
@@ -402,14 +413,15 @@ def _decoded(file: "str | Path | bytes", name: "str | Path", page: int, rawmodes
             tile._replace(args=mode if isinstance(tile.args, str) else (mode, *tile.args[1:]))
             for tile, mode in zip(opened.tile, rawmodes, strict=True)
         ]
-        opened.load()
-        return np.asarray(ImageOps.exif_transpose(opened))
+        with _pil():
+            opened.load()
+        return np.asarray(_upright(opened))
 
 
 def _bits_lost(file: "str | Path | bytes", opened: Image.Image) -> int | None:
     """Bits of a colour, where that is more than the eight that PIL gives."""
     if opened.format == "TIFF":
-        bits = max(opened.tag_v2.get(_BITS, (8,)))
+        bits = max(_numbers(opened, _BITS), default=8)
         return bits if 8 < bits <= 16 else None
     if opened.format == "JPEG2000":
         content = _beginning(file)
@@ -437,15 +449,23 @@ def _stated_bits(file: "str | Path | bytes", opened: Image.Image) -> int | None:
     if significant:
         return int(significant[1])
     for tag in (_MAX_VALUE, _MAX_SIGNED):
-        value = opened.tag_v2.get(tag)
-        largest = max(value) if isinstance(value, tuple) and value else value
-        if isinstance(largest, int) and largest > 255:
+        largest = max(_numbers(opened, tag), default=0)
+        if largest > 255:
             return largest.bit_length()
     return None
 
 
+def _numbers(opened: Image.Image, tag: int) -> tuple[int, ...]:
+    """The whole numbers of a TIFF's tag; none where it has none, or other values."""
+    tags = getattr(opened, "tag_v2", {})
+    with _pil():
+        values = tags.get(tag, ())
+    return tuple(value for value in (values if isinstance(values, tuple) else (values,)) if isinstance(value, int))
+
+
 def _description(opened: Image.Image) -> str:
-    text = opened.tag_v2.get(_DESCRIPTION, "")
+    with _pil():
+        text = opened.tag_v2.get(_DESCRIPTION, "")
     return text if isinstance(text, str) else ""
 
 
@@ -464,7 +484,7 @@ def _kind_of_tiff(file: "str | Path | bytes") -> str | None:
         samples, colours = tags.get(_SAMPLES, len(bits)), _PHOTOMETRICS.get(tags.get(_PHOTOMETRIC), "unknown colours")
         packed = COMPRESSION_INFO.get(tags.get(_COMPRESSION, 1), "unknown")
         return f"{samples} x {bits[0]} bits {kind}".strip() + f" ({colours}, compression {packed})"
-    except (*_DAMAGE, MemoryError):
+    except (*_DAMAGE, OSError, SyntaxError, ValueError, EOFError, MemoryError):
         return None
 
 
@@ -481,7 +501,9 @@ def _pages(opened: Image.Image, notes: list[str]) -> list[int]:
         ValueError: Several channels, and which are red, green and blue is not said.
     """
     if opened.format != "TIFF":
-        if opened.format in ("GIF", "PNG", "WEBP") and getattr(opened, "is_animated", False):
+        with _pil():
+            animated = opened.format in ("GIF", "PNG", "WEBP") and getattr(opened, "is_animated", False)
+        if animated:
             notes.append("The file is an animation: only its first picture is read.")
         return [0]
     first = _Page(0, opened.size, opened.mode)
@@ -529,10 +551,10 @@ def _further_pages(opened: Image.Image) -> Iterator[_Page]:
         try:
             _go_to(opened, number)
         # After the last one, or where one is damaged or of a kind that PIL does not read.
-        except _DAMAGE:
+        except (OSError, SyntaxError, ValueError, EOFError):
             return
         # Previews are marked as reduced.
-        if not opened.tag_v2.get(_PAGE_KIND, 0) & 1:
+        if not any(kind & 1 for kind in _numbers(opened, _PAGE_KIND)):
             yield _Page(number, opened.size, opened.mode)
 
 
@@ -573,9 +595,15 @@ def _colour_channels(count: int, names: Sequence[str]) -> list[int] | None:
     return [0, 1, 2] if count == 3 else None
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    with _pil():
+        return ImageOps.exif_transpose(image)
+
+
 def _reduced(opened: Image.Image, max_pixels: int | None) -> Image.Image:
     """An opened file with at most about `max_pixels` pixels, averaged over blocks."""
-    opened.load()
+    with _pil():
+        opened.load()
     shrink = (opened.width * opened.height / max_pixels) ** 0.5 if max_pixels else 1
     if shrink <= 1:
         return opened
@@ -592,7 +620,7 @@ def to_rgb(image: Image.Image, notes: list[str] | None = None) -> Image.Image:
         image (`PIL.Image.Image`): Of any mode.
         notes (`list[str]`, *optional*): Takes a sentence for each guess.
     """
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy() if getattr(image, "fp", None) else image
     if image.mode.startswith(("I", "F")):
@@ -653,11 +681,12 @@ def _to_8_bit(pixels: np.ndarray, notes: list[str], bits: int | None = None, sta
         white = 2.0**used - 1
     if sample.size and pixels.dtype.kind != "u":
         darkest = -_brightest(-sample.astype(np.float64))
-        if darkest < -OVERSHOOT * white:
+        reach = min(white, max(brightest, 1.0))
+        if darkest < -OVERSHOOT * reach:
             raise InputError(
                 f"Many pixels are negative (to {darkest:g}), which no brightness is. Give 0..1, 0..255, or whole numbers from 0."
             )
-        if darkest < -0.02 * white:
+        if darkest < -0.02 * reach:
             notes.append(f"Negative pixels (to {darkest:g}) are read as black.")
     if pixels.ndim == 2 or pixels.shape[-1] == 3:
         return _scaled(pixels, white)
