@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -160,6 +161,12 @@ def write_text(path: Path, lines: Iterable[str]) -> None:
     write_atomically(path, lambda file: file.writelines(line.encode("utf-8", "backslashreplace") for line in lines))
 
 
+def printable(text: str) -> str:
+    """Text in one line: control characters, line ends and what is no character as escapes such as `\\n`."""
+    escaped = ("Cc", "Cs", "Zl", "Zp")
+    return "".join(repr(each)[1:-1] if unicodedata.category(each) in escaped else each for each in text)
+
+
 @contextmanager
 def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
     """Keeps other runs out of a folder, and removes what killed ones left of files they were writing.
@@ -218,4 +225,13 @@ def _umask() -> int:
     return mask
 
 
-__all__ = ["OpenedImage", "exclusive", "find_images", "open_image", "sha256", "write_atomically", "write_text"]
+__all__ = [
+    "OpenedImage",
+    "exclusive",
+    "find_images",
+    "open_image",
+    "printable",
+    "sha256",
+    "write_atomically",
+    "write_text",
+]

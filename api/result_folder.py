@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -228,8 +227,8 @@ def in_buckets(items: Iterable[_Work], key: Callable[[_Work], object], size: int
 
 
 def _one_line(error: Exception, path: Path) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.removeprefix(f"{path}: ")
+    text = str(error).removeprefix(f"{path}: ")
+    return " ".join(text.split()) or type(error).__name__
 
 
 class ResultFolder:
@@ -366,9 +365,10 @@ class ResultFolder:
 
 def _file_name(stem: str, digest: str) -> str:
     """A stem as the name of files on every system; one that had to be changed ends with a hash of its path."""
-    name = re.sub(r'[\x00-\x1f\x7f-\x9f\ud800-\udfff<>:"/\\|?*]', "_", stem)
+    name = "".join("_" if not each.isprintable() or each in '<>:"/\\|?*' else each for each in stem)
     # A leading dot hides a file, and one of dots only is a folder.
-    name = re.sub(r"^\.+", lambda dots: "_" * len(dots[0]), name)
+    bare = name.lstrip(".")
+    name = "_" * (len(name) - len(bare)) + bare
     if name == stem and len(name.encode()) <= NAME_BYTES:
         return name
     return f"{name.encode()[: NAME_BYTES - 13].decode(errors='ignore')}_{digest}"

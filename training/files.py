@@ -9,8 +9,8 @@ from unihema.files import write_atomically
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a whole file, see [`write_atomically`]."""
-    write_atomically(Path(path), lambda file: file.write(text.encode("utf-8")))
+    """Writes a whole file, see [`write_atomically`]; file names that are not UTF-8 as in [`unihema.files.write_text`]."""
+    write_atomically(Path(path), lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -31,6 +31,7 @@ def predict(
     from tqdm.auto import tqdm
 
     from unihema.analyzer import Analyzer, QueryCapWarning
+    from unihema.files import printable
 
     image_sizes = pairs(image_size, "--image-size", "detection=480", int)
     # Shown beside the bar, from the result.
@@ -46,7 +47,7 @@ def predict(
         bar.update(1)
         problems = [outcome] if isinstance(outcome, str) else outcome.warnings if outcome else []
         for problem in problems:
-            tqdm.write(f"{path}: {problem}")
+            tqdm.write(printable(f"{path}: {problem}"))
 
     try:
         analyzer = Analyzer.from_pretrained(checkpoint, device=device, image_sizes=image_sizes, int8=int8)
@@ -70,5 +71,5 @@ def predict(
     typer.echo(f"Results in {output}.")
     if report.failed:
         for item, problem in report.failed.items():
-            typer.echo(f"failed: {item}: {problem}", err=True)
+            typer.echo(printable(f"failed: {item}: {problem}"), err=True)
         raise typer.Exit(1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unihema.errors import InputError
+from unihema.files import printable
 
 from .overlay import class_colors
 
@@ -74,10 +75,7 @@ def table_text(value: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    text = "".join(
-        repr(character)[1:-1] if unicodedata.category(character) in ("Cc", "Zl", "Zp") else character
-        for character in value
-    )
+    text = printable(value)
     first = unicodedata.normalize("NFKC", value[:1])
     return f"'{text}" if first and first in "=+-@" else text
 
@@ -166,6 +164,7 @@ def _feature(
     geometry: dict[str, Any], object_type: str, label: str, color: Sequence[int], identity: str, **properties: Any
 ) -> dict[str, Any]:
     """A QuPath object. Its id is a UUID, as QuPath wants, and the same each time for the same object."""
+    identity = identity.encode("utf-8", "backslashreplace").decode()
     return {
         "type": "Feature",
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, identity)),
