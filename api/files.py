@@ -4,6 +4,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import socket
 import tempfile
 import time
@@ -22,8 +23,10 @@ from unihema.errors import OutputError
 from .processing_unihema.image_io import IMAGE_SUFFIXES, image_size, read_image
 
 
-# What writing takes place under, until it is complete.
-_PARTIAL = ".unihema-"
+# Names of files that are being written: with host and process, so that what a killed one left is known.
+_PARTIAL = f".unihema-{re.sub(r'[^0-9A-Za-z.]', '', socket.gethostname())[:64]}-"
+# Folders that this process has cleaned of such files.
+_cleaned: set[str] = set()
 _LOCK, _OWNER = ".unihema.lock", ".unihema.run"
 
 
@@ -127,7 +130,7 @@ def sha256(path: Path) -> str:
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Writes a file beside its place and moves it there when it is complete.
 
-    What a killed process leaves is removed by [`exclusive`].
+    What a killed process left in the folder is removed by the next one on this machine that writes there.
 
     Args:
         path (`Path`): The file; its folder is made when missing.
@@ -138,7 +141,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=_PARTIAL, suffix=".partial")
+        place = os.path.abspath(path.parent)
+        if place not in _cleaned:
+            _cleaned.add(place)
+            _remove_partials(path.parent)
+        prefix = f"{_PARTIAL}{os.getpid()}-"
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".partial")
         try:
             with os.fdopen(descriptor, "wb") as file:
                 write(file)
@@ -196,9 +204,7 @@ def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
         raise OutputError(f"{folder}: cannot be written ({error.strerror or error}).") from error
     try:
         for place in (folder, *(folder / name for name in subfolders)):
-            for partial in place.glob(f"{_PARTIAL}*.partial"):
-                with suppress(OSError):
-                    partial.unlink()
+            _remove_partials(place, alone=True)
         run = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         write_text(owner, [json.dumps(run)])
         yield
@@ -206,6 +212,28 @@ def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
         with suppress(OSError):
             owner.unlink(missing_ok=True)
         lock.release()
+
+
+def _remove_partials(folder: Path, alone: bool = False) -> None:
+    """Removes what killed processes were writing; with `alone` also what seems to be written by others, who cannot be."""
+    for partial in folder.glob(".unihema-*.partial"):
+        process = re.fullmatch(rf"{re.escape(_PARTIAL)}(\d+)-\w+\.partial", partial.name)
+        if alone or (process and not _is_running(int(process[1]))):
+            with suppress(OSError):
+                partial.unlink()
+
+
+def _is_running(process: int) -> bool:
+    # On Windows the question would end the process.
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _owner(path: Path) -> str:

@@ -274,6 +274,26 @@ def test_what_a_killed_run_was_writing_is_removed_by_the_next_and_nothing_else(a
     assert sorted(path.name for path in results.rglob("*.partial")) == [".mine.partial", "other.partial"]
 
 
+def test_every_writer_removes_what_killed_ones_left_and_leaves_living_ones_alone(tmp_path):
+    write = (
+        "import os, sys; from pathlib import Path; from unihema.files import write_atomically\n"
+        "write_atomically(Path(sys.argv[1]), lambda file: (file.write(b'half'), file.flush(), {}))"
+    )
+    stop = "print('writing', flush=True), sys.stdin.read()"
+    living = subprocess.Popen(
+        [sys.executable, "-c", write.format(stop), str(tmp_path / "b")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert living.stdout.readline() == "writing\n"
+    for code, left in (("os.kill(os.getpid(), 9)", 2), ("None", 1)):
+        subprocess.run([sys.executable, "-c", write.format(code), str(tmp_path / "a")], timeout=300)
+        assert len(list(tmp_path.glob(".*.partial"))) == left
+    living.communicate(timeout=300)
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"] and (tmp_path / "b").read_text() == "half"
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path):
     def fail(file):
         file.write(b"half")
