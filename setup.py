@@ -80,6 +80,7 @@ setup(
         "sacrebleu>=2.4.3,<3",
         "tqdm>=4.66.4,<5",
         "click>=8.2.1,<9",
+        "filelock>=3.13,<5",
     ],
     extras_require={
         "dev": [

@@ -381,7 +381,9 @@ class Analyzer:
         if self.model.training:
             raise RequestError("The model is in training mode: call model.eval() before analysing.")
         opened = [image if isinstance(image, OpenedImage) else open_image(image) for image in images]
-        results = [SmearResult(image.width, image.height, image=image.name) for image in opened]
+        results = [
+            SmearResult(image.width, image.height, image=image.name, warnings=list(image.notes)) for image in opened
+        ]
         for result in results:
             result.provenance = self._provenance(request)
             result.class_parents = dict(self.model.config.label_parents or {})

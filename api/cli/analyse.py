@@ -70,6 +70,7 @@ def predict(
     from tqdm.auto import tqdm
 
     from unihema.analyzer import Analyzer, QueryCapWarning
+    from unihema.files import printable
 
     batch_size = of_all_tasks(batch_sizes, "--batch-size", 1)
     # Shown beside the bar, from the result.
@@ -85,7 +86,7 @@ def predict(
         bar.update(1)
         problems = [outcome] if isinstance(outcome, str) else outcome.warnings if outcome else []
         for problem in problems:
-            tqdm.write(f"{path}: {problem}")
+            tqdm.write(printable(f"{path}: {problem}"))
 
     try:
         sizes = of_each_task(image_sizes, tasks)
@@ -110,7 +111,7 @@ def predict(
     click.echo(f"Results in {output}.")
     if report.failed:
         for item, problem in report.failed.items():
-            click.echo(f"failed: {item}: {problem}", err=True)
+            click.echo(printable(f"failed: {item}: {problem}"), err=True)
         raise click.exceptions.Exit(1)
 
 
