@@ -96,7 +96,6 @@ setup(
             "tensorboard>=2.18,<3",
             "twine>=7,<8",
             # The command of the benchmarks.
-            "typer>=0.20,<1",
             *CONVERT,
             *DOCS,
             *ONNX,

@@ -168,8 +168,7 @@ class SettingsCommand(click.Command):
                 value = dict(value) if isinstance(option.type, NameValue) else list(value)
             if value not in (None, [], {}):
                 settings[name] = value
-        more = {name: _json_or_text(text) for name, text in ctx.params.pop("more_settings", ())}
-        ctx.params["settings"] = settings | more
+        ctx.params["settings"] = settings | settings_of(ctx.params.pop("more_settings", ()))
         return super().invoke(ctx)
 
 
@@ -209,6 +208,11 @@ def _meaning(section: type, name: str) -> str:
     found = re.search(rf"^ +{name} \(.*?\): (.+?)(?=^ +\w+ \(|^\s*$|\Z)", section.__doc__ or "", re.M | re.S)
     assert found, f"{section.__name__} says nothing of {name}"
     return " ".join(found.group(1).split())
+
+
+def settings_of(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Dotted name -> value, of what `--set` was given."""
+    return {name: _json_or_text(text) for name, text in pairs}
 
 
 def _json_or_text(text: str) -> Any:

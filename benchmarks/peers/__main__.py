@@ -5,11 +5,10 @@ import shlex
 import sys
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
+import click
 import torch
 import transformers
-import typer
 
 from benchmarks.measuring import processor_name
 from benchmarks.peers.comparison import UNIHEMA, compare, default_config
@@ -18,49 +17,63 @@ from benchmarks.peers.speed import conditions, measure
 from benchmarks.peers.table import best_peers, comparison, page
 from unihema.files import write_json, write_text
 from unihema.training.run.config import RunConfig
-from unihema_cli.options import pairs, run_overrides
+from unihema_cli.options import PATH, NameValue, set_option, settings_of
 
 
-PEER_HELP = f"Train this peer only; may be repeated. There are {', '.join(PEERS)}."
 SHIPPED = Path(str(files("unihema"))) / "shipped_files" / "checkpoint"
 
 
+@click.command()
+@click.option("--data", multiple=True, required=True, type=PATH, help="Data folder; may be repeated.")
+@click.option("--minutes", required=True, type=float, help="Minutes of training for each peer.")
+@click.option("--peer", "names", multiple=True, type=click.Choice(list(PEERS)), help="This one only; may be repeated.")
+@click.option("--output", "-o", type=PATH, default="runs/peers", help="Folder for the peers and their results.")
+@click.option("--docs", type=PATH, help="Folder for peers.md and peers.json, such as docs/results; OUTPUT by default.")
+@click.option("--checkpoint", type=PATH, default=SHIPPED, help="UniHema's checkpoint; that of the package by default.")
+@click.option("--checkpoint-minutes", type=float, help="How long it was trained, all tasks together; for the table.")
+@click.option(
+    "--learning-rate",
+    "rates",
+    multiple=True,
+    type=NameValue("unet=5e-4"),
+    help="Of a peer, PEER=RATE; may be repeated.",
+)
+@click.option("--samples", type=int, help="Measure on about this many rows of a task, the same for all models.")
+@click.option("--note", help="What else a reader of the page must know, such as where finished peers come from.")
+@click.option("--rounds", type=click.IntRange(1), default=10, help="Timed rounds.")
+@click.option("--config", type=PATH, help="A run_config.json to take settings from, instead of the tiny preset's.")
+@set_option
 def main(
-    data: list[Path] = typer.Option(..., "--data", help="Data folder; may be repeated."),
-    minutes: float = typer.Option(..., help="Minutes of training for each peer."),
-    peer: list[str] = typer.Option([], "--peer", help=PEER_HELP),
-    output: Path = typer.Option(Path("runs/peers"), "--output", "-o", help="Folder for the peers and their results."),
-    docs: Path = typer.Option(
-        None, help="Folder for peers.md and peers.json, such as docs/results; --output by default."
-    ),
-    checkpoint: Path = typer.Option(
-        SHIPPED, help="UniHema's checkpoint; the one that comes with the package by default."
-    ),
-    checkpoint_minutes: float = typer.Option(None, help="How long it was trained, all tasks together; for the table."),
-    learning_rate: list[str] = typer.Option([], help="Learning rate of a peer, PEER=RATE; may be repeated."),
-    rename: list[str] = typer.Option([], help="New name of a class, platelet=Platelets; may be repeated."),
-    samples: int = typer.Option(None, help="Measure on about this many rows of a task, the same for all models."),
-    note: str = typer.Option(
-        None, help="What else a reader of the page must know, such as where finished peers come from."
-    ),
-    rounds: int = typer.Option(10, min=1, help="Timed rounds."),
-    setting: list[str] = typer.Option([], "--set", help="Any other setting of run_config.json, NAME=JSON."),
-    config: Path = typer.Option(None, help="A run_config.json to take settings from, instead of the tiny preset's."),
-    resume: bool = typer.Option(False, "--resume", help="Go on with what is in --output; finished peers stay."),
+    data: tuple[Path, ...],
+    minutes: float,
+    names: tuple[str, ...],
+    output: Path,
+    docs: Path | None,
+    checkpoint: Path,
+    checkpoint_minutes: float | None,
+    rates: tuple[tuple[str, str], ...],
+    samples: int | None,
+    note: str | None,
+    rounds: int,
+    config: Path | None,
+    more_settings: tuple[tuple[str, str], ...],
 ) -> None:
-    """Compare UniHema with single-task peers: same data, machine, minutes and sizes; a peer that is done is kept."""
-    given: dict[str, Any] = {
-        "output_dir": str(output),
-        "data.folders": [str(folder) for folder in data],
-        "data.tasks": None,
-        "data.rename": pairs(rename, "--rename", "platelet=Platelets") or None,
-        "optimisation.time_limit_minutes": minutes,
-        "logging.final_samples": samples,
-    }
+    """Compare UniHema with single-task peers: same data, machine, minutes and sizes.
+
+    A peer that is done is kept; the same command goes on where it was stopped.
+    """
     settings = default_config() if config is None else RunConfig.load(config)
-    settings = settings.with_overrides(run_overrides(given, setting))
-    rates = pairs(learning_rate, "--learning-rate", "unet=5e-4", float)
-    results = compare(settings, checkpoint, peer, rates, resume)
+    settings = settings.with_overrides(
+        {
+            "output_dir": str(output),
+            "data.folders": [str(folder) for folder in data],
+            "data.tasks": None,
+            "optimisation.time_limit_minutes": minutes,
+            "logging.final_samples": samples,
+            **settings_of(more_settings),
+        }
+    )
+    results = compare(settings, checkpoint, names, {name: float(rate) for name, rate in rates}, resume=True)
     peers = [name for name in results if name != UNIHEMA]
     best = best_peers(results)
     tasks = [task for task in best if task in results[UNIHEMA]["report"]]
@@ -88,8 +101,8 @@ def main(
     write_json(docs / "peers.json", {"conditions": had, **compared})
     written = json.loads((docs / "peers.json").read_text(encoding="utf-8"))
     write_text(docs / "peers.md", page(written, written["conditions"]))
-    typer.echo(f"{docs / 'peers.md'}")
+    click.echo(f"{docs / 'peers.md'}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -5,9 +5,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import torch
 import transformers
-import typer
 
 from benchmarks.measuring import gemm_rate, processor_name
 from benchmarks.speed import attention, detection, tasks, throughput, training_step
@@ -19,14 +19,16 @@ from unihema.training.studies.study import save_plot
 SIZES = [(512, 512), (800, 1066)]
 
 
-def bench(
-    output: Path = typer.Option(Path("docs/results"), help="Folder for speed.md, speed.json and growth.png."),
-    rounds: int = typer.Option(3, help="Timed rounds of each case."),
-    compiled: bool = typer.Option(
-        True, help="Also measure detection with torch.compile, which takes minutes to compile."
-    ),
-    section: list[str] = typer.Option([], help="Measure only these again; the others stay as they are in the JSON."),
-) -> None:
+@click.command()
+@click.option(
+    "--output", type=click.Path(path_type=Path), default="docs/results", help="Folder for speed.md and others."
+)
+@click.option("--rounds", type=int, default=3, help="Timed rounds of each case.")
+@click.option(
+    "--compiled/--no-compiled", default=True, help="Also measure detection with torch.compile, which takes minutes."
+)
+@click.option("--section", multiple=True, help="Measure only these again; the others stay as they are in the JSON.")
+def bench(output: Path, rounds: int, compiled: bool, section: tuple[str, ...]) -> None:
     """Measure UniHema beside its peers; a section that is done is written at once."""
     record = output / "speed.json"
     results = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
@@ -61,8 +63,8 @@ def bench(
     if exponents:
         save_plot(output / "growth.png", growth_plot(results["growth"]))
     write_text(output / "speed.md", [page(results, exponents)])
-    typer.echo(f"{output / 'speed.md'}")
+    click.echo(f"{output / 'speed.md'}")
 
 
 if __name__ == "__main__":
-    typer.run(bench)
+    bench()
