@@ -52,6 +52,7 @@ setup(
         "unihema": ["py.typed", "shipped_files/*/*"],
         "unihema.processing_unihema": ["tokenizer/*.json"],
         "unihema.training.data.curation": ["catalog.json"],
+        "unihema.hub_cards": ["templates/*.jinja"],
     },
     # The lower bounds are the oldest releases that pass the tests (constraints-lowest.txt, `make test-lowest`). Transformers
     # 5.15 is the first whose T5 attends through SDPA. Its 5.24 runs all but adapters: it asks for PEFT 0.22, and the newest
@@ -71,6 +72,7 @@ setup(
         "scipy>=1.13.1,<2",
         "pillow>=11,<14",
         "pyyaml>=6.0.2,<7",
+        "jinja2>=3.1,<4",
         # The backbone of the shipped checkpoint.
         "timm>=1.0.9,<2",
         # The figures of detection and of texts, which every training with a validation split writes.
@@ -83,6 +85,7 @@ setup(
         "dev": [
             "build>=1.6,<2",
             "import-linter>=2.17,<3",
+            "markdown-it-py>=4,<5",
             "mypy>=2.4,<3",
             "pandas>=2.2.3,<4",
             "pytest>=9,<10",
@@ -91,8 +94,6 @@ setup(
             "ruff>=0.17,<1",
             "tensorboard>=2.18,<3",
             "twine>=7,<8",
-            # The command of the benchmarks.
-            "typer>=0.20,<1",
             *CONVERT,
             *DOCS,
             *ONNX,

@@ -441,7 +441,7 @@ class Analyzer:
             outputs,
             target_sizes=[image.size[::-1] for image in seen.images],
             pixel_mask=seen.batch("segmentation")["pixel_mask"],
-            threshold=self.model.config.segmentation_threshold,
+            threshold=self.model.config.trained.segmentation_threshold,
         )
         asked = request.prompt or self.processor.default_prompts.get("segmentation")
         for result, mask in zip(results, masks, strict=True):
@@ -500,7 +500,7 @@ class Analyzer:
             "image_sizes": {task: dict(self.processor.image_processor.task_sizes[task]) for task in tasks},
             "prompt": request.prompt if isinstance(request.prompt, str | None) else list(request.prompt),
             "detection_thresholds": thresholds if "detection" in tasks else None,
-            "segmentation_threshold": config.segmentation_threshold if "segmentation" in tasks else None,
+            "segmentation_threshold": config.trained.segmentation_threshold if "segmentation" in tasks else None,
             "nms_iou": NMS_IOU,
             "nms_within": NMS_WITHIN,
         }

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -173,9 +174,32 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 
-def write_text(path: Path, lines: Iterable[str]) -> None:
-    """Writes text atomically, piece by piece, as UTF-8."""
-    write_atomically(path, lambda file: file.writelines(line.encode("utf-8") for line in lines))
+def write_text(path: str | Path, text: str | Iterable[str]) -> None:
+    """Writes text, or its pieces one after another, atomically as UTF-8."""
+    pieces = [text] if isinstance(text, str) else text
+    write_atomically(Path(path), lambda file: file.writelines(piece.encode("utf-8") for piece in pieces))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes indented JSON atomically; numbers that JSON does not know (NaN, infinity) become null."""
+    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """`value` with every part turned into what JSON knows."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Path):
+        return str(value)
+    return value
 
 
 def _umask() -> int:
@@ -184,4 +208,14 @@ def _umask() -> int:
     return mask
 
 
-__all__ = ["OpenedImage", "claim_folder", "find_images", "open_image", "sha256", "write_atomically", "write_text"]
+__all__ = [
+    "OpenedImage",
+    "claim_folder",
+    "find_images",
+    "open_image",
+    "plain",
+    "sha256",
+    "write_atomically",
+    "write_json",
+    "write_text",
+]

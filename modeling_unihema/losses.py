@@ -22,7 +22,7 @@ def sigmoid_focal_loss(
         logits (`torch.Tensor`): Any shape.
         targets (`torch.Tensor`): 0 or 1, of the same shape and a floating dtype.
         alpha (`float`, *optional*): Weight of ones; zeros weigh `1 - alpha`. `None` weighs both 1.
-        gamma (`float`): How fast the loss of easy elements fades.
+        gamma (`float`): Focusing exponent: the larger, the less easy elements count.
 
     Returns:
         `torch.Tensor`: Not reduced, of the same shape.
@@ -62,8 +62,8 @@ def detection_loss(
         selection_logits (`torch.Tensor`): Class logits of the selected encoder tokens, `[B, Q, num_labels]`.
         selection_boxes (`torch.Tensor`): Their boxes, with gradient, `[B, Q, 4]`.
         labels (`Sequence[dict[str, torch.Tensor]]`): See `check_detection_labels`; without `morphology` all is missing.
-        config ([`UniHemaConfig`]): Costs, coefficients, `focal_alpha`, `auxiliary_loss`, `num_labels`, `morphology`,
-            `ancestor_matrix`.
+        config ([`UniHemaConfig`]): `loss_weights`, `matching_weights`, `official_losses`, `focal_alpha`, `auxiliary_loss`,
+            `num_labels`, `morphology`, `ancestor_matrix`.
         denoising ([`DenoisingQueries`], *optional*): How the denoising queries were made.
         denoising_logits (`torch.Tensor`, *optional*): Class logits of the denoising queries, `[L, B, P, num_labels]`.
         denoising_boxes (`torch.Tensor`, *optional*): Their boxes, `[L, B, P, 4]`.
@@ -105,9 +105,9 @@ def detection_loss(
             values = _gather(targets, "morphology", image, cell)
             described = layer_morphology[layer][image, query]
             terms["loss_morphology"] = (
-                morphology_loss(described, values, value_counts)
-                if config.morphology_loss == "cross_entropy"
-                else asymmetric_morphology_loss(described, values, value_counts, num_cells)
+                asymmetric_morphology_loss(described, values, value_counts, num_cells)
+                if config.official_losses
+                else morphology_loss(described, values, value_counts)
             )
         losses.update({name + suffix: value for name, value in terms.items()})
 
@@ -119,7 +119,7 @@ def detection_loss(
     if denoising is not None:
         image, query = is_positive.nonzero(as_tuple=True)
         pairs = (image, query, denoising.target_indices[image, query])
-        # A slot without a target is neither positive nor background.
+        # A slot without a target has no class loss.
         weight = class_weight * has_target[..., None]
         everything = [_to_device(image, config.num_labels, ancestors, device) for image in labels]
         for layer in layers:
@@ -128,24 +128,19 @@ def detection_loss(
             terms = _class_and_box_losses(logits, boxes, everything, pairs, weight, num_positives, config)
             losses.update({name + suffix: value for name, value in terms.items()})
 
-    coefficients = {
-        "ce": config.class_loss_coefficient,
-        "bbox": config.bbox_loss_coefficient,
-        "giou": config.giou_loss_coefficient,
-        "morphology": config.morphology_loss_coefficient,
-    }
-    loss = sum(coefficients[name.split("_")[1]] * value for name, value in losses.items())
+    weights = {**config.loss_weights, "ce": config.loss_weights["class"]}
+    loss = sum(weights[name.split("_")[1]] * value for name, value in losses.items())
     return loss, {name: value.detach() for name, value in losses.items()}
 
 
 def segmentation_loss(
     mask_logits: torch.Tensor,
     labels: torch.Tensor,
-    dice_loss_coefficient: float = 2.0,
-    focal_loss_coefficient: float = 1.0,
+    dice_weight: float = 2.0,
+    focal_weight: float = 1.0,
     alpha: float = 0.25,
     gamma: float = 2.0,
-    dice_over: str = "image",
+    dice_over_batch: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Dice and focal loss of each image over its own valid pixels, averaged over the images.
 
@@ -153,11 +148,12 @@ def segmentation_loss(
         mask_logits (`torch.Tensor`): `[B, H, W]`.
         labels (`torch.Tensor`): Integers `[B, H, W]`: 1 cell, 0 background, -100 ignored. An image that is ignored
             throughout counts for nothing.
-        dice_loss_coefficient (`float`): Weight of the Dice loss.
-        focal_loss_coefficient (`float`): Weight of the focal loss.
+        dice_weight (`float`): Weight of the Dice loss.
+        focal_weight (`float`): Weight of the focal loss.
         alpha (`float`): Constant factor of the focal loss, the same for cell and background.
         gamma (`float`): Focal exponent.
-        dice_over (`str`): `"image"`, or `"batch"` for one Dice over all pixels together, as the official code has it.
+        dice_over_batch (`bool`): One Dice loss over all pixels of the batch, as the official code has it, instead of one
+            an image.
 
     Returns:
         `tuple[torch.Tensor, dict[str, torch.Tensor]]`: The weighted sum, with a graph, and the unweighted, detached
@@ -184,7 +180,7 @@ def segmentation_loss(
     probability = logits.sigmoid() * weight
     overlap = (probability * mask).sum(1)
     areas = probability.sum(1) + mask.sum(1)
-    if dice_over == "batch":
+    if dice_over_batch:
         overlap, areas = overlap.sum().expand_as(overlap), areas.sum().expand_as(areas)
     dice = 1 - (2 * overlap + 1) / (areas + 1)
     focal = alpha * sigmoid_focal_loss(logits, mask, alpha=None, gamma=gamma) * weight
@@ -193,7 +189,7 @@ def segmentation_loss(
     counts = (pixels > 0).to(logits.dtype)
     (images,) = average_over_processes(counts.sum(), device=logits.device)
     dice, focal = (dice * counts).sum() / images, (focal * counts).sum() / images
-    loss = dice_loss_coefficient * dice + focal_loss_coefficient * focal
+    loss = dice_weight * dice + focal_weight * focal
     return loss, {"loss_dice": dice.detach(), "loss_focal": focal.detach()}
 
 
@@ -312,9 +308,8 @@ def _match(
     logits: torch.Tensor, boxes: torch.Tensor, targets: list[dict[str, torch.Tensor]], config: UniHemaConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Matched pairs of the whole batch as three index vectors: image, query, cell."""
-    matches = match_queries(
-        logits, boxes, targets, config.class_cost, config.bbox_cost, config.giou_cost, config.focal_alpha
-    )
+    costs = config.matching_weights
+    matches = match_queries(logits, boxes, targets, costs["class"], costs["bbox"], costs["giou"], config.focal_alpha)
     image = torch.cat([torch.full_like(query, row) for row, (query, _) in enumerate(matches)])
     query, cell = (torch.cat(indices) for indices in zip(*matches, strict=True))
     return image, query, cell
@@ -418,12 +413,12 @@ def match_queries(
 
 
 def _class_costs(logits: torch.Tensor, labels: dict[str, torch.Tensor], alpha: float, gamma: float) -> torch.Tensor:
-    """Focal cost `[Q, n]` of calling query q what cell n is."""
+    """Focal cost `[Q, n]` of assigning the classes of cell n to query q."""
     positive = labels.get("positive")
     if positive is None or not len(positive):
         return _focal_cost(logits[:, labels["class_labels"]], alpha, gamma)
     counts = positive.sum(-1)
-    # The few classes of each cell first, so that not every class of every pair is looked at.
+    # A cell has few classes. Sorting them first avoids the cost of every class for every pair.
     classes = positive.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, : int(counts.max())]
     costs = _focal_cost(logits[:, classes], alpha, gamma)
     return (costs * positive.gather(-1, classes)).sum(-1) / counts
@@ -496,11 +491,10 @@ def asymmetric_morphology_loss(
 
 
 def average_over_processes(*counts: int | torch.Tensor, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Each count averaged over the processes of a distributed run, at least 1; in one exchange, in which every process
-    takes part.
+    """Global loss normaliser for distributed training: each count averaged over the processes, at least 1.
 
-    A process's loss is its own sum over this count; since gradients are averaged between processes, that is the sum over
-    all samples divided by all that is counted.
+    A process divides its own sum of losses by this. Gradients are averaged over processes, so together they learn from the
+    sum over all samples divided by the total count. Every process must call this in the same step.
 
     Args:
         *counts (`int` or `torch.Tensor`): Cells, tokens or images of this process's part of the batch.

@@ -43,9 +43,9 @@ from .text_branch import CACHE_NAME, TextBranch
 from .visual_backbone import FeatureLevels, VisualBackbone
 
 
-# Logit of a query that has no token of its image to stand on; small enough for half precision.
+# Class logit of a query that was made from padding; float16 can hold it.
 NO_CELL = -1e4
-# What a caller may ask for of every layer, and where it is returned.
+# Optional outputs of every layer, and the fields that return them.
 LAYER_OPTIONS = ("output_hidden_states", "output_attentions")
 LAYER_OUTPUTS = (
     "encoder_hidden_states",
@@ -57,7 +57,7 @@ LAYER_OUTPUTS = (
 
 
 def layer_options(options: Mapping[str, Any]) -> dict[str, bool]:
-    """Those of a call's further arguments that ask for states or weights of every layer."""
+    """The keyword arguments of a call that request states or attention weights of every layer."""
     return {name: options[name] for name in LAYER_OPTIONS if options.get(name) is not None}
 
 
@@ -65,7 +65,7 @@ class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
     """Initialisation and loading, common to all UniHema models."""
 
     config: UniHemaConfig
-    # What the class has heads for; the model without heads has none.
+    # Tasks the class has heads for. The model without heads has none.
     tasks: tuple[str, ...]
     config_class = UniHemaConfig
     base_model_prefix = "model"
@@ -74,13 +74,13 @@ class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["VisualBackbone", "ImageEncoderLayer", "ImageDecoderLayer", "CrossModalFusionBlock"]
     _supports_sdpa = True
-    # Parts that the loss of a class does not reach.
+    # Parts that get no gradient from the loss of the class.
     _frozen_parts: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """Loads a model, as [`~PreTrainedModel.from_pretrained`] does, which makes every parameter trainable; those of
-        the parts that the loss of this class does not reach are frozen again."""
+        """Loads a model as [`~PreTrainedModel.from_pretrained`] does, and freezes the parts that get no gradient from the
+        loss of this class."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._freeze_parts()
@@ -95,8 +95,8 @@ class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Xavier-uniform linears and convolutions, zero biases, standard normal queries and embeddings; and whatever a
-        layer was marked with: see `initialised`."""
+        """Xavier-uniform linears and convolutions, zero biases, standard normal queries and embeddings; layers marked by
+        `initialised` get their own values."""
         super()._init_weights(module)
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             init.xavier_uniform_(module.weight, gain=getattr(module, "initial_gain", 1.0))
@@ -118,13 +118,13 @@ class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
     def get_image_features(
         self, pixel_values: torch.FloatTensor, pixel_mask: torch.LongTensor | None = None, task: str | None = None
     ) -> UniHemaImageFeatures:
-        """What a batch of images gives every task; every head takes it back as `image_features=`.
+        """Image features that all tasks share; every head accepts them as `image_features=`.
 
         Args:
             pixel_values (`torch.FloatTensor`): Normalised images `[B, 3, H, W]`.
             pixel_mask (`torch.LongTensor`, *optional*): `[B, H, W]`, 1 on the image, 0 on padding.
-            task (`str`, *optional*): The image is encoded only as far as this task reads it; as far as any task of the model
-                does when missing. A head encodes what it needs and is not given.
+            task (`str`, *optional*): Encode only what this task needs; what any task of the model needs when missing. A head
+                computes whatever it needs and is not given.
 
         Returns:
             [`UniHemaImageFeatures`]
@@ -141,7 +141,7 @@ class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
         task: str = "detection",
         batch_size: int = 1,
     ) -> UniHemaPromptFeatures:
-        """What a prompt gives the content queries of detection and segmentation, which take it back as `prompt_features=`.
+        """Prompt features for detection and segmentation, whose heads accept them as `prompt_features=`.
 
         Args:
             input_ids (`torch.LongTensor`, *optional*): Prompt `[B, L]`; the configuration's default prompt of the task, for
@@ -295,7 +295,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
             raise InputError("Give pixel_values or image_features, not both.")
 
     def _features(self, pixel_values, pixel_mask, image_features) -> UniHemaImageFeatures:
-        """The features given, or the feature levels of the images given."""
+        """The given features, or the feature levels of the given images."""
         self._one_source(pixel_values, image_features)
         if image_features is not None:
             return image_features
@@ -303,7 +303,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
         return UniHemaImageFeatures(levels=levels, image_size=tuple(pixel_values.shape[-2:]))
 
     def _encode(self, features: UniHemaImageFeatures, states: bool, weights: bool) -> BaseModelOutput:
-        """The encoded tokens given; computed where they are not, or where states or weights of the layers are asked for."""
+        """Encoded tokens: the given ones, or computed, also when states or weights of every layer are requested."""
         if features.last_hidden_state is not None and not states and not weights:
             return BaseModelOutput(features.last_hidden_state)
         return self.image_encoder(features.levels, output_hidden_states=states, output_attentions=weights)
@@ -360,7 +360,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
         states: bool,
         weights: bool,
     ) -> UniHemaModelOutput:
-        """Question or sentence and image to what the text decoder attends to, E_W (equation 1)."""
+        """Fuses question or sentence with the image to E_W (equation 1), which the text decoder attends to."""
         if input_ids is None:
             raise InputError("input_ids is missing: a question or a masked sentence is needed to generate text.")
         if attention_mask is None:
@@ -386,7 +386,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
         )
 
     def _official_length(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
-        """The official model pads every text to its limit, and its padding takes part."""
+        """Pads texts to the longest length where padding takes part, as the official model does."""
         missing = self.config.fusion_queries - input_ids.shape[1]
         if not self.config.attend_to_padding or missing <= 0:
             return input_ids, attention_mask
@@ -439,7 +439,7 @@ def segment(model: UniHemaPreTrainedModel, labels: torch.LongTensor | None, **in
     trunk = model.model(task="segmentation", return_dict=True, **inputs)
     size = features.image_size if pixel_values is None else tuple(pixel_values.shape[-2:])
     level = trunk.mask_logits.shape[-2:]
-    # A whole number of pixels to a cell of the level, then cut: padding at the end does not stretch the mask.
+    # Upsampled by whole strides and then cut, so that padding at the end does not stretch the mask.
     whole = size
     if not model.config.attend_to_padding:
         whole = [cells * stride for cells, stride in zip(level, strides(size, level))]
@@ -450,9 +450,9 @@ def segment(model: UniHemaPreTrainedModel, labels: torch.LongTensor | None, **in
         loss, loss_dict = segmentation_loss(
             mask_logits,
             labels,
-            dice_loss_coefficient=model.config.dice_loss_coefficient,
-            focal_loss_coefficient=model.config.focal_loss_coefficient,
-            dice_over=model.config.dice_over,
+            dice_weight=model.config.loss_weights["dice"],
+            focal_weight=model.config.loss_weights["focal"],
+            dice_over_batch=model.config.official_losses,
         )
     return UniHemaSegmentationOutput(
         loss=loss,
@@ -481,7 +481,7 @@ def classify(
 
 
 def _of_layers(trunk: UniHemaModelOutput, names: tuple[str, ...]) -> dict[str, Any]:
-    """States and weights of each layer, where asked for."""
+    """States and weights of each layer, where requested."""
     return {name: trunk[name] for name in names if name in trunk}
 
 
@@ -544,7 +544,7 @@ class UniHemaForSegmentation(UniHemaPreTrainedModel):
     """Semantic mask, at the image's own size, of what the prompt names."""
 
     tasks = ("segmentation",)
-    # Where the queries look is chosen, not differentiated: only detection can teach it.
+    # Tokens are selected without gradient, so only the loss of detection trains these.
     _frozen_parts = (
         "model.query_selection.token_projection",
         "model.query_selection.token_norm",
@@ -609,7 +609,8 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
     def __init__(self, config: UniHemaConfig):
         super().__init__(config)
         self.model = UniHemaModel(config, self.tasks)
-        config.single_cell_labels = config.given_labels or config.single_cell_labels
+        # The loaded configuration cannot know which head it is for, so it brings new class names here.
+        config.single_cell_labels = vars(config).pop("labels_when_loading", config.single_cell_labels)
         self.single_cell_head = SingleCellHead(config)
         self.post_init()
 
@@ -644,7 +645,7 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
 
 
 class _QuestionEncoder:
-    """What `generate` calls to encode: the question and its image, fused."""
+    """The encoder that `generate` calls: it fuses the question with its image."""
 
     main_input_name = "input_ids"
 
@@ -678,7 +679,7 @@ class _QuestionEncoder:
 
 
 class _Answers:
-    """What generating text needs of a model that has a trunk with a text decoder and an `lm_head`."""
+    """Text generation for models whose trunk has a text decoder."""
 
     main_input_name = "input_ids"
 
@@ -705,7 +706,7 @@ class _Answers:
         self.lm_head = value
 
     def get_encoder(self, modality: str | None = None) -> _QuestionEncoder:
-        """What `generate` encodes a question and its image with."""
+        """The encoder of questions and their images that `generate` calls."""
         return _QuestionEncoder(self.model)
 
     def get_decoder(self) -> nn.Module:
@@ -714,8 +715,8 @@ class _Answers:
 
     @torch.no_grad()
     def generate(self, *args, **kwargs):
-        """Answers, as [`~GenerationMixin.generate`] does, also in the midst of training: dropout, batch statistics and
-        checkpointing of activations are set aside, and every part is back in its mode afterwards.
+        """Generates answers as [`~GenerationMixin.generate`] does. A model in training mode is put into evaluation mode
+        meanwhile, part by part.
 
         Args:
             *args, **kwargs: Those of `forward` that describe image and question, and settings of generation.
@@ -870,9 +871,9 @@ class UniHemaForQA(_Answers, UniHemaPreTrainedModel, GenerationMixin):
 
 
 class UniHemaForMultiTask(_Answers, UniHemaPreTrainedModel, GenerationMixin):
-    """All heads on one trunk: what training trains and a full checkpoint holds.
+    """All heads on one trunk: the class that is trained, and that a full checkpoint holds.
 
-    A batch holds one task. `generate` answers questions, as with [`UniHemaForQA`].
+    A batch is of one task. `generate` answers questions, as with [`UniHemaForQA`].
     """
 
     tasks = TASKS

@@ -13,12 +13,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from unihema.errors import InputError, InputTypeError, UnreadableImageError
 
 
-# What names of image files end with, in lower case.
+# Suffixes of image files, in lower case.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".jp2")
 # Images larger than this are reduced on opening: a whole slide does not fit into memory.
 MAX_PIXELS = 64_000_000
 _ORIENTATION = 0x0112
-# What PIL cannot average over blocks of pixels, and what to convert it to first.
+# Modes that PIL cannot average over blocks of pixels, and the mode to convert them to first.
 _BEFORE_REDUCING = {"1": "L", "P": "RGBA", "PA": "RGBA", "I;16": "I", "I;16L": "I", "I;16B": "I", "I;16N": "I"}
 # PIL keeps its limit of pixels in a global.
 _opening = threading.Lock()
@@ -86,7 +86,7 @@ def _reading(file: "str | Path | bytes") -> Iterator[Image.Image]:
     """An image file, or its content, opened whatever its size; what goes wrong is an [`UnreadableImageError`]."""
     content = isinstance(file, bytes)
     name = "image" if content else file
-    # A text too long for the name of a file is none.
+    # A text that is too long for a file name is not one.
     if not content and not os.path.isfile(file):
         raise UnreadableImageError(f"{name}: no such image file. Check the path.")
     with _naming(name):
@@ -151,7 +151,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
-    """Pixels to uint8: floats up to 1 from 0..1, what needs more than 8 bits by the bits in use, the rest as it is."""
+    """Pixels to uint8: floats up to 1 are scaled from 0..1, more than 8 bits by the bits in use, others kept."""
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype == bool:

@@ -231,7 +231,7 @@ def _mask_arrays(model, states) -> Iterator[tuple[str, torch.Tensor]]:
     logits = model.mask_head(states.mask_logits, states.mask_features, (512, 512))
     yield "pred_mask", logits
     wanted = (_noise(11, (2, 1, 512, 512)) > 0.5).long()[:, 0]
-    _, terms = segmentation_loss(logits, wanted, dice_over=model.config.dice_over)
+    _, terms = segmentation_loss(logits, wanted, dice_over_batch=model.config.official_losses)
     yield "lossseg_loss_dice_seg", terms["loss_dice"]
     yield "lossseg_loss_focal_seg", terms["loss_focal"]
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from unihema.checkpoint_files import REFERENCE_FILE
 from unihema.errors import InputError
-from unihema.training.files import write_json
+from unihema.files import write_json
 
 
 def store_in_half(checkpoint: str | Path, folder: str | Path) -> int:

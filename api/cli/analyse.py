@@ -177,7 +177,7 @@ def _show_checkpoint(checkpoint: Path) -> None:
     tasks = available_tasks(model)
     click.echo(f"tasks: {', '.join(tasks)}")
     if "detection" in tasks:
-        thresholds = config.detection_thresholds
+        thresholds = config.trained.detection_thresholds
         shown = [
             f"{name} ({thresholds[name]:.2f})" if name in thresholds else name for name in config.id2label.values()
         ]

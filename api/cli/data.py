@@ -169,8 +169,8 @@ def check(
 
     Exit code 1: something has to be put right.
     """
+    from unihema.files import write_json
     from unihema.training.data.curation.check import check_data
-    from unihema.training.files import write_json
 
     report = check_data(
         paths,
@@ -199,8 +199,8 @@ def compare(first: Path, second: Path, output: Path | None, settings: Mapping[st
     FIRST and SECOND are data folders with boxes on photographs that are in both: by how much do the annotators themselves
     differ?
     """
+    from unihema.files import write_json
     from unihema.training.data.curation.agreement import annotation_agreement
-    from unihema.training.files import write_json
 
     found = annotation_agreement(first, second, settings.get("data.rename"), progress=True)
     click.echo(f"{found.photographs} photographs in both.")

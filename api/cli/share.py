@@ -105,7 +105,7 @@ def card(
     """
     from unihema.files import write_text
     from unihema.hub_cards import folder_card
-    from unihema.hub_cards.folder_card import CARD_FILE, check_replaceable
+    from unihema.hub_cards.card import CARD_FILE, check_replaceable
 
     path = folder / CARD_FILE
     if not overwrite:
@@ -122,7 +122,7 @@ def card(
             **terms,
         )
     else:
-        from unihema.training.data_record import data_folder_card
+        from unihema.training.data.data_record import data_folder_card
 
         source = data_sources[-1] if data_sources else None
         text = data_folder_card(folder, source=source, description=description, **terms)
@@ -146,17 +146,18 @@ def push(
     FOLDER is a checkpoint or an adapter with its card, REPO_ID a repository such as lab/blood-smears. What had arrived before
     a push broke off is not sent again. The token is the one of `hf auth login` or HF_TOKEN.
     """
-    from unihema.hub_cards import push_folder
-    from unihema.hub_cards.files_to_push import plan_push
+    from unihema.hub_cards import plan_push, push_folder
 
     plan = plan_push(folder, repo_id, base)
-    for upload in plan.uploads:
-        click.echo(f"  {upload.size:>13,}  {upload.name}")
+    for file, size in plan.sizes.items():
+        click.echo(f"  {size:>13,}  {file}")
     for name, reason in plan.left_out.items():
         click.echo(f"  {'stays here':>13}  {name} ({reason})")
     visibility = "public" if public else "private"
     where = f"{repo_id}{f' at {revision}' if revision else ''}"
-    click.echo(f"{plan.kind}, {len(plan.uploads)} files, {plan.size / 1e6:.1f} MB, to {where} ({visibility}).")
+    click.echo(
+        f"{plan.kind}, {len(plan.sizes)} files, {sum(plan.sizes.values()) / 1e6:.1f} MB, to {where} ({visibility})."
+    )
     if dry_run:
         click.echo("Nothing was sent.")
         return

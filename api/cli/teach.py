@@ -22,8 +22,7 @@ from .options import (
 
 
 if TYPE_CHECKING:
-    from unihema.training.run.config import RunConfig
-    from unihema.training.run.mix import Mix
+    from unihema.training.run.config import Mix, RunConfig
 
 
 STAGES, ABLATIONS = "six-stages", "ablations"
@@ -103,12 +102,12 @@ def train(
         _start_anew(output, (BEGUN_WITH[recipe],), run)
     with stopped_runs_exit():
         if recipe == STAGES:
-            from unihema.training.studies.recipe import train_stages
+            from unihema.training.studies.stages import train_stages
 
             train_stages(run, changes=mix.stages, only=stage, resume=True)
             click.echo((output / "stages.md").read_text(encoding="utf-8"))
         elif recipe == ABLATIONS:
-            from unihema.training.studies.ablate import run_ablations
+            from unihema.training.studies.ablations import run_ablations
 
             held_out = [name.removeprefix("unseen=") for name in only if name.startswith("unseen=")]
             names = ["unseen" if name.startswith("unseen=") else name for name in only]
@@ -139,8 +138,7 @@ def _only_stage(recipe: str | None, only: Sequence[str]) -> int | None:
 
 def _settings_of(config: Path | None) -> "Mix":
     """What a file says, a mix or a run's configuration; the defaults without one."""
-    from unihema.training.run.config import RunConfig
-    from unihema.training.run.mix import MIX_FILE, Mix, read_mix
+    from unihema.training.run.config import MIX_FILE, Mix, RunConfig, read_mix
 
     if config is None:
         return Mix(RunConfig())
@@ -209,7 +207,7 @@ def adapt(
     """
     from unihema.training.run.config import RunConfig
     from unihema.training.studies.adapt import adapt as train_adapter
-    from unihema.training.studies.before_after import before_after_lines
+    from unihema.training.studies.adapt import before_after_lines
 
     name = _adapted(tasks)
     overrides = dict(settings)

@@ -33,8 +33,7 @@ OFFICIAL_MATHS = {
     "attend_to_padding": True,
     "refinement": "gated",
     "upsampler": "learnable",
-    "morphology_loss": "asymmetric",
-    "dice_over": "batch",
+    "official_losses": True,
     "tie_word_embeddings": False,
     "scfe_backbone_features": False,
 }
@@ -333,7 +332,7 @@ def convert_from_official(
         default_prompts=DEFAULT_PROMPTS,
         max_text_length=config.max_text_length,
     )
-    config.segmentation_label = DEFAULT_PROMPTS["segmentation"]
+    config.trained.segmentation_label = DEFAULT_PROMPTS["segmentation"]
     config.default_prompt_ids = processor.default_prompt_ids()
     config.architectures = ["UniHemaForMultiTask"]
     config.dtype = torch.float32

@@ -37,7 +37,7 @@ def lab(tmp_path_factory):
     """A base, a lab's data, one image, and the adapter that `unihema adapt` made of them, with a card."""
     root = tmp_path_factory.mktemp("lab")
     names = dict(enumerate(CLASSES))
-    base = save_tiny_checkpoint(root / "base", num_queries=12, id2label=names, trained_tasks=["detection"])
+    base = save_tiny_checkpoint(root / "base", num_queries=12, id2label=names, trained={"tasks": ["detection"]})
     card = folder_card(base, licence="cc-by-4.0", data_licences={"old": "cc-by-4.0"}, name="Base")
     (base / "README.md").write_text(card, encoding="utf-8")
     write_synthetic(root / "smears", 4, 2, crops_per_field=1, width=224, height=168, crop_size=96, progress=False)
@@ -160,7 +160,7 @@ def test_folds_without_validation_data_and_then_all_images(lab, tmp_path):
     settings = json.loads((tmp_path / "run" / "run_config.json").read_text())
     assert settings["data"]["folds"] is None and settings["optimisation"]["max_steps"] <= 2
     model, _ = load_model(tmp_path / "run", "cpu")
-    assert model.config.trained_tasks == ["detection", "single_cell"]
+    assert model.config.trained.tasks == ["detection", "single_cell"]
 
 
 def test_settings_follow_the_number_of_images(lab, tmp_path):

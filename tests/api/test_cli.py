@@ -141,7 +141,7 @@ def test_a_checkpoint_with_a_file_missing_is_named(checkpoint, images, tmp_path)
 
 
 def test_a_head_that_the_checkpoint_lacks_is_named(images, tmp_path):
-    save_tiny_checkpoint(tmp_path / "single", unihema.UniHemaForImageClassification, trained_tasks=["single_cell"])
+    save_tiny_checkpoint(tmp_path / "single", unihema.UniHemaForImageClassification, trained={"tasks": ["single_cell"]})
     result = run("predict", tmp_path / "single", images / "a.png", "-t", "detection", "-o", tmp_path / "results")
     assert result.returncode == 2 and "no trained head for 'detection'" in result.stderr
     named = run("predict", tmp_path / "single", images / "a.png", "-o", tmp_path / "results")

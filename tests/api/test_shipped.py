@@ -32,10 +32,10 @@ def test_what_is_shipped_is_small_whole_and_says_what_it_is():
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 25_000_000
     assert {value.dtype for value in load_file(checkpoint / "model.safetensors").values()} >= {torch.float16}
     config = unihema.UniHemaConfig.from_pretrained(checkpoint)
-    assert config.trained_tasks == TASKS
+    assert config.trained.tasks == TASKS
     # Classes without a field to calibrate on have none.
     assert {"RBC", "WBC", "Platelets", "neutrophil", "eosinophil", "basophil", "lymphocyte", "monocyte"} == set(
-        config.detection_thresholds
+        config.trained.detection_thresholds
     )
     metrics = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
     assert set(metrics) == set(TASKS) and all(figures["intervals"] for figures in metrics.values())

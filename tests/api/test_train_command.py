@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from unihema.errors import TrainingInterrupted
 from unihema.training.run import loop
 from unihema.training.run.config import RunConfig
-from unihema.training.studies import ablate, recipe
+from unihema.training.studies import ablations, stages
 from unihema_cli import app
 
 
@@ -35,8 +35,8 @@ def calls(monkeypatch) -> list:
         leave(config, "stages.md")
 
     monkeypatch.setattr(loop, "train", train)
-    monkeypatch.setattr(ablate, "run_ablations", run_ablations)
-    monkeypatch.setattr(recipe, "train_stages", train_stages)
+    monkeypatch.setattr(ablations, "run_ablations", run_ablations)
+    monkeypatch.setattr(stages, "train_stages", train_stages)
     return made
 
 

@@ -25,11 +25,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from unihema.errors import DatasetError, InputError
+from unihema.files import write_json
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 from unihema.training.data.class_tree import rename_rows, row_names
 from unihema.training.data.layouts.files import read_json
 from unihema.training.data.rows import Row, check_rows
-from unihema.training.files import write_json
 
 
 INDEX_FILE = "shards.json"

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from unihema.files import write_json, write_text
 from unihema.modeling_unihema.tasks import TASK_TABLE
-from unihema.training.files import write_json, write_text
 
 
 # The figure that stands for a task: in progress messages, and to choose the best evaluation of a run.

@@ -4,35 +4,42 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm.auto import tqdm
 
 from unihema.errors import NotFiniteError, TrainingError, TrainingInterrupted
+from unihema.files import write_json, write_text
 from unihema.hub_cards import checkpoint_card
-from unihema.hub_cards.data_sources import RECORD_FILE
+from unihema.hub_cards.data_record import RECORD_FILE
+from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
+from unihema.processing_unihema.processing_unihema import UniHemaProcessor
+from unihema.training.data.data_record import data_record
 from unihema.training.data.dataset import SmearDataset
-from unihema.training.data_record import data_record
+from unihema.training.data.rows import Row
 from unihema.training.evaluation import evaluate_model, headline, write_report
-from unihema.training.files import write_json, write_text
-from unihema.training.run.acceleration import make_accelerator
 from unihema.training.run.batches import RunBatches
-from unihema.training.run.build import build, training_rows, validation_rows
-from unihema.training.run.checkpoint import Progress, last_checkpoint, load_trained, save_checkpoint, save_trained
+from unihema.training.run.build import TrainedParts, training_rows, validation_rows
+from unihema.training.run.build import build as build_unihema
+from unihema.training.run.checkpoint import (
+    Progress,
+    check_same_run,
+    check_unused_folder,
+    finished_report,
+    last_checkpoint,
+    load_trained,
+    save_checkpoint,
+    save_trained,
+)
 from unihema.training.run.config import RunConfig
-from unihema.training.run.early_stopping import EarlyStopping
-from unihema.training.run.ema import ExponentialMovingAverage
-from unihema.training.run.folder import check_same_run, check_unused_folder, finished_report
-from unihema.training.run.log import RunLog
-from unihema.training.run.optimizer import ProgressSchedule, make_optimizer
-from unihema.training.run.shared_batch_norm import share_batch_norms
-from unihema.training.run.trackers import tracker_callback
-from unihema.training.run.trained_parts import TrainedParts
+from unihema.training.run.distributed import make_accelerator, share_batch_norms
+from unihema.training.run.log import RunLog, tracker_callback
+from unihema.training.run.optimizer import ExponentialMovingAverage, ProgressSchedule, make_optimizer
 
 
 DEFAULT_EPOCHS = 24
@@ -40,7 +47,38 @@ DEFAULT_EPOCHS = 24
 DIVERGED_FILE = "diverged.json"
 
 
-def train(config: RunConfig, resume: bool = False, callbacks: Iterable[Callable[[dict], None]] = ()) -> dict[str, Any]:
+class Trainable(Protocol):
+    """What `train` asks of a model, an `nn.Module`. UniHema is one, the peers in `benchmarks/peers` are others.
+
+    Args:
+        config (`Any`): Has `id2label`, `single_cell_labels`, `morphology` and `label_parents`, which say what labels the batches
+            get.
+    """
+
+    config: Any
+
+    def __call__(self, *, task: str, **batch: Any) -> Any:
+        """The output of a batch of `SmearDataset`, with `loss` (a scalar), and `loss_dict` where the loss has terms."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes weights and configuration."""
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "Trainable":
+        """Reads them again, for runs that keep the best weights."""
+
+
+Build = Callable[[RunConfig, dict[str, Sequence[Row]]], tuple[Trainable, UniHemaProcessor]]
+
+
+def train(
+    config: RunConfig,
+    *,
+    build: Build = build_unihema,
+    rows: Mapping[str, Sequence[Row]] | None = None,
+    resume: bool = False,
+    callbacks: Iterable[Callable[[dict], None]] = (),
+) -> dict[str, Any]:
     """Trains a model as a run configuration says.
 
     Writes into `config.output_dir`: `run_config.json`, `log.jsonl`, `checkpoints/`, and at the end the model (averaged
@@ -48,6 +86,9 @@ def train(config: RunConfig, resume: bool = False, callbacks: Iterable[Callable[
 
     Args:
         config ([`RunConfig`]): The run.
+        build (`Callable`): Makes the model, which may be any [`Trainable`], and its processor, of the run and its training
+            rows.
+        rows (`Mapping[str, Sequence[Row]]`, *optional*): Task -> training rows, instead of those of `config.data`.
         resume (`bool`): Go on from the last checkpoint of the output folder as if never stopped; a run that is finished is
             not run again.
         callbacks (`Iterable[Callable[[dict], None]]`): Called with every line of the log.
@@ -65,11 +106,18 @@ def train(config: RunConfig, resume: bool = False, callbacks: Iterable[Callable[
     config.check()
     if resume and (report := finished_report(config)) is not None:
         return report
-    return _Run(config, resume, tuple(callbacks)).to_the_end()
+    return _Run(config, build, rows, resume, tuple(callbacks)).to_the_end()
 
 
 class _Run:
-    def __init__(self, config: RunConfig, resume: bool, callbacks: tuple[Callable[[dict], None], ...]):
+    def __init__(
+        self,
+        config: RunConfig,
+        build: Build,
+        rows: Mapping[str, Sequence[Row]] | None,
+        resume: bool,
+        callbacks: tuple[Callable[[dict], None], ...],
+    ):
         from accelerate.utils import set_seed
 
         self.config = config
@@ -86,7 +134,7 @@ class _Run:
             check_same_run(config, found[1], self.accelerator.num_processes)
         elif not resume:
             check_unused_folder(self.folder)
-        self.rows = training_rows(config)
+        self.rows = training_rows(config) if rows is None else dict(rows)
         self.val_rows = validation_rows(config, config.data.evaluation_tasks or self.rows)
         model, self.processor = build(config, self.rows)
         self.parts = TrainedParts(model, config.model.trained_parts)
@@ -104,7 +152,6 @@ class _Run:
             self.ema = ExponentialMovingAverage(self._plain(), self.settings.ema_decay, self.settings.ema_warmup)
             self.accelerator.register_for_checkpointing(self.ema)
         self.progress = Progress(processes=self.accelerator.num_processes)
-        self.stopping = EarlyStopping(self.settings.patience)
         if found is not None:
             path, self.progress = found
             self.accelerator.load_state(str(path))
@@ -114,6 +161,7 @@ class _Run:
         elif resume:
             self._say(f"No checkpoint in {self.folder / 'checkpoints'}: starting from the beginning.")
             self.log.forget_after(0)
+        self.progress.batches_per_epoch = self.batches.per_epoch
         if self.accelerator.is_main_process:
             (self.folder / RECORD_FILE).unlink(missing_ok=True)
             config.save(self.folder)
@@ -173,6 +221,9 @@ class _Run:
             fraction = max(fraction, self.progress.seconds / 60 / self.settings.time_limit_minutes)
         return fraction
 
+    def _waited_enough(self) -> bool:
+        return self.settings.patience is not None and self.progress.waited >= self.settings.patience
+
     def to_the_end(self) -> dict[str, Any]:
         """Trains until a limit is reached, then measures and saves."""
         sizes = ", ".join(f"{task} {len(rows)}" for task, rows in self.rows.items())
@@ -213,7 +264,7 @@ class _Run:
         self.parts.train(self._plain())
         with bar:
             for number, batch in self.batches.stream(self.progress.batch):
-                if self._fraction_done() >= 1 or self.stopping.is_over(self.progress):
+                if self._fraction_done() >= 1 or self._waited_enough():
                     return
                 stepped = self._step(batch, bar)
                 self.progress.batch = number + 1
@@ -283,7 +334,7 @@ class _Run:
                     "learning_rate": rate,
                     "seconds": progress.seconds,
                     "images_per_second": rate_of_images,
-                    "losses": output.loss_dict,
+                    "losses": getattr(output, "loss_dict", None),
                     # Every task of a mix, since the line before.
                     "means": means,
                 }
@@ -339,7 +390,7 @@ class _Run:
             with self._averaged():
                 report = self._evaluate(logging.evaluation_samples)
                 score, text = headline(report)
-                if self.stopping.take(score, self.progress) and logging.keep_best:
+                if self.progress.take_score(score) and logging.keep_best:
                     save_trained(self._plain(), None, self.folder / "best")
             self.log.write({"event": "evaluation", "epoch": epoch, "step": self.progress.step, **report})
             self._say(f"epoch {epoch}: {text}")
@@ -391,7 +442,7 @@ class _Run:
         rows = {data.train_split: self.rows, val_split: self.val_rows}
         record = data_record(data.folders, {split: found for split, found in rows.items() if found}, val_split)
         # What an adapter's card has to say, nobody but its maker knows: `unihema adapt` and `unihema card` ask.
-        if self.config.adapter.method == "none":
+        if isinstance(model, UniHemaPreTrainedModel) and self.config.adapter.method == "none":
             card = checkpoint_card(model.config, report, data=record, run=self.config.to_dict())
             write_text(self.folder / "README.md", card)
         # Last: by this file a finished run is known.
@@ -399,4 +450,4 @@ class _Run:
         self._say(f"Saved {self.folder}. {headline(report)[1]}".strip())
 
 
-__all__ = ["train"]
+__all__ = ["Build", "Trainable", "train"]

@@ -35,7 +35,7 @@ def test_a_run_leaves_a_checkpoint_that_every_class_loads(smears, tmp_path):
     assert {"run_config.json", "log.jsonl", "metrics.json", "metrics.md", "README.md", "config.json"} <= written
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()).keys() == report.keys()
     model = unihema.UniHemaForMultiTask.from_pretrained(tmp_path / "run")
-    assert model.config.trained_tasks == list(TASKS)
+    assert model.config.trained.tasks == list(TASKS)
     assert "neutrophil" in model.config.label2id
     processor = unihema.UniHemaProcessor.from_pretrained(tmp_path / "run")
     assert processor.image_processor.task_sizes["detection"] == {"longest_edge": 64}
@@ -188,7 +188,7 @@ def test_training_goes_on_from_a_checkpoint(smears, tmp_path):
     ).with_overrides({"model.overrides": {}})
     train(again)
     model = unihema.UniHemaForMultiTask.from_pretrained(tmp_path / "second")
-    assert model.config.trained_tasks == ["detection", "segmentation"]
+    assert model.config.trained.tasks == ["detection", "segmentation"]
 
 
 def test_a_class_the_checkpoint_does_not_know_is_named(smears, tmp_path):

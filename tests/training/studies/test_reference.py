@@ -32,8 +32,8 @@ from unihema.results.smear_result import Cell, SmearResult
 from unihema.training.adapters import attach_adapter, save_adapter
 from unihema.training.data.synthetic.fields import SyntheticSmears
 from unihema.training.data.synthetic.folder import write_synthetic
-from unihema.training.run.adapter_config import AdapterConfig
 from unihema.training.run.build import build, load_rows, training_rows
+from unihema.training.run.config import AdapterConfig
 from unihema.training.studies.reference import fit_reference
 from unihema_cli.app import app
 
@@ -50,7 +50,7 @@ def made(tmp_path_factory):
     # Made before the seeds of a single test are set.
     torch.manual_seed(0)
     model, processor = build(config, training_rows(config))
-    model.config.detection_thresholds = dict.fromkeys(model.config.label2id, 0.99)
+    model.config.trained.detection_thresholds = dict.fromkeys(model.config.label2id, 0.99)
     model.save_pretrained(root / "unihema")
     processor.save_pretrained(root / "unihema")
     done = CliRunner().invoke(app, ["reference", str(root / "unihema"), str(smears)])
