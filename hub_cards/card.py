@@ -190,7 +190,7 @@ def dataset_card(
     record.check()
     images = sum(source.images.values())
     if not source.source:
-        raise CardError(f"Where {source.name!r} is from is not known; give it: --source ADDRESS.")
+        raise CardError(f"Where {source.name!r} is from is not known; give it: --data-source ADDRESS.")
     if not description.strip():
         raise CardError(f"What {source.name!r} shows is not said; give it: --description TEXT.")
     if not tasks or not images:

@@ -156,7 +156,7 @@ def _chosen(names: Sequence[str] | None, unseen: str | None, tasks: list[str], c
     if unknown:
         raise RunConfigError(f"Unknown ablation '{unknown[0]}'; there are {', '.join(known)}.")
     if unseen is None and "unseen" in (names or ()):
-        raise RunConfigError("The ablation 'unseen' needs a data set to hold out (--unseen NAME, or --unseen slide=7).")
+        raise RunConfigError("The ablation 'unseen' needs a data set to hold out (unseen=NAME, or unseen=slide=7).")
     chosen = []
     for ablation in ABLATIONS:
         if names is not None and ablation.name not in names:

@@ -161,7 +161,7 @@ def _report(settings: Mapping[str, Any], points: Sequence[Point]) -> Report:
 def _lines(settings: Mapping[str, Any], points: Sequence[Point]) -> list[str]:
     settings = {name: value for name, value in settings.items() if value is not None}
     shown = (f"{name} {_told(value)}" for name, value in settings.items())
-    lines = ["# Measured under corruptions", "", f"Written by `unihema stress`: {'; '.join(shown)}.", ""]
+    lines = ["# Measured under corruptions", "", f"Written by `unihema evaluate --corruption`: {'; '.join(shown)}.", ""]
     for task in dict.fromkeys(point["task"] for point in points):
         own = [point for point in points if point["task"] == task]
         clean = own[0]
