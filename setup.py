@@ -95,7 +95,6 @@ setup(
             "ruff>=0.17,<1",
             "tensorboard>=2.18,<3",
             "twine>=7,<8",
-            # The command of the benchmarks.
             *CONVERT,
             *DOCS,
             *ONNX,

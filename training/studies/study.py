@@ -196,7 +196,7 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str, p
         name = changed[0]
         raise RunConfigError(
             f"{where} with {name}={before.get(name)!r}; now it is {now.get(name)!r}. Keep the setting, name another output "
-            f"folder, or delete {place} to start anew."
+            f"folder, or start anew (--overwrite, or delete {place})."
         )
 
 
