@@ -88,12 +88,12 @@ def main(
         "folders": [folder.name for folder in data],
         "minutes": minutes,
         "image_sizes": {
-            compared: run.data.image_sizes[size_of(compared)]
+            compared: settings.data.image_sizes[size_of(compared)]
             for compared in best
-            if size_of(compared) in run.data.image_sizes
+            if size_of(compared) in settings.data.image_sizes
         },
-        "start": run.model.backbone_weights,
-        "seed": run.optimisation.seed,
+        "start": settings.model.backbone_weights,
+        "seed": settings.optimisation.seed,
         "device": results[peers[0]]["trained"]["device"],
         "note": note,
     }
