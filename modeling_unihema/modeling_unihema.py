@@ -395,7 +395,10 @@ class UniHemaModel(UniHemaPreTrainedModel):
 
 
 def detect(
-    model: UniHemaPreTrainedModel, labels: list[dict[str, torch.Tensor]] | None, **inputs: Any
+    model: UniHemaPreTrainedModel,
+    labels: list[dict[str, torch.Tensor]] | None,
+    num_items: Mapping[str, torch.Tensor] | None = None,
+    **inputs: Any,
 ) -> UniHemaDetectionOutput:
     """Boxes, classes and attributes by a model's trunk, `detection_head` and `denoising`; see [`UniHemaForDetection`]."""
     make_denoising = partial(model.denoising, labels) if model.training and labels is not None else None
@@ -420,6 +423,7 @@ def detect(
             denoising=trunk.denoising_queries,
             denoising_logits=noisy_logits,
             denoising_boxes=trunk.denoising_boxes,
+            num_items=num_items,
         )
     return UniHemaDetectionOutput(
         loss=loss,
@@ -433,7 +437,12 @@ def detect(
     )
 
 
-def segment(model: UniHemaPreTrainedModel, labels: torch.LongTensor | None, **inputs: Any) -> UniHemaSegmentationOutput:
+def segment(
+    model: UniHemaPreTrainedModel,
+    labels: torch.LongTensor | None,
+    num_items: Mapping[str, torch.Tensor] | None = None,
+    **inputs: Any,
+) -> UniHemaSegmentationOutput:
     """The mask of what the prompt names by a model's trunk and `mask_head`; see [`UniHemaForSegmentation`]."""
     pixel_values, features = inputs["pixel_values"], inputs["image_features"]
     trunk = model.model(task="segmentation", return_dict=True, **inputs)
@@ -453,6 +462,7 @@ def segment(model: UniHemaPreTrainedModel, labels: torch.LongTensor | None, **in
             dice_weight=model.config.loss_weights["dice"],
             focal_weight=model.config.loss_weights["focal"],
             dice_over_batch=model.config.official_losses,
+            num_items=num_items,
         )
     return UniHemaSegmentationOutput(
         loss=loss,
@@ -464,13 +474,16 @@ def segment(model: UniHemaPreTrainedModel, labels: torch.LongTensor | None, **in
 
 
 def classify(
-    model: UniHemaPreTrainedModel, labels: torch.LongTensor | None, **inputs: Any
+    model: UniHemaPreTrainedModel,
+    labels: torch.LongTensor | None,
+    num_items: torch.Tensor | int | None = None,
+    **inputs: Any,
 ) -> UniHemaClassificationOutput:
     """The class of a crop by a model's trunk and `single_cell_head`; see [`UniHemaForImageClassification`]."""
     trunk = model.model(task="single_cell", return_dict=True, **inputs)
     features = trunk.last_hidden_state[:, 0]
     logits = model.single_cell_head(features)
-    loss = None if labels is None else single_cell_loss(logits, labels)
+    loss = None if labels is None else single_cell_loss(logits, labels, num_items=num_items)
     return UniHemaClassificationOutput(
         loss=loss,
         loss_dict=None if loss is None else {"loss_single_cell": loss.detach()},
@@ -489,6 +502,8 @@ class UniHemaForDetection(UniHemaPreTrainedModel):
     """Boxes, classes and six morphology attributes of every cell in a field of view."""
 
     tasks = ("detection",)
+    # Transformers' Trainer counts labelled tokens, which is not what this loss is an average over.
+    accepts_loss_kwargs = False
     _keys_to_ignore_on_load_unexpected = skippable_keys(tasks)
 
     def __init__(self, config: UniHemaConfig):
@@ -508,6 +523,7 @@ class UniHemaForDetection(UniHemaPreTrainedModel):
         labels: list[dict[str, torch.Tensor]] | None = None,
         image_features: UniHemaImageFeatures | None = None,
         prompt_features: UniHemaPromptFeatures | None = None,
+        num_items_in_batch: Mapping[str, torch.Tensor] | None = None,
         **kwargs,
     ) -> UniHemaDetectionOutput:
         """
@@ -522,6 +538,8 @@ class UniHemaForDetection(UniHemaPreTrainedModel):
                 (`False`: the cell lies somewhere in its box).
             image_features ([`UniHemaImageFeatures`], *optional*): Instead of `pixel_values`, see `get_image_features`.
             prompt_features ([`UniHemaPromptFeatures`], *optional*): Instead of `input_ids`, see `get_prompt_features`.
+            num_items_in_batch (`Mapping[str, torch.Tensor]`, *optional*): What the loss divides by when batches are
+                accumulated: the sums of `count_loss_items`.
 
         Returns:
             [`UniHemaDetectionOutput`]
@@ -530,6 +548,7 @@ class UniHemaForDetection(UniHemaPreTrainedModel):
         return detect(
             self,
             labels,
+            num_items_in_batch,
             pixel_values=pixel_values,
             pixel_mask=pixel_mask,
             input_ids=input_ids,
@@ -544,6 +563,8 @@ class UniHemaForSegmentation(UniHemaPreTrainedModel):
     """Semantic mask, at the image's own size, of what the prompt names."""
 
     tasks = ("segmentation",)
+    # Transformers' Trainer counts labelled tokens, which is not what this loss is an average over.
+    accepts_loss_kwargs = False
     # Tokens are selected without gradient, so only the loss of detection trains these.
     _frozen_parts = (
         "model.query_selection.token_projection",
@@ -571,6 +592,7 @@ class UniHemaForSegmentation(UniHemaPreTrainedModel):
         labels: torch.LongTensor | None = None,
         image_features: UniHemaImageFeatures | None = None,
         prompt_features: UniHemaPromptFeatures | None = None,
+        num_items_in_batch: Mapping[str, torch.Tensor] | None = None,
         **kwargs,
     ) -> UniHemaSegmentationOutput:
         """
@@ -582,6 +604,8 @@ class UniHemaForSegmentation(UniHemaPreTrainedModel):
             labels (`torch.LongTensor`, *optional*): `[B, H, W]`: 1 cell, 0 background, -100 ignored.
             image_features ([`UniHemaImageFeatures`], *optional*): Instead of `pixel_values`, see `get_image_features`.
             prompt_features ([`UniHemaPromptFeatures`], *optional*): Instead of `input_ids`, see `get_prompt_features`.
+            num_items_in_batch (`Mapping[str, torch.Tensor]`, *optional*): What the loss divides by when batches are
+                accumulated: the sums of `count_loss_items`.
 
         Returns:
             [`UniHemaSegmentationOutput`]
@@ -590,6 +614,7 @@ class UniHemaForSegmentation(UniHemaPreTrainedModel):
         return segment(
             self,
             labels,
+            num_items_in_batch,
             pixel_values=pixel_values,
             pixel_mask=pixel_mask,
             input_ids=input_ids,
@@ -621,6 +646,7 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
         pixel_mask: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         image_features: UniHemaImageFeatures | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> UniHemaClassificationOutput:
         """
@@ -629,6 +655,8 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
             pixel_mask (`torch.LongTensor`, *optional*): `[B, H, W]`, 1 on the image, 0 on padding.
             labels (`torch.LongTensor`, *optional*): `[B]`, indices into `config.single_cell_labels`; -100 ignored.
             image_features ([`UniHemaImageFeatures`], *optional*): Instead of `pixel_values`, see `get_image_features`.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): Labelled images of all accumulated batches, which the
+                loss divides by. Transformers' Trainer gives it.
 
         Returns:
             [`UniHemaClassificationOutput`]
@@ -637,6 +665,7 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
         return classify(
             self,
             labels,
+            num_items_in_batch,
             pixel_values=pixel_values,
             pixel_mask=pixel_mask,
             image_features=image_features,
@@ -752,6 +781,7 @@ class _Answers:
         cache: Cache | None = None,
         use_cache: bool | None = None,
         layers: Mapping[str, bool] | None = None,
+        num_items: torch.Tensor | int | None = None,
         **inputs: Any,
     ) -> UniHemaLanguageOutput:
         wanted = {name: getattr(self.config, name) for name in LAYER_OPTIONS} | dict(layers or {})
@@ -783,7 +813,7 @@ class _Answers:
         if self.config.output_head_is_scaled:
             states = states * self.config.text_config.d_model**-0.5
         logits = self.lm_head(states)
-        loss = None if labels is None else text_loss(logits, labels)
+        loss = None if labels is None else text_loss(logits, labels, num_items=num_items)
         return UniHemaLanguageOutput(
             loss=loss,
             loss_dict=None if loss is None else {"loss_text": loss.detach()},
@@ -830,6 +860,7 @@ class UniHemaForQA(_Answers, UniHemaPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         image_features: UniHemaImageFeatures | None = None,
         text_only: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> UniHemaLanguageOutput:
         """
@@ -848,6 +879,8 @@ class UniHemaForQA(_Answers, UniHemaPreTrainedModel, GenerationMixin):
             cache (`Cache`, *optional*): The name of `past_key_values` from Transformers 5.24 on.
             image_features ([`UniHemaImageFeatures`], *optional*): Instead of `pixel_values`, see `get_image_features`.
             text_only (`bool`): Read the text alone, as in the second stage of training.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): Labelled tokens of all accumulated batches, which the
+                loss divides by. Transformers' Trainer gives it.
 
         Returns:
             [`UniHemaLanguageOutput`]
@@ -863,6 +896,7 @@ class UniHemaForQA(_Answers, UniHemaPreTrainedModel, GenerationMixin):
             past_key_values if cache is None else cache,
             use_cache,
             layer_options(kwargs),
+            num_items_in_batch,
             pixel_values=pixel_values,
             pixel_mask=pixel_mask,
             image_features=image_features,
@@ -877,6 +911,8 @@ class UniHemaForMultiTask(_Answers, UniHemaPreTrainedModel, GenerationMixin):
     """
 
     tasks = TASKS
+    # Transformers' Trainer counts labelled tokens, which is not what this loss is an average over.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: UniHemaConfig):
         super().__init__(config)
@@ -912,11 +948,14 @@ class UniHemaForMultiTask(_Answers, UniHemaPreTrainedModel, GenerationMixin):
         text_only: bool = False,
         *,
         task: str | None = None,
+        num_items_in_batch: Mapping[str, torch.Tensor] | None = None,
         **kwargs,
     ) -> UniHemaDetectionOutput | UniHemaSegmentationOutput | UniHemaClassificationOutput | UniHemaLanguageOutput:
         """
         Args:
             task (`str`): One of `TASKS`. The other arguments are those of the task's own class.
+            num_items_in_batch (`Mapping[str, torch.Tensor]`, *optional*): What the loss divides by when batches are
+                accumulated: the sums of `count_loss_items`.
 
         Returns:
             The output of the task's own class.
@@ -929,7 +968,7 @@ class UniHemaForMultiTask(_Answers, UniHemaPreTrainedModel, GenerationMixin):
         check_task(task)
         self.follow_adapter()
         image = {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "image_features": image_features}
-        layers = layer_options(kwargs)
+        layers, items = layer_options(kwargs), num_items_in_batch or {}
         if task in LANGUAGE_TASKS:
             return self._answer(
                 labels,
@@ -942,13 +981,15 @@ class UniHemaForMultiTask(_Answers, UniHemaPreTrainedModel, GenerationMixin):
                 past_key_values if cache is None else cache,
                 use_cache,
                 layers,
+                items.get("tokens"),
                 text_only=text_only,
                 **image,
             )
         if task == "single_cell":
-            return classify(self, labels, **image, **layers)
+            return classify(self, labels, items.get("images"), **image, **layers)
         prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "prompt_features": prompt_features}
-        return {"detection": detect, "segmentation": segment}[task](self, labels, **image, **prompt, **layers)
+        run = {"detection": detect, "segmentation": segment}[task]
+        return run(self, labels, num_items_in_batch, **image, **prompt, **layers)
 
 
 __all__ = [

@@ -4,9 +4,11 @@ import math
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +19,7 @@ from unihema.errors import NotFiniteError, TrainingError, TrainingInterrupted
 from unihema.files import write_json, write_text
 from unihema.hub_cards import checkpoint_card
 from unihema.hub_cards.data_record import RECORD_FILE
+from unihema.modeling_unihema.losses import average_over_processes, count_loss_items
 from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.data.data_record import data_record
@@ -263,19 +266,16 @@ class _Run:
         )
         self.parts.train(self._plain())
         with bar:
-            for number, batch in self.batches.stream(self.progress.batch):
-                if self._fraction_done() >= 1 or self._waited_enough():
-                    return
-                stepped = self._step(batch, bar)
-                self.progress.batch = number + 1
-                if stepped:
-                    self._end_of_epoch(self.progress.batch // self.batches.per_epoch)
+            stream = self.batches.stream(self.progress.batch)
+            while self._fraction_done() < 1 and not self._waited_enough():
+                batches = [batch for _, batch in islice(stream, self.settings.accumulation)]
+                self._step(batches, bar)
+                self.progress.batch += len(batches)
+                self._end_of_epoch(self.progress.batch // self.batches.per_epoch)
                 now = time.monotonic()
                 seconds = self.progress.seconds + now - clock
                 since_save, clock = now - last_save, now
                 stop, self.progress.seconds, since_save = self._agree(self.stopped_by is not None, seconds, since_save)
-                if not stepped:
-                    continue
                 if stop:
                     path = save_checkpoint(self.folder, self.accelerator, self.progress, logging.keep_checkpoints)
                     raise TrainingInterrupted(
@@ -288,31 +288,30 @@ class _Run:
                     save_checkpoint(self.folder, self.accelerator, self.progress, logging.keep_checkpoints)
                     last_save = clock = time.monotonic()
 
-    def _step(self, batch: dict[str, Any], bar: tqdm) -> bool:
-        """One batch; `True` when the optimizer has stepped."""
-        progress, task = self.progress, batch.pop("task")
-        files = batch.pop("file_names")
-        self.files += files
+    def _step(self, batches: Sequence[dict[str, Any]], bar: tqdm) -> None:
+        """One step of the optimizer, on all batches that are accumulated for it."""
+        progress, counts = self.progress, self._counts(batches)
+        self.files = []
         rate = self.schedule.set(progress.step, self._fraction_done())
-        with self.accelerator.accumulate(self.model):
-            output, problem = self._forward(task, batch)
-            if self._agree(problem is not None)[0]:
-                self._diverged(problem or "another process has met a loss that is not finite")
-            loss = output.loss * self.settings.loss_weights.get(task, 1.0)
-            self.accelerator.backward(loss)
-            if self.accelerator.sync_gradients:
-                # Without clipping this only measures. Such a step would spoil the weights, and the next checkpoint.
-                limit = self.settings.gradient_clipping or math.inf
-                norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-                if not math.isfinite(norm):
-                    self._diverged(f"the gradient of the {task} loss is {float(norm)}")
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        self.log.add(task, loss, len(files))
-        if not self.accelerator.sync_gradients:
-            return False
+        for batch in batches:
+            task, files = batch.pop("task"), batch.pop("file_names")
+            self.files += files
+            with self.accelerator.accumulate(self.model):
+                output, problem = self._forward(task, batch | counts.get(task, {}))
+                if self._agree(problem is not None)[0]:
+                    self._diverged(problem or "another process has met a loss that is not finite")
+                loss = output.loss * self.settings.loss_weights.get(task, 1.0)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    # Without clipping this only measures. Such a step would spoil the weights, and the next checkpoint.
+                    limit = self.settings.gradient_clipping or math.inf
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+                    if not math.isfinite(norm):
+                        self._diverged(f"the gradient of the {task} loss is {float(norm)}")
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self.log.add(task, loss, len(files))
         progress.step += 1
-        self.files.clear()
         if self.ema is not None:
             self.ema.update(self._plain())
         bar.update(1)
@@ -339,7 +338,26 @@ class _Run:
                     "means": means,
                 }
             )
-        return True
+
+    def _counts(self, batches: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Task -> what the losses of its accumulated batches divide by, so that a step learns what it would from one large batch
+        of each task. A single batch counts for itself.
+        """
+        if len(batches) == 1:
+            return {}
+        totals: dict[tuple[str, str], int] = {}
+        for batch in batches:
+            found = count_loss_items(batch["task"], batch["labels"], self._plain().config)
+            for name, count in found.items():
+                totals[batch["task"], name] = totals.get((batch["task"], name), 0) + count
+        # All processes have the same tasks in the same order.
+        means = average_over_processes(*totals.values(), device=self.accelerator.device)
+        shares = Counter(batch["task"] for batch in batches)
+        counts: dict[str, dict[str, Any]] = {task: {} for task in shares}
+        for (task, name), mean in zip(totals, means, strict=True):
+            # The loss is divided by the number of batches afterwards, whatever their tasks.
+            counts[task][name] = mean / shares[task]
+        return {task: {"num_items_in_batch": of_task} for task, of_task in counts.items()}
 
     def _forward(self, task: str, batch: dict[str, Any]) -> tuple[Any, str | None]:
         """The output, or what is wrong with its loss."""
@@ -354,8 +372,8 @@ class _Run:
         """Keeps what is sound, writes down what happened, and stops."""
         progress, folder = self.progress, self.folder
         sound = all(bool(torch.isfinite(value).all()) for value in self._plain().parameters())
-        if sound and progress.batch % self.settings.accumulation == 0:
-            # The weights are those before this batch: nothing is lost, and resuming meets the same batch again.
+        if sound:
+            # The weights are those before this step: nothing is lost, and resuming meets the same batches again.
             saved = save_checkpoint(folder, self.accelerator, progress, self.config.logging.keep_checkpoints)
         else:
             found = last_checkpoint(folder)
