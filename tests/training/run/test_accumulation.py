@@ -11,8 +11,9 @@ from unihema.modeling_unihema.tasks import TASKS
 
 
 IMAGES = 4
-# Of the length of a gradient: sums in another order.
-TOLERANCE = 1e-5
+# Of the length of a parameter's gradient: sums in another order. Of the whole gradient's: what is zero but for rounding, as of the
+# biases of keys.
+TOLERANCE, ROUNDING = 1e-5, 1e-7
 
 
 def uneven(task: str) -> dict:
@@ -63,8 +64,9 @@ def test_accumulated_batches_give_the_gradient_of_one(task, size):
     assert totals == count_loss_items(task, labels, model.config)
     found = gradients(model, parts, totals)
     assert found.keys() == expected.keys() and any(value.abs().max() > 0 for value in expected.values())
+    whole_length = torch.stack([value.norm() for value in expected.values()]).norm()
     for name, value in expected.items():
-        assert (found[name] - value).norm() <= TOLERANCE * value.norm() + 1e-9, name
+        assert (found[name] - value).norm() <= TOLERANCE * value.norm() + ROUNDING * whole_length, name
 
 
 @pytest.mark.parametrize("task", HEADS)
