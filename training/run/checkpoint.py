@@ -17,6 +17,8 @@ from unihema.training.run.config import RunConfig
 
 
 PROGRESS_FILE = "progress.json"
+# Of a model, whole or in parts, or of an adapter.
+_WEIGHTS = "*model*.safetensors"
 # How long a run goes on, and what it writes, may change on resuming.
 LIMITS = ("optimisation.epochs", "optimisation.max_steps", "optimisation.time_limit_minutes")
 FREE_SETTINGS = ("output_dir", "logging.", *LIMITS, "optimisation.device", "data.workers", "data.cache_images")
@@ -190,7 +192,7 @@ def check_unused_folder(folder: Path) -> None:
     Raises:
         RunConfigError: The folder holds checkpoints or a model.
     """
-    taken = [*(folder / "checkpoints").glob("step-*"), *folder.glob("*model*.safetensors")]
+    taken = [*(folder / "checkpoints").glob("step-*"), *folder.glob(_WEIGHTS)]
     if taken:
         raise RunConfigError(
             f"output_dir {folder} holds {taken[0].relative_to(folder)} of an earlier run. Go on with it "
@@ -229,7 +231,8 @@ def finished_report(config: RunConfig) -> dict[str, Any] | None:
     """
     folder = Path(config.output_dir)
     # The record of the data is written last, and taken away when a run goes on.
-    if not (folder / RECORD_FILE).is_file() or not (folder / "run_config.json").is_file():
+    there = (folder / RECORD_FILE).is_file() and (folder / "run_config.json").is_file()
+    if not there or not any(folder.glob(_WEIGHTS)):
         return None
     changed = _check_same_settings(config)
     if any(name in changed for name in LIMITS):
