@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import tempfile
 import time
@@ -244,7 +245,7 @@ def printable(text: str) -> str:
 def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
     """Keeps other runs out of a folder, and removes what killed ones left of files they were writing.
 
-    The system gives the lock back when a process ends, however it ends.
+    The system gives the lock back when a process ends, however it ends. Within a run it may be asked for again.
 
     Args:
         folder (`Path`): The folder that is written to; made when missing.
@@ -255,7 +256,11 @@ def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock, owner = FileLock(folder / _LOCK, mode=0o666 & ~_umask()), folder / _OWNER
+    # One lock a folder and process, so that a run within a run knows that it has it.
+    lock, owner = FileLock(folder.resolve() / _LOCK, mode=0o666 & ~_umask(), is_singleton=True), folder / _OWNER
+    if lock.is_locked:
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -277,6 +282,23 @@ def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
         with suppress(OSError):
             owner.unlink(missing_ok=True)
         lock.release()
+
+
+def empty_folder(folder: Path) -> None:
+    """Deletes what is in a folder.
+
+    Args:
+        folder (`Path`): The folder; it stays.
+
+    Raises:
+        OutputError: Another run is writing there.
+    """
+    with exclusive(folder):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != _LOCK:
+                path.unlink()
 
 
 def _remove_partials(folder: Path, alone: bool = False) -> None:
@@ -321,6 +343,7 @@ def _umask() -> int:
 __all__ = [
     "OpenedImage",
     "claim_folder",
+    "empty_folder",
     "exclusive",
     "find_images",
     "open_image",

@@ -79,6 +79,29 @@ def test_other_settings_do_not_resume(smears, tmp_path):
         train(run_config(smears, tmp_path / "run", **UNMEASURED, **{"optimisation.learning_rate": 0.5}), resume=True)
 
 
+def test_a_finished_run_is_not_run_again_and_can_be_trained_on(smears, tmp_path):
+    folder, lines = tmp_path / "run", []
+
+    def run(steps: int) -> dict:
+        limit = {"optimisation.max_steps": steps, "data.tasks": ["single_cell"]}
+        return train(run_config(smears, folder, **limit), resume=True, callbacks=[lines.append])
+
+    report = run(2)
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    lines.clear()
+    assert run(2) == report and lines == []
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    run(3)
+    assert step_losses(folder) and last_checkpoint(folder)[1].step == 3
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(RunConfigError, match="no checkpoint is left to go on from"):
+        run(4)
+    # What is gone is made again.
+    (folder / "model.safetensors").unlink()
+    run(3)
+    assert (folder / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("task", "message"), [("single_cell", "single_cell loss is nan"), ("detection", "detection loss is nan")]
 )

@@ -166,7 +166,7 @@ def test_a_stopped_run_goes_on_and_writes_tables_and_curves(setting, tmp_path):
         assert Image.open(tmp_path / "stress.png").width > 500
 
     with pytest.raises(
-        ValueError, match="begun with checkpoint='a'; now it is 'b'.*delete .*stress.json to start anew"
+        ValueError, match="begun with checkpoint='a'; now it is 'b'.*start anew .--overwrite, or delete .*stress.json"
     ):
         run_stress(model, processor, rows, tmp_path, ["jpeg"], [1], **run | {"settings": {"checkpoint": "b"}})
     again = run_stress(model, processor, rows, tmp_path, ["jpeg"], [1], **run | {"overwrite": True})
