@@ -8,14 +8,15 @@ from typing import Any
 from unihema.errors import DatasetError, RunConfigError
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
-from unihema.modeling_unihema.tasks import TASKS
+from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.adapters import attach_adapter
 from unihema.training.data.class_tree import known_parents, unify_names
 from unihema.training.data.readers import load_folder
-from unihema.training.data.rows import Row, class_names, morphology_schema, single_cell_names, witnesses
+from unihema.training.data.rows import BadRows, Row, class_names, morphology_schema, single_cell_names, witnesses
 from unihema.training.data.shards import joined
 from unihema.training.data.splits import fold_rows, is_held_out
+from unihema.training.data.verify import verify_rows
 from unihema.training.evaluation import draw_rows
 from unihema.training.run.config import DataConfig, RunConfig
 from unihema.training.run.pretrained_backbone import (
@@ -91,6 +92,28 @@ def validation_rows(config: RunConfig, tasks: Any) -> dict[str, list[Row]]:
         return {}
     rows = load_rows(config.data, config.data.val_split, list(tasks))
     return {task: rows[task] for task in tasks if task in rows}
+
+
+def verified_rows(
+    config: RunConfig, rows: dict[str, list[Row]], val_rows: dict[str, list[Row]]
+) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    """Rows to train on and to validate on, once every image and mask that they list was read; see [`verify_rows`].
+
+    Raises:
+        BadRowsError: Files that cannot be used, all named, with `data.on_invalid="error"`.
+        DatasetError: With `"skip"`: no row is left to train a task on.
+    """
+    bad = BadRows()
+    groups = {("train", task): found for task, found in rows.items()} | {
+        ("val", task): v for task, v in val_rows.items()
+    }
+    texts = [group for group in groups if config.data.text_only and group[1] in LANGUAGE_TASKS]
+    kept = verify_rows(groups, bad, texts)
+    bad.settle(config.data.on_invalid)
+    for task in rows:
+        if ("train", task) not in kept:
+            raise DatasetError(f"Every training row of {task} is bad: {bad.messages[0]}")
+    return tuple({task: found for (split, task), found in kept.items() if split == name} for name in ("train", "val"))
 
 
 def build(config: RunConfig, rows: dict[str, list[Row]]) -> tuple[UniHemaForMultiTask, UniHemaProcessor]:

@@ -22,7 +22,7 @@ from unihema.training.evaluation import evaluate_model, headline, write_report
 from unihema.training.files import write_json, write_text
 from unihema.training.run.acceleration import make_accelerator
 from unihema.training.run.batches import RunBatches
-from unihema.training.run.build import build, training_rows, validation_rows
+from unihema.training.run.build import build, training_rows, validation_rows, verified_rows
 from unihema.training.run.checkpoint import Progress, last_checkpoint, load_trained, save_checkpoint, save_trained
 from unihema.training.run.config import RunConfig
 from unihema.training.run.early_stopping import EarlyStopping
@@ -83,8 +83,10 @@ class _Run:
             check_same_run(config, found[1], self.accelerator.num_processes)
         elif not resume:
             check_unused_folder(self.folder)
-        self.rows = training_rows(config)
-        self.val_rows = validation_rows(config, config.data.evaluation_tasks or self.rows)
+        rows = training_rows(config)
+        self.rows, self.val_rows = verified_rows(
+            config, rows, validation_rows(config, config.data.evaluation_tasks or rows)
+        )
         model, self.processor = build(config, self.rows)
         self.parts = TrainedParts(model, config.model.trained_parts)
         if self.accelerator.num_processes > 1:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from unihema.errors import InputError, InputTypeError
 from unihema.processing_unihema.image_io import image_size, load_image
-from unihema.training.data.dataset import read_mask
+from unihema.training.data.layouts.masks import read_mask
 from unihema.training.data.rows import Row
 from unihema.training.data.shards import StoredFile
 from unihema.training.studies.corruptions import CORRUPTIONS, LEVELS, Corruption

@@ -161,7 +161,6 @@ class CheckedImage:
         path (`str`): The file.
         tasks (`set[str]`): Of the rows that use it.
         groups (`dict[str, str]`): Patient, slide and source image, as far as known.
-        recorded_size (`tuple[int, int]`, *optional*): Width and height that its boxes refer to, pixels.
         fingerprint (`Fingerprint`, *optional*): None for a file that cannot be read.
     """
 
@@ -171,7 +170,6 @@ class CheckedImage:
     path: str
     tasks: set[str] = field(default_factory=set)
     groups: dict[str, str] = field(default_factory=dict)
-    recorded_size: tuple[int, int] | None = None
     fingerprint: Fingerprint | None = None
 
     @property
