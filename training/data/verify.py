@@ -13,14 +13,13 @@ from tqdm.auto import tqdm
 
 from unihema.errors import DatasetError
 from unihema.processing_unihema.image_io import MAX_PIXELS, load_image
-from unihema.training.data.layouts.files import image_size
+from unihema.training.data.layouts.files import LARGEST_IMAGE, image_size
 from unihema.training.data.layouts.masks import read_mask
 from unihema.training.data.rows import BadRows, Row, same_shape
 from unihema.training.data.shards import JoinedRows, LazyRows, ListedRows, joined
 
 
-# Pixels of an image. Decoded, one takes four bytes each at most; larger ones than MAX_PIXELS are decoded one at a time.
-LARGEST_IMAGE = 400_000_000
+# Images of more than MAX_PIXELS are decoded one at a time.
 _one_large = threading.Lock()
 
 

@@ -30,6 +30,8 @@ LONGEST_NAME = 200
 LONGEST_TEXT = 100_000
 # Pixels of a side: what a reader believes of a recorded size.
 LARGEST_SIDE = 10_000_000
+# Pixels of an image. Decoded, one takes four bytes each at most.
+LARGEST_IMAGE = 400_000_000
 # Folders within folders.
 DEEPEST = 64
 _ANNOTATION_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".xml", ".txt", ".yaml", ".yml", ".parquet")
@@ -387,16 +389,16 @@ def read_bytes(path: Path, limit: int) -> bytes:
         DatasetError: Not there, no regular file (a pipe would be waited for), not readable, or larger than `limit` bytes.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise DatasetError(f"{path}: not a regular file. Copy it again, or take it out.")
+        if status.st_size > limit:
+            size = f"{limit >> 20} MB" if limit >> 20 else f"{limit} bytes"
+            raise DatasetError(f"{path}: larger than {size}, so not read. Divide it.")
         with path.open("rb") as file:
-            content = file.read(limit + 1)
-    except (OSError, ValueError) as error:
+            return file.read(status.st_size)
+    except OSError as error:
         raise DatasetError(f"{path}: cannot be read ({error}).") from error
-    if len(content) > limit:
-        size = f"{limit >> 20} MB" if limit >> 20 else f"{limit} bytes"
-        raise DatasetError(f"{path}: larger than {size}, so not read. Divide it.")
-    return content
 
 
 def read_text(path: Path, limit: int = LARGEST_TEXT) -> str:
@@ -628,6 +630,13 @@ def image_size(path: str) -> tuple[int, int]:
         DatasetError: Not an image.
     """
     try:
+        if not os.path.isfile(path):
+            raise ValueError("no file")
+        with open(path, "rb") as file:
+            head = file.read(24)
+        # PIL decodes a whole PNG to find out how it is turned.
+        if head.startswith(b"\x89PNG") and int.from_bytes(head[16:20]) * int.from_bytes(head[20:24]) > LARGEST_IMAGE:
+            raise ValueError(f"more than {LARGEST_IMAGE} pixels")
         height, width = upright_size(path)
     except Exception as error:
         # PIL's readers raise anything on bytes that were damaged on purpose.
