@@ -404,8 +404,8 @@ class StoredRows(LazyRows):
         if not isinstance(found, list) or len(found) != len(self.groups[sample]):
             raise DatasetError(f"{where}: a list of {len(self.groups[sample])} rows is needed, got {shown(found)}.")
         for stored in found:
-            missing = [key for key in REQUIRED_KEYS[self.task] if key != "mask" and key not in stored]
-            if not isinstance(stored, dict) or missing or "file_name" not in stored:
+            needed = {"file_name", *REQUIRED_KEYS[self.task]} - {"mask"}
+            if not isinstance(stored, dict) or needed - set(stored):
                 raise DatasetError(f"{where}: a {self.task} row is needed, got {shown(stored)}.")
         return found
 

@@ -75,7 +75,7 @@ def test_two_files_of_one_image_are_one_row_with_both_their_classes(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"segmentation": {"size": [96, 72], "counts": [6912]}}, "a mask of height and width [96, 72], but the image has 72 and 96"),
+        ({"segmentation": {"size": [96, 72], "counts": [6912]}}, "a mask of height and width [96, 72], but the image has 72"),
         ({"segmentation": {"size": [72, 96], "counts": [10, 20]}}, "a mask of 30 pixels, but the image has 6912"),
         ({"segmentation": [[60, 40, 80, 40, 80, 60]]}, "the outline lies at [60, 40, 20, 20], but the box is [2, 3, 20, 15]"),
         ({"segmentation": [[20, 30, 220, 30, 220, 180]]}, "One of them is of another cell or of another size"),
@@ -269,9 +269,12 @@ def test_labels_that_contradict_each_other_or_the_folder(tmp_path):
     rows, bad = read(tmp_path, "attribute_table")
     assert [(row["file_name"], row["patient"]) for row in rows] == [("monocyte/a.png", "7"), ("basophil/c.png", "8")]
     assert said(bad, "cells.csv:3: monocyte, but the image") and said(bad, "1 more entries for images that have one")
-    (tmp_path / "cells.csv").write_text("file_name,label\na.png,monocyte\na.png,basophil\nc.png,basophil\n")
+    write_photograph(tmp_path / "more" / "d.png", 4)
+    (tmp_path / "cells.csv").write_text(
+        "file_name,label\na.png,monocyte\nd.png,monocyte\nd.png,basophil\nc.png,basophil\n"
+    )
     rows, bad = read(tmp_path, "attribute_table")
-    assert said(bad, "a.png: listed twice, as monocyte and as basophil")
+    assert said(bad, "d.png: listed twice, as monocyte and as basophil")
     assert said(bad, "1 image without a row, since nothing names it in a table: basophil/b.png")
 
 

@@ -19,7 +19,7 @@ from unihema.training.data.rows import BadRows, Row, shown
 
 # A field of a thousand cells takes about 300 kB and 10 000 elements.
 LARGEST_FILE = 16 << 20
-MOST_ELEMENTS = 500_000
+MOST_ELEMENTS = 200_000
 
 
 @dataclass
