@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("resource", reason="Limits of memory are of Unix.")
 
 SCRIPT = Path(__file__).with_name("mutated_folders.py")
-FOLDERS = 120
+FOLDERS = 80
 # One process reads this many, so that memory that is not given back is met within it, and a crash costs little.
 PART = 500
 
