@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find api modeling_unihema processing_unihema training hub_cards \( -name '*.py' -o -name '*.json' -o -path '*/shipped_files/*' \) -not -path '*/__pycache__/*')
+SOURCES := $(shell find api modeling_unihema processing_unihema training hub_cards \( -name '*.py' -o -name '*.json' -o -name '*.jinja' -o -path '*/shipped_files/*' \) -not -path '*/__pycache__/*')
 
 # Where bytecode is not kept, every command that a test starts compiles PyTorch and Transformers anew: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
@@ -66,11 +66,11 @@ demo: install
 
 # Synthetic smears, and the tiny model trained on them: about nine minutes.
 demo-train: install
-	$(BIN)/unihema demo-train demo-train
+	$(BIN)/python -m tools.demo_train demo-train
 
-# About twenty minutes on two cores; writes docs/speed.md and docs/benchmarks.
+# About twenty minutes on two cores; writes docs/results/speed.md and speed.json.
 bench: install
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.speed
 
 clean:
 	rm -rf build dist site demo demo-train *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -52,6 +52,7 @@ setup(
         "unihema": ["py.typed", "shipped_files/*/*"],
         "unihema.processing_unihema": ["tokenizer/*.json"],
         "unihema.training.data.curation": ["catalog.json"],
+        "unihema.hub_cards": ["templates/*.jinja"],
     },
     # The lower bounds are the oldest releases that pass the tests (constraints-lowest.txt, `make test-lowest`). Transformers
     # 5.15 is the first whose T5 attends through SDPA. Its 5.24 runs all but adapters: it asks for PEFT 0.22, and the newest
@@ -71,18 +72,21 @@ setup(
         "scipy>=1.13.1,<2",
         "pillow>=11,<14",
         "pyyaml>=6.0.2,<7",
+        "jinja2>=3.1,<4",
         # The backbone of the shipped checkpoint.
         "timm>=1.0.9,<2",
         # The figures of detection and of texts, which every training with a validation split writes.
         "faster-coco-eval>=1.8,<2",
         "sacrebleu>=2.4.3,<3",
         "tqdm>=4.66.4,<5",
-        "typer>=0.20,<1",
+        "click>=8.2.1,<9",
+        "filelock>=3.13,<5",
     ],
     extras_require={
         "dev": [
             "build>=1.6,<2",
             "import-linter>=2.17,<3",
+            "markdown-it-py>=4,<5",
             "mypy>=2.4,<3",
             "pandas>=2.2.3,<4",
             "pytest>=9,<10",

@@ -276,15 +276,15 @@ class Analyzer:
     ) -> "BatchReport":
         """Analyses files, folders and glob patterns into a results folder.
 
-        Images that were analysed with the same checkpoint and settings, and have not changed since, are skipped. A file that
-        cannot be read is reported and the rest goes on.
+        Images that are in the folder already, and have not changed since, are skipped. A file that cannot be read is reported
+        and the rest goes on.
 
         Args:
             inputs (`Sequence[str | Path]`): Image files, folders (with subfolders) and glob patterns.
             output (`str` or `Path`): Folder for the results; made when missing.
             tasks, prompt, questions, threshold: As for a single image.
             geojson (`bool`): Also write a GeoJSON file for QuPath for each image.
-            overwrite (`bool`): Analyse every image again.
+            overwrite (`bool`): Analyse every image again, whatever the folder was written with.
             batch_size (`int`): Images of one size that are analysed together: faster on a GPU, with the same results up to
                 float rounding.
             on_image (`Callable`, *optional*): Called after each image with its number from 1, the number of images, its path,
@@ -297,7 +297,7 @@ class Analyzer:
             CheckpointError: The checkpoint lacks a head that is asked for.
             RequestError: Unknown task, a threshold outside 0..1, a text that is too long, a batch of no images, or an output
                 folder that holds an image to analyse.
-            OSError: The output folder cannot be written.
+            OutputError: The output folder cannot be written, or was written with another checkpoint or other settings.
         """
         from unihema.result_folder import analyze_into
 
@@ -381,7 +381,9 @@ class Analyzer:
         if self.model.training:
             raise RequestError("The model is in training mode: call model.eval() before analysing.")
         opened = [image if isinstance(image, OpenedImage) else open_image(image) for image in images]
-        results = [SmearResult(image.width, image.height, image=image.name) for image in opened]
+        results = [
+            SmearResult(image.width, image.height, image=image.name, warnings=list(image.notes)) for image in opened
+        ]
         for result in results:
             result.provenance = self._provenance(request)
             result.class_parents = dict(self.model.config.label_parents or {})
@@ -441,7 +443,7 @@ class Analyzer:
             outputs,
             target_sizes=[image.size[::-1] for image in seen.images],
             pixel_mask=seen.batch("segmentation")["pixel_mask"],
-            threshold=self.model.config.segmentation_threshold,
+            threshold=self.model.config.trained.segmentation_threshold,
         )
         asked = request.prompt or self.processor.default_prompts.get("segmentation")
         for result, mask in zip(results, masks, strict=True):
@@ -500,7 +502,7 @@ class Analyzer:
             "image_sizes": {task: dict(self.processor.image_processor.task_sizes[task]) for task in tasks},
             "prompt": request.prompt if isinstance(request.prompt, str | None) else list(request.prompt),
             "detection_thresholds": thresholds if "detection" in tasks else None,
-            "segmentation_threshold": config.segmentation_threshold if "segmentation" in tasks else None,
+            "segmentation_threshold": config.trained.segmentation_threshold if "segmentation" in tasks else None,
             "nms_iou": NMS_IOU,
             "nms_within": NMS_WITHIN,
         }

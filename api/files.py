@@ -2,18 +2,34 @@
 
 import glob
 import hashlib
+import json
+import math
 import os
+import re
+import shutil
+import socket
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import time
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy
 from PIL import Image
 
 from unihema.errors import OutputError
 
-from .processing_unihema.image_io import IMAGE_SUFFIXES, image_size, load_image
+from .processing_unihema.image_io import IMAGE_SUFFIXES, image_size, read_image
+
+
+# Names of files that are being written: with host and process, so that what a killed one left is known.
+_PARTIAL = f".unihema-{re.sub(r'[^0-9A-Za-z.]', '', socket.gethostname())[:64]}-"
+# Folders that this process has cleaned of such files.
+_cleaned: set[str] = set()
+_LOCK, _OWNER = ".unihema.lock", ".unihema.run"
 
 
 class OpenedImage(NamedTuple):
@@ -24,12 +40,14 @@ class OpenedImage(NamedTuple):
         width (`int`): Of the file.
         height (`int`): Of the file.
         name (`str`, *optional*): Its path, where it came from one.
+        notes (`tuple[str, ...]`): A sentence for each thing that was guessed about its pixels, see [`read_image`].
     """
 
     pixels: Image.Image
     width: int
     height: int
     name: str | None
+    notes: tuple[str, ...] = ()
 
 
 def find_images(inputs: Sequence[str | Path], exclude: Path | None = None) -> tuple[list[Path], list[tuple[str, str]]]:
@@ -47,12 +65,12 @@ def find_images(inputs: Sequence[str | Path], exclude: Path | None = None) -> tu
     problems: list[tuple[str, str]] = []
     for item in map(str, inputs):
         path = Path(item)
-        if path.is_dir():
+        if os.path.isdir(path):
             found, message = _images_in(path, exclude), "no image in this folder or its subfolders"
-        elif path.exists() or not glob.has_magic(item):
-            found, message = [path] if path.exists() else [], "no such file or folder"
+        elif os.path.exists(path) or not glob.has_magic(item):
+            found, message = [path] if os.path.exists(path) else [], "no such file or folder"
         else:
-            matches = [Path(match) for match in sorted(glob.glob(item, recursive=True))]
+            matches = [Path(match) for match in sorted(glob.glob(_pattern(path), recursive=True))]
             found = [
                 image for match in matches for image in (_images_in(match, exclude) if match.is_dir() else [match])
             ]
@@ -62,6 +80,12 @@ def find_images(inputs: Sequence[str | Path], exclude: Path | None = None) -> tu
         for image in found:
             images.setdefault(image.resolve(), image)
     return list(images.values()), problems
+
+
+def _pattern(path: Path) -> str:
+    """A glob pattern; the folders of it that are there are taken by name, brackets and all."""
+    folder = next(parent for parent in path.parents if os.path.isdir(parent) or parent == path.parents[-1])
+    return os.path.join(glob.escape(str(folder)), str(path.relative_to(folder)))
 
 
 def _images_in(folder: Path, exclude: Path | None) -> list[Path]:
@@ -93,12 +117,12 @@ def open_image(image: str | Path | Image.Image | numpy.ndarray) -> OpenedImage:
     Raises:
         UnreadableImageError: The image cannot be read.
     """
-    opened = load_image(image)
+    opened, notes = read_image(image)
     if isinstance(image, (str, Path)):
         height, width = image_size(image)
-        return OpenedImage(opened, width, height, str(image))
+        return OpenedImage(opened, width, height, str(image), tuple(notes))
     height, width = image_size(opened)
-    return OpenedImage(opened, width, height, None)
+    return OpenedImage(opened, width, height, None, tuple(notes))
 
 
 def sha256(path: Path) -> str:
@@ -110,8 +134,50 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+SETTINGS_FILE = "settings.json"
+
+
+def claim_folder(folder: Path, settings: Mapping[str, Any], made: Sequence[str] = (), overwrite: bool = False) -> None:
+    """Writes what decides the contents of a folder, by which a later call knows whether it goes on with the same work.
+
+    Args:
+        folder (`Path`): The folder; made when missing.
+        settings (`Mapping[str, Any]`): Everything that decides what is written there.
+        made (`Sequence[str]`): Names of the results. `overwrite` deletes them; without settings beside them they are others'.
+        overwrite (`bool`): Start anew.
+
+    Raises:
+        OutputError: The folder was written with other settings; the message names the first of them.
+    """
+    path = folder / SETTINGS_FILE
+    now = json.loads(json.dumps(settings))
+    remedy = "Name another folder, or start anew (--overwrite, or overwrite=True)."
+    if overwrite:
+        for name in made:
+            (folder / name).unlink(missing_ok=True)
+    elif path.is_file():
+        try:
+            then = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise OutputError(f"{path}: cannot be read ({error}). {remedy}") from error
+        other = next((name for name in {**then, **now} if then.get(name) != now.get(name)), None)
+        if other is not None:
+            values = (then.get(other), now.get(other))
+            change = (
+                "has changed"
+                if any(isinstance(value, (dict, list)) for value in values)
+                else "was {!r}, now it is {!r}"
+            )
+            raise OutputError(f"{folder} holds results of other settings: {other} {change.format(*values)}. {remedy}")
+    elif there := [name for name in made if (folder / name).exists()]:
+        raise OutputError(f"{folder} holds {there[0]} of something else. {remedy}")
+    write_text(path, [json.dumps(now, indent=2, ensure_ascii=False), "\n"])
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Writes a file beside its place and moves it there when it is complete.
+
+    What a killed process left in the folder is removed by the next one on this machine that writes there.
 
     Args:
         path (`Path`): The file; its folder is made when missing.
@@ -122,7 +188,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
+        place = os.path.abspath(path.parent)
+        if place not in _cleaned:
+            _cleaned.add(place)
+            _remove_partials(path.parent)
+        prefix = f"{_PARTIAL}{os.getpid()}-"
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".partial")
         try:
             with os.fdopen(descriptor, "wb") as file:
                 write(file)
@@ -137,9 +208,135 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 
-def write_text(path: Path, lines: Iterable[str]) -> None:
-    """Writes text atomically, piece by piece, as UTF-8."""
-    write_atomically(path, lambda file: file.writelines(line.encode("utf-8") for line in lines))
+def write_text(path: str | Path, text: str | Iterable[str]) -> None:
+    """Writes text, or its pieces one after another, atomically as UTF-8.
+
+    What a file name that is not UTF-8 holds beside characters is written as `\\udcXX`, which JSON reads back as it was.
+    """
+    pieces = [text] if isinstance(text, str) else text
+    encoded = (piece.encode("utf-8", "backslashreplace") for piece in pieces)
+    write_atomically(Path(path), lambda file: file.writelines(encoded))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes indented JSON atomically; numbers that JSON does not know (NaN, infinity) become null."""
+    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """`value` with every part turned into what JSON knows."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def printable(text: str) -> str:
+    """Text in one line: control characters, line ends and what is no character as escapes such as `\\n`."""
+    escaped = ("Cc", "Cs", "Zl", "Zp")
+    return "".join(repr(each)[1:-1] if unicodedata.category(each) in escaped else each for each in text)
+
+
+@contextmanager
+def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
+    """Keeps other runs out of a folder, and removes what killed ones left of files they were writing.
+
+    The system gives the lock back when a process ends, however it ends. Within a run it may be asked for again.
+
+    Args:
+        folder (`Path`): The folder that is written to; made when missing.
+        subfolders (`Sequence[str]`): Its folders that are written to as well.
+
+    Raises:
+        OutputError: Another run is writing there, which is named; or the folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    # One lock a folder and process, so that a run within a run knows that it has it.
+    lock, owner = FileLock(folder.resolve() / _LOCK, mode=0o666 & ~_umask(), is_singleton=True), folder / _OWNER
+    if lock.is_locked:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(
+            f"{folder}: {_owner(owner)} is writing there. Wait for it or stop it, or name another folder."
+        ) from None
+    except NotImplementedError:
+        warnings.warn(f"{folder}: this file system has no locks. Let only one run at a time write there.", stacklevel=3)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror or error}).") from error
+    try:
+        for place in (folder, *(folder / name for name in subfolders)):
+            _remove_partials(place, alone=True)
+        run = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        write_text(owner, [json.dumps(run)])
+        yield
+    finally:
+        with suppress(OSError):
+            owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def empty_folder(folder: Path) -> None:
+    """Deletes what is in a folder.
+
+    Args:
+        folder (`Path`): The folder; it stays.
+
+    Raises:
+        OutputError: Another run is writing there.
+    """
+    with exclusive(folder):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != _LOCK:
+                path.unlink()
+
+
+def _remove_partials(folder: Path, alone: bool = False) -> None:
+    """Removes what killed processes were writing; with `alone` also what seems to be written by others, who cannot be."""
+    for partial in folder.glob(".unihema-*.partial"):
+        process = re.fullmatch(rf"{re.escape(_PARTIAL)}(\d+)-\w+\.partial", partial.name)
+        if alone or (process and not _is_running(int(process[1]))):
+            with suppress(OSError):
+                partial.unlink()
+
+
+def _is_running(process: int) -> bool:
+    # On Windows the question would end the process.
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _owner(path: Path) -> str:
+    """The run that holds a folder, in words."""
+    # It writes down who it is right after it got the lock.
+    for _ in range(20):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            run = json.loads(path.read_text(encoding="utf-8"))
+            return f"another run (process {run['pid']} on {run['host']}, since {run['since']})"
+        time.sleep(0.05)
+    return "another run"
 
 
 def _umask() -> int:
@@ -148,4 +345,17 @@ def _umask() -> int:
     return mask
 
 
-__all__ = ["OpenedImage", "find_images", "open_image", "sha256", "write_atomically", "write_text"]
+__all__ = [
+    "OpenedImage",
+    "claim_folder",
+    "empty_folder",
+    "exclusive",
+    "find_images",
+    "open_image",
+    "plain",
+    "printable",
+    "sha256",
+    "write_atomically",
+    "write_json",
+    "write_text",
+]

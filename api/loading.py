@@ -186,7 +186,7 @@ def _in_8_bit(device: "torch.device") -> dict[str, Any]:
 
 def available_tasks(model: "UniHemaPreTrainedModel | OnnxModel") -> tuple[str, ...]:
     """Tasks the model has a head for and was trained on (all of its heads where the checkpoint does not say)."""
-    trained = getattr(model.config, "trained_tasks", None)
+    trained = model.config.trained.tasks  # type: ignore[union-attr]
     return tuple(task for task in model.tasks if trained is None or task in trained)
 
 

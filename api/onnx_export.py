@@ -31,7 +31,7 @@ OPSET = 20
 _TRACED_SIZE = (192, 256)
 
 
-def export_onnx(checkpoint: str | Path, output: str | Path, task: str = "detection") -> Path:
+def export_onnx(checkpoint: str | Path, output: str | Path, task: str = "detection", overwrite: bool = False) -> Path:
     """Writes one task of a checkpoint as an ONNX file.
 
     Inputs are `pixel_values` `[batch, 3, height, width]` (float32, normalised) and, for detection, the prompt's
@@ -43,6 +43,7 @@ def export_onnx(checkpoint: str | Path, output: str | Path, task: str = "detecti
         checkpoint (`str` or `Path`): Checkpoint folder.
         output (`str` or `Path`): The new file, ending in `.onnx`. It appears when it is complete.
         task (`str`): `detection` or `single_cell`.
+        overwrite (`bool`): Replace a file that is there already.
 
     Returns:
         `Path`: The file.
@@ -57,8 +58,10 @@ def export_onnx(checkpoint: str | Path, output: str | Path, task: str = "detecti
         raise InputError(f"Task '{task}' has no ONNX export; choose one of {', '.join(OUTPUTS)}.")
     if output.suffix != ".onnx":
         raise InputError(f"{output}: name the file .onnx, by which `unihema predict` knows it.")
-    if output.exists():
-        raise InputError(f"{output} is there already: choose another name or delete it.")
+    if output.exists() and not overwrite:
+        raise InputError(
+            f"{output} is there already: choose another name, or replace it (--overwrite, or overwrite=True)."
+        )
     for package in ("onnx", "onnxscript"):
         try:
             importlib.import_module(package)

@@ -9,6 +9,8 @@ import csv
 import hashlib
 import io
 import json
+import os
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +19,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unihema.errors import OutputError, RequestError
-from unihema.files import OpenedImage, find_images, open_image, sha256, write_atomically, write_text
+from unihema.files import (
+    OpenedImage,
+    claim_folder,
+    exclusive,
+    find_images,
+    open_image,
+    sha256,
+    write_atomically,
+    write_text,
+)
 from unihema.inference.int8 import is_int8
-from unihema.results.export import cell_columns, cell_row
+from unihema.results.export import cell_columns, cell_row, table_text
 from unihema.results.smear_result import SmearResult
 from unihema.version import __version__
 
@@ -33,6 +44,8 @@ if TYPE_CHECKING:
 COUNT_COLUMNS = ["image", "label", "count", "percent_of_white_cells", "differential", "warnings"]
 # Images are held back until a batch of one size is full: so many batches of them at most.
 HELD_BATCHES = 4
+# Bytes of a name, to which `_overlay.png` is added: file systems take 255.
+NAME_BYTES = 200
 # What is wrong with one image, and no reason to stop.
 _FAILURES = (OSError, ValueError, RuntimeError, MemoryError)
 
@@ -93,16 +106,19 @@ def analyze_into(
         raise RequestError(
             f"{output}: this folder holds {beside.name}, an image to analyse; name another one for results."
         )
-    folder = ResultFolder(output, _settings(analyzer, checked, geojson))
+    settings = _settings(analyzer, checked, geojson)
+    claim_folder(output, settings, overwrite=overwrite)
+    folder = ResultFolder(output, settings)
     report = BatchReport(failed=dict(problems))
     attributes = list(analyzer.model.config.morphology) if "detection" in checked.tasks else []
     run = _Run(analyzer, folder, report, checked, overwrite)
-    try:
-        for number, (path, outcome) in enumerate(run.outcomes(images, batch_size), 1):
-            if on_image:
-                on_image(number, len(images), path, outcome)
-    finally:
-        folder.write_tables(attributes, report)
+    with exclusive(output, ["records"]):
+        try:
+            for number, (path, outcome) in enumerate(run.outcomes(images, batch_size), 1):
+                if on_image:
+                    on_image(number, len(images), path, outcome)
+        finally:
+            folder.write_tables(attributes, report)
     return report
 
 
@@ -222,8 +238,8 @@ def in_buckets(items: Iterable[_Work], key: Callable[[_Work], object], size: int
 
 
 def _one_line(error: Exception, path: Path) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.removeprefix(f"{path}: ")
+    text = str(error).removeprefix(f"{path}: ")
+    return " ".join(text.split()) or type(error).__name__
 
 
 class ResultFolder:
@@ -244,19 +260,18 @@ class ResultFolder:
 
         An image keeps the name it has in the folder, whatever else is given with it later.
         """
-        owners = {path.stem.lower(): record["source"] for path, record in self._read_all()}
+        had = {record["source"]: path.stem for path, record in self._read_all()}
+        taken = {_same_file(name) for name in had.values()}
         names = {}
         for image in images:
             source = image.resolve()
-            candidates = [
-                image.stem,
-                f"{source.parent.name}_{image.stem}",
-                f"{image.stem}_{hashlib.sha256(str(source).encode()).hexdigest()[:12]}",
-            ]
-            owned = [name for name in candidates if owners.get(name.lower()) == str(source)]
-            free = [name for name in candidates if name.lower() not in owners]
-            names[image] = (owned or free)[0]
-            owners[names[image].lower()] = str(source)
+            if str(source) not in had:
+                digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:12]
+                stems = [image.stem, f"{source.parent.name}_{image.stem}", f"{image.stem}_{digest}"]
+                candidates = [_file_name(stem, digest) for stem in stems]
+                had[str(source)] = next(name for name in candidates if _same_file(name) not in taken)
+                taken.add(_same_file(had[str(source)]))
+            names[image] = had[str(source)]
         return names
 
     def is_current(self, name: str, image_sha256: str) -> bool:
@@ -359,12 +374,28 @@ class ResultFolder:
                 yield path, record
 
 
+def _file_name(stem: str, digest: str) -> str:
+    """A stem as the name of files on every system; one that had to be changed ends with a hash of its path."""
+    name = "".join("_" if not each.isprintable() or each in '<>:"/\\|?*' else each for each in stem)
+    # A leading dot hides a file, and one of dots only is a folder.
+    bare = name.lstrip(".")
+    name = "_" * (len(name) - len(bare)) + bare
+    if name == stem and len(name.encode()) <= NAME_BYTES:
+        return name
+    return f"{name.encode()[: NAME_BYTES - 13].decode(errors='ignore')}_{digest}"
+
+
+def _same_file(name: str) -> str:
+    """Equal for names that some file system takes for one: of other case, or composed otherwise."""
+    return unicodedata.normalize("NFC", name.casefold())
+
+
 def _csv(columns: Sequence[str], rows: Iterator[list[Any]]) -> Iterator[str]:
     """The lines of a CSV file, as they are read from `rows`."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     for row in chain([columns], rows):
-        writer.writerow(row)
+        writer.writerow([table_text(value) for value in row])
         yield buffer.getvalue()
         buffer.seek(0)
         buffer.truncate()

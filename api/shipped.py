@@ -32,7 +32,8 @@ def lay_down_checkpoint(folder: str | Path = "unihema", replace: bool = False) -
         if _holds(folder, source):
             return folder
         raise FileThereError(
-            f"{folder} is there already and holds something else. Name another folder, or add --replace to delete it."
+            f"{folder} is there already and holds something else. Name another folder, or replace it (--overwrite, or "
+            "replace=True)."
         )
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

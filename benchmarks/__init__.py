@@ -1,1 +1,1 @@
-"""Speed and memory of UniHema beside its peers, measured in one process: `make bench`."""
+"""Measured beside others: `speed` (time and memory, `make bench`) and `peers` (quality of single-task models)."""

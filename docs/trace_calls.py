@@ -100,7 +100,7 @@ def calls_of_training(folder: Path) -> list[Call]:
         if event == "call" and (file := file_of(frame)) is not None:
             found.setdefault((file, frame.f_code.co_qualname))
 
-    options = ["--task", "detection", "--image-size", "detection=96", "--max-steps", "1", "--workers", "0"]
+    options = ["--task", "detection", "--image-size", "96", "--max-steps", "1", "--set", "data.workers=0"]
     run_command(["train", str(data), "-o", str(folder / "run"), *options], watch)
     return list(found)
 

@@ -8,36 +8,35 @@ from torch import nn
 
 from unihema.errors import InputError, PackageMissingError
 
+from .configuration_unihema import TrainingResults, take_old_fields
 
-# Fields of the configuration that an adapter may have its own values of, in its `adapter_config.json`.
+
+# Fields of the configuration that an adapter may override in its `adapter_config.json`.
 ADAPTER_FIELDS = (
     "id2label",
     "label_parents",
     "single_cell_labels",
-    "detection_thresholds",
     "default_prompt_ids",
-    "segmentation_label",
-    "segmentation_threshold",
-    "trained_tasks",
+    "trained",
 )
-# Their place there: PEFT reads and writes `auto_mapping` as it stands.
+# Their key in `auto_mapping`, which PEFT reads and writes unchanged.
 FIELDS_KEY = "unihema"
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "force_download", "proxies", "local_files_only")
 
 
 class WithAdapters:
-    """Part of every UniHema model: what Transformers' adapter methods leave open where adapters have heads of their own.
+    """Adapter methods of every UniHema model; unlike those of Transformers they support adapters with heads of their own.
 
     [`PeftModel`] works on these models as well. Either way the configuration (`id2label`, `single_cell_labels`, thresholds,
     ...) is that of the adapter in use, and the model's own again where none is.
     """
 
-    # The model's own values of ADAPTER_FIELDS, once there are adapters, and whose values it has now.
+    # The base's values of ADAPTER_FIELDS, once there are adapters; and the adapters whose values are in use now.
     _base_fields: dict[str, Any] | None = None
     _followed: tuple[str, ...] | None = ()
 
     def load_adapter(self, peft_model_id=None, adapter_name: str | None = None, *args, **kwargs):
-        """Loads an adapter beside those that are there, and switches to it.
+        """Loads an adapter beside those already loaded, and switches to it.
 
         Args:
             peft_model_id (`str`, *optional*): Folder, or repository on the Hub.
@@ -57,8 +56,9 @@ class WithAdapters:
         return _load_beside(self, str(peft_model_id), adapter_name or "default", kwargs)
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Switches to an adapter, or to several together: their changes add up, heads and classes are those of the first
-        that has any.
+        """Switches to an adapter, or to several together.
+
+        The changes of several adapters add up. Heads and classes are those of the first adapter that has any.
 
         Args:
             adapter_name (`str` or `Sequence[str]`): Names of loaded adapters.
@@ -111,19 +111,19 @@ class WithAdapters:
         return _active_names(self) if getattr(self, "peft_config", None) else ()
 
     def merge_adapter(self) -> None:
-        """Adds the changes of the adapters in use to the weights, which makes them cost nothing; see `unmerge_adapter`."""
+        """Adds the changes of the adapters in use to the weights, so that they take no time; see `unmerge_adapter`."""
         for module in _adapted_modules(self):
             if not hasattr(module, "modules_to_save"):
                 module.merge()
 
     def unmerge_adapter(self) -> None:
-        """Takes the merged changes out of the weights again, up to rounding."""
+        """Subtracts the merged changes from the weights again, up to rounding."""
         for module in _adapted_modules(self):
             if not hasattr(module, "modules_to_save") and module.merged:
                 module.unmerge()
 
     def merge_and_unload(self):
-        """Makes the adapters in use part of the model, for good, and forgets the others.
+        """Merges the adapters in use into the weights for good, and removes all adapters.
 
         Returns:
             The model itself, without adapters, to be saved as a checkpoint.
@@ -141,7 +141,7 @@ class WithAdapters:
             parent, _, child = name.rpartition(".")
             setattr(self.get_submodule(parent), child, plain)
         del self.peft_config
-        # Private: Transformers' adapter methods ask this, and nothing public takes it back.
+        # Private: Transformers' adapter methods check this flag, and nothing public resets it.
         self._hf_peft_config_loaded = False
         self._base_fields, self._followed = None, ()
         return self
@@ -165,33 +165,40 @@ class WithAdapters:
             return
         if self._base_fields is None:
             self._base_fields = {name: getattr(self.config, name, None) for name in ADAPTER_FIELDS}
+            self._base_fields["trained"] = dataclasses.asdict(self.config.trained)
             self._followed = ()
         names = _active_names(self) if adapters else None
         if names == self._followed:
             return
         self._followed = names
         if names is None and _fits(self, self.config.num_labels):
-            # Merged: the classes stay.
+            # The adapter was merged, so its classes stay.
             return
         fields = dict(self._base_fields)
-        # Of several adapters the first has the say.
+        # The first adapter is applied last, so it wins.
         for name in reversed(names or ()):
-            fields |= adapter_fields(adapters[name]) if name in adapters else {}
+            own = adapter_fields(adapters[name]) if name in adapters else {}
+            fields |= {**own, "trained": {**fields["trained"], **own.get("trained", {})}}
         set_fields(self, fields)
 
     def refresh_adapter_fields(self, adapter_name: str) -> None:
-        """Writes what the configuration says now into an adapter, before it is saved."""
-        own = {name: getattr(self.config, name, None) for name in adapter_fields(self.peft_config[adapter_name])}
-        self.peft_config[adapter_name].auto_mapping[FIELDS_KEY] = own
+        """Copies the current values of an adapter's fields into its configuration, before it is saved."""
+        own = adapter_fields(self.peft_config[adapter_name])
+        now = {name: getattr(self.config, name, None) for name in own}
+        if "trained" in own:
+            now["trained"] = {name: getattr(self.config.trained, name) for name in own["trained"]}
+        self.peft_config[adapter_name].auto_mapping[FIELDS_KEY] = now
 
 
 def adapter_fields(peft_config: Any) -> dict[str, Any]:
-    """The fields of `UniHemaConfig` that an adapter has its own values of.
+    """The fields of `UniHemaConfig` that an adapter overrides; of `trained` possibly some keys only.
 
     Args:
         peft_config (`PeftConfig`): The adapter's configuration.
     """
-    stored = (getattr(peft_config, "auto_mapping", None) or {}).get(FIELDS_KEY) or {}
+    stored = dict((getattr(peft_config, "auto_mapping", None) or {}).get(FIELDS_KEY) or {})
+    if trained := take_old_fields("trained", stored):
+        stored["trained"] = trained
     fields = {name: stored[name] for name in ADAPTER_FIELDS if name in stored}
     if fields.get("id2label"):
         fields["id2label"] = {int(index): name for index, name in fields["id2label"].items()}
@@ -199,7 +206,7 @@ def adapter_fields(peft_config: Any) -> dict[str, Any]:
 
 
 def set_fields(model: nn.Module, fields: dict[str, Any]) -> None:
-    """Sets fields of a model's configuration, and what follows from them.
+    """Sets fields of a model's configuration, and `label2id` to match.
 
     Args:
         model (`UniHemaPreTrainedModel`): The model.
@@ -207,9 +214,9 @@ def set_fields(model: nn.Module, fields: dict[str, Any]) -> None:
     """
     config = model.config
     for name, value in fields.items():
-        setattr(config, name, value)
+        setattr(config, name, TrainingResults(**value) if name == "trained" else value)
     if not _fits(model, config.num_labels):
-        # An adapter that was saved without its classes, or whose heads are still to be loaded.
+        # The adapter was saved without its classes, or its heads are not loaded yet.
         config.id2label = {index: f"LABEL_{index}" for index in range(len(model.detection_head.class_head.weight))}
         model._followed = None
     config.label2id = {name: index for index, name in config.id2label.items()}
@@ -226,7 +233,7 @@ def _adapted_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    # By what they have: the model must do without PEFT where there are no adapters.
+    # By attribute, not by class: without adapters the model must work without PEFT.
     return hasattr(module, "base_layer") or hasattr(module, "modules_to_save")
 
 
@@ -255,13 +262,13 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
         **(options.get("adapter_kwargs") or {}),
     }
     hub = {option: given[option] for option in _HUB_OPTIONS if given.get(option) is not None}
-    # Transformers hands on the commit that it found for the base, which is none of the adapter's.
+    # Transformers passes the commit of the base, which does not exist in the adapter's repository.
     hub = {option: getattr(value, "initial", value) for option, value in hub.items()}
     hub = {option: value for option, value in hub.items() if value is not None}
     config = peft.PeftConfig.from_pretrained(source, **hub)
     others = {other.peft_type for other in (getattr(model, "peft_config", None) or {}).values()}
     if others - {config.peft_type}:
-        # PEFT would put one layer around the other, and switching would reach the outer one only.
+        # PEFT would wrap one layer in the other, and switching would reach the outer one only.
         raise InputError(
             f"{source}: an adapter of kind {config.peft_type.value} cannot lie beside one of {others.pop().value}. Load it "
             "into another copy of the base."
@@ -269,12 +276,12 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
     config.inference_mode = not options.get("is_trainable", False)
     # The first parameter of an 8-bit model tells where it is as well.
     weights = load_peft_weights(source, device=str(next(model.parameters()).device), **hub)
-    # PEFT names what it saves from its wrapper around the model.
+    # PEFT's keys begin with the names of its wrapper around the model.
     weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         peft.inject_adapter_in_model(config, model, name)
-    # Private: Transformers' adapter methods ask this; its own loading knows no adapters with heads of their own.
+    # Private: Transformers' adapter methods check this flag; its own loading has no adapters with heads of their own.
     model._hf_peft_config_loaded = True  # noqa: SLF001
     try:
         result = set_peft_model_state_dict(model, weights, adapter_name=name)
@@ -291,7 +298,7 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
     if config.inference_mode:
         model.eval()
     model.set_adapter(name)
-    # Releases of Transformers differ in the sets of keys that they tell of.
+    # Releases of Transformers differ in the fields of this report.
     told = {"missing_keys": absent, "error_msgs": [], "conversion_errors": {}}
     return LoadStateDictInfo(
         **{field.name: told.get(field.name, set()) for field in dataclasses.fields(LoadStateDictInfo)}

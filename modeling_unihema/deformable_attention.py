@@ -19,8 +19,8 @@ def multi_scale_deformable_attention(
 ) -> torch.Tensor:
     """Weighted sum of bilinear samples from several feature levels.
 
-    On the CPU the samples are read as weighted rows of a table ([`gather_rows`]), on a GPU by Triton kernels where they
-    work ([`run_kernels`]), elsewhere and in exported graphs with `grid_sample`. All give the same values and gradients up
+    On the CPU samples are gathered as weighted rows of a table ([`gather_rows`]), on a GPU by Triton kernels where these
+    work ([`run_kernels`]), elsewhere and in exported graphs by `grid_sample`. All give the same values and gradients up
     to float rounding.
 
     Args:
@@ -47,7 +47,7 @@ def sample_grid(
     sampling_points: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The plain form, in operators that every device and format has; see [`multi_scale_deformable_attention`]."""
+    """The plain form, in operators that every device and export format supports; see [`multi_scale_deformable_attention`]."""
     batch, _, heads, width = value.shape
     queries = sampling_points.shape[1]
     precise = torch.promote_types(value.dtype, sampling_points.dtype)
@@ -119,7 +119,7 @@ class MultiScaleDeformableAttention(nn.Module):
         offsets = self.sampling_offsets(query).view(batch, queries, *per_level, 2)
         weights = self.attention_weights(query).view(batch, queries, self.num_heads, -1).softmax(-1)
         weights = weights.view(batch, queries, *per_level)
-        # Spread over levels and points first, so that the loops over heads are long and plain.
+        # Contiguous over levels and points, so that the innermost loops are long.
         spread = (-1, -1, -1, -1, self.num_points, -1)
         centre = reference[:, :, None, :, None, :2].expand(spread).contiguous()
         if reference.shape[-1] == 2:

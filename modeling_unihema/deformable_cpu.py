@@ -1,9 +1,9 @@
-"""Multi-scale deformable attention on the CPU: the samples read as weighted rows of one table, with a backward by hand.
+"""Multi-scale deformable attention on the CPU: bilinear gather with `embedding_bag`, and its backward.
 
-Bilinear samples are sums of four rows (pixels) with weights; `embedding_bag` sums all rows of a query and head at once. The
-value is the table as it is. A point at the edge reads the nearest four pixels of its level like any other, each with the
-weight that its distance gives it, so that outside no pixel counts. Queries go through in chunks whose indices and weights
-stay in the processor's cache.
+A bilinear sample is a weighted sum of four pixels. The value, reshaped to one row for each pixel and head, is the table;
+`embedding_bag` sums all rows of a query and head at once. A point near the edge of a level reads the four nearest pixels of
+that level. Their weights fall to 0 with distance, so a point outside reads zeros. Queries are processed in chunks whose
+indices and weights fit into the processor's cache.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 
-# Queries a chunk: 8 heads x 4 levels x 4 points x 4 pixels of them are half a megabyte of indices.
+# Queries of a chunk: 8 heads x 4 levels x 4 points x 4 pixels of them are half a megabyte of indices.
 CHUNK = 1024
 # Pixels of a level are numbered in float32, and rows of the table in int32.
 LARGEST_LEVEL = 2**24
@@ -29,28 +29,28 @@ def gather_rows(
     sampling_points: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Weighted sum of bilinear samples; see [`multi_scale_deformable_attention`]. In float32 at least, inside."""
+    """Weighted sum of bilinear samples, computed in at least float32; see [`multi_scale_deformable_attention`]."""
     precise = torch.promote_types(torch.float32, value.dtype)
     arguments = [tensor.to(precise) for tensor in (value, sampling_points, weights)]
     return _GatherRows.apply(level_shapes, *arguments).to(value.dtype)
 
 
 class Places(NamedTuple):
-    """Where each level is in the table; every tensor spread over heads, levels and points.
+    """Position and size of each level in the table; every tensor has the shape `[heads, levels, points]`.
 
-    Innermost loops then run over all of a query's samples, not over the points of one level.
+    The innermost loops then run over all samples of a query, which is faster than over the points of one level.
 
     Args:
-        width (`torch.Tensor`): Pixels of a level in a row.
-        height (`torch.Tensor`): And in a column.
-        last_left (`torch.Tensor`): The last column that has one to its right, 0 where there is but one.
-        last_top (`torch.Tensor`): The last row that has one below, 0 where there is but one.
-        step_right (`torch.Tensor`): Pixels to the column on the right: 1, or farther than any point where there is none.
-        step_down (`torch.Tensor`): Pixels to the row below, the same.
+        width (`torch.Tensor`): Columns of a level.
+        height (`torch.Tensor`): Rows of a level.
+        last_left (`torch.Tensor`): The last column with a right neighbour; 0 in a level of one column.
+        last_top (`torch.Tensor`): The last row with a row below; 0 in a level of one row.
+        step_right (`torch.Tensor`): Distance to the column on the right: 1, or the largest float where there is none.
+        step_down (`torch.Tensor`): Distance to the row below, likewise.
         origin (`torch.Tensor`): Row of the table with the first pixel, int32.
         last (`torch.Tensor`): Row of the table with pixel (`last_left`, `last_top`), int32.
-        right (`torch.Tensor`): Rows of the table from a pixel to the one on the right, int32.
-        down (`torch.Tensor`): And to the one below.
+        right (`torch.Tensor`): Offset in the table from a pixel to the one on its right, int32.
+        down (`torch.Tensor`): Offset to the one below, int32.
     """
 
     width: torch.Tensor
@@ -66,7 +66,7 @@ class Places(NamedTuple):
 
 
 class _Table:
-    """Where the pixels of each level are in the table, spread over heads, levels and points.
+    """The table of all pixels: sizes, and the [`Places`] of the levels.
 
     Args:
         level_shapes (`list[tuple[int, int]]`): `(h, w)` of each level.
@@ -133,7 +133,7 @@ def locate(
     left = torch.minimum(x.floor().clamp_(min=0), places.last_left)
     top = torch.minimum(y.floor().clamp_(min=0), places.last_top)
     rows = torch.addcmul(left, top, places.width).int().mul_(heads).add_(places.origin)
-    # A point that is not a number must not read outside the table; its weight is not a number either.
+    # The row of a NaN point is undefined, so it is clamped into the table. The weight is NaN, and so is the result.
     rows = torch.minimum(rows, places.last).clamp_(min=0).add_(images)
     return rows, x.sub_(left), y.sub_(top)
 
@@ -147,7 +147,7 @@ def corners(rows: torch.Tensor, places: Places) -> torch.Tensor:
 def corner_weights(
     right: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, places: Places
 ) -> list[torch.Tensor]:
-    """What each of the four pixels counts: 1 less its distance along each axis, where that is less than 1."""
+    """Bilinear weight of each of the four pixels, times the attention weight of the sample."""
     at_left = _nearer(weights, right.abs())
     at_right = _nearer(weights, (right - places.step_right).abs_())
     above, below = down.abs(), (down - places.step_down).abs_()
@@ -159,7 +159,7 @@ def _nearer(weights: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
 
 
 def _bags(of_corners: list[torch.Tensor]) -> torch.Tensor:
-    """Four of `[Q, heads, levels, points]` side by side, `[Q * heads, 4 * levels * points]`."""
+    """Stacks four `[Q, heads, levels, points]` tensors to bags `[Q * heads, 4 * levels * points]`."""
     queries, heads, *samples = of_corners[0].shape
     if torch.compiler.is_compiling():
         return torch.stack(of_corners, 2).view(queries * heads, -1)
@@ -176,7 +176,7 @@ def bags_of_queries(points, weights, images, places: Places, heads: int):
 
 
 def located_bags(points, images, places: Places, heads: int):
-    """What [`locate`] gives, and the rows to read."""
+    """The results of [`locate`], and the rows to read."""
     located = locate(points, images, places, heads)
     return *located, corners(located[0], places)
 
@@ -187,13 +187,14 @@ def slopes(
     """Gradients of points and weights.
 
     Args:
-        products (`torch.Tensor`): Of the output's gradient and each pixel read, `[Q * heads, 4 * levels * points]`.
+        products (`torch.Tensor`): Dot products of the output's gradient with each pixel read,
+            `[Q * heads, 4 * levels * points]`.
         right, down (`torch.Tensor`): Of [`locate`].
         weights (`torch.Tensor`): `[Q, heads, levels, points]`.
         places ([`Places`]): Of the levels.
 
     Returns:
-        `tuple`: Gradients of `points` and `weights`, and what each pixel counts, `[4, Q * heads * levels * points]`.
+        `tuple`: Gradients of `points` and `weights`, and the weight of each pixel, `[4, Q * heads * levels * points]`.
     """
     heads, samples = weights.shape[1], weights.shape[2:]
     upper_left, upper_right, lower_left, lower_right = (
@@ -214,14 +215,18 @@ def slopes(
 
 
 def _share(beyond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a pixel counts along an axis by how far the point is beyond it, and how that grows with the point."""
+    """Bilinear weight along one axis, and its derivative.
+
+    Args:
+        beyond (`torch.Tensor`): Signed distance from the pixel to the point, in pixels.
+    """
     grows = torch.where(beyond < 0, 1.0, -1.0).masked_fill_((beyond < -1) | (beyond >= 1), 0)
     return 1 - beyond.abs().clamp_(max=1), grows
 
 
 def _chunks(number: int) -> list[slice]:
     if torch.compiler.is_compiling():
-        # A loop is traced turn by turn, which takes minutes; compiled code needs no chunks.
+        # The compiler unrolls the loop, which takes minutes. Compiled code needs no chunks.
         return [slice(0, number)]
     return [slice(start, start + CHUNK) for start in range(0, number, CHUNK)]
 
@@ -232,7 +237,7 @@ def read(
     points: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """[`gather_rows`] of tensors of one dtype, without gradient."""
+    """The forward pass of [`gather_rows`], for tensors of one dtype."""
     batch, _, heads, width = value.shape
     number = points.shape[1]
     table = _Table(level_shapes, heads, points.shape[4], points)
@@ -252,7 +257,7 @@ def gradients(
     all_points: torch.Tensor,
     all_weights: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of value, points and weights, from that of [`read`]'s result."""
+    """The backward pass of [`read`]: gradients of value, points and weights."""
     batch, _, heads, width = value.shape
     number, samples = all_points.shape[1], all_points.shape[3] * all_points.shape[4]
     table = _Table(level_shapes, heads, all_points.shape[4], all_points)
@@ -273,7 +278,7 @@ def gradients(
 
 
 class _GatherRows(torch.autograd.Function):
-    """Forward and backward; nothing but the inputs is kept between them."""
+    """[`read`] with [`gradients`] as its backward. Only the inputs are saved between them."""
 
     @staticmethod
     def forward(ctx, level_shapes, value, points, weights):
@@ -287,11 +292,11 @@ class _GatherRows(torch.autograd.Function):
 
 
 def _dot_products(gradient: torch.Tensor, pixels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Of each bag's gradient `[N, width]` and each of its pixels; `rows` `[N, K]` to `[N, K]`."""
+    """Dot products `[N, K]` of each bag's gradient `[N, width]` with the K pixels in its `rows` `[N, K]`."""
     bags, samples = rows.shape
     starts = torch.arange(0, bags * samples, samples, dtype=rows.dtype, device=rows.device)
     bag_of_row = torch.arange(bags, dtype=rows.dtype, device=rows.device).repeat_interleave(samples)
-    # Private: no public operator gives the dot product of rows of two tables without a copy of the rows.
+    # Private: no public operator gives dot products of rows of two tables without copying the rows.
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(  # noqa: SLF001
         gradient, pixels, rows.flatten(), starts, bag_of_row, 0
     ).view(bags, samples)
@@ -305,10 +310,10 @@ def _spread(
     batch: int,
     table: _Table,
 ) -> torch.Tensor:
-    """Gradient of the value `[B, S, heads, width]`: each pixel collects from the points around it.
+    """Gradient of the value `[B, S, heads, width]`: the sum over all points that read a pixel.
 
-    Points are sorted by the pixel up and left of them. Then each pixel's sum over its points is a bag too, one for each
-    of the four corners, and the corners' sums are shifted into place.
+    Points are sorted by their upper left pixel. The sum over the points of a pixel is then a bag as well, one for each of the
+    four corners. Finally the sums of the other three corners are shifted to their own pixels and added.
     """
     total = batch * table.tokens * table.heads
     rows, order = torch.sort(rows)
@@ -321,7 +326,7 @@ def _spread(
         for count in counts
     ]
     heads = table.heads
-    # The last column has nothing for the right, and the last row nothing for below: no shift leaves its row or level.
+    # Sums of the last column for the right, and of the last row for below, are 0: no shift crosses a row or a level.
     for upper, lower in ((0, 1), (2, 3)):
         corner[upper][:, heads:] += corner[lower][:, :-heads]
     levels = zip(

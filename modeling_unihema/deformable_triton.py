@@ -1,7 +1,7 @@
 """Multi-scale deformable attention as Triton kernels, forward and backward, for CUDA tensors.
 
-A program takes a block of queries and one head, goes through their samples, and reads four pixels for each; nothing is
-kept between forward and backward but the inputs.
+A program takes a block of queries and one head, and reads four pixels for each of their samples. Only the inputs are saved
+between forward and backward.
 """
 
 import logging
@@ -26,14 +26,14 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
-# Queries of a program.
+# Queries handled by one program.
 QUERIES = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @jit
 def _program(NUMBER, HEADS: constexpr, QUERIES: constexpr):
-    """The image, head and bags of a program's block of queries, and which of these there are."""
+    """Image, head and output rows of a program's block of queries, and which of these queries exist."""
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     image = tl.program_id(1) // HEADS
     head = tl.program_id(1) % HEADS
@@ -43,7 +43,7 @@ def _program(NUMBER, HEADS: constexpr, QUERIES: constexpr):
 
 @jit
 def _locate(points, levels, place, sample, POINTS: constexpr, known):
-    """Level, its size, and where a sample lies in its pixels, 0 being the centre of the first."""
+    """Size and start of a sample's level, and the sample in pixels; 0 is the centre of the first pixel."""
     level = sample // POINTS
     height = tl.load(levels + level * 3)
     width = tl.load(levels + level * 3 + 1)
@@ -55,7 +55,7 @@ def _locate(points, levels, place, sample, POINTS: constexpr, known):
 
 @jit
 def _pixel(x, y, height, width, start, image, head, TOKENS, HEADS: constexpr, known):
-    """Number of the pixel at whole-numbered (x, y) in the value's rows, and whether there is one."""
+    """Row of the value that holds the pixel at the integers (x, y), and whether that pixel exists."""
     there = known & (x >= 0) & (x < width) & (y >= 0) & (y < height)
     column = tl.where(there, x, 0.0).to(tl.int32)
     row = tl.where(there, y, 0.0).to(tl.int32)
@@ -144,7 +144,7 @@ def _backward(
             read = tl.load(value + offset, mask=mask, other=0.0).to(tl.float32)
             product = tl.sum(read * slope, axis=1)
             along_weight += product * across * down
-            # The pixel to the right counts more as the point moves to the right, that to the left less.
+            # Moving the point to the right raises the weight of the right pixel and lowers that of the left one.
             along_x += product * down * (2 * (corner % 2) - 1)
             along_y += product * across * (2 * (corner // 2) - 1)
             share = weight * across * down
@@ -214,12 +214,12 @@ def run_kernels(
 
 
 def takes_kernels(value: torch.Tensor, sampling_points: torch.Tensor, plain: Callable) -> bool:
-    """Whether the kernels run where these tensors are, and can take them.
+    """Whether the kernels run on the device of these tensors and support their dtypes.
 
     Args:
         value (`torch.Tensor`): Of any device.
         sampling_points (`torch.Tensor`): Of float32 or less.
-        plain (`Callable`): The plain form, which the kernels are compared with.
+        plain (`Callable`): The plain form that the kernels are checked against.
     """
     if triton is None or value.device.type != "cuda" or torch.compiler.is_compiling():
         return False
@@ -230,7 +230,7 @@ def takes_kernels(value: torch.Tensor, sampling_points: torch.Tensor, plain: Cal
 
 @lru_cache
 def _work_on(device: torch.device, plain: Callable) -> bool:
-    """Whether the kernels give what the plain form gives on a device, tried once on a small problem."""
+    """Whether kernels and plain form agree on a device, tried once on a small problem."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(5, 7), (3, 2)]
     value = torch.randn(2, 41, 2, 32, generator=generator)

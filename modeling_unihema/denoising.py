@@ -50,7 +50,7 @@ class ContrastiveDenoising(nn.Module):
         self.denoising_queries = config.denoising_queries
         self.label_noise_ratio = config.label_noise_ratio
         self.box_noise_scale = config.box_noise_scale
-        # Not a copy: a run may give the configuration of a loaded model another hierarchy.
+        # The object itself, not a copy: training may change the hierarchy of a loaded model.
         self.config = config
         # The last row stands for "no cell" and fills empty slots.
         self.label_embedding = ClassEmbedding(config.num_labels + 1, config.d_model)
@@ -125,7 +125,7 @@ class ContrastiveDenoising(nn.Module):
 
     @staticmethod
     def _attention_mask(groups: int, slots: int, num_queries: int, device: torch.device) -> torch.Tensor:
-        """Groups do not see each other, and matching queries see no denoising query: both would give the truth away."""
+        """Blocks attention between groups, and from matching to denoising queries: both would leak the true cells."""
         noisy = groups * slots
         group = torch.arange(noisy + num_queries, device=device) // slots
         group[noisy:] = groups

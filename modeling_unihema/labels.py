@@ -1,4 +1,4 @@
-"""Detection labels: what they must look like, and what a cell's label says about every class."""
+"""Detection labels: their format, and the class targets that follow from them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from unihema.errors import InputError, InputTypeError
 MISSING = -100
 # Boxes come from divisions in float32, so an edge may pass the image's by rounding.
 BOX_TOLERANCE = 1e-4
-# Where False, the cell lies somewhere in its box, which says nothing of its edges.
+# False where the cell lies somewhere in its box, and its edges are not known.
 BOXES_KNOWN = "boxes_known"
 CLASS_MASKS = ("annotated_classes", "taught_classes")
 
@@ -23,7 +23,7 @@ def check_detection_labels(
     num_attributes: int,
     value_counts: Sequence[int] | None = None,
 ) -> None:
-    """Raises a clear error where labels are malformed, for a few microseconds an image.
+    """Checks the format of labels, in a few microseconds an image.
 
     Args:
         labels (`Sequence[dict[str, torch.Tensor]]`): One dict an image with `class_labels` int64 `[n]`, `boxes`
@@ -173,11 +173,11 @@ def is_target(image: dict[str, torch.Tensor], ancestors: torch.Tensor | None = N
 
 
 def class_targets(image: dict[str, Any], num_labels: int, ancestors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the query that finds a cell should answer for every class.
+    """Class targets of the query matched to each cell.
 
     A neutrophil is a positive of `WBC` as well, even in an image whose data set does not annotate `WBC`, provided that
-    another one does (`taught_classes`): a class that only ever saw positives would end up everywhere. For a cell labelled
-    `WBC`, nobody knows whether it is a neutrophil.
+    another data set does (`taught_classes`): a class trained on positives alone would be predicted everywhere. A cell
+    labelled `WBC` may be a neutrophil or not, so finer classes have no loss there.
 
     Args:
         image (`dict[str, torch.Tensor]`): Labels of one image: `class_labels` `[n]`, optionally `annotated_classes` and
@@ -187,7 +187,7 @@ def class_targets(image: dict[str, Any], num_labels: int, ancestors: torch.Tenso
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: bool `[n, num_labels]` each: the classes that the cell has, and those
-        that cost anything in its query.
+        that have a loss in its query.
     """
     classes = image["class_labels"]
     device = classes.device

@@ -1,4 +1,4 @@
-"""Layers that several parts are made of: attention between tokens, MLP, feed-forward, layers with a row a class."""
+"""Layers that several parts share: attention between tokens, MLP, feed-forward, layers with one row for each class."""
 
 import math
 from collections.abc import Callable
@@ -79,7 +79,7 @@ class MultiHeadAttention(nn.Module):
         def heads(states: torch.Tensor) -> torch.Tensor:
             return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        # Private: where every model of Transformers reads the attention that was asked for.
+        # Private: every model of Transformers reads the requested attention here.
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)  # noqa: SLF001
         query = heads(self.q_proj(query))
         mask = None
@@ -112,7 +112,7 @@ class MLP(nn.Module):
         return self.layers[-1](states)
 
 
-# Tokens that go through a feed-forward together.
+# Tokens of a feed-forward's chunk on the CPU.
 CHUNK = 1024
 
 
@@ -129,7 +129,7 @@ class FeedForward(nn.Module):
         """`[..., width]` to `[..., width]`."""
         if states.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return self._transform(states)
-        # On a processor the wide states of so many tokens stay in its cache, and their memory is used again.
+        # On a CPU the wide states of a chunk stay in its cache, and their memory is reused.
         parts = states.flatten(0, -2).split(CHUNK)
         return torch.cat([self._transform(part) for part in parts]).view_as(states)
 
@@ -147,11 +147,11 @@ class _ClassRows(nn.Module):
     _count_name: str
 
     def set_rows(self, sources: list[int | None], fresh: torch.Tensor | None = None) -> None:
-        """Gives the layer other rows.
+        """Replaces the rows of the layer.
 
         Args:
-            sources (`list[int | None]`): For each new row the old one it starts from; `None`: a row that starts from the
-                mean of the old ones, or from its row of `fresh`.
+            sources (`list[int | None]`): For each new row the old row that it copies. `None` takes the mean of all old rows, or
+                the row of `fresh` where that is given.
             fresh (`torch.Tensor`, *optional*): `[len(sources), width]`; biases of such rows are 0.
         """
         for name, value in list(self.named_parameters(recurse=False)):
@@ -175,24 +175,24 @@ class _ClassRows(nn.Module):
 
 
 class ClassLinear(_ClassRows, nn.Linear):
-    """A linear layer with one output a class."""
+    """A linear layer with one output for each class."""
 
     _count_name = "out_features"
 
 
 class ClassEmbedding(_ClassRows, nn.Embedding):
-    """An embedding with one row a class."""
+    """An embedding with one row for each class."""
 
     _count_name = "num_embeddings"
 
 
 def initialised(layer: nn.Linear, gain: float = 1.0, bias: Callable[[], torch.Tensor] | None = None) -> nn.Linear:
-    """Marks a linear layer with its own start.
+    """Marks a linear layer with initial values of its own, which `_init_weights` reads.
 
     Args:
         layer (`nn.Linear`): The layer.
         gain (`float`): Gain of its Xavier-uniform weight; 0 for a zero weight.
-        bias (`Callable[[], torch.Tensor]`, *optional*): Makes its first bias; zero when missing.
+        bias (`Callable[[], torch.Tensor]`, *optional*): Makes its initial bias; zero when missing.
 
     Returns:
         `nn.Linear`: The same layer.

@@ -1,6 +1,7 @@
 """Every loss: detection with its matching (DINO, arXiv 2203.03605), attributes, masks, single cells, text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -22,7 +23,7 @@ def sigmoid_focal_loss(
         logits (`torch.Tensor`): Any shape.
         targets (`torch.Tensor`): 0 or 1, of the same shape and a floating dtype.
         alpha (`float`, *optional*): Weight of ones; zeros weigh `1 - alpha`. `None` weighs both 1.
-        gamma (`float`): How fast the loss of easy elements fades.
+        gamma (`float`): Focusing exponent: the larger, the less easy elements count.
 
     Returns:
         `torch.Tensor`: Not reduced, of the same shape.
@@ -46,6 +47,7 @@ def detection_loss(
     denoising: DenoisingQueries | None = None,
     denoising_logits: torch.Tensor | None = None,
     denoising_boxes: torch.Tensor | None = None,
+    num_items: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Losses of classes, boxes and morphology on every decoder layer, the selected proposals and the denoising queries.
 
@@ -62,11 +64,13 @@ def detection_loss(
         selection_logits (`torch.Tensor`): Class logits of the selected encoder tokens, `[B, Q, num_labels]`.
         selection_boxes (`torch.Tensor`): Their boxes, with gradient, `[B, Q, 4]`.
         labels (`Sequence[dict[str, torch.Tensor]]`): See `check_detection_labels`; without `morphology` all is missing.
-        config ([`UniHemaConfig`]): Costs, coefficients, `focal_alpha`, `auxiliary_loss`, `num_labels`, `morphology`,
-            `ancestor_matrix`.
+        config ([`UniHemaConfig`]): `loss_weights`, `matching_weights`, `official_losses`, `focal_alpha`, `auxiliary_loss`,
+            `num_labels`, `morphology`, `ancestor_matrix`.
         denoising ([`DenoisingQueries`], *optional*): How the denoising queries were made.
         denoising_logits (`torch.Tensor`, *optional*): Class logits of the denoising queries, `[L, B, P, num_labels]`.
         denoising_boxes (`torch.Tensor`, *optional*): Their boxes, `[L, B, P, 4]`.
+        num_items (`Mapping[str, torch.Tensor]`, *optional*): Numbers of `cells` and `attributes` to divide by instead, such
+            as those of several accumulated batches, see `count_loss_items`. Denoising is scaled like the cells.
 
     Returns:
         `tuple[torch.Tensor, dict[str, torch.Tensor]]`: The weighted sum, with a graph, and the unweighted, detached
@@ -90,7 +94,12 @@ def detection_loss(
         has_target = _has_target(denoising.target_indices, labels, ancestors)
         is_positive = denoising.positive & has_target
     num_positives = 0 if is_positive is None else is_positive.sum()
-    num_cells, num_positives = average_over_processes(num_cells, num_positives, device=device)
+    num_attributes = None
+    if num_items is None:
+        num_cells, num_positives = average_over_processes(num_cells, num_positives, device=device)
+    else:
+        num_positives = torch.as_tensor(num_positives).clamp(min=1) * num_items["cells"] / max(num_cells, 1)
+        num_cells, num_attributes = num_items["cells"], num_items["attributes"]
 
     last = layer_logits.shape[0] - 1
     layers = range(last + 1) if config.auxiliary_loss else [last]
@@ -105,9 +114,9 @@ def detection_loss(
             values = _gather(targets, "morphology", image, cell)
             described = layer_morphology[layer][image, query]
             terms["loss_morphology"] = (
-                morphology_loss(described, values, value_counts)
-                if config.morphology_loss == "cross_entropy"
-                else asymmetric_morphology_loss(described, values, value_counts, num_cells)
+                asymmetric_morphology_loss(described, values, value_counts, num_cells)
+                if config.official_losses
+                else morphology_loss(described, values, value_counts, num_attributes)
             )
         losses.update({name + suffix: value for name, value in terms.items()})
 
@@ -119,7 +128,7 @@ def detection_loss(
     if denoising is not None:
         image, query = is_positive.nonzero(as_tuple=True)
         pairs = (image, query, denoising.target_indices[image, query])
-        # A slot without a target is neither positive nor background.
+        # A slot without a target has no class loss.
         weight = class_weight * has_target[..., None]
         everything = [_to_device(image, config.num_labels, ancestors, device) for image in labels]
         for layer in layers:
@@ -128,24 +137,20 @@ def detection_loss(
             terms = _class_and_box_losses(logits, boxes, everything, pairs, weight, num_positives, config)
             losses.update({name + suffix: value for name, value in terms.items()})
 
-    coefficients = {
-        "ce": config.class_loss_coefficient,
-        "bbox": config.bbox_loss_coefficient,
-        "giou": config.giou_loss_coefficient,
-        "morphology": config.morphology_loss_coefficient,
-    }
-    loss = sum(coefficients[name.split("_")[1]] * value for name, value in losses.items())
+    weights = {**config.loss_weights, "ce": config.loss_weights["class"]}
+    loss = sum(weights[name.split("_")[1]] * value for name, value in losses.items())
     return loss, {name: value.detach() for name, value in losses.items()}
 
 
 def segmentation_loss(
     mask_logits: torch.Tensor,
     labels: torch.Tensor,
-    dice_loss_coefficient: float = 2.0,
-    focal_loss_coefficient: float = 1.0,
+    dice_weight: float = 2.0,
+    focal_weight: float = 1.0,
     alpha: float = 0.25,
     gamma: float = 2.0,
-    dice_over: str = "image",
+    dice_over_batch: bool = False,
+    num_items: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Dice and focal loss of each image over its own valid pixels, averaged over the images.
 
@@ -153,11 +158,14 @@ def segmentation_loss(
         mask_logits (`torch.Tensor`): `[B, H, W]`.
         labels (`torch.Tensor`): Integers `[B, H, W]`: 1 cell, 0 background, -100 ignored. An image that is ignored
             throughout counts for nothing.
-        dice_loss_coefficient (`float`): Weight of the Dice loss.
-        focal_loss_coefficient (`float`): Weight of the focal loss.
+        dice_weight (`float`): Weight of the Dice loss.
+        focal_weight (`float`): Weight of the focal loss.
         alpha (`float`): Constant factor of the focal loss, the same for cell and background.
         gamma (`float`): Focal exponent.
-        dice_over (`str`): `"image"`, or `"batch"` for one Dice over all pixels together, as the official code has it.
+        dice_over_batch (`bool`): One Dice loss over all pixels of the batch, as the official code has it, instead of one
+            an image.
+        num_items (`Mapping[str, torch.Tensor]`, *optional*): Number of labelled `images` to divide by instead, see
+            `count_loss_items`.
 
     Returns:
         `tuple[torch.Tensor, dict[str, torch.Tensor]]`: The weighted sum, with a graph, and the unweighted, detached
@@ -184,26 +192,35 @@ def segmentation_loss(
     probability = logits.sigmoid() * weight
     overlap = (probability * mask).sum(1)
     areas = probability.sum(1) + mask.sum(1)
-    if dice_over == "batch":
+    if dice_over_batch:
         overlap, areas = overlap.sum().expand_as(overlap), areas.sum().expand_as(areas)
     dice = 1 - (2 * overlap + 1) / (areas + 1)
     focal = alpha * sigmoid_focal_loss(logits, mask, alpha=None, gamma=gamma) * weight
     pixels = weight.sum(1)
     focal = focal.sum(1) / pixels.clamp(min=1)
     counts = (pixels > 0).to(logits.dtype)
-    (images,) = average_over_processes(counts.sum(), device=logits.device)
+    if num_items is None:
+        (images,) = average_over_processes(counts.sum(), device=logits.device)
+    else:
+        images = num_items["images"]
     dice, focal = (dice * counts).sum() / images, (focal * counts).sum() / images
-    loss = dice_loss_coefficient * dice + focal_loss_coefficient * focal
+    loss = dice_weight * dice + focal_weight * focal
     return loss, {"loss_dice": dice.detach(), "loss_focal": focal.detach()}
 
 
-def single_cell_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+def single_cell_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    label_smoothing: float = 0.0,
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
     """Cross-entropy of the class of a single cell, averaged over the labelled images.
 
     Args:
         logits (`torch.Tensor`): `[B, n]`.
         labels (`torch.Tensor`): Class ids, int64 `[B]`; -100 has no label and costs nothing.
         label_smoothing (`float`): Share of the target spread over all classes.
+        num_items (`torch.Tensor` or `int`, *optional*): Number of labelled images to divide by instead.
 
     Returns:
         `torch.Tensor`: Scalar; 0, but with a graph, without any label.
@@ -215,16 +232,22 @@ def single_cell_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing
         raise InputError(
             f"Single-cell labels must be one class id per image, [{len(logits)}], got shape {tuple(labels.shape)}."
         )
-    return _cross_entropy(logits, labels, label_smoothing, "Single-cell class id")
+    return _cross_entropy(logits, labels, label_smoothing, "Single-cell class id", num_items)
 
 
-def text_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+def text_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    label_smoothing: float = 0.0,
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
     """Cross-entropy of each token, averaged over the labelled tokens of the batch.
 
     Args:
         logits (`torch.Tensor`): `[B, T, vocabulary]`.
         labels (`torch.Tensor`): Token ids, int64 `[B, T]`; -100 (padding) costs nothing.
         label_smoothing (`float`): Share of the target spread over the vocabulary.
+        num_items (`torch.Tensor` or `int`, *optional*): Number of labelled tokens to divide by instead.
 
     Returns:
         `torch.Tensor`: Scalar; 0, but with a graph, without any label.
@@ -234,10 +257,16 @@ def text_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float
     """
     if labels.shape != logits.shape[:2]:
         raise InputError(f"Text labels must be {list(logits.shape[:2])} token ids, got shape {tuple(labels.shape)}.")
-    return _cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing, "Token id")
+    return _cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing, "Token id", num_items)
 
 
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float, what: str) -> torch.Tensor:
+def _cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    label_smoothing: float,
+    what: str,
+    num_items: torch.Tensor | int | None,
+) -> torch.Tensor:
     labels = labels.to(logits.device, torch.int64)
     classes = logits.shape[-1]
     wrong = labels[((labels < 0) | (labels >= classes)) & (labels != MISSING)]
@@ -248,8 +277,42 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: 
     total = functional.cross_entropy(
         logits.float(), labels, ignore_index=MISSING, reduction="sum", label_smoothing=label_smoothing
     )
-    (count,) = average_over_processes((labels != MISSING).sum(), device=logits.device)
-    return total / count
+    if num_items is None:
+        (num_items,) = average_over_processes((labels != MISSING).sum(), device=logits.device)
+    return total / num_items
+
+
+def count_loss_items(task: str, labels: Any, config: UniHemaConfig) -> dict[str, int]:
+    """What the losses of a batch are averages over. Batches that are accumulated divide by the sum of their counts, so that
+    together they give the gradient of one large batch.
+
+    Args:
+        task (`str`): One of `TASKS`.
+        labels (`Any`): As the model's `forward` takes them for this task.
+        config ([`UniHemaConfig`]): `ancestor_matrix`.
+
+    Returns:
+        `dict[str, int]`: `cells` and `attributes` (labelled ones) for detection; `images` with a label for segmentation and
+        single cells; labelled `tokens` for questions and sentences.
+    """
+    if task == "detection":
+        ancestors = ancestors_of(config)
+        kept = [
+            torch.ones(len(image["class_labels"]), dtype=torch.bool)
+            if image.get("annotated_classes") is None
+            else is_target(image, ancestors).cpu()
+            for image in labels
+        ]
+        described = [
+            int((image["morphology"].cpu()[of_image] != MISSING).sum())
+            for image, of_image in zip(labels, kept, strict=True)
+            if image.get("morphology") is not None
+        ]
+        return {"cells": sum(int(of_image.sum()) for of_image in kept), "attributes": sum(described)}
+    labelled = labels != MISSING
+    if task == "segmentation":
+        return {"images": int(labelled.flatten(1).any(1).sum())}
+    return {"images" if task == "single_cell" else "tokens": int(labelled.sum())}
 
 
 def _to_device(
@@ -312,9 +375,8 @@ def _match(
     logits: torch.Tensor, boxes: torch.Tensor, targets: list[dict[str, torch.Tensor]], config: UniHemaConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Matched pairs of the whole batch as three index vectors: image, query, cell."""
-    matches = match_queries(
-        logits, boxes, targets, config.class_cost, config.bbox_cost, config.giou_cost, config.focal_alpha
-    )
+    costs = config.matching_weights
+    matches = match_queries(logits, boxes, targets, costs["class"], costs["bbox"], costs["giou"], config.focal_alpha)
     image = torch.cat([torch.full_like(query, row) for row, (query, _) in enumerate(matches)])
     query, cell = (torch.cat(indices) for indices in zip(*matches, strict=True))
     return image, query, cell
@@ -418,12 +480,12 @@ def match_queries(
 
 
 def _class_costs(logits: torch.Tensor, labels: dict[str, torch.Tensor], alpha: float, gamma: float) -> torch.Tensor:
-    """Focal cost `[Q, n]` of calling query q what cell n is."""
+    """Focal cost `[Q, n]` of assigning the classes of cell n to query q."""
     positive = labels.get("positive")
     if positive is None or not len(positive):
         return _focal_cost(logits[:, labels["class_labels"]], alpha, gamma)
     counts = positive.sum(-1)
-    # The few classes of each cell first, so that not every class of every pair is looked at.
+    # A cell has few classes. Sorting them first avoids the cost of every class for every pair.
     classes = positive.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, : int(counts.max())]
     costs = _focal_cost(logits[:, classes], alpha, gamma)
     return (costs * positive.gather(-1, classes)).sum(-1) / counts
@@ -437,13 +499,19 @@ def _focal_cost(logits: torch.Tensor, alpha: float, gamma: float) -> torch.Tenso
     return positive - negative
 
 
-def morphology_loss(logits: torch.Tensor, targets: torch.Tensor, value_counts: Sequence[int]) -> torch.Tensor:
+def morphology_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    value_counts: Sequence[int],
+    num_items: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Softmax cross-entropy of each attribute over its own values, averaged over the labelled entries of all processes.
 
     Args:
         logits (`torch.Tensor`): `[N, sum(value_counts)]`, attributes one after another.
         targets (`torch.Tensor`): Index of the value, int64 `[N, attributes]`; -100 (missing) costs nothing.
         value_counts (`Sequence[int]`): Values of each attribute.
+        num_items (`torch.Tensor`, *optional*): Number of labelled entries to divide by instead.
 
     Returns:
         `torch.Tensor`: Scalar; 0, but with a graph, when every entry is missing.
@@ -462,8 +530,9 @@ def morphology_loss(logits: torch.Tensor, targets: torch.Tensor, value_counts: S
     total = logits.sum() * 0
     for attribute, values in enumerate(logits.split(list(value_counts), -1)):
         total = total + functional.cross_entropy(values, targets[:, attribute], ignore_index=MISSING, reduction="sum")
-    (count,) = average_over_processes((targets != MISSING).sum(), device=logits.device)
-    return total / count
+    if num_items is None:
+        (num_items,) = average_over_processes((targets != MISSING).sum(), device=logits.device)
+    return total / num_items
 
 
 def asymmetric_morphology_loss(
@@ -496,11 +565,10 @@ def asymmetric_morphology_loss(
 
 
 def average_over_processes(*counts: int | torch.Tensor, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Each count averaged over the processes of a distributed run, at least 1; in one exchange, in which every process
-    takes part.
+    """Global loss normaliser for distributed training: each count averaged over the processes, of at least 1 in all.
 
-    A process's loss is its own sum over this count; since gradients are averaged between processes, that is the sum over
-    all samples divided by all that is counted.
+    A process divides its own sum of losses by this. Gradients are averaged over processes, so together they learn from the
+    sum over all samples divided by the total count. Every process must call this in the same step.
 
     Args:
         *counts (`int` or `torch.Tensor`): Cells, tokens or images of this process's part of the batch.
@@ -512,7 +580,7 @@ def average_over_processes(*counts: int | torch.Tensor, device: torch.device) ->
     values = torch.stack([torch.as_tensor(count, dtype=torch.float32, device=device) for count in counts])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(values)
-        values = values / torch.distributed.get_world_size()
+        return tuple(values.clamp(min=1) / torch.distributed.get_world_size())
     return tuple(values.clamp(min=1))
 
 

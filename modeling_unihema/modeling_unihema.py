@@ -43,9 +43,9 @@ from .text_branch import CACHE_NAME, TextBranch
 from .visual_backbone import FeatureLevels, VisualBackbone
 
 
-# Logit of a query that has no token of its image to stand on; small enough for half precision.
+# Class logit of a query that was made from padding; float16 can hold it.
 NO_CELL = -1e4
-# What a caller may ask for of every layer, and where it is returned.
+# Optional outputs of every layer, and the fields that return them.
 LAYER_OPTIONS = ("output_hidden_states", "output_attentions")
 LAYER_OUTPUTS = (
     "encoder_hidden_states",
@@ -57,7 +57,7 @@ LAYER_OUTPUTS = (
 
 
 def layer_options(options: Mapping[str, Any]) -> dict[str, bool]:
-    """Those of a call's further arguments that ask for states or weights of every layer."""
+    """The keyword arguments of a call that request states or attention weights of every layer."""
     return {name: options[name] for name in LAYER_OPTIONS if options.get(name) is not None}
 
 
@@ -65,7 +65,7 @@ class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
     """Initialisation and loading, common to all UniHema models."""
 
     config: UniHemaConfig
-    # What the class has heads for; the model without heads has none.
+    # Tasks the class has heads for. The model without heads has none.
     tasks: tuple[str, ...]
     config_class = UniHemaConfig
     base_model_prefix = "model"
@@ -74,13 +74,13 @@ class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["VisualBackbone", "ImageEncoderLayer", "ImageDecoderLayer", "CrossModalFusionBlock"]
     _supports_sdpa = True
-    # Parts that the loss of a class does not reach.
+    # Parts that get no gradient from the loss of the class.
     _frozen_parts: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """Loads a model, as [`~PreTrainedModel.from_pretrained`] does, which makes every parameter trainable; those of
-        the parts that the loss of this class does not reach are frozen again."""
+        """Loads a model as [`~PreTrainedModel.from_pretrained`] does, and freezes the parts that get no gradient from the
+        loss of this class."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._freeze_parts()
@@ -95,8 +95,8 @@ class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Xavier-uniform linears and convolutions, zero biases, standard normal queries and embeddings; and whatever a
-        layer was marked with: see `initialised`."""
+        """Xavier-uniform linears and convolutions, zero biases, standard normal queries and embeddings; layers marked by
+        `initialised` get their own values."""
         super()._init_weights(module)
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             init.xavier_uniform_(module.weight, gain=getattr(module, "initial_gain", 1.0))
@@ -118,13 +118,13 @@ class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
     def get_image_features(
         self, pixel_values: torch.FloatTensor, pixel_mask: torch.LongTensor | None = None, task: str | None = None
     ) -> UniHemaImageFeatures:
-        """What a batch of images gives every task; every head takes it back as `image_features=`.
+        """Image features that all tasks share; every head accepts them as `image_features=`.
 
         Args:
             pixel_values (`torch.FloatTensor`): Normalised images `[B, 3, H, W]`.
             pixel_mask (`torch.LongTensor`, *optional*): `[B, H, W]`, 1 on the image, 0 on padding.
-            task (`str`, *optional*): The image is encoded only as far as this task reads it; as far as any task of the model
-                does when missing. A head encodes what it needs and is not given.
+            task (`str`, *optional*): Encode only what this task needs; what any task of the model needs when missing. A head
+                computes whatever it needs and is not given.
 
         Returns:
             [`UniHemaImageFeatures`]
@@ -141,7 +141,7 @@ class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
         task: str = "detection",
         batch_size: int = 1,
     ) -> UniHemaPromptFeatures:
-        """What a prompt gives the content queries of detection and segmentation, which take it back as `prompt_features=`.
+        """Prompt features for detection and segmentation, whose heads accept them as `prompt_features=`.
 
         Args:
             input_ids (`torch.LongTensor`, *optional*): Prompt `[B, L]`; the configuration's default prompt of the task, for
@@ -295,7 +295,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
             raise InputError("Give pixel_values or image_features, not both.")
 
     def _features(self, pixel_values, pixel_mask, image_features) -> UniHemaImageFeatures:
-        """The features given, or the feature levels of the images given."""
+        """The given features, or the feature levels of the given images."""
         self._one_source(pixel_values, image_features)
         if image_features is not None:
             return image_features
@@ -303,7 +303,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
         return UniHemaImageFeatures(levels=levels, image_size=tuple(pixel_values.shape[-2:]))
 
     def _encode(self, features: UniHemaImageFeatures, states: bool, weights: bool) -> BaseModelOutput:
-        """The encoded tokens given; computed where they are not, or where states or weights of the layers are asked for."""
+        """Encoded tokens: the given ones, or computed, also when states or weights of every layer are requested."""
         if features.last_hidden_state is not None and not states and not weights:
             return BaseModelOutput(features.last_hidden_state)
         return self.image_encoder(features.levels, output_hidden_states=states, output_attentions=weights)
@@ -360,7 +360,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
         states: bool,
         weights: bool,
     ) -> UniHemaModelOutput:
-        """Question or sentence and image to what the text decoder attends to, E_W (equation 1)."""
+        """Fuses question or sentence with the image to E_W (equation 1), which the text decoder attends to."""
         if input_ids is None:
             raise InputError("input_ids is missing: a question or a masked sentence is needed to generate text.")
         if attention_mask is None:
@@ -386,7 +386,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
         )
 
     def _official_length(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
-        """The official model pads every text to its limit, and its padding takes part."""
+        """Pads texts to the longest length where padding takes part, as the official model does."""
         missing = self.config.fusion_queries - input_ids.shape[1]
         if not self.config.attend_to_padding or missing <= 0:
             return input_ids, attention_mask
@@ -395,7 +395,10 @@ class UniHemaModel(UniHemaPreTrainedModel):
 
 
 def detect(
-    model: UniHemaPreTrainedModel, labels: list[dict[str, torch.Tensor]] | None, **inputs: Any
+    model: UniHemaPreTrainedModel,
+    labels: list[dict[str, torch.Tensor]] | None,
+    num_items: Mapping[str, torch.Tensor] | None = None,
+    **inputs: Any,
 ) -> UniHemaDetectionOutput:
     """Boxes, classes and attributes by a model's trunk, `detection_head` and `denoising`; see [`UniHemaForDetection`]."""
     make_denoising = partial(model.denoising, labels) if model.training and labels is not None else None
@@ -420,6 +423,7 @@ def detect(
             denoising=trunk.denoising_queries,
             denoising_logits=noisy_logits,
             denoising_boxes=trunk.denoising_boxes,
+            num_items=num_items,
         )
     return UniHemaDetectionOutput(
         loss=loss,
@@ -433,13 +437,18 @@ def detect(
     )
 
 
-def segment(model: UniHemaPreTrainedModel, labels: torch.LongTensor | None, **inputs: Any) -> UniHemaSegmentationOutput:
+def segment(
+    model: UniHemaPreTrainedModel,
+    labels: torch.LongTensor | None,
+    num_items: Mapping[str, torch.Tensor] | None = None,
+    **inputs: Any,
+) -> UniHemaSegmentationOutput:
     """The mask of what the prompt names by a model's trunk and `mask_head`; see [`UniHemaForSegmentation`]."""
     pixel_values, features = inputs["pixel_values"], inputs["image_features"]
     trunk = model.model(task="segmentation", return_dict=True, **inputs)
     size = features.image_size if pixel_values is None else tuple(pixel_values.shape[-2:])
     level = trunk.mask_logits.shape[-2:]
-    # A whole number of pixels to a cell of the level, then cut: padding at the end does not stretch the mask.
+    # Upsampled by whole strides and then cut, so that padding at the end does not stretch the mask.
     whole = size
     if not model.config.attend_to_padding:
         whole = [cells * stride for cells, stride in zip(level, strides(size, level))]
@@ -450,9 +459,10 @@ def segment(model: UniHemaPreTrainedModel, labels: torch.LongTensor | None, **in
         loss, loss_dict = segmentation_loss(
             mask_logits,
             labels,
-            dice_loss_coefficient=model.config.dice_loss_coefficient,
-            focal_loss_coefficient=model.config.focal_loss_coefficient,
-            dice_over=model.config.dice_over,
+            dice_weight=model.config.loss_weights["dice"],
+            focal_weight=model.config.loss_weights["focal"],
+            dice_over_batch=model.config.official_losses,
+            num_items=num_items,
         )
     return UniHemaSegmentationOutput(
         loss=loss,
@@ -464,13 +474,16 @@ def segment(model: UniHemaPreTrainedModel, labels: torch.LongTensor | None, **in
 
 
 def classify(
-    model: UniHemaPreTrainedModel, labels: torch.LongTensor | None, **inputs: Any
+    model: UniHemaPreTrainedModel,
+    labels: torch.LongTensor | None,
+    num_items: torch.Tensor | int | None = None,
+    **inputs: Any,
 ) -> UniHemaClassificationOutput:
     """The class of a crop by a model's trunk and `single_cell_head`; see [`UniHemaForImageClassification`]."""
     trunk = model.model(task="single_cell", return_dict=True, **inputs)
     features = trunk.last_hidden_state[:, 0]
     logits = model.single_cell_head(features)
-    loss = None if labels is None else single_cell_loss(logits, labels)
+    loss = None if labels is None else single_cell_loss(logits, labels, num_items=num_items)
     return UniHemaClassificationOutput(
         loss=loss,
         loss_dict=None if loss is None else {"loss_single_cell": loss.detach()},
@@ -481,7 +494,7 @@ def classify(
 
 
 def _of_layers(trunk: UniHemaModelOutput, names: tuple[str, ...]) -> dict[str, Any]:
-    """States and weights of each layer, where asked for."""
+    """States and weights of each layer, where requested."""
     return {name: trunk[name] for name in names if name in trunk}
 
 
@@ -489,6 +502,8 @@ class UniHemaForDetection(UniHemaPreTrainedModel):
     """Boxes, classes and six morphology attributes of every cell in a field of view."""
 
     tasks = ("detection",)
+    # Transformers' Trainer counts labelled tokens, which is not what this loss is an average over.
+    accepts_loss_kwargs = False
     _keys_to_ignore_on_load_unexpected = skippable_keys(tasks)
 
     def __init__(self, config: UniHemaConfig):
@@ -508,6 +523,7 @@ class UniHemaForDetection(UniHemaPreTrainedModel):
         labels: list[dict[str, torch.Tensor]] | None = None,
         image_features: UniHemaImageFeatures | None = None,
         prompt_features: UniHemaPromptFeatures | None = None,
+        num_items_in_batch: Mapping[str, torch.Tensor] | None = None,
         **kwargs,
     ) -> UniHemaDetectionOutput:
         """
@@ -522,6 +538,8 @@ class UniHemaForDetection(UniHemaPreTrainedModel):
                 (`False`: the cell lies somewhere in its box).
             image_features ([`UniHemaImageFeatures`], *optional*): Instead of `pixel_values`, see `get_image_features`.
             prompt_features ([`UniHemaPromptFeatures`], *optional*): Instead of `input_ids`, see `get_prompt_features`.
+            num_items_in_batch (`Mapping[str, torch.Tensor]`, *optional*): What the loss divides by when batches are
+                accumulated: the sums of `count_loss_items`.
 
         Returns:
             [`UniHemaDetectionOutput`]
@@ -530,6 +548,7 @@ class UniHemaForDetection(UniHemaPreTrainedModel):
         return detect(
             self,
             labels,
+            num_items_in_batch,
             pixel_values=pixel_values,
             pixel_mask=pixel_mask,
             input_ids=input_ids,
@@ -544,7 +563,9 @@ class UniHemaForSegmentation(UniHemaPreTrainedModel):
     """Semantic mask, at the image's own size, of what the prompt names."""
 
     tasks = ("segmentation",)
-    # Where the queries look is chosen, not differentiated: only detection can teach it.
+    # Transformers' Trainer counts labelled tokens, which is not what this loss is an average over.
+    accepts_loss_kwargs = False
+    # Tokens are selected without gradient, so only the loss of detection trains these.
     _frozen_parts = (
         "model.query_selection.token_projection",
         "model.query_selection.token_norm",
@@ -571,6 +592,7 @@ class UniHemaForSegmentation(UniHemaPreTrainedModel):
         labels: torch.LongTensor | None = None,
         image_features: UniHemaImageFeatures | None = None,
         prompt_features: UniHemaPromptFeatures | None = None,
+        num_items_in_batch: Mapping[str, torch.Tensor] | None = None,
         **kwargs,
     ) -> UniHemaSegmentationOutput:
         """
@@ -582,6 +604,8 @@ class UniHemaForSegmentation(UniHemaPreTrainedModel):
             labels (`torch.LongTensor`, *optional*): `[B, H, W]`: 1 cell, 0 background, -100 ignored.
             image_features ([`UniHemaImageFeatures`], *optional*): Instead of `pixel_values`, see `get_image_features`.
             prompt_features ([`UniHemaPromptFeatures`], *optional*): Instead of `input_ids`, see `get_prompt_features`.
+            num_items_in_batch (`Mapping[str, torch.Tensor]`, *optional*): What the loss divides by when batches are
+                accumulated: the sums of `count_loss_items`.
 
         Returns:
             [`UniHemaSegmentationOutput`]
@@ -590,6 +614,7 @@ class UniHemaForSegmentation(UniHemaPreTrainedModel):
         return segment(
             self,
             labels,
+            num_items_in_batch,
             pixel_values=pixel_values,
             pixel_mask=pixel_mask,
             input_ids=input_ids,
@@ -609,7 +634,8 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
     def __init__(self, config: UniHemaConfig):
         super().__init__(config)
         self.model = UniHemaModel(config, self.tasks)
-        config.single_cell_labels = config.given_labels or config.single_cell_labels
+        # The loaded configuration cannot know which head it is for, so it brings new class names here.
+        config.single_cell_labels = vars(config).pop("labels_when_loading", config.single_cell_labels)
         self.single_cell_head = SingleCellHead(config)
         self.post_init()
 
@@ -620,6 +646,7 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
         pixel_mask: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         image_features: UniHemaImageFeatures | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> UniHemaClassificationOutput:
         """
@@ -628,6 +655,8 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
             pixel_mask (`torch.LongTensor`, *optional*): `[B, H, W]`, 1 on the image, 0 on padding.
             labels (`torch.LongTensor`, *optional*): `[B]`, indices into `config.single_cell_labels`; -100 ignored.
             image_features ([`UniHemaImageFeatures`], *optional*): Instead of `pixel_values`, see `get_image_features`.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): Labelled images of all accumulated batches, which the
+                loss divides by. Transformers' Trainer gives it.
 
         Returns:
             [`UniHemaClassificationOutput`]
@@ -636,6 +665,7 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
         return classify(
             self,
             labels,
+            num_items_in_batch,
             pixel_values=pixel_values,
             pixel_mask=pixel_mask,
             image_features=image_features,
@@ -644,7 +674,7 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
 
 
 class _QuestionEncoder:
-    """What `generate` calls to encode: the question and its image, fused."""
+    """The encoder that `generate` calls: it fuses the question with its image."""
 
     main_input_name = "input_ids"
 
@@ -678,7 +708,7 @@ class _QuestionEncoder:
 
 
 class _Answers:
-    """What generating text needs of a model that has a trunk with a text decoder and an `lm_head`."""
+    """Text generation for models whose trunk has a text decoder."""
 
     main_input_name = "input_ids"
 
@@ -705,7 +735,7 @@ class _Answers:
         self.lm_head = value
 
     def get_encoder(self, modality: str | None = None) -> _QuestionEncoder:
-        """What `generate` encodes a question and its image with."""
+        """The encoder of questions and their images that `generate` calls."""
         return _QuestionEncoder(self.model)
 
     def get_decoder(self) -> nn.Module:
@@ -714,8 +744,8 @@ class _Answers:
 
     @torch.no_grad()
     def generate(self, *args, **kwargs):
-        """Answers, as [`~GenerationMixin.generate`] does, also in the midst of training: dropout, batch statistics and
-        checkpointing of activations are set aside, and every part is back in its mode afterwards.
+        """Generates answers as [`~GenerationMixin.generate`] does. A model in training mode is put into evaluation mode
+        meanwhile, part by part.
 
         Args:
             *args, **kwargs: Those of `forward` that describe image and question, and settings of generation.
@@ -751,6 +781,7 @@ class _Answers:
         cache: Cache | None = None,
         use_cache: bool | None = None,
         layers: Mapping[str, bool] | None = None,
+        num_items: torch.Tensor | int | None = None,
         **inputs: Any,
     ) -> UniHemaLanguageOutput:
         wanted = {name: getattr(self.config, name) for name in LAYER_OPTIONS} | dict(layers or {})
@@ -782,7 +813,7 @@ class _Answers:
         if self.config.output_head_is_scaled:
             states = states * self.config.text_config.d_model**-0.5
         logits = self.lm_head(states)
-        loss = None if labels is None else text_loss(logits, labels)
+        loss = None if labels is None else text_loss(logits, labels, num_items=num_items)
         return UniHemaLanguageOutput(
             loss=loss,
             loss_dict=None if loss is None else {"loss_text": loss.detach()},
@@ -829,6 +860,7 @@ class UniHemaForQA(_Answers, UniHemaPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         image_features: UniHemaImageFeatures | None = None,
         text_only: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> UniHemaLanguageOutput:
         """
@@ -847,6 +879,8 @@ class UniHemaForQA(_Answers, UniHemaPreTrainedModel, GenerationMixin):
             cache (`Cache`, *optional*): The name of `past_key_values` from Transformers 5.24 on.
             image_features ([`UniHemaImageFeatures`], *optional*): Instead of `pixel_values`, see `get_image_features`.
             text_only (`bool`): Read the text alone, as in the second stage of training.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): Labelled tokens of all accumulated batches, which the
+                loss divides by. Transformers' Trainer gives it.
 
         Returns:
             [`UniHemaLanguageOutput`]
@@ -862,6 +896,7 @@ class UniHemaForQA(_Answers, UniHemaPreTrainedModel, GenerationMixin):
             past_key_values if cache is None else cache,
             use_cache,
             layer_options(kwargs),
+            num_items_in_batch,
             pixel_values=pixel_values,
             pixel_mask=pixel_mask,
             image_features=image_features,
@@ -870,12 +905,14 @@ class UniHemaForQA(_Answers, UniHemaPreTrainedModel, GenerationMixin):
 
 
 class UniHemaForMultiTask(_Answers, UniHemaPreTrainedModel, GenerationMixin):
-    """All heads on one trunk: what training trains and a full checkpoint holds.
+    """All heads on one trunk: the class that is trained, and that a full checkpoint holds.
 
-    A batch holds one task. `generate` answers questions, as with [`UniHemaForQA`].
+    A batch is of one task. `generate` answers questions, as with [`UniHemaForQA`].
     """
 
     tasks = TASKS
+    # Transformers' Trainer counts labelled tokens, which is not what this loss is an average over.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: UniHemaConfig):
         super().__init__(config)
@@ -911,11 +948,14 @@ class UniHemaForMultiTask(_Answers, UniHemaPreTrainedModel, GenerationMixin):
         text_only: bool = False,
         *,
         task: str | None = None,
+        num_items_in_batch: Mapping[str, torch.Tensor] | None = None,
         **kwargs,
     ) -> UniHemaDetectionOutput | UniHemaSegmentationOutput | UniHemaClassificationOutput | UniHemaLanguageOutput:
         """
         Args:
             task (`str`): One of `TASKS`. The other arguments are those of the task's own class.
+            num_items_in_batch (`Mapping[str, torch.Tensor]`, *optional*): What the loss divides by when batches are
+                accumulated: the sums of `count_loss_items`.
 
         Returns:
             The output of the task's own class.
@@ -928,7 +968,7 @@ class UniHemaForMultiTask(_Answers, UniHemaPreTrainedModel, GenerationMixin):
         check_task(task)
         self.follow_adapter()
         image = {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "image_features": image_features}
-        layers = layer_options(kwargs)
+        layers, items = layer_options(kwargs), num_items_in_batch or {}
         if task in LANGUAGE_TASKS:
             return self._answer(
                 labels,
@@ -941,13 +981,15 @@ class UniHemaForMultiTask(_Answers, UniHemaPreTrainedModel, GenerationMixin):
                 past_key_values if cache is None else cache,
                 use_cache,
                 layers,
+                items.get("tokens"),
                 text_only=text_only,
                 **image,
             )
         if task == "single_cell":
-            return classify(self, labels, **image, **layers)
+            return classify(self, labels, items.get("images"), **image, **layers)
         prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "prompt_features": prompt_features}
-        return {"detection": detect, "segmentation": segment}[task](self, labels, **image, **prompt, **layers)
+        run = {"detection": detect, "segmentation": segment}[task]
+        return run(self, labels, num_items_in_batch, **image, **prompt, **layers)
 
 
 __all__ = [

@@ -11,7 +11,7 @@ from .visual_backbone import FeatureLevels
 
 @dataclass
 class UniHemaImageFeatures(ModelOutput):
-    """What a batch of images gives every task. Given back as `image_features=`, the images are looked at once.
+    """Image features that all tasks share. Passed on as `image_features=`, the images are encoded once.
 
     Args:
         levels (`FeatureLevels`): The projected feature levels.
@@ -28,7 +28,7 @@ class UniHemaImageFeatures(ModelOutput):
 
 @dataclass
 class UniHemaPromptFeatures(ModelOutput):
-    """What a prompt gives the content queries. Given back as `prompt_features=`, the prompt is read once.
+    """Prompt features for the content queries. Passed on as `prompt_features=`, the prompt is encoded once.
 
     Args:
         last_hidden_state (`torch.FloatTensor`): Text encoder states `[B, L, text width]`.
@@ -41,7 +41,7 @@ class UniHemaPromptFeatures(ModelOutput):
 
 @dataclass
 class UniHemaModelOutput(ModelOutput):
-    """States of the trunk for one task; what the task does not run is `None`.
+    """States of the trunk for one task. Fields of parts that the task does not run are `None`.
 
     Args:
         last_hidden_state (`torch.FloatTensor`): What the task's head reads: decoder queries `[B, Q, d]` for detection
@@ -58,8 +58,8 @@ class UniHemaModelOutput(ModelOutput):
         proposal_boxes (`torch.FloatTensor`): Boxes cxcywh of the selected tokens `[B, Q, 4]`.
         proposal_indices (`torch.LongTensor`): Which token each query came from `[B, Q]`.
         refined_queries (`torch.FloatTensor`): Content queries after TextGuidedVisualRefinement `[B, Q, d]`.
-        query_padding (`torch.BoolTensor`): `[B, Q]`: a query that came from padding, for want of tokens; padded batches
-            only.
+        query_padding (`torch.BoolTensor`): `[B, Q]`, `True` for queries made from padding because the image had too few
+            tokens; padded batches only.
         mask_logits (`torch.FloatTensor`): Mask of query 0 at the finest level `[B, 1, h, w]`.
         mask_features (`torch.FloatTensor`): The maps it was made from `[B, 2d, h, w]`.
         mask_valid (`torch.BoolTensor`): Which of their pixels are image `[B, h, w]`; padded batches only.

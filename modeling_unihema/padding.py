@@ -9,12 +9,12 @@ from torch import nn
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, torch.export or torch.jit.trace records what runs: nothing may then hang on values, or be kept."""
+    """Whether torch.compile, torch.export or torch.jit.trace is recording; code must then not depend on tensor values."""
     return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-# Valid pixels of the batch whose forward pass is running, for layers of other libraries, which take a map and nothing else.
-# Each thread has its own; they are set and reset within one call. torch.compile traces a `local`, but no `ContextVar`.
+# Valid pixels of the batch in the running forward pass. Layers of other libraries take a map only, so they read this.
+# It is set and reset within one call, for each thread. torch.compile traces a `local`, but no `ContextVar`.
 _running = local()
 
 
@@ -25,7 +25,7 @@ def _valid_pixels() -> torch.Tensor | None:
 def valid_at(pixels: torch.Tensor | None, maps: torch.Tensor) -> torch.Tensor | None:
     """The valid area at the size of a feature map.
 
-    A map of stride s has a valid cell for every s-th valid pixel, which is as many cells as the image has alone.
+    A map of stride s has one valid cell for every s valid pixels, rounded up, as the image has alone.
 
     Args:
         pixels (`torch.Tensor`, *optional*): Boolean `[B, H, W]`, `True` on the image.
@@ -44,12 +44,12 @@ def valid_at(pixels: torch.Tensor | None, maps: torch.Tensor) -> torch.Tensor | 
 
 
 def strides(full: Sequence[int], part: Sequence[int]) -> list[int]:
-    """Strides of a map of size `part` made from one of size `full` by halving it, each time rounded up (or down, where that
-    is the only way)."""
+    """Strides of a map of size `part` that was made from size `full` by repeated halving, rounded up, or down if only that
+    gives `part`."""
     found = []
     for whole, cells in zip(full, part):
         stride = 1
-        # By comparing whole numbers, which holds for any size that a graph is traced for.
+        # Compared as integers, which a graph traced for any size can record.
         while -(-whole // stride) > cells:
             stride *= 2
         found.append(stride if -(-whole // stride) == cells else stride // 2)
@@ -57,7 +57,7 @@ def strides(full: Sequence[int], part: Sequence[int]) -> list[int]:
 
 
 def hold_edge(maps: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """Repeats the last valid row and column over the padding, as interpolation does at the end of a map.
+    """Repeats the last valid row and column over the padding, as interpolation does at the edge of a map.
 
     Args:
         maps (`torch.Tensor`): `[B, C, h, w]`.
@@ -79,7 +79,7 @@ def hold_edge(maps: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
 
 @contextmanager
 def without_padding(pixels: torch.Tensor | None) -> Iterator[None]:
-    """Within it, layers prepared by [`ignore_padding`] read padding as if the image ended there.
+    """Context in which layers prepared by [`ignore_padding`] treat padding as outside the image.
 
     Args:
         pixels (`torch.Tensor`, *optional*): Boolean `[B, H, W]`, `True` on the image; `None` changes nothing.
@@ -98,7 +98,7 @@ def without_padding(pixels: torch.Tensor | None) -> Iterator[None]:
 def ignore_padding(module: nn.Module) -> None:
     """Prepares every convolution and pooling in `module` that looks at neighbours.
 
-    What mixes a whole map at once (attention, squeeze-and-excitation) still sees padding.
+    Layers that mix a whole map (attention, squeeze-and-excitation) still see padding.
 
     Args:
         module (`nn.Module`): A backbone, or any module.
@@ -117,7 +117,7 @@ def filled(maps: torch.Tensor, valid: torch.Tensor, blank: float) -> torch.Tenso
 
 
 def image_sizes(valid: torch.Tensor) -> list[tuple[int, int]] | None:
-    """Height and width of each image's valid area, where they may be used: for a CPU, without gradients, in no graph.
+    """Height and width of each image's valid area; `None` on other devices than a CPU, with gradients, or in a traced graph.
 
     Args:
         valid (`torch.Tensor`): Boolean `[B, h, w]`.
@@ -136,14 +136,14 @@ def _blank_padding(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple
     if pixels is None:
         return None
     maps = inputs[0]
-    # Beyond an image's edge a pooling takes no part, and a convolution reads zeros.
+    # Outside an image a pooling ignores pixels, and a convolution reads zeros.
     blank = torch.finfo(maps.dtype).min if isinstance(module, nn.MaxPool2d) else 0.0
     return (filled(maps, valid_at(pixels, maps), blank), *inputs[1:])
 
 
 def blanked_in_place(maps: torch.Tensor) -> torch.Tensor:
-    """Maps `[B, C, h, w]` with zeros in their padding, as a convolution must read them; written into the maps themselves where
-    that is possible, which spares a copy: for maps whose padding nobody else reads."""
+    """Maps `[B, C, h, w]` with zeros in their padding, written in place where possible, which saves a copy. Only for maps
+    whose padding nothing else reads."""
     pixels = _valid_pixels()
     if pixels is None:
         return maps
@@ -158,7 +158,7 @@ def blanked_in_place(maps: torch.Tensor) -> torch.Tensor:
 
 
 def _blank_result(module: nn.Module, inputs: tuple[torch.Tensor, ...], maps: torch.Tensor) -> torch.Tensor | None:
-    # Where there was padding only, the least of all numbers came out, and would overflow in what adapters add.
+    # A window of padding only gives the smallest float, which would overflow in the layers that adapters add.
     pixels = _valid_pixels()
     return None if pixels is None else filled(maps, valid_at(pixels, maps), 0.0)
 

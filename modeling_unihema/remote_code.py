@@ -1,8 +1,8 @@
 """Code beside the weights: a saved checkpoint also loads with `trust_remote_code=True` where `unihema` is not installed.
 
-Transformers copies the file of one class and what that imports from its own folder, and notes that one class. A UniHema
-checkpoint serves several classes, processors and pipelines, whose files lie in several folders of the package. So we write
-them ourselves, into one flat folder, with their imports made flat.
+Transformers copies the file of one class, and its imports from the same folder. A UniHema checkpoint serves several classes,
+processors and pipelines from several folders of the package. So their files are written here, into one flat folder, with
+their imports made flat.
 """
 
 import copy
@@ -37,7 +37,7 @@ def custom_pipelines() -> dict[str, dict[str, Any]]:
 
 
 def is_remote(cls: type) -> bool:
-    """Whether a class was itself read from a checkpoint."""
+    """Whether a class was loaded from a checkpoint's own code."""
     return cls.__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
 
 
@@ -88,8 +88,8 @@ def write_code(folder: str | Path, checkpoint: Path | None = None) -> list[str]:
 
 
 def code_source(instance: Any, name_or_path: str = "") -> Path | None:
-    """Where the code of a configuration or processor is: `None` for the package, the checkpoint on this disk, or what was
-    fetched of one on the Hub."""
+    """Folder with the code of a configuration or processor: a checkpoint's, or the download from the Hub; `None` for the
+    installed package."""
     if not is_remote(type(instance)):
         return None
     checkpoint = Path(name_or_path)
@@ -104,7 +104,7 @@ class SavedWithCode:
     """Part of a configuration class: saving it writes the code files and says which class each Auto class takes."""
 
     def __post_init__(self, **kwargs: Any):
-        # Transformers asks for trust in a configuration's own pipelines even where the installed ones would do.
+        # Otherwise Transformers asks to trust the checkpoint's pipelines although the installed ones are used.
         if not is_remote(type(self)):
             kwargs.pop("auto_map", None)
             kwargs.pop("custom_pipelines", None)
@@ -120,7 +120,7 @@ class SavedWithCode:
         files = write_code(save_directory, code_source(self, self.name_or_path))
         written = copy.copy(self)
         written.auto_map = auto_map()
-        # A configuration from the Hub does not bring the pipelines along unless they were used.
+        # The code of a checkpoint from the Hub lacks the pipelines unless they were used.
         written.custom_pipelines = custom_pipelines() if "pipelines.py" in files else {}
         super(SavedWithCode, written).save_pretrained(save_directory, **kwargs)
 

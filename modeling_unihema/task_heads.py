@@ -1,4 +1,4 @@
-"""What turns the trunk's features into a task's answer: detection, mask and single-cell heads."""
+"""Heads of detection, segmentation and single-cell classification."""
 
 import torch
 from torch import nn

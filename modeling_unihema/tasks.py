@@ -1,4 +1,4 @@
-"""The table of tasks: what each one runs, reads and answers, and under which names others know it.
+"""The table of tasks: what each one runs, reads and answers, and its names in Transformers and on the Hub.
 
 A further task is a row here and a head in `modeling_unihema.py`. Everything that depends on the task follows from its row:
 the parts that are built and computed, the keys of the state dict, Auto classes, pipelines, prompts, and the headline figure.
@@ -38,10 +38,10 @@ class Task:
         auto_classes (`tuple[str, ...]`): The Auto classes of Transformers that give `model_class`.
         pipeline (`str`): Name of the Transformers pipeline, which is also what the Hub calls the task.
         pipeline_class (`str`): Our class of it.
-        headline (`str`): The figure that stands for the task: in messages, and to choose the best evaluation of a run.
+        headline (`str`): The metric shown in messages, and by which the best evaluation of a run is chosen.
         reads_text (`bool`): Whether the model reads a prompt, a question or a sentence.
         generates_text (`bool`): Whether the answer is text.
-        default_prompt (`str`, *optional*): What is asked for when no text is given; `None` where text must be given.
+        default_prompt (`str`, *optional*): The prompt when no text is given; `None` where text is required.
     """
 
     name: str
@@ -138,7 +138,7 @@ def parts_of(tasks: tuple[str, ...], config: Any = None) -> set[str]:
     if config is not None and not config.text_guided_refinement:
         parts -= {"text_guided_visual_refinement"}
         if not set(tasks) & set(LANGUAGE_TASKS):
-            # Nothing else of a visual task reads the prompt.
+            # No other part of a visual task reads the prompt.
             parts -= {"text_encoder"}
     return parts
 

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPa
 from .configuration_unihema import UniHemaConfig
 
 
-# What the decoder calls the keys and values of earlier steps: Transformers 5.24 renamed it, also in its outputs.
+# The decoder's name for the keys and values of earlier steps, which Transformers 5.24 changed, also in outputs.
 CACHE_NAME = "cache" if "cache" in inspect.signature(T5Model.forward).parameters else "past_key_values"
 
 

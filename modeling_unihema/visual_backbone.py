@@ -60,7 +60,7 @@ class FeatureLevels:
         return torch.stack(ratios, 1).to(torch.promote_types(torch.float32, self.maps[0].dtype))
 
     def repeat_images(self, times: int) -> "FeatureLevels":
-        """Each image `times` in a row: several questions about one image."""
+        """Repeats each image `times` times in a row, for several questions about one image."""
         parts = (self.maps, self.valid, self.positions)
         repeated = [[level.repeat_interleave(times, 0) for level in part] for part in parts]
         means = None if self.backbone_means is None else self.backbone_means.repeat_interleave(times, 0)
@@ -137,8 +137,8 @@ class VisualBackbone(nn.Module):
         super().__init__()
         self.config = config
         if config.backbone_config._attn_implementation != "eager":  # noqa: SLF001
-            # Private, as in layers.py. Convolutional backbones refuse an attention that is asked for by name; left open,
-            # each takes its best.
+            # Private, as in layers.py. Convolutional backbones refuse an attention requested by name. With none requested
+            # each backbone takes its best.
             config.backbone_config._attn_implementation = None  # noqa: SLF001
         self.backbone = AutoBackbone.from_config(config.backbone_config)
         groups = math.gcd(32, config.d_model // 4)
@@ -184,13 +184,13 @@ class VisualBackbone(nn.Module):
         """
         padded = pixel_mask is not None and (torch.compiler.is_compiling() or not bool(pixel_mask.all()))
         pixels = pixel_mask.bool() if padded else None
-        # What counts as valid for the convolutions and norms; the official weights know no padding there.
+        # Valid pixels for convolutions and norms; with the official weights padding takes part there.
         counted = None if self.config.attend_to_padding else pixels
         if self._trains_channels_last and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Depthwise and 1x1 convolutions, and above all their backward, are faster with channels last.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         if counted is not None:
-            # A layer may write into the padding of what it is given, which must not reach the caller's images.
+            # Layers may write into the padding of their input, so the caller's images are copied.
             pixel_values = filled(pixel_values, counted, 0.0)
         with without_padding(counted):
             maps = list(self.backbone(pixel_values).feature_maps)

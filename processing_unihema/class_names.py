@@ -1,7 +1,6 @@
-"""Names of classes: spellings that mean one class, and which class is a kind of which.
+"""Names of classes: spellings of one class, and which class is a kind of which.
 
-A checkpoint says in `config.label_parents` which of its classes are kinds of which. The tables below are for classes of which
-it says nothing.
+`config.label_parents` gives the hierarchy of a checkpoint's classes. The tables below are for classes that it leaves out.
 """
 
 import re
@@ -134,7 +133,7 @@ _BESIDE = {
 
 
 def plain_name(name: str) -> str:
-    """A class name without what tells spellings apart: case, plural, and whether `_`, `-` or spaces are between its words."""
+    """A class name without case, plural, and the `_`, `-` or spaces between its words."""
     return re.sub(r"[\s_\-]+", " ", name.lower()).strip().removesuffix("s").strip()
 
 
@@ -145,7 +144,7 @@ def short_name(name: str) -> str:
 
 
 def usual_name(name: str) -> str:
-    """What all spellings of one class have in common, other words for the same cell (`leukocyte`, `WBC`) included."""
+    """One name for all spellings and synonyms of a class, such as `leukocyte` and `WBC`."""
     short = short_name(name)
     return _SAME_CELL.get(short, short)
 
@@ -174,7 +173,7 @@ def cell_kind(name: str, parents: Mapping[str, str] | None = None) -> str | None
     Args:
         name (`str`): The class, in any spelling.
         parents (`Mapping[str, str]`, *optional*): A checkpoint's own tree, class -> coarser class (`config.label_parents`).
-            What it says of a class comes before what is usual.
+            It takes precedence over the tables here.
 
     Returns:
         `str` or `None`: `WHITE_CELL`, `RED_CELL`, `PLATELET`, `NUCLEATED_RED_CELL`, `SMUDGE_CELL`, `MEGAKARYOCYTE`; `None` for
@@ -199,7 +198,7 @@ def is_white_cell(name: str, parents: Mapping[str, str] | None = None) -> bool:
 
 
 def is_untyped_white_cell(name: str) -> bool:
-    """Whether a class says that a cell is a white one, and nothing of its type."""
+    """Whether a class is that of white cells without a type."""
     return usual_name(name) == "wbc"
 
 

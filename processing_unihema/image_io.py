@@ -1,60 +1,132 @@
 """Opening images of every kind a microscope or a phone writes, as 8-bit RGB."""
 
 import os
+import re
+import struct
+import sys
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2
 
 from unihema.errors import InputError, InputTypeError, UnreadableImageError
 
 
-# What names of image files end with, in lower case.
+# Suffixes of image files, in lower case.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".jp2")
 # Images larger than this are reduced on opening: a whole slide does not fit into memory.
 MAX_PIXELS = 64_000_000
+# An image that needs more memory than this, and is so much larger than its file, is damaged or an attack.
+MAX_BYTES = 1 << 29
+MAX_COMPRESSION = 200
+# Pages of a TIFF that are looked at.
+MAX_PAGES = 4096
+# Share of pixels that may be brighter than white: hot pixels, and a burned-in scale bar, all of whose pixels are equal.
+HOT_PIXELS = 0.001
+SCALE_BAR = 0.05
+# Filters overshoot white, and undershoot black, by up to this share of the range.
+OVERSHOOT = 0.25
+
 _ORIENTATION = 0x0112
+_BITS, _COMPRESSION, _PHOTOMETRIC, _DESCRIPTION, _SAMPLES, _MAX_VALUE, _PLANAR = 258, 259, 262, 270, 277, 281, 284
+_PAGE_KIND, _SAMPLE_FORMAT, _MAX_SIGNED = 254, 339, 341
+_PHOTOMETRICS = {0: "gray, white is 0", 1: "gray", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "Lab"}
+_SAMPLE_FORMATS = {1: "", 2: "signed", 3: "float", 5: "complex", 6: "complex float"}
 # What PIL cannot average over blocks of pixels, and what to convert it to first.
 _BEFORE_REDUCING = {"1": "L", "P": "RGBA", "PA": "RGBA", "I;16": "I", "I;16L": "I", "I;16B": "I", "I;16N": "I"}
+# Bytes a pixel takes on its way to RGB; those of two decodings where PIL gives half of the bits.
+_BYTES_OF_MODE = {"1": 2, "L": 1, "I": 12, "F": 12}
+_BYTES_OF_DEEP_COLOUR = 24
+# What PIL's readers raise at damaged files, beside errors of files and values.
+_DAMAGE = (
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    ZeroDivisionError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 # PIL keeps its limit of pixels in a global.
 _opening = threading.Lock()
+
+
+class ImageReadWarning(UserWarning):
+    """Something about the pixels of an image was guessed, or left out, because its file does not say."""
 
 
 def load_image(image: "str | Path | bytes | Image.Image | np.ndarray", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Opens an image as 8-bit RGB, upright.
 
-    16-bit images are scaled by the bits in use, palettes resolved, transparency laid over white, CMYK and grayscale
-    converted and EXIF rotation applied.
+    What [`read_image`] says about it is given as an [`ImageReadWarning`].
 
     Args:
-        image (`str`, `Path`, `bytes`, `PIL.Image.Image` or `np.ndarray`): A file, its content, an opened image, or pixels
-            `[H, W]`, `[H, W, 1|3|4]`.
-        max_pixels (`int`): Larger files are reduced to about this many pixels; [`image_size`] tells their own size.
+        image (`str`, `Path`, `bytes`, `PIL.Image.Image` or `np.ndarray`): As for [`read_image`].
+        max_pixels (`int`): As there.
 
     Returns:
         `PIL.Image.Image`: Mode RGB.
 
     Raises:
         UnreadableImageError: The file cannot be read as an image.
-        ValueError: Pixels of another shape.
+        ValueError: Pixels of another shape or range.
+        TypeError: Not an image at all.
+    """
+    opened, notes = read_image(image, max_pixels)
+    for note in notes:
+        # Without the file's name, so that Python shows each kind once.
+        warnings.warn(note, ImageReadWarning, stacklevel=2)
+    return opened
+
+
+def read_image(
+    image: "str | Path | bytes | Image.Image | np.ndarray", max_pixels: int = MAX_PIXELS
+) -> tuple[Image.Image, list[str]]:
+    """Opens an image as 8-bit RGB, upright, and says what had to be guessed.
+
+    Palettes are resolved, transparency laid over white, CMYK, Lab, grayscale and inverted grayscale converted and EXIF
+    rotation applied. Pixels of more than 8 bits are scaled by the bit depth that the file states (OME `SignificantBits`, PNG
+    `sBIT`, TIFF `MaxSampleValue`), else by the bits that its pixels use; hot pixels and a burned-in scale bar do not count.
+    Three gray pages of a TIFF are red, green and blue; of a z-stack the middle page is read, of a time series the first.
+
+    Args:
+        image (`str`, `Path`, `bytes`, `PIL.Image.Image` or `np.ndarray`): A file, its content, an opened image, or pixels
+            `[H, W]`, `[H, W, 1|3|4]`. Floats are 0..1 or 0..255.
+        max_pixels (`int`): Larger files are reduced to about this many pixels; [`image_size`] tells their own size.
+
+    Returns:
+        `tuple[PIL.Image.Image, list[str]]`: The image in mode RGB, and a sentence for each guess.
+
+    Raises:
+        UnreadableImageError: The file cannot be read as an image.
+        ValueError: Pixels of another shape or range.
         TypeError: Not an image at all.
     """
     if isinstance(image, (str, Path, bytes)):
-        with _reading(image) as opened:
-            return to_rgb(_reduced(opened, max_pixels))
+        return _read(image, "image" if isinstance(image, bytes) else image, max_pixels)
     if isinstance(image, np.ndarray):
         pixels = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
         if pixels.size == 0 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] not in (3, 4)):
             raise InputError(f"Pixels must be [H, W] or [H, W, 1|3|4] and not empty, got shape {image.shape}.")
-        return to_rgb(Image.fromarray(_to_8_bit(pixels)))
+        notes: list[str] = []
+        return to_rgb(Image.fromarray(_to_8_bit(pixels, notes))), notes
     if isinstance(image, Image.Image):
+        name = getattr(image, "filename", None) or "image"
         # A file that PIL has opened is only read now.
-        with _naming(getattr(image, "filename", None) or "image"):
-            return to_rgb(image)
+        with _naming(name):
+            content = _unread_content(image)
+            if content is not None:
+                return _read(content, name, None)
+            notes = []
+            return to_rgb(image, notes), notes
     raise InputTypeError(f"Expected a path, bytes, PIL image or array, got {type(image).__name__}.")
 
 
@@ -64,8 +136,10 @@ def load_mask(path: "str | Path") -> np.ndarray:
     Raises:
         UnreadableImageError: The file cannot be read as an image.
     """
-    with _reading(path) as opened:
-        return np.array(opened)
+    with _reading(path, path) as opened:
+        _check_memory(opened, path)
+        with _pil():
+            return np.array(opened)
 
 
 def image_size(image: "str | Path | bytes | Image.Image") -> tuple[int, int]:
@@ -75,31 +149,44 @@ def image_size(image: "str | Path | bytes | Image.Image") -> tuple[int, int]:
         UnreadableImageError: The file cannot be read as an image.
     """
     if isinstance(image, (str, Path, bytes)):
-        with _reading(image) as opened:
+        with _reading(image, "image" if isinstance(image, bytes) else image) as opened:
             return image_size(opened)
-    sideways = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    with _pil():
+        sideways = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     return image.size if sideways else image.size[::-1]
 
 
 @contextmanager
-def _reading(file: "str | Path | bytes") -> Iterator[Image.Image]:
+def _reading(file: "str | Path | bytes", name: "str | Path") -> Iterator[Image.Image]:
     """An image file, or its content, opened whatever its size; what goes wrong is an [`UnreadableImageError`]."""
-    content = isinstance(file, bytes)
-    name = "image" if content else file
     # A text too long for the name of a file is none.
-    if not content and not os.path.isfile(file):
+    if not isinstance(file, bytes) and not os.path.isfile(file):
         raise UnreadableImageError(f"{name}: no such image file. Check the path.")
     with _naming(name):
-        if (len(file) if content else os.path.getsize(file)) == 0:
+        if _file_bytes(file) == 0:
             raise UnreadableImageError(f"{name}: the file is empty. Copy it again from the microscope.")
-        with _opening:
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            try:
-                opened = Image.open(BytesIO(file) if content else file)
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
+        try:
+            with _of_any_size(), _pil():
+                opened = Image.open(BytesIO(file) if isinstance(file, bytes) else file)
+        except UnidentifiedImageError as error:
+            kind = _kind_of_tiff(file)
+            if kind is None:
+                raise
+            raise UnreadableImageError(
+                f"{name}: a TIFF of {kind} is not read. Export it as RGB of 8 or 16 bits, without compression or with LZW."
+            ) from error
         with opened:
             yield opened
+
+
+@contextmanager
+def _of_any_size() -> Iterator[None]:
+    with _opening:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 @contextmanager
@@ -108,26 +195,416 @@ def _naming(name: "str | Path") -> Iterator[None]:
         yield
     except UnreadableImageError:
         raise
+    except InputError as error:
+        raise UnreadableImageError(f"{name}: {error}") from error
     except UnidentifiedImageError as error:
         raise UnreadableImageError(
             f"{name}: not an image. Formats that work include PNG, JPEG, TIFF and BMP."
         ) from error
     except PermissionError as error:
         raise UnreadableImageError(f"{name}: the file may not be read. Change its permissions.") from error
+    except MemoryError as error:
+        raise UnreadableImageError(f"{name}: the image needs more memory than there is. Export it smaller.") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UnreadableImageError(
             f"{name}: the image is truncated or damaged ({error}). Copy it again or export it anew."
         ) from error
 
 
-def _reduced(opened: Image.Image, max_pixels: int) -> Image.Image:
-    """An opened file with at most about `max_pixels` pixels, averaged over blocks."""
-    shrink = (opened.width * opened.height / max_pixels) ** 0.5
-    if shrink > 1:
+@contextmanager
+def _pil() -> Iterator[None]:
+    """What a reader of PIL raises at a damaged file, as an error of that file; our own faults stay what they are."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _file_bytes(file: "str | Path | bytes") -> int:
+    return len(file) if isinstance(file, bytes) else os.path.getsize(file)
+
+
+def _beginning(file: "str | Path | bytes", count: int = 1 << 16) -> bytes:
+    if isinstance(file, bytes):
+        return file[:count]
+    with open(file, "rb") as opened:
+        return opened.read(count)
+
+
+def _unread_content(image: Image.Image) -> bytes | None:
+    """The file of an image that PIL has only opened so far, if more is in it than PIL would give."""
+    file = getattr(image, "fp", None)
+    if (
+        file is None
+        or getattr(file, "closed", False)
+        or image.format not in ("TIFF", "PNG", "JPEG2000")
+        or getattr(image, "tell", int)()
+    ):
+        return None
+    place = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(place)
+    return content
+
+
+def _check_memory(opened: Image.Image, name: "str | Path", file: "str | Path | bytes | None" = None) -> None:
+    """Refuses, before anything is decoded, an image whose size its file cannot hold."""
+    deep = any(";16" in layout for layout in _rawmodes(opened)) and not opened.mode.startswith("I")
+    of_pixel = _BYTES_OF_DEEP_COLOUR if deep else _BYTES_OF_MODE.get(opened.mode, 4)
+    needed = opened.width * opened.height * of_pixel
+    if needed > MAX_BYTES and needed > MAX_COMPRESSION * _file_bytes(name if file is None else file):
+        raise UnreadableImageError(
+            f"{name}: the file is far too small for the {opened.width} x {opened.height} pixels it names, so it is damaged. "
+            "Copy it again or export it anew."
+        )
+
+
+def _read(file: "str | Path | bytes", name: "str | Path", max_pixels: int | None) -> tuple[Image.Image, list[str]]:
+    notes: list[str] = []
+    with _reading(file, name) as opened:
+        pages = _pages(opened, notes)
+        first = _plane(file, name, opened, pages[0], max_pixels, notes)
+        if len(pages) == 1 and isinstance(first.pixels, Image.Image):
+            return to_rgb(first.pixels, notes), notes
+        pixels = [np.array(first.pixels)]
+        pixels += [np.array(_plane(file, name, opened, page, max_pixels, notes).pixels) for page in pages[1:]]
+        merged = _to_8_bit(np.dstack(pixels) if len(pixels) > 1 else pixels[0], notes, first.bits, first.stated)
+        if first.transparent is not None:
+            merged = np.dstack([merged] * (3 if merged.ndim == 2 else 1) + [np.where(first.transparent, 0, 255)])
+            merged = merged.astype(np.uint8)
+        if first.inverted:
+            merged = 255 - merged
+        if first.premultiplied:
+            merged = merged[..., :3] + (255 - np.maximum(merged[..., 3:], merged[..., :3].max(-1, keepdims=True)))
+        return to_rgb(Image.fromarray(merged)), notes
+
+
+class _Plane(NamedTuple):
+    """One page of a file.
+
+    Args:
+        pixels: An image of 8 bits, or an array of more.
+        bits (`int`, *optional*): Of a sample in the file, where that is more than 8.
+        stated (`int`, *optional*): Bits in use, as the file says.
+        inverted (`bool`): Zero is white.
+        premultiplied (`bool`): Colours are multiplied with alpha.
+        transparent (`np.ndarray`, *optional*): Pixels of the colour that the file names as transparent.
+    """
+
+    pixels: "Image.Image | np.ndarray"
+    bits: int | None = None
+    stated: int | None = None
+    inverted: bool = False
+    premultiplied: bool = False
+    transparent: np.ndarray | None = None
+
+
+def _plane(
+    file: "str | Path | bytes",
+    name: "str | Path",
+    opened: Image.Image,
+    page: int,
+    max_pixels: int | None,
+    notes: list[str],
+) -> _Plane:
+    """Decodes one page with all the bits it has."""
+    _go_to(opened, page)
+    if max_pixels and opened.width * opened.height > max_pixels:
+        shrink = (opened.width * opened.height / max_pixels) ** 0.5
         # JPEG decodes straight to a smaller size; other formats are reduced after decoding.
         opened.draft(opened.mode, (int(opened.width / shrink), int(opened.height / shrink)))
-        shrink = (opened.width * opened.height / max_pixels) ** 0.5
-    opened.load()
+    _check_memory(opened, name, file)
+    stated = _stated_bits(file, opened)
+    inverted = opened.mode[0] in "IF" and _numbers(opened, _PHOTOMETRIC) == (0,)
+    modes = _byte_modes(opened)
+    if any("X" in layout for layout in _rawmodes(opened)):
+        notes.append("Extra channels, which the file says nothing about, are left out.")
+    if modes is None:
+        bits = _bits_lost(file, opened)
+        depth = 16 if opened.mode.startswith("I;16") else None
+        image = _reduced(opened, max_pixels)
+        if image.mode[0] in "IF":
+            pixels = np.asarray(_upright(image))
+            return _Plane(pixels, depth, stated, inverted, transparent=_transparent(pixels, image))
+        if bits is None or image.mode not in ("RGB", "RGBA"):
+            return _Plane(image)
+        upper = np.asarray(_upright(image))
+        if int(_brightest(upper.ravel())) < 32:
+            raise InputError(
+                f"its pixels use the lower of {bits} bits, and of this compression only the upper eight can be read. Export it "
+                "as PNG, or as TIFF without planes."
+            )
+        # The lower bits are taken to be the same as the upper ones.
+        upper = upper.astype(np.uint16)
+        return _Plane(upper << (bits - 8) | upper >> (16 - bits), bits, stated)
+    premultiplied = _rawmodes(opened)[0].startswith("RGBa")
+    high, low = (_decoded(file, name, page, rawmodes) for rawmodes in modes)
+    if len(modes[0]) == 1 and modes[0][0] == "RGBA":
+        # A PNG of gray and alpha: both bytes of each came as a channel.
+        values = high.astype(np.uint16)
+        gray, alpha = values[..., 0] << 8 | values[..., 1], values[..., 2] << 8 | values[..., 3]
+        return _Plane(_averaged(np.dstack([gray, gray, gray, alpha]), max_pixels), 16, stated)
+    pixels = _averaged(high.astype(np.uint16) << 8 | low, max_pixels)
+    return _Plane(pixels, 16, stated, premultiplied=premultiplied, transparent=_transparent(pixels, opened))
+
+
+def _averaged(pixels: np.ndarray, max_pixels: int | None) -> np.ndarray:
+    """Pixels `[H, W, C]`, averaged over blocks so that about `max_pixels` are left."""
+    shrink = (pixels.shape[0] * pixels.shape[1] / max_pixels) ** 0.5 if max_pixels else 1
+    if shrink <= 1:
+        return pixels
+    planes = [Image.fromarray(pixels[..., band].astype(np.int32)) for band in range(pixels.shape[-1])]
+    return np.dstack([plane.reduce(int(np.ceil(shrink))) for plane in planes]).astype(np.uint16)
+
+
+def _go_to(opened: Image.Image, page: int) -> None:
+    if getattr(opened, "tell", int)() != page:
+        with _of_any_size(), _pil():
+            opened.seek(page)
+
+
+def _transparent(pixels: np.ndarray, image: Image.Image) -> np.ndarray | None:
+    key = image.info.get("transparency")
+    if not isinstance(key, (int, tuple)):
+        return None
+    same = pixels == np.array(key)
+    return same.all(-1) if same.ndim == 3 else same
+
+
+def _rawmodes(opened: Image.Image) -> list[str]:
+    """How the bytes of each tile are laid out, as PIL's decoders are told."""
+    tiles = getattr(opened, "tile", [])
+    modes = [tile.args if isinstance(tile.args, str) else (tile.args or ("",))[0] for tile in tiles]
+    return [mode if isinstance(mode, str) else "" for mode in modes]
+
+
+def _byte_modes(opened: Image.Image) -> tuple[list[str], list[str]] | None:
+    """What to tell PIL's decoders for the upper and for the lower bytes of 16-bit colours, of which PIL has the upper only.
+
+    `None` where PIL gives all bits, or where there is no way to the lower ones.
+    """
+    found = _rawmodes(opened)
+    if not found or opened.format not in ("PNG", "TIFF"):
+        return None
+    if found == ["LA;16B"]:
+        return ["RGBA"], ["RGBA"]
+    planar, bits = _numbers(opened, _PLANAR) == (2,), max(_numbers(opened, _BITS), default=8)
+    if planar and bits == 16 and opened.mode in ("RGB", "RGBA") and set(found) <= set("RGBA"):
+        order = "LB" if opened.tag_v2.prefix == b"II" else "BL"
+        return [f"{band};16{order[0]}" for band in found], [f"{band};16{order[1]}" for band in found]
+    layout, separator, order = found[0].partition(";16")
+    if planar and bits > 8 and len(found[0]) == 1:
+        raise InputError(f"planes of {bits} bits are read of RGB only. Export it as RGB, or with 8 bits.")
+    # Compressed planes are put together by libtiff.
+    if not separator or layout not in ("RGB", "RGBA", "RGBX", "RGBa") or (planar and order == "N"):
+        return None
+    order = ("L" if sys.byteorder == "little" else "B") if order == "N" else order
+    layout = "RGBA" if layout == "RGBa" else layout
+    other = "B" if order == "L" else "L"
+    return [f"{layout};16{order}"] * len(found), [f"{layout};16{other}"] * len(found)
+
+
+def _decoded(file: "str | Path | bytes", name: "str | Path", page: int, rawmodes: Sequence[str]) -> np.ndarray:
+    """A page, decoded as if its bytes were laid out otherwise."""
+    with _reading(file, name) as opened:
+        _go_to(opened, page)
+        opened.tile = [
+            tile._replace(args=mode if isinstance(tile.args, str) else (mode, *tile.args[1:]))
+            for tile, mode in zip(opened.tile, rawmodes, strict=True)
+        ]
+        with _pil():
+            opened.load()
+        return np.asarray(_upright(opened))
+
+
+def _bits_lost(file: "str | Path | bytes", opened: Image.Image) -> int | None:
+    """Bits of a colour, where that is more than the eight that PIL gives."""
+    if opened.format == "TIFF":
+        bits = max(_numbers(opened, _BITS), default=8)
+        return bits if 8 < bits <= 16 else None
+    if opened.format == "JPEG2000":
+        content = _beginning(file)
+        # The size segment of the code stream: the precision of the first component is its 39th byte.
+        start = content.find(b"\xff\x4f\xff\x51")
+        if 0 <= start < len(content) - 42:
+            bits = (content[start + 42] & 0x7F) + 1
+            return bits if 8 < bits <= 16 else None
+    return None
+
+
+def _stated_bits(file: "str | Path | bytes", opened: Image.Image) -> int | None:
+    """Bits in use, where the file says fewer than a sample has."""
+    if opened.format == "PNG":
+        content = _beginning(file)
+        at = 8
+        while at + 8 <= len(content) and content[at + 4 : at + 8] != b"IDAT":
+            length = int.from_bytes(content[at : at + 4], "big")
+            if content[at + 4 : at + 8] == b"sBIT" and 0 < length <= 4:
+                return max(content[at + 8 : at + 8 + length], default=None)
+            at += 12 + length
+    if opened.format != "TIFF":
+        return None
+    significant = re.search(r'SignificantBits\s*=\s*"(\d{1,2})"', _description(opened))
+    if significant:
+        return int(significant[1])
+    for tag in (_MAX_VALUE, _MAX_SIGNED):
+        largest = max(_numbers(opened, tag), default=0)
+        if largest > 255:
+            return largest.bit_length()
+    return None
+
+
+def _numbers(opened: Image.Image, tag: int) -> tuple[int, ...]:
+    """The whole numbers of a TIFF's tag; none where it has none, or other values."""
+    tags = getattr(opened, "tag_v2", {})
+    with _pil():
+        values = tags.get(tag, ())
+    return tuple(value for value in (values if isinstance(values, tuple) else (values,)) if isinstance(value, int))
+
+
+def _description(opened: Image.Image) -> str:
+    with _pil():
+        text = opened.tag_v2.get(_DESCRIPTION, "")
+    return text if isinstance(text, str) else ""
+
+
+def _kind_of_tiff(file: "str | Path | bytes") -> str | None:
+    """What is in a TIFF that PIL does not read, in words; `None` for other files."""
+    start = _beginning(file, 16)
+    if start[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return None
+    try:
+        tags = ImageFileDirectory_v2(start if b"+" in start[:4] else start[:8])
+        with BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
+            opened.seek(tags.next)
+            tags.load(opened)
+        bits, formats = tags.get(_BITS, (1,)), tags.get(_SAMPLE_FORMAT, (1,))
+        kind = _SAMPLE_FORMATS.get(formats[0], "unknown")
+        samples, colours = tags.get(_SAMPLES, len(bits)), _PHOTOMETRICS.get(tags.get(_PHOTOMETRIC), "unknown colours")
+        packed = COMPRESSION_INFO.get(tags.get(_COMPRESSION, 1), "unknown")
+        return f"{samples} x {bits[0]} bits {kind}".strip() + f" ({colours}, compression {packed})"
+    except (*_DAMAGE, OSError, SyntaxError, ValueError, EOFError, MemoryError):
+        return None
+
+
+class _Page(NamedTuple):
+    number: int
+    size: tuple[int, int]
+    mode: str
+
+
+def _pages(opened: Image.Image, notes: list[str]) -> list[int]:
+    """The pages of a file to read: one, or those of red, green and blue.
+
+    Raises:
+        ValueError: Several channels, and which are red, green and blue is not said.
+    """
+    if opened.format != "TIFF":
+        with _pil():
+            animated = opened.format in ("GIF", "PNG", "WEBP") and getattr(opened, "is_animated", False)
+        if animated:
+            notes.append("The file is an animation: only its first picture is read.")
+        return [0]
+    first = _Page(0, opened.size, opened.mode)
+    description = _description(opened)
+    same = [0, *(page.number for page in _further_pages(opened) if page[1:] == first[1:])]
+    _go_to(opened, 0)
+    count = len(same)
+    if count == 1:
+        return [0]
+    gray = first.mode[0] in "IF" or first.mode == "L"
+    sizes, order, names = _axes(description, gray)
+    if sizes is None or np.prod(list(sizes.values())) != count:
+        # Nothing says what the pages are.
+        sizes, order, names = ({"C": 3} if gray and count == 3 else {"?": count}), "C?", []
+    strides, step = {}, 1
+    for axis in order:
+        strides[axis], step = step, step * sizes.get(axis, 1)
+    start = 0
+    if sizes.get("Z", 1) > 1:
+        middle = sizes["Z"] // 2
+        start += middle * strides["Z"]
+        notes.append(f"The file is a stack of {sizes['Z']} planes: only plane {middle + 1}, in its middle, is read.")
+    if sizes.get("T", 1) > 1:
+        notes.append(f"The file is a series of {sizes['T']} times: only the first is read.")
+    if sizes.get("?", 1) > 1:
+        notes.append(f"The file has {count} pages, and nothing says what they are: only the first is read.")
+    channels = sizes.get("C", 1)
+    if channels == 1:
+        return [same[start]]
+    chosen = _colour_channels(channels, names)
+    if chosen is None:
+        listed = f" ({', '.join(names)})" if names else ""
+        raise InputError(
+            f"it has {channels} channels{listed}, and which are red, green and blue is not said. Merge them to one RGB image, "
+            "and export that."
+        )
+    if not names or set(_colour_names(names)) < {"r", "g", "b"}:
+        listed = f" (they are named {', '.join(names)})" if names else ""
+        notes.append(f"Three gray pages are read as red, green and blue{listed}.")
+    return [same[start + channel * strides["C"]] for channel in chosen]
+
+
+def _further_pages(opened: Image.Image) -> Iterator[_Page]:
+    for number in range(1, MAX_PAGES):
+        try:
+            _go_to(opened, number)
+        # After the last one, or where one is damaged or of a kind that PIL does not read.
+        except (OSError, SyntaxError, ValueError, EOFError):
+            return
+        # Previews are marked as reduced.
+        if not any(kind & 1 for kind in _numbers(opened, _PAGE_KIND)):
+            yield _Page(number, opened.size, opened.mode)
+
+
+def _axes(description: str, gray: bool) -> tuple[dict[str, int] | None, str, list[str]]:
+    """Sizes along C, Z and T of a file's pages, their order from the fastest, and names of the channels: OME or ImageJ."""
+    if "<Pixels" in description:
+        pixels = description[description.index("<Pixels") :]
+        sizes = {axis: re.search(rf'Size{axis}\s*=\s*"(\d{{1,6}})"', pixels) for axis in "CZT"}
+        order = re.search(r'DimensionOrder\s*=\s*"XY([CZT]{3})"', pixels)
+        if all(sizes.values()) and order and len(set(order[1])) == 3:
+            found = {axis: int(size[1]) for axis, size in sizes.items() if size}
+            if not gray:
+                found["C"] = 1
+            channels = re.findall(r"<Channel\b[^>]*>", pixels)
+            names = [name[1] for name in (re.search(r'\bName\s*=\s*"([^"]*)"', tag) for tag in channels) if name]
+            return found, order[1], names if len(names) == found["C"] else []
+    elif description.startswith("ImageJ="):
+        found = {
+            axis: int(size[1]) if size else 1
+            for axis, key in (("C", "channels"), ("Z", "slices"), ("T", "frames"))
+            for size in [re.search(rf"^{key}=(\d{{1,6}})\s*$", description, re.MULTILINE)]
+        }
+        if not gray:
+            found["C"] = 1
+        return found, "CZT", []
+    return None, "", []
+
+
+def _colour_names(names: Sequence[str]) -> list[str]:
+    short = {"red": "r", "green": "g", "blue": "b"}
+    return [short.get(name.strip().lower(), name.strip().lower()) for name in names]
+
+
+def _colour_channels(count: int, names: Sequence[str]) -> list[int] | None:
+    colours = _colour_names(names)
+    if all(colours.count(colour) == 1 for colour in "rgb"):
+        return [colours.index(colour) for colour in "rgb"]
+    return [0, 1, 2] if count == 3 else None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    with _pil():
+        return ImageOps.exif_transpose(image)
+
+
+def _reduced(opened: Image.Image, max_pixels: int | None) -> Image.Image:
+    """An opened file with at most about `max_pixels` pixels, averaged over blocks."""
+    with _pil():
+        opened.load()
+    shrink = (opened.width * opened.height / max_pixels) ** 0.5 if max_pixels else 1
     if shrink <= 1:
         return opened
     mode = _BEFORE_REDUCING.get(opened.mode)
@@ -136,37 +613,117 @@ def _reduced(opened: Image.Image, max_pixels: int) -> Image.Image:
     return opened.convert(mode).reduce(int(np.ceil(shrink)))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An opened image as upright 8-bit RGB."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
+def to_rgb(image: Image.Image, notes: list[str] | None = None) -> Image.Image:
+    """An opened image as upright 8-bit RGB.
+
+    Args:
+        image (`PIL.Image.Image`): Of any mode.
+        notes (`list[str]`, *optional*): Takes a sentence for each guess.
+    """
+    image = _upright(image)
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy() if getattr(image, "fp", None) else image
     if image.mode.startswith(("I", "F")):
-        image = Image.fromarray(_to_8_bit(np.asarray(image)))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        bits = 16 if image.mode.startswith("I;16") else None
+        image = Image.fromarray(_to_8_bit(np.asarray(image), [] if notes is None else notes, bits))
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
 
-def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
-    """Pixels to uint8: floats up to 1 from 0..1, what needs more than 8 bits by the bits in use, the rest as it is."""
+def _to_8_bit(pixels: np.ndarray, notes: list[str], bits: int | None = None, stated: int | None = None) -> np.ndarray:
+    """Pixels to uint8: floats from 0..1 or 0..255, what needs more than 8 bits by the bits in use, the rest as it is.
+
+    Args:
+        pixels (`np.ndarray`): `[H, W]` or `[H, W, 3|4]`; a fourth channel is alpha.
+        notes (`list[str]`): Takes a sentence for each guess.
+        bits (`int`, *optional*): Of a sample; those of the array's type when missing.
+        stated (`int`, *optional*): Bits in use, as the file says.
+
+    Raises:
+        ValueError: Many pixels are negative.
+    """
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype == bool:
         return pixels.astype(np.uint8) * 255
     fractions = np.issubdtype(pixels.dtype, np.floating)
-    pixels = pixels.astype(np.float64)
     if fractions:
-        pixels = np.where(np.isfinite(pixels), pixels, 0.0)
-    highest = float(pixels.max(initial=0))
-    if fractions and highest <= 1:
-        scale = 255.0
-    elif highest <= 255:
-        scale = 1.0
+        finite = np.isfinite(pixels)
+        if not finite.all():
+            notes.append("Pixels that are no numbers are read as black, infinite ones as white.")
+            pixels = np.where(np.isneginf(pixels) | np.isnan(pixels), 0, pixels).astype(np.float32)
+    colours = pixels[..., :3] if pixels.ndim == 3 else pixels
+    # A million pixels tell the range of any image.
+    stride = max(1, int((colours.shape[0] * colours.shape[1] / 1e6) ** 0.5))
+    sample = colours[::stride, ::stride]
+    sample = sample[np.isfinite(sample)].ravel() if fractions else sample.ravel()
+    brightest = _brightest(sample) if sample.size else 0.0
+    if bits is None and pixels.dtype == np.uint16:
+        bits = 16
+    if fractions:
+        white = _white_of_floats(brightest, notes)
     else:
-        # Cameras put 10, 12 or 14 bits into a 16-bit file.
-        bits = int(np.ceil(np.log2(highest + 1)))
-        scale = 255.0 / (2 ** max(bits, 8) - 1)
-    return (pixels * scale).clip(0, 255).round().astype(np.uint8)
+        used = stated if stated and stated < (bits or 64) and brightest < 2**stated else None
+        if used is None:
+            used = max(8, int(brightest).bit_length())
+            if used < (bits or 0) or (bits is None and used > 8):
+                notes.append(
+                    f"How many bits are in use is not said: read as {used}, which hold all but the very brightest pixels."
+                )
+        white = 2.0**used - 1
+    if sample.size and pixels.dtype.kind != "u":
+        darkest = -_brightest(-sample.astype(np.float64))
+        reach = min(white, max(brightest, 1.0))
+        if darkest < -OVERSHOOT * reach:
+            raise InputError(
+                f"Many pixels are negative (to {darkest:g}), which no brightness is. Give 0..1, 0..255, or whole numbers from 0."
+            )
+        if darkest < -0.02 * reach:
+            notes.append(f"Negative pixels (to {darkest:g}) are read as black.")
+    if pixels.ndim == 2 or pixels.shape[-1] == 3:
+        return _scaled(pixels, white)
+    alpha = pixels[..., 3]
+    opaque = white if alpha.max() <= white else 2.0 ** (bits or 8) - 1
+    return np.dstack([_scaled(colours, white), _scaled(alpha, opaque)])
+
+
+def _white_of_floats(brightest: float, notes: list[str]) -> float:
+    if brightest <= 1 + OVERSHOOT:
+        return 1.0
+    if brightest <= 255 * (1 + OVERSHOOT):
+        if brightest < 64:
+            notes.append(f"Floats up to {brightest:g} are neither 0..1 nor bright in 0..255: read as 0..255.")
+        return 255.0
+    used = int(brightest / (1 + OVERSHOOT)).bit_length()
+    notes.append(f"Floats up to {brightest:g} are read as whole numbers of {used} bits.")
+    return 2.0**used - 1
+
+
+def _brightest(values: np.ndarray) -> float:
+    """The largest value, without hot pixels and a burned-in scale bar."""
+    values = np.sort(values)
+    hot = max(int(values.size * HOT_PIXELS), 1 if values.size >= 256 else 0)
+    below = int(np.searchsorted(values, values[-1], "left"))
+    if below and values.size - below <= SCALE_BAR * values.size:
+        rest = float(values[max(0, below - 1 - hot)])
+        if values[-1] >= 4 * max(rest, 0):
+            return rest
+    return float(values[-1 - hot])
+
+
+def _scaled(pixels: np.ndarray, white: float) -> np.ndarray:
+    """Pixels in 0..`white` as uint8, a strip at a time: a large image has no room for its floats."""
+    scale = 255.0 / white
+    out = np.empty(pixels.shape, np.uint8)
+    for top in range(0, len(pixels), 256):
+        strip = pixels[top : top + 256].astype(np.float64)
+        out[top : top + 256] = (strip * scale).clip(0, 255).round()
+    return out

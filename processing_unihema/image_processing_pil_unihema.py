@@ -12,7 +12,7 @@ from .image_processing_unihema import UniHemaImageProcessor, resampling
 class UniHemaImageProcessorPil(UniHemaImageProcessor):
     """[`UniHemaImageProcessor`] that resizes with PIL, on the CPU; results are PyTorch tensors all the same.
 
-    Bilinearly resized, as by default, the two agree to one of the 255 levels of a pixel. What one saves the other loads.
+    With bilinear resizing, the default, pixels of the two differ by at most one level of 255. Each loads what the other saved.
     """
 
     @property

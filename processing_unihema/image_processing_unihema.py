@@ -79,7 +79,7 @@ class UniHemaImageProcessor(ProcessorWithCode, TorchvisionBackend):
     task_sizes = None
 
     def __init__(self, **kwargs: Any):
-        # Fields of view are looked at to find cells by name, crops and what is asked about are smaller.
+        # Finding cells needs large fields of view; crops and images of questions may be smaller.
         sizes = {name: FIELD_SIZE if task.default_prompt else CROP_SIZE for name, task in TASK_TABLE.items()}
         sizes |= kwargs.pop("task_sizes", None) or {}
         unknown = set(sizes) - set(TASKS)
@@ -93,7 +93,7 @@ class UniHemaImageProcessor(ProcessorWithCode, TorchvisionBackend):
 
     @property
     def size(self) -> SizeDict:
-        """The size of detection, kept in `task_sizes`: so that one given on loading can be told from a saved one."""
+        """The size of detection, which is stored in `task_sizes`."""
         return SizeDict(**self.task_sizes["detection"])
 
     @size.setter
@@ -286,7 +286,7 @@ def _as_pixels(image, rescaled: bool, channels: str | None = None) -> torch.Tens
         pixels = pixels.permute(2, 0, 1) if ChannelDimension(channels) == ChannelDimension.LAST else pixels
     elif pixels.ndim == 3:
         first, last = pixels.shape[0] in (1, 3, 4), pixels.shape[-1] in (1, 3, 4)
-        # Where both could be the channels, each library's own order decides.
+        # Where both ends could be the channels, tensors are channels first and arrays channels last.
         if last and (not first or isinstance(image, np.ndarray)):
             pixels = pixels.permute(2, 0, 1)
     if pixels.ndim != 3 or pixels.shape[0] not in (1, 3, 4) or not pixels.numel():
@@ -322,7 +322,7 @@ def _fitted_size(original: tuple[int, int], size: dict[str, int]) -> tuple[int, 
 
 
 def resampling(resample: PILImageResampling | int) -> PILImageResampling:
-    """The way to resize, if it is one both backends and every device know.
+    """The resampling filter, checked to be one that both backends and every device support.
 
     Raises:
         ValueError: It is not.
@@ -333,7 +333,7 @@ def resampling(resample: PILImageResampling | int) -> PILImageResampling:
 
 
 def _mask_map(mask, index: int, original: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:
-    """A mask as int64 `[h, w]` of 0 and 1, resized without mixing."""
+    """A mask as int64 `[h, w]` of 0 and 1, resized by nearest neighbour."""
     values = torch.as_tensor(load_mask(mask) if isinstance(mask, (str, Path)) else np.array(mask))
     if tuple(values.shape) != original:
         raise InputError(

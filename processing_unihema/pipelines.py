@@ -30,22 +30,22 @@ from .prompts import task_prompt
 
 
 class _ForUniHema:
-    """Before a pipeline class: with a UniHema model that class, with any other model its `stock` pipeline instead."""
+    """Mixin that creates the pipeline class for a UniHema model, and its `stock` pipeline for any other model."""
 
     stock: type[Pipeline]
 
     def __new__(cls, model=None, *args, **kwargs):
-        # Copying and unpickling name no model.
+        # Copying and unpickling pass no model.
         if model is None or model.config.model_type == "unihema":
             return super().__new__(cls)
         return cls.stock(model, *args, **kwargs)
 
     def check_model_type(self, supported_models: list[str] | dict) -> None:
-        """Does nothing: what Transformers lists lacks a model whose code came with its checkpoint."""
+        """Does nothing: Transformers' list lacks models whose code came with their checkpoint."""
 
 
 def _image_source(image: Any, timeout: float | None = None) -> Any:
-    """What [`load_image`] opens: an address is fetched as Transformers does, text that names no file is read as base64."""
+    """An image as [`load_image`] opens it: a URL is fetched as Transformers does, text that is no file is read as base64."""
     if not isinstance(image, str) or os.path.isfile(image):
         return image
     if image.startswith(("http://", "https://")):
@@ -80,7 +80,7 @@ def _image_inputs(pipeline: Pipeline, image: Any, task: str, prompt: str | Seque
 
 
 def _batch(pipeline: Pipeline, samples: list[dict]) -> dict:
-    """Samples of one image shape put together; shorter texts are padded."""
+    """Stacks samples of one image shape; shorter texts are padded."""
     batch = {}
     for name in samples[0]:
         values = [sample[name] for sample in samples]
@@ -118,7 +118,7 @@ def _run(pipeline: Pipeline, model_inputs: dict, call: Callable[[dict], dict]) -
 
 
 def _run_head(pipeline: Pipeline, model_inputs: dict, outputs: Sequence[str]) -> dict[str, list[torch.Tensor]]:
-    """The named outputs of a head, and what is needed to read them."""
+    """The named outputs of a head, and the inputs that post-processing needs."""
 
     def call(inputs: dict) -> dict:
         target_size = inputs.pop("target_size")
@@ -209,10 +209,10 @@ class UniHemaImageSegmentationPipeline(_ForUniHema, ImageSegmentationPipeline):
             pixel_mask=model_outputs["pixel_mask"],
             threshold=None,
         )[0]
-        mask = probability > (config.segmentation_threshold if mask_threshold is None else mask_threshold)
+        mask = probability > (config.trained.segmentation_threshold if mask_threshold is None else mask_threshold)
         if not mask.any():
             return []
-        names = prompt if prompt is not None else config.segmentation_label
+        names = prompt if prompt is not None else config.trained.segmentation_label
         return [
             {
                 "score": float(probability[mask].mean()),

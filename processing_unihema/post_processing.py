@@ -11,10 +11,10 @@ from unihema.errors import InputError
 from .class_names import has_nucleus, plain_name
 
 
-# What counts as one cell boxed twice when results are shown: boxes alike, or one of the same class in another.
+# Overlaps from which two boxes are one cell when results are shown: IoU, and the share of a box inside one of its class.
 NMS_IOU = 0.6
 NMS_WITHIN = 0.75
-# A finer name is given if, the coarser one being right, it is more likely than not.
+# A finer name needs this share of the coarser name's score.
 FINER_SHARE = 0.5
 
 
@@ -44,7 +44,7 @@ def find_cells(
     prompt: str | Sequence[str] | None = None,
     threshold: float | None = None,
 ) -> list[list[dict[str, Any]]]:
-    """The cells of each image as they are shown and counted: with the checkpoint's names, thresholds and limits of overlap.
+    """The cells of each image as they are shown and counted, with the checkpoint's names and thresholds.
 
     Args:
         outputs (`UniHemaDetectionOutput`): With `logits` `[B, Q, C]`, `pred_boxes` `[B, Q, 4]` and `pred_morphology`
@@ -186,8 +186,8 @@ def post_process_object_detection(
 
 
 def _finest_names(scores: torch.Tensor, ancestors: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """Scores `[Q, C]` without the coarser names of what has a finer one above the threshold, nor finer ones that are below
-    it or unlikely."""
+    """Scores `[Q, C]` with one name for each cell: coarser names are removed where a finer one is above the threshold, and
+    finer names where they are below it or unlikely."""
     coarser = (scores[:, None, :] * ancestors).amax(-1)
     unlikely = scores < FINER_SHARE * coarser
     above = (scores > threshold) & ~unlikely
@@ -205,9 +205,9 @@ def distinct_cells(
     ancestors: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Which cells stay when a cell that is boxed more than once is to count once.
+    """Non-maximum suppression: which cells stay, so that a cell boxed more than once counts once.
 
-    Overlap alone lets a box around a nucleus stand inside that of its cell; `within` does not.
+    `iou` alone keeps a box around a nucleus inside that of its cell; `within` removes it.
 
     Args:
         boxes (`torch.Tensor`): `[n, 4]` xyxy, best first.
@@ -224,7 +224,7 @@ def distinct_cells(
     """
     keep = torch.ones(len(boxes), dtype=torch.bool)
     if not across_classes:
-        # Class by class: every query under every class would be too many pairs at once.
+        # Class by class: pairs of all queries under all classes would take too much memory.
         for label in labels.unique():
             own = labels == label
             keep[own.cpu()] = distinct_cells(boxes[own], labels[own], iou, within).cpu()
@@ -245,7 +245,7 @@ def distinct_cells(
         intersection = overlap * (area[:, None] + area) / (1 + overlap)
         repeats |= (intersection > within * torch.minimum(area[:, None], area)) & same
     coarser_copies = (repeats & finer).any(0).cpu()
-    # One transfer, not one for each cell; only a cell that stays takes others with it.
+    # One transfer instead of one for each cell. Only cells that stay suppress others.
     repeats = repeats.triu(1).cpu()
     keep &= ~coarser_copies
     for cell in range(len(boxes)):

@@ -25,7 +25,7 @@ DEFAULT_PROMPTS = {name: task.default_prompt for name, task in TASK_TABLE.items(
 def load_default_tokenizer() -> PreTrainedTokenizerBase:
     """Our own small T5-style tokenizer, trained on haematology text: about a thousand pieces, sentinels in T5's order.
 
-    Needs neither the network nor sentencepiece; see tokenizer/train_tokenizer.py.
+    Needs neither the network nor sentencepiece; see tools/train_tokenizer.py.
     """
     return T5Tokenizer.from_pretrained(DEFAULT_TOKENIZER)
 
@@ -38,7 +38,7 @@ class UniHemaProcessorKwargs(ProcessingKwargs, total=False):
 
 
 class UniHemaProcessor(ProcessorWithCode, ProcessorMixin):
-    r"""Everything between a picture with a question and the model.
+    r"""Prepares images and text for a UniHema model, and decodes its answers.
 
     Args:
         image_processor ([`UniHemaImageProcessor`]): The image half.
@@ -163,7 +163,7 @@ class UniHemaProcessor(ProcessorWithCode, ProcessorMixin):
         return BatchFeature(data)
 
     def _options(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
-        """Of the call's arguments those of the image processor, and the length to pad texts to."""
+        """The image processor's arguments among those of a call, and the length to pad texts to."""
         known = {
             "images_kwargs": set(self.image_processor.valid_kwargs.__annotations__),
             "text_kwargs": set(TextKwargs.__annotations__),
@@ -283,7 +283,7 @@ def _flatten(texts) -> list[str]:
 
 
 def _row_lengths(texts) -> list[int] | None:
-    """How many texts each image has where they are given as a list of lists, else None."""
+    """Number of texts of each image if they are a list of lists, else `None`."""
     if texts is None or isinstance(texts, str) or all(isinstance(entry, str) for entry in texts):
         return None
     return [1 if isinstance(entry, str) else len(entry) for entry in texts]
@@ -298,7 +298,7 @@ _TASKS_OF = {
 
 
 def _check_arguments(task: str, images, **given) -> None:
-    """Refuses what the task would ignore, or take for labels of another task."""
+    """Raises an error for arguments that the task would ignore or misread."""
     for name, value in given.items():
         if value is None:
             continue

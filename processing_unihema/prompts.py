@@ -1,4 +1,4 @@
-"""Every prompt template and the rules of sentinels, in one place (official code: models/dino/dino.py, app.py)."""
+"""Prompt templates, and the numbering of sentinels (official code: models/dino/dino.py, app.py)."""
 
 import re
 from collections.abc import Sequence

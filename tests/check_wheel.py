@@ -16,8 +16,6 @@ PLACES = {
     "training": "unihema/training",
     "hub_cards": "unihema/hub_cards",
 }
-# The scripts that made the tokenizer stay in the repository.
-LEFT_OUT = {"processing_unihema/tokenizer/corpus.py", "processing_unihema/tokenizer/train_tokenizer.py"}
 SUFFIXES = {".py", ".json", ".jinja", ".typed", ".safetensors", ".md", ".jpg"}
 
 
@@ -27,7 +25,7 @@ def expected() -> set[str]:
     for top in {place.split("/")[0] for place in PLACES}:
         for path in (ROOT / top).rglob("*"):
             own = path.relative_to(ROOT).as_posix()
-            if path.suffix in SUFFIXES and own not in LEFT_OUT and "__pycache__" not in own:
+            if path.suffix in SUFFIXES and "__pycache__" not in own:
                 place = max((place for place in PLACES if own.startswith(f"{place}/")), key=len)
                 names.add(PLACES[place] + own.removeprefix(place))
     return names

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, detection, models, tasks, throughput, training_step
 from benchmarks.measuring import interleaved
-from benchmarks.report import page, plot
+from benchmarks.speed import attention, detection, models, tasks, throughput, training_step
+from benchmarks.speed.report import growth_plot, page
+from unihema.training.studies.study import save_plot
 
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +38,8 @@ def test_page_has_a_table_for_what_was_measured_and_nothing_else(tmp_path):
     text = page({"machine": MACHINE, "detection": rows, "growth": growth}, {"it": 1.0})
     assert "| 4 x 6 | it | 0.123 |  |" in text and "A training step" not in text
     assert "- it: 1.00" in text and "| queries | 2 | it | 2 |" in text
-    plot(growth, tmp_path / "growth.png")
+    pytest.importorskip("matplotlib")
+    save_plot(tmp_path / "growth.png", growth_plot(growth))
     assert (tmp_path / "growth.png").stat().st_size > 1000
 
 
@@ -97,10 +99,10 @@ def test_cells_lie_in_the_image():
 
 
 def test_recorded_page_is_what_the_recorded_figures_say():
-    record = ROOT / "docs" / "benchmarks" / "results.json"
+    record = ROOT / "docs" / "results" / "speed.json"
     results = json.loads(record.read_text(encoding="utf-8"))
     text = page(results, detection.exponents(results.get("growth", [])))
-    assert (ROOT / "docs" / "speed.md").read_text(encoding="utf-8") == text
+    assert (ROOT / "docs" / "results" / "speed.md").read_text(encoding="utf-8") == text
 
 
 def test_loss_of_the_two_libraries_is_measured_on_the_same_problem(monkeypatch):

@@ -1,6 +1,6 @@
-"""Memory of data in shards, at a small size of `python -m benchmarks.streaming`."""
+"""Memory of data in shards, at a small size of `python -m benchmarks.speed.streaming`."""
 
-from benchmarks import streaming
+from benchmarks.speed import streaming
 
 
 # What ten times the data may add to the memory of a run, MiB; the data itself grows by some 60.

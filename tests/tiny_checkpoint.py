@@ -24,7 +24,7 @@ def save_tiny_checkpoint(folder: Path, model_class: type | None = None, text_len
         **{task: {"longest_edge": 64} for task in TASKS}, max_text_length=text_length
     )
     config = very_tiny_config(fusion_queries=text_length, **overrides)
-    config.detection_thresholds = dict.fromkeys(config.label2id, 0.0) | config.detection_thresholds
+    config.trained.detection_thresholds = dict.fromkeys(config.label2id, 0.0) | config.trained.detection_thresholds
     config.text_config.vocab_size = len(processor.tokenizer)
     config.default_prompt_ids = {
         task: processor.tokenizer(task_prompt(task, names))["input_ids"]

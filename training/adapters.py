@@ -1,28 +1,29 @@
 """Adapters made for training: which layers they change, which heads they bring, and what these start from."""
 
-import json
 import os
 import re
 import shutil
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from unihema.errors import InputError
-from unihema.hub_cards.usage import class_of_task
-from unihema.modeling_unihema.adapter_mixin import FIELDS_KEY, adapter_fields
+from unihema.files import write_json
+from unihema.modeling_unihema.adapter_mixin import FIELDS_KEY
 from unihema.modeling_unihema.layers import ClassEmbedding, ClassLinear
-from unihema.modeling_unihema.tasks import TASKS
+from unihema.modeling_unihema.tasks import TASK_TABLE, TASKS
 from unihema.processing_unihema.class_names import usual_name
 from unihema.training.data.class_tree import known_parents
 from unihema.training.data.rows import Row, class_names, single_cell_names
-from unihema.training.files import write_json
-from unihema.training.run.adapter_config import AdapterConfig
 
+
+if TYPE_CHECKING:
+    # The run's own modules use this one.
+    from unihema.training.run.config import AdapterConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAME = "default"
@@ -75,7 +76,7 @@ def target_pattern(tasks: Sequence[str]) -> str:
 
 
 def attach_adapter(
-    model: nn.Module, processor: Any, settings: AdapterConfig, rows: Mapping[str, Sequence[Row]]
+    model: nn.Module, processor: Any, settings: "AdapterConfig", rows: Mapping[str, Sequence[Row]]
 ) -> None:
     """Puts a new adapter with heads for the classes of the data into a model, whose own weights are frozen.
 
@@ -107,7 +108,7 @@ def attach_adapter(
             _set_classes(module, sources["single_cell" if "single_cell_head" in name else "detection"])
     config.base_model_name_or_path = settings.base_name or model.config.name_or_path
     config.auto_mapping = {
-        "base_model_class": class_of_task(tasks[0]),
+        "base_model_class": TASK_TABLE[tasks[0]].model_class,
         "parent_library": "unihema",
         FIELDS_KEY: fields,
     }
@@ -176,12 +177,6 @@ def save_merged(model: nn.Module, processor: Any, folder: str | Path) -> None:
     os.replace(partial, folder)
 
 
-def saved_classes(folder: str | Path) -> dict[str, Any]:
-    """The fields of the configuration that a saved adapter has its own values of, such as `id2label`."""
-    values = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-    return adapter_fields(type("Saved", (), {"auto_mapping": values.get("auto_mapping")}))
-
-
 def start_classes(
     new: Sequence[str], old: Sequence[str], start_from: Mapping[str, str] | None = None
 ) -> list[int | None]:
@@ -216,9 +211,10 @@ def start_classes(
     return found
 
 
-def _classes(config: Any, processor: Any, settings: AdapterConfig, rows: Mapping[str, Sequence[Row]]):
+def _classes(config: Any, processor: Any, settings: "AdapterConfig", rows: Mapping[str, Sequence[Row]]):
     """The adapter's fields of the configuration, and for each head what its classes start from."""
     fields: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     sources: dict[str, list[int | None]] = {}
     prompts = {}
     if "detection" in rows:
@@ -226,24 +222,24 @@ def _classes(config: Any, processor: Any, settings: AdapterConfig, rows: Mapping
         old = [config.id2label[index] for index in range(config.num_labels)]
         sources["detection"] = start_classes(names, old, _named(settings.start_from, names))
         fields |= {"id2label": dict(enumerate(names)), "label_parents": known_parents(names)}
-        thresholds = config.detection_thresholds or {}
-        fields["detection_thresholds"] = {name: thresholds[name] for name in names if name in thresholds}
+        thresholds = config.trained.detection_thresholds
+        found["detection_thresholds"] = {name: thresholds[name] for name in names if name in thresholds}
         prompts["detection"] = ", ".join(names)
     if "single_cell" in rows:
         names = _labels(settings, single_cell_names(rows["single_cell"]))
         sources["single_cell"] = start_classes(names, config.single_cell_labels, _named(settings.start_from, names))
         fields["single_cell_labels"] = names
     if prompt := next((row["prompt"] for row in rows.get("segmentation", ()) if row.get("prompt")), None):
-        prompts["segmentation"] = fields["segmentation_label"] = prompt
+        prompts["segmentation"] = found["segmentation_label"] = prompt
     processor.default_prompts |= prompts
     if prompts:
         fields["default_prompt_ids"] = processor.default_prompt_ids()
-    trained = {*(config.trained_tasks or ()), *rows}
-    fields["trained_tasks"] = [task for task in TASKS if task in trained]
+    trained = {*(config.trained.tasks or ()), *rows}
+    fields["trained"] = {"tasks": [task for task in TASKS if task in trained], **found}
     return fields, sources
 
 
-def _labels(settings: AdapterConfig, found: Sequence[str]) -> list[str]:
+def _labels(settings: "AdapterConfig", found: Sequence[str]) -> list[str]:
     if settings.labels is None:
         return list(found)
     missing = [name for name in found if name not in settings.labels]
@@ -273,7 +269,7 @@ def _set_classes(layer: ClassLinear | ClassEmbedding, sources: list[int | None])
         layer.set_rows(sources)
 
 
-def _peft_config(settings: AdapterConfig, tasks: Sequence[str], heads: list[str], model: nn.Module) -> Any:
+def _peft_config(settings: "AdapterConfig", tasks: Sequence[str], heads: list[str], model: nn.Module) -> Any:
     import peft
 
     pattern = settings.target_modules or target_pattern(tasks)
@@ -309,7 +305,6 @@ __all__ = [
     "load_adapter_weights",
     "save_adapter",
     "save_merged",
-    "saved_classes",
     "start_classes",
     "target_pattern",
 ]

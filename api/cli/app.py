@@ -3,73 +3,61 @@
 import os
 import sys
 
-import typer
+import click
 
-from .ablate import ablate
-from .adapt import adapt
-from .ask import ask
-from .card import card
-from .convert import convert
+from .analyse import ask, demo, info, predict
 from .data import data
-from .demo import demo
-from .demo_train import demo_train
-from .evaluate import evaluate
-from .export import export
-from .info import info
-from .init import init
-from .parity import parity
-from .predict import predict
-from .push import push
-from .reference import reference
-from .stress import stress
-from .train import train
+from .measure import evaluate, reference
+from .share import card, convert, export, push
+from .teach import adapt, train
 
 
-app = typer.Typer(
-    name="unihema",
-    help="Blood smears in; cells, attributes, masks and answers out.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+SECTIONS = {
+    "Analyse": (predict, ask, info, demo),
+    "Teach": (train, adapt),
+    "Measure": (evaluate, reference),
+    "Share": (export, convert, card, push),
+    "Data": (data,),
+}
 
 
-def _version(value: bool) -> None:
-    if value:
+class Commands(click.Group):
+    """The commands under the headings of `SECTIONS`."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, self.commands))
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                limit = formatter.width - width - 6
+                formatter.write_dl(
+                    [(command.name.ljust(width), command.get_short_help_str(limit)) for command in commands]
+                )
+
+
+def _version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
         from importlib import metadata
 
-        typer.echo(metadata.version("unihema"))
-        raise typer.Exit
+        click.echo(metadata.version("unihema"))
+        ctx.exit()
 
 
-@app.callback()
-def options(
-    debug: bool = typer.Option(False, "--debug", help="Show the whole traceback of an error."),
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
-) -> None:
-    """Blood smears in; cells, attributes, masks and answers out."""
+@click.group(cls=Commands, name="unihema")
+@click.option("--debug", is_flag=True, help="Show the whole traceback of an error.")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+def app(debug: bool) -> None:
+    """Blood smears in; cells, attributes, masks and answers out.
+
+    A command that was stopped goes on where it was when it is repeated, and does nothing twice. With other settings in the
+    same place it ends with an error that names the setting; --overwrite starts anew.
+    """
     if debug:
         os.environ["UNIHEMA_DEBUG"] = "1"
 
 
-app.command()(init)
-app.command()(predict)
-app.command()(ask)
-app.command()(train)
-app.command()(adapt)
-app.command()(evaluate)
-app.command()(stress)
-app.command()(reference)
-app.command()(ablate)
-app.command()(info)
-app.command()(convert)
-app.command()(export)
-app.command()(parity)
-app.command()(card)
-app.command()(push)
-app.add_typer(data, name="data")
-app.command(hidden=True)(demo)
-app.command("demo-train", hidden=True)(demo_train)
+for _commands in SECTIONS.values():
+    for _command in _commands:
+        app.add_command(_command)
 
 
 def main() -> None:
@@ -86,5 +74,5 @@ def main() -> None:
 
         if not isinstance(error, UniHemaError) or os.environ.get("UNIHEMA_DEBUG"):
             raise
-        typer.echo(f"unihema: {error}", err=True)
+        click.echo(f"unihema: {error}", err=True)
         sys.exit(2)

@@ -33,8 +33,7 @@ OFFICIAL_MATHS = {
     "attend_to_padding": True,
     "refinement": "gated",
     "upsampler": "learnable",
-    "morphology_loss": "asymmetric",
-    "dice_over": "batch",
+    "official_losses": True,
     "tie_word_embeddings": False,
     "scfe_backbone_features": False,
 }
@@ -333,7 +332,7 @@ def convert_from_official(
         default_prompts=DEFAULT_PROMPTS,
         max_text_length=config.max_text_length,
     )
-    config.segmentation_label = DEFAULT_PROMPTS["segmentation"]
+    config.trained.segmentation_label = DEFAULT_PROMPTS["segmentation"]
     config.default_prompt_ids = processor.default_prompt_ids()
     config.architectures = ["UniHemaForMultiTask"]
     config.dtype = torch.float32
@@ -373,12 +372,13 @@ def convert_from_official(
     return became
 
 
-def convert_to_official(source: str | Path, path: str | Path) -> int:
+def convert_to_official(source: str | Path, path: str | Path, overwrite: bool = False) -> int:
     """Writes a checkpoint folder of ours as a `.pth` that the authors' code loads.
 
     Args:
         source (`str` or `Path`): Checkpoint folder with every head.
         path (`str` or `Path`): New file.
+        overwrite (`bool`): Replace a file that is there already.
 
     Returns:
         `int`: Number of tensors written.
@@ -390,8 +390,8 @@ def convert_to_official(source: str | Path, path: str | Path) -> int:
     from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 
     path = Path(path)
-    if path.exists():
-        raise InputError(f"{path} is there already: choose a new file or delete it.")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} is there already: choose a new file, or replace it (--overwrite, or overwrite=True).")
     model, _ = load_model(source, device="cpu")
     if not isinstance(model, UniHemaForMultiTask):
         raise InputError(f"{source} is a {type(model).__name__}: the official model has every head, this one has not.")

@@ -1,5 +1,6 @@
 """A result as table rows, COCO and GeoJSON; masks as run lengths (COCO) and as polygons (GeoJSON)."""
 
+import unicodedata
 import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unihema.errors import InputError
+from unihema.files import printable
 
 from .overlay import class_colors
 
@@ -63,6 +65,19 @@ def cell_row(result: "SmearResult", cell: "Cell", attributes: Sequence[str]) -> 
         row[name] = attribute.get("value")
         row[f"{name}_score"] = round(attribute["score"], 4) if attribute else None
     return row
+
+
+def table_text(value: Any) -> Any:
+    """A value of a table: text in one line that every spreadsheet takes for text, anything else as it is.
+
+    Control characters and line ends are written as escapes such as `\\n`. An apostrophe goes before what spreadsheets would
+    take for a formula, as it does in what is typed into them.
+    """
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    first = unicodedata.normalize("NFKC", value[:1])
+    return f"'{text}" if first and first in "=+-@" else text
 
 
 def coco(result: "SmearResult", image_id: int, first_annotation_id: int) -> dict[str, Any]:
@@ -149,6 +164,7 @@ def _feature(
     geometry: dict[str, Any], object_type: str, label: str, color: Sequence[int], identity: str, **properties: Any
 ) -> dict[str, Any]:
     """A QuPath object. Its id is a UUID, as QuPath wants, and the same each time for the same object."""
+    identity = identity.encode("utf-8", "backslashreplace").decode()
     return {
         "type": "Feature",
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, identity)),
@@ -261,4 +277,5 @@ __all__ = [
     "mask_polygons",
     "rle_decode",
     "rle_encode",
+    "table_text",
 ]

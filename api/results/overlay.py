@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from unihema.files import printable
+
 from ..processing_unihema.class_names import UNIDENTIFIED
 
 
@@ -111,7 +113,7 @@ def _draw_cells(canvas: Image.Image, result: "SmearResult", colors: dict[str, Co
     # Text last, best cells first: a label is shortened to the score, or left out, rather than laid over another label.
     taken: list[tuple[int, int, int, int]] = []
     for cell, box in zip(result.cells, boxes, strict=True):
-        for text in (f"{cell.label} {cell.score:.2f}", f"{cell.score:.2f}"):
+        for text in (printable(f"{cell.label} {cell.score:.2f}"), f"{cell.score:.2f}"):
             place = _free_place(draw, text, font, box, canvas.size, taken)
             if place:
                 taken.append(place)
@@ -152,11 +154,15 @@ def _legend_rows(result: "SmearResult", colors: dict[str, Color]) -> list[tuple[
         percent, place = result.percent_of_white_cells(label), result.place_in_differential(label)
         untyped = f", {place}" if place == UNIDENTIFIED else ""
         value = str(count) if percent is None else f"{count}  ({percent:.0f} % of white cells{untyped})"
-        rows.append((colors[label], label, value))
+        rows.append((colors[label], printable(label), value))
     if result.mask is not None:
-        rows.append((_MASK_COLOR, result.mask_label or "mask", f"{100 * result.mask.mean():.1f} % of the image"))
+        rows.append(
+            (_MASK_COLOR, printable(result.mask_label or "mask"), f"{100 * result.mask.mean():.1f} % of the image")
+        )
     if result.single_cell is not None:
-        rows.append((None, f"single cell: {result.single_cell['label']}", f"{result.single_cell['score']:.2f}"))
+        rows.append(
+            (None, printable(f"single cell: {result.single_cell['label']}"), f"{result.single_cell['score']:.2f}")
+        )
     if result.warnings:
         rows.append((_WARNING_COLOR, "warnings", str(len(result.warnings))))
     return rows or [(None, "nothing was looked for", "")]

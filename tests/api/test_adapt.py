@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 from card_code import code_of
+from click.testing import CliRunner
 from local_hub import LocalHub
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_checkpoint import save_tiny_checkpoint
-from typer.testing import CliRunner
 
 from unihema.errors import CheckpointError, DatasetError, RunConfigError
 from unihema.hub_cards import check_card, folder_card
@@ -37,18 +37,20 @@ def lab(tmp_path_factory):
     """A base, a lab's data, one image, and the adapter that `unihema adapt` made of them, with a card."""
     root = tmp_path_factory.mktemp("lab")
     names = dict(enumerate(CLASSES))
-    base = save_tiny_checkpoint(root / "base", num_queries=12, id2label=names, trained_tasks=["detection"])
+    base = save_tiny_checkpoint(root / "base", num_queries=12, id2label=names, trained={"tasks": ["detection"]})
     card = folder_card(base, licence="cc-by-4.0", data_licences={"old": "cc-by-4.0"}, name="Base")
     (base / "README.md").write_text(card, encoding="utf-8")
     write_synthetic(root / "smears", 4, 2, crops_per_field=1, width=224, height=168, crop_size=96, progress=False)
     Image.fromarray(SyntheticSmears(seed=2)[1].image).save(root / "smear.png")
     made = run(
-        "adapt", base, "--data", root / "smears", "--task", "detection", "-o", root / "adapter", "--max-steps", 2,
-        "--image-size", 64, "--batch-size", 2, "--set", "logging.evaluate_every=1", "--rank", 4,
-        "--set", 'data.rename={"neutrophil": "PMN"}', "--from", "PMN=neutrophil", "--base-data", root / "smears",
-        "--license", "cc-by-4.0", "--data-license", "smears=cc0-1.0", "--base-repo", BASE,
+        "adapt", base, root / "smears", "--task", "detection", "-o", root / "adapter", "--max-steps", 2,
+        "--image-size", 64, "--batch-size", 2, "--set", "logging.evaluate_every=1", "--set", "adapter.rank=4",
+        "--set", 'data.rename={"neutrophil": "PMN"}', "--start-from", "PMN=neutrophil", "--base-data", root / "smears",
     )  # fmt: skip
     assert made.exit_code == 0, made.output
+    card = ("--license", "cc-by-4.0", "--data-license", "smears=cc0-1.0", "--base", BASE, "--task", "detection")
+    written = run("card", root / "adapter", *card)
+    assert written.exit_code == 0, written.output
     return root, made.stdout
 
 
@@ -131,7 +133,7 @@ save_file(found, {str(tmp_path / "found.safetensors")!r})
 """
     try:
         result = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=hub.environment(tmp_path)
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, env=hub.environment(tmp_path)
         )
         assert result.returncode == 0, result.stderr
     finally:
@@ -158,7 +160,7 @@ def test_folds_without_validation_data_and_then_all_images(lab, tmp_path):
     settings = json.loads((tmp_path / "run" / "run_config.json").read_text())
     assert settings["data"]["folds"] is None and settings["optimisation"]["max_steps"] <= 2
     model, _ = load_model(tmp_path / "run", "cpu")
-    assert model.config.trained_tasks == ["detection", "single_cell"]
+    assert model.config.trained.tasks == ["detection", "single_cell"]
 
 
 def test_settings_follow_the_number_of_images(lab, tmp_path):

@@ -20,7 +20,7 @@ from unihema import Analyzer, CheckpointError, QueryCapWarning, SmearResult, Uni
 from unihema.errors import PreparedModelError
 from unihema.loading import load_model
 from unihema.training.adapters import attach_adapter, save_adapter
-from unihema.training.run.adapter_config import AdapterConfig
+from unihema.training.run.config import AdapterConfig
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::unihema.analyzer.QueryCapWarning")

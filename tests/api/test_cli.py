@@ -18,7 +18,7 @@ from unihema.training.data.synthetic.folder import write_synthetic
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """The command in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "unihema", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=300
+        [sys.executable, "-m", "unihema", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=600
     )
 
 
@@ -38,7 +38,7 @@ def images(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["predict", "--help"], ["train", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["predict", "--help"], ["push", "--help"]])
 def test_help_and_version_wait_for_nothing_heavy(arguments):
     code = (
         "import sys\n"
@@ -47,7 +47,7 @@ def test_help_and_version_wait_for_nothing_heavy(arguments):
         "try: main()\n"
         "finally: print('heavy:', *{'unihema', 'torch', 'transformers', 'numpy', 'PIL'} & sys.modules.keys())\n"
     )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert shown.returncode == 0, shown.stderr
     told, heavy = shown.stdout.rstrip("\n").split("heavy:")
     assert heavy == "" and (told.strip() == unihema.__version__ or "Usage: unihema" in told)
@@ -77,6 +77,8 @@ def test_a_broken_file_is_reported_and_the_rest_goes_on(checkpoint, images, tmp_
     again = run("predict", checkpoint, images, "-o", results)
     assert "0 analysed, 2 already done, 1 failed" in again.stdout
     (images / "broken.jpg").unlink()
+    other = run("predict", checkpoint, images / "*.png", "-o", results, "--threshold", 0.5)
+    assert other.returncode == 2 and "other settings: threshold was None, now it is 0.5" in other.stderr
     mended = run("predict", checkpoint, images / "*.png", images / "night", "-o", results, "--overwrite")
     assert mended.returncode == 0 and "2 analysed" in mended.stdout
 
@@ -104,10 +106,16 @@ def test_ask_and_info(checkpoint, images):
         (("ask", "{checkpoint}", "missing.png", "What?"), "missing.png: no such image file"),
         (("ask", "{checkpoint}", "{image}", "why " * 200), "the limit is 32"),
         (("predict", "{checkpoint}", "{image}", "--threshold", "7"), "must lie in 0..1"),
-        (("predict", "{checkpoint}", "{image}", "-t", "counting"), "Unknown task 'counting'"),
+        (("predict", "{checkpoint}", "{image}", "-t", "counting"), "'counting' is not one of 'detection'"),
+        (("predict", "{checkpoint}", "{image}", "--image-size", "counting=9"), "unknown task 'counting'"),
+        (("predict", "{checkpoint}", "{image}", "--batch-size", "detection=9"), "Write --batch-size N"),
         (("train", "nowhere", "-o", "out"), "nowhere: no such folder"),
         (("train", "nowhere", "-o", "out", "--set", "optimisation.learning_rat=1"), "learning_rate"),
+        (("train", "nowhere", "-o", "out", "--only", "2"), "add --recipe"),
         (("evaluate", "{checkpoint}", "nowhere"), "nowhere: no such folder"),
+        (("evaluate", "{checkpoint}", "x", "--set", "optimisation.epochs=1"), "only settings of data.*"),
+        (("evaluate", "{checkpoint}", "x", "--severity", "1"), "add --corruption"),
+        (("adapt", "{checkpoint}", "x", "-o", "out", "-t", "detection", "-t", "cloze"), "an adapter is of one task"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(checkpoint, images, tmp_path, arguments, message):
@@ -133,7 +141,7 @@ def test_a_checkpoint_with_a_file_missing_is_named(checkpoint, images, tmp_path)
 
 
 def test_a_head_that_the_checkpoint_lacks_is_named(images, tmp_path):
-    save_tiny_checkpoint(tmp_path / "single", unihema.UniHemaForImageClassification, trained_tasks=["single_cell"])
+    save_tiny_checkpoint(tmp_path / "single", unihema.UniHemaForImageClassification, trained={"tasks": ["single_cell"]})
     result = run("predict", tmp_path / "single", images / "a.png", "-t", "detection", "-o", tmp_path / "results")
     assert result.returncode == 2 and "no trained head for 'detection'" in result.stderr
     named = run("predict", tmp_path / "single", images / "a.png", "-o", tmp_path / "results")
@@ -145,8 +153,8 @@ def test_train_then_evaluate(tmp_path):
         tmp_path / "data", 2, 2, seed=0, crops_per_field=2, width=224, height=168, crop_size=96, progress=False
     )
     trained = run(
-        "train", data, "-o", tmp_path / "run", "-t", "single_cell", "--max-steps", 2, "--image-size", "single_cell=32",
-        "--batch-size", "single_cell=2", "--workers", 0,
+        "train", data, "-o", tmp_path / "run", "-t", "single_cell", "--max-steps", 2, "--image-size", 32,
+        "--batch-size", "single_cell=2", "--set", "data.workers=0",
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     assert "single_cell: accuracy" in trained.stdout

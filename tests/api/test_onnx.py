@@ -83,7 +83,7 @@ def test_axes_and_metadata_are_named(exported):
 
 
 def test_predict_takes_the_file_as_a_checkpoint(checkpoint, exported, smear, tmp_path):
-    from typer.testing import CliRunner
+    from click.testing import CliRunner
 
     tables = {}
     for name, source in (("folder", checkpoint), ("file", exported["detection"])):

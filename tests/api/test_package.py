@@ -12,7 +12,7 @@ from PIL import Image
 
 
 def python(code: str, cwd=None) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=cwd)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -30,7 +30,7 @@ def python(code: str, cwd=None) -> str:
 def test_the_packages_of_training_and_the_import_system_are_left_alone(then):
     code = (
         f"import sys, unihema\n{then}"
-        "names = ['datasets', 'pandas', 'matplotlib', 'peft', 'evaluate', 'sacrebleu', 'faster_coco_eval', 'typer']\n"
+        "names = ['datasets', 'pandas', 'matplotlib', 'peft', 'evaluate', 'sacrebleu', 'faster_coco_eval']\n"
         "print([name for name in names if name in sys.modules] + [hook for hook in sys.meta_path if 'unihema' in repr(hook)])"
     )
     assert python(code).strip() == "[]"

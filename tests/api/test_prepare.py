@@ -9,7 +9,7 @@ from unihema import prepare_for_inference
 from unihema.errors import PreparedModelError
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.modeling_unihema import UniHemaForImageClassification
-from unihema.training.run.pretrained_backbone import LITE0_BACKBONE
+from unihema.training.run.build import LITE0_BACKBONE
 
 
 def model_of(config):

@@ -13,7 +13,7 @@ from unihema.training.data.synthetic.folder import write_synthetic
 def run(*arguments: object, cwd=None) -> subprocess.CompletedProcess:
     """The command in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "unihema", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=300
+        [sys.executable, "-m", "unihema", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=600
     )
 
 
@@ -21,12 +21,12 @@ def test_from_data_with_a_card_to_a_model_with_a_card(tmp_path):
     write_synthetic(
         tmp_path / "data", 2, 2, seed=0, crops_per_field=2, width=224, height=168, crop_size=96, progress=False
     )
-    about = ("--source", "https://example.org/smears", "--description", "Painted smears, labelled by the painter.")
+    about = ("--data-source", "https://example.org/smears", "--description", "Painted smears, labelled by the painter.")
     written = run("card", "data", "--license", "cc0-1.0", *about, cwd=tmp_path)
     assert written.returncode == 0, written.stderr
     trained = run(
         "train", "data", "-o", "run", "-t", "single_cell", "--max-steps", 2, "--image-size", "single_cell=32",
-        "--batch-size", "single_cell=2", "--workers", 0, cwd=tmp_path,
+        "--batch-size", "single_cell=2", "--set", "data.workers=0", cwd=tmp_path,
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     record = json.loads((tmp_path / "run" / "data.json").read_text())
@@ -61,4 +61,4 @@ def test_a_card_written_by_hand_is_not_lost(tmp_path):
     assert run(*arguments, "--name", "Other").returncode == 0
     assert "\n# Other\n" in (folder / "README.md").read_text()
     wrong = run("card", folder, "--license", "mit", "--data-license", "mit")
-    assert wrong.returncode == 2 and "like cbc=mit" in wrong.stderr
+    assert wrong.returncode == 2 and "such as cbc=mit" in wrong.stderr

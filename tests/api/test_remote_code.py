@@ -104,7 +104,7 @@ def without_unihema(tmp_path_factory):
             [home / "bin" / "python", "-c", WITHOUT_UNIHEMA + code],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
             cwd=cwd,
             env=environment,
         )

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, pipeline
-from typer.testing import CliRunner
 
 import unihema
 from unihema import Analyzer
@@ -32,10 +32,10 @@ def test_what_is_shipped_is_small_whole_and_says_what_it_is():
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 25_000_000
     assert {value.dtype for value in load_file(checkpoint / "model.safetensors").values()} >= {torch.float16}
     config = unihema.UniHemaConfig.from_pretrained(checkpoint)
-    assert config.trained_tasks == TASKS
+    assert config.trained.tasks == TASKS
     # Classes without a field to calibrate on have none.
     assert {"RBC", "WBC", "Platelets", "neutrophil", "eosinophil", "basophil", "lymphocyte", "monocyte"} == set(
-        config.detection_thresholds
+        config.trained.detection_thresholds
     )
     metrics = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
     assert set(metrics) == set(TASKS) and all(figures["intervals"] for figures in metrics.values())
@@ -50,24 +50,24 @@ def test_what_is_shipped_is_small_whole_and_says_what_it_is():
     }
 
 
-def test_init_lays_it_down_for_auto_model(tmp_path, monkeypatch):
+def test_the_demo_lays_it_down_for_auto_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, ["init", "--examples", "smears"])
+    result = CliRunner().invoke(app, ["demo", ".", "--files-only"])
     assert result.exit_code == 0 and "6 example smears in smears" in result.output
     model = AutoModel.from_pretrained("unihema")
     assert isinstance(model, unihema.UniHemaModel) and model.dtype == torch.float32
     assert isinstance(AutoProcessor.from_pretrained("unihema"), unihema.UniHemaProcessor)
     # Again: it is there.
     times = {path: path.stat().st_mtime_ns for path in Path("unihema").iterdir()}
-    assert CliRunner().invoke(app, ["init"]).exit_code == 0
+    assert CliRunner().invoke(app, ["demo", ".", "--files-only"]).exit_code == 0
     assert times == {path: path.stat().st_mtime_ns for path in Path("unihema").iterdir()}
 
 
-def test_init_deletes_nothing_unasked(tmp_path):
+def test_nothing_is_deleted_unasked(tmp_path):
     folder = tmp_path / "unihema"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="is there already and holds something else.*--replace"):
+    with pytest.raises(FileExistsError, match="is there already and holds something else.*--overwrite"):
         lay_down_checkpoint(folder)
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
     lay_down_checkpoint(folder, replace=True)

@@ -37,16 +37,11 @@ def make_config(**overrides) -> SimpleNamespace:
         "ancestor_matrix": None,
         "d_model": 8,
         "morphology": ATTRIBUTES,
-        "class_cost": 2,
-        "bbox_cost": 5,
-        "giou_cost": 2,
+        "matching_weights": {"class": 2, "bbox": 5, "giou": 2},
         "focal_alpha": 0.25,
         "auxiliary_loss": True,
-        "class_loss_coefficient": 1,
-        "bbox_loss_coefficient": 5,
-        "giou_loss_coefficient": 2,
-        "morphology_loss_coefficient": 2,
-        "morphology_loss": "cross_entropy",
+        "loss_weights": {"class": 1, "bbox": 5, "giou": 2, "morphology": 2},
+        "official_losses": False,
         "denoising_queries": 6,
         "label_noise_ratio": 0.5,
         "box_noise_scale": 0.4,
@@ -117,7 +112,7 @@ def test_detection_terms_by_hand():
 
 
 def test_names_and_weights_of_all_terms():
-    config, labels = make_config(class_loss_coefficient=3, morphology_loss_coefficient=7), [random_labels(3)]
+    config, labels = make_config(loss_weights={"class": 3, "bbox": 5, "giou": 2, "morphology": 7}), [random_labels(3)]
     parts = with_denoising(predictions(1, layers=3), labels, config)
     loss, terms = detection_loss(**parts, labels=labels, config=config)
     box_terms = ("loss_ce", "loss_bbox", "loss_giou")
@@ -299,7 +294,7 @@ def test_asymmetric_morphology_by_hand():
 
 
 def test_the_configuration_chooses_the_morphology_loss():
-    config, parts, labels = make_config(morphology_loss="asymmetric"), predictions(1), [random_labels(3)]
+    config, parts, labels = make_config(official_losses=True), predictions(1), [random_labels(3)]
     _, asymmetric = detection_loss(**parts, labels=labels, config=config)
     _, plain = detection_loss(**parts, labels=labels, config=make_config())
     assert asymmetric["loss_morphology"] != plain["loss_morphology"]

@@ -17,7 +17,7 @@ def test_masks_by_hand():
     assert terms["loss_dice"].item() == pytest.approx(1 - (2 * 1 + 1) / (2 + 2 + 1), abs=1e-6)
     assert terms["loss_focal"].item() == pytest.approx(0.25 * 0.25 * LN2, abs=1e-6)
     assert loss.item() == pytest.approx(2 * 0.4 + 0.0625 * LN2, abs=1e-6)
-    other, _ = segmentation_loss(torch.zeros(1, 2, 3), labels, dice_loss_coefficient=0, focal_loss_coefficient=3)
+    other, _ = segmentation_loss(torch.zeros(1, 2, 3), labels, dice_weight=0, focal_weight=3)
     assert other.item() == pytest.approx(3 * 0.0625 * LN2, abs=1e-6)
 
 
@@ -61,7 +61,7 @@ def test_dice_over_the_batch():
     logits = torch.full((2, 1, 4), 20.0)
     labels = torch.tensor([[[1, 1, 1, 1]], [[0, 0, 0, 0]]])
     _, image = segmentation_loss(logits, labels)
-    _, together = segmentation_loss(logits, labels, dice_over="batch")
+    _, together = segmentation_loss(logits, labels, dice_over_batch=True)
     assert image["loss_dice"].item() == pytest.approx((0 + 1 - 1 / 5) / 2, abs=1e-5)
     assert together["loss_dice"].item() == pytest.approx(1 - 9 / 13, abs=1e-5)
     assert image["loss_focal"] == together["loss_focal"]

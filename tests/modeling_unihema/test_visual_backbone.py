@@ -5,7 +5,7 @@ import torch
 from tiny_models import VERY_TINY, very_tiny_config
 
 from unihema.modeling_unihema.visual_backbone import VisualBackbone
-from unihema.training.run.pretrained_backbone import LITE0_BACKBONE
+from unihema.training.run.build import LITE0_BACKBONE
 
 
 @pytest.mark.parametrize(

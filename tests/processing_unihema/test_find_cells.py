@@ -65,7 +65,7 @@ def test_attributes_by_the_class_tree_not_by_spelling():
 
 
 def test_thresholds_are_the_calibrated_ones_unless_one_is_given():
-    config = UniHemaConfig.tiny(id2label={0: "RBC", 1: "WBC"}, detection_thresholds={"WBC": 0.7})
+    config = UniHemaConfig.tiny(id2label={0: "RBC", 1: "WBC"}, trained={"detection_thresholds": {"WBC": 0.7}})
     assert config.class_thresholds() == [0.3, 0.7] and config.class_thresholds(0.0) == [0.0, 0.0]
     outputs = SimpleNamespace(
         logits=torch.tensor([[[-9.0, 0.4]]]),

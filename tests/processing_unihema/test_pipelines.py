@@ -35,7 +35,9 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("lab")
     processor = unihema.UniHemaProcessor.from_default(**SIZES, max_text_length=16)
-    config = very_tiny_config(detection_thresholds={"red blood cell": 0.0, "platelet": 0.0, "neutrophil": 0.0})
+    config = very_tiny_config(
+        trained={"detection_thresholds": {"red blood cell": 0.0, "platelet": 0.0, "neutrophil": 0.0}}
+    )
     config.text_config.vocab_size = len(processor.tokenizer)
     config.default_prompt_ids = {
         task: processor.tokenizer(task_prompt(task, names))["input_ids"]

@@ -19,8 +19,7 @@ from unihema.errors import CheckpointError, RunConfigError
 from unihema.loading import load_model
 from unihema.modeling_unihema.layers import ClassEmbedding, ClassLinear
 from unihema.training.adapters import attach_adapter, load_adapter_weights, save_adapter, save_merged, start_classes
-from unihema.training.run.adapter_config import AdapterConfig
-from unihema.training.run.config import RunConfig
+from unihema.training.run.config import AdapterConfig, RunConfig
 from unihema.training.run.loop import train
 
 
@@ -311,7 +310,7 @@ def test_a_run_leaves_the_adapter_and_not_a_byte_of_the_base_is_changed(smears, 
     )
     model, processor = load_model(tmp_path / "run", "cpu")
     assert list(model.config.id2label.values()) == list(report["detection"]["per_class"])
-    assert model.config.detection_thresholds.keys() <= set(model.config.label2id)
+    assert model.config.trained.detection_thresholds.keys() <= set(model.config.label2id)
     assert processor.default_prompts["detection"] == ", ".join(model.config.label2id)
     # BatchNorm statistics are weights of the base as well.
     model.disable_adapters()

@@ -26,12 +26,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from unihema.errors import DatasetError, InputError
+from unihema.files import write_json
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
 from unihema.processing_unihema.image_io import load_image
 from unihema.training.data.class_tree import rename_rows, row_names
 from unihema.training.data.layouts.files import UnsafeNameError, inside, parse_json, read_json
 from unihema.training.data.rows import REQUIRED_KEYS, Row, check_rows, check_types, shown
-from unihema.training.files import write_json
 
 
 INDEX_FILE = "shards.json"

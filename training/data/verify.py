@@ -15,7 +15,7 @@ from unihema.errors import DatasetError
 from unihema.processing_unihema.image_io import MAX_PIXELS, load_image
 from unihema.training.data.layouts.files import LARGEST_IMAGE, image_size
 from unihema.training.data.layouts.masks import read_mask
-from unihema.training.data.rows import BadRows, Row, same_shape
+from unihema.training.data.rows import BadRows, Row, same_shape, single_cell_names, witnesses
 from unihema.training.data.shards import JoinedRows, LazyRows, ListedRows, joined
 
 
@@ -94,6 +94,9 @@ def _good_rows(rows_by_task, listed, images: dict[str, _Seen], masks: dict[str, 
             kept[task] = joined(parts)
         elif len(rows):
             bad.note(f"{task}: no row is left.")
+        labels = single_cell_names(witnesses(kept.get(task, ())))
+        if len(labels) == 1:
+            bad.note(f"{task}: single cells of one class only, {labels[0]}: there is nothing to tell apart.")
     if scaled:
         bad.note(f"{scaled[0]} {len(scaled)} rows are of that kind: boxes or masks are scaled.")
     if full:

@@ -56,7 +56,7 @@ def evaluate_model(
         shuffle_images (`bool`): The image-blind control of language tasks: the same questions and answers, but every
             image exchanged for another of the set. Other tasks are left out.
         seed (`int`): Of the draw, the exchange and the resamples.
-        calibrate (`bool`): First set `model.config.detection_thresholds` to the best of these rows; the figures
+        calibrate (`bool`): First set `model.config.trained.detection_thresholds` to the best of these rows; the figures
             `at_threshold` are then those of the rows the thresholds were chosen on.
         bootstrap (`int`): Resamples of the images for the `intervals` (see `bootstrap_intervals`); 0 for none.
         name_classes (`bool`): Ask detection for the classes that each data set annotates, instead of the default prompt.
@@ -84,7 +84,7 @@ def evaluate_model(
             measured = _measured(model, processor, task, generate_kwargs or {}, on_features)
             _ask(measured, task, rows, batch_size, progress, name_classes, text_only)
             if calibrate and task == "detection":
-                model.config.detection_thresholds = measured.best_thresholds()
+                model.config.trained.detection_thresholds = measured.best_thresholds()
             report[task] = _task_report(measured, bootstrap, seed)
             if shuffle_images:
                 report[task]["image_blind"] = True

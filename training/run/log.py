@@ -1,4 +1,4 @@
-"""`log.jsonl`: what happened in a run, a line an event."""
+"""`log.jsonl`: what happened in a run, a line an event; and the same figures in the trackers that Accelerate knows."""
 
 import json
 import time
@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from unihema.training.files import plain, write_text
+from unihema.files import plain, write_text
+from unihema.training.run.config import RunConfig, flat
 
 
 class RunLog:
@@ -72,3 +73,27 @@ class RunLog:
                 keep = False
             kept += [line + "\n"] if keep else []
         write_text(self.path, "".join(kept))
+
+
+def tracker_callback(accelerator: Any, config: RunConfig) -> Callable[[dict], None]:
+    """Starts the trackers of a run; what it returns takes the lines of the run's log.
+
+    Args:
+        accelerator (`accelerate.Accelerator`): Was made with `log_with` these trackers.
+        config ([`RunConfig`]): Recorded as the run's settings.
+    """
+    settings = {
+        name: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for name, value in flat(config.to_dict()).items()
+    }
+    accelerator.init_trackers("unihema", config=settings)
+
+    def track(line: dict) -> None:
+        figures = {
+            name: value
+            for name, value in flat(line).items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        accelerator.log(figures, step=line.get("step"))
+
+    return track

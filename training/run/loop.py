@@ -4,35 +4,46 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm.auto import tqdm
 
 from unihema.errors import NotFiniteError, TrainingError, TrainingInterrupted
+from unihema.files import exclusive, write_json, write_text
 from unihema.hub_cards import checkpoint_card
-from unihema.hub_cards.data_sources import RECORD_FILE
+from unihema.hub_cards.data_record import RECORD_FILE
+from unihema.modeling_unihema.losses import average_over_processes, count_loss_items
+from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
+from unihema.processing_unihema.processing_unihema import UniHemaProcessor
+from unihema.training.data.data_record import data_record
 from unihema.training.data.dataset import SmearDataset
-from unihema.training.data_record import data_record
+from unihema.training.data.rows import Row
 from unihema.training.evaluation import evaluate_model, headline, write_report
-from unihema.training.files import write_json, write_text
-from unihema.training.run.acceleration import make_accelerator
 from unihema.training.run.batches import RunBatches
-from unihema.training.run.build import build, training_rows, validation_rows, verified_rows
-from unihema.training.run.checkpoint import Progress, last_checkpoint, load_trained, save_checkpoint, save_trained
+from unihema.training.run.build import TrainedParts, check_val_names, training_rows, validation_rows, verified_rows
+from unihema.training.run.build import build as build_unihema
+from unihema.training.run.checkpoint import (
+    Progress,
+    check_same_run,
+    check_unused_folder,
+    finished_report,
+    last_checkpoint,
+    load_trained,
+    remove_leftovers,
+    save_checkpoint,
+    save_trained,
+)
 from unihema.training.run.config import RunConfig
-from unihema.training.run.early_stopping import EarlyStopping
-from unihema.training.run.ema import ExponentialMovingAverage
-from unihema.training.run.folder import check_same_run, check_unused_folder
-from unihema.training.run.log import RunLog
-from unihema.training.run.optimizer import ProgressSchedule, make_optimizer
-from unihema.training.run.shared_batch_norm import share_batch_norms
-from unihema.training.run.trackers import tracker_callback
-from unihema.training.run.trained_parts import TrainedParts
+from unihema.training.run.distributed import make_accelerator, share_batch_norms
+from unihema.training.run.log import RunLog, tracker_callback
+from unihema.training.run.optimizer import ExponentialMovingAverage, ProgressSchedule, make_optimizer
 
 
 DEFAULT_EPOCHS = 24
@@ -40,7 +51,38 @@ DEFAULT_EPOCHS = 24
 DIVERGED_FILE = "diverged.json"
 
 
-def train(config: RunConfig, resume: bool = False, callbacks: Iterable[Callable[[dict], None]] = ()) -> dict[str, Any]:
+class Trainable(Protocol):
+    """What `train` asks of a model, an `nn.Module`. UniHema is one, the peers in `benchmarks/peers` are others.
+
+    Args:
+        config (`Any`): Has `id2label`, `single_cell_labels`, `morphology` and `label_parents`, which say what labels the batches
+            get.
+    """
+
+    config: Any
+
+    def __call__(self, *, task: str, **batch: Any) -> Any:
+        """The output of a batch of `SmearDataset`, with `loss` (a scalar), and `loss_dict` where the loss has terms."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes weights and configuration."""
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "Trainable":
+        """Reads them again, for runs that keep the best weights."""
+
+
+Build = Callable[[RunConfig, dict[str, Sequence[Row]]], tuple[Trainable, UniHemaProcessor]]
+
+
+def train(
+    config: RunConfig,
+    *,
+    build: Build = build_unihema,
+    rows: Mapping[str, Sequence[Row]] | None = None,
+    resume: bool = False,
+    callbacks: Iterable[Callable[[dict], None]] = (),
+) -> dict[str, Any]:
     """Trains a model as a run configuration says.
 
     Writes into `config.output_dir`: `run_config.json`, `log.jsonl`, `checkpoints/`, and at the end the model (averaged
@@ -48,7 +90,11 @@ def train(config: RunConfig, resume: bool = False, callbacks: Iterable[Callable[
 
     Args:
         config ([`RunConfig`]): The run.
-        resume (`bool`): Go on from the last checkpoint of the output folder as if never stopped.
+        build (`Callable`): Makes the model, which may be any [`Trainable`], and its processor, of the run and its training
+            rows.
+        rows (`Mapping[str, Sequence[Row]]`, *optional*): Task -> training rows, instead of those of `config.data`.
+        resume (`bool`): Go on from the last checkpoint of the output folder as if never stopped; a run that is finished is
+            not run again.
         callbacks (`Iterable[Callable[[dict], None]]`): Called with every line of the log.
 
     Returns:
@@ -57,24 +103,39 @@ def train(config: RunConfig, resume: bool = False, callbacks: Iterable[Callable[
     Raises:
         RunConfigError: Settings that cannot be, a resumed run with other settings, or, without `resume`, an output
             folder that holds a run or a model already.
+        OutputError: Another run is writing into the output folder, or it cannot be written.
         DatasetError: Data that cannot be used.
         TrainingError: The loss or its gradient is no number; a checkpoint of the step before and `diverged.json` are left.
         TrainingInterrupted: SIGINT or SIGTERM.
     """
     config.check()
-    return _Run(config, resume, tuple(callbacks)).to_the_end()
+    if resume and (report := finished_report(config)) is not None:
+        return report
+    folder = Path(config.output_dir)
+    accelerator = make_accelerator(config.optimisation, config.logging.trackers, folder)
+    with exclusive(folder, ("checkpoints",)) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            remove_leftovers(folder)
+        return _Run(config, build, rows, resume, tuple(callbacks), accelerator).to_the_end()
 
 
 class _Run:
-    def __init__(self, config: RunConfig, resume: bool, callbacks: tuple[Callable[[dict], None], ...]):
+    def __init__(
+        self,
+        config: RunConfig,
+        build: Build,
+        rows: Mapping[str, Sequence[Row]] | None,
+        resume: bool,
+        callbacks: tuple[Callable[[dict], None], ...],
+        accelerator: Any,
+    ):
         from accelerate.utils import set_seed
 
         self.config = config
         self.settings = config.optimisation
         self.folder = Path(config.output_dir)
-        trackers = config.logging.trackers
-        self.accelerator = make_accelerator(self.settings, trackers, self.folder)
-        if trackers:
+        self.accelerator = accelerator
+        if config.logging.trackers:
             callbacks = (*callbacks, tracker_callback(self.accelerator, config))
         self.log = RunLog(self.folder / "log.jsonl", callbacks, self.accelerator.is_main_process)
         set_seed(self.settings.seed)
@@ -83,11 +144,11 @@ class _Run:
             check_same_run(config, found[1], self.accelerator.num_processes)
         elif not resume:
             check_unused_folder(self.folder)
-        rows = training_rows(config)
-        self.rows, self.val_rows = verified_rows(
-            config, rows, validation_rows(config, config.data.evaluation_tasks or rows)
-        )
+        rows = training_rows(config) if rows is None else dict(rows)
+        val_rows = validation_rows(config, config.data.evaluation_tasks or rows)
+        self.rows, self.val_rows = verified_rows(config, rows, val_rows)
         model, self.processor = build(config, self.rows)
+        check_val_names(model, self.val_rows)
         self.parts = TrainedParts(model, config.model.trained_parts)
         if self.accelerator.num_processes > 1:
             share_batch_norms(model)
@@ -103,7 +164,6 @@ class _Run:
             self.ema = ExponentialMovingAverage(self._plain(), self.settings.ema_decay, self.settings.ema_warmup)
             self.accelerator.register_for_checkpointing(self.ema)
         self.progress = Progress(processes=self.accelerator.num_processes)
-        self.stopping = EarlyStopping(self.settings.patience)
         if found is not None:
             path, self.progress = found
             self.accelerator.load_state(str(path))
@@ -113,7 +173,9 @@ class _Run:
         elif resume:
             self._say(f"No checkpoint in {self.folder / 'checkpoints'}: starting from the beginning.")
             self.log.forget_after(0)
+        self.progress.batches_per_epoch = self.batches.per_epoch
         if self.accelerator.is_main_process:
+            (self.folder / RECORD_FILE).unlink(missing_ok=True)
             config.save(self.folder)
         self.stopped_by: int | None = None
         self.files: list[str] = []
@@ -171,6 +233,9 @@ class _Run:
             fraction = max(fraction, self.progress.seconds / 60 / self.settings.time_limit_minutes)
         return fraction
 
+    def _waited_enough(self) -> bool:
+        return self.settings.patience is not None and self.progress.waited >= self.settings.patience
+
     def to_the_end(self) -> dict[str, Any]:
         """Trains until a limit is reached, then measures and saves."""
         sizes = ", ".join(f"{task} {len(rows)}" for task, rows in self.rows.items())
@@ -210,23 +275,20 @@ class _Run:
         )
         self.parts.train(self._plain())
         with bar:
-            for number, batch in self.batches.stream(self.progress.batch):
-                if self._fraction_done() >= 1 or self.stopping.is_over(self.progress):
-                    return
-                stepped = self._step(batch, bar)
-                self.progress.batch = number + 1
-                if stepped:
-                    self._end_of_epoch(self.progress.batch // self.batches.per_epoch)
+            stream = self.batches.stream(self.progress.batch)
+            while self._fraction_done() < 1 and not self._waited_enough():
+                batches = [batch for _, batch in islice(stream, self.settings.accumulation)]
+                self._step(batches, bar)
+                self.progress.batch += len(batches)
+                self._end_of_epoch(self.progress.batch // self.batches.per_epoch)
                 now = time.monotonic()
                 seconds = self.progress.seconds + now - clock
                 since_save, clock = now - last_save, now
                 stop, self.progress.seconds, since_save = self._agree(self.stopped_by is not None, seconds, since_save)
-                if not stepped:
-                    continue
                 if stop:
                     path = save_checkpoint(self.folder, self.accelerator, self.progress, logging.keep_checkpoints)
                     raise TrainingInterrupted(
-                        f"Stopped at step {self.progress.step}; {path} is saved. The same command with --resume goes on."
+                        f"Stopped at step {self.progress.step}; {path} is saved. The same command goes on from there."
                     )
                 minutes = logging.checkpoint_minutes
                 due = minutes is not None and since_save > 60 * minutes
@@ -235,31 +297,30 @@ class _Run:
                     save_checkpoint(self.folder, self.accelerator, self.progress, logging.keep_checkpoints)
                     last_save = clock = time.monotonic()
 
-    def _step(self, batch: dict[str, Any], bar: tqdm) -> bool:
-        """One batch; `True` when the optimizer has stepped."""
-        progress, task = self.progress, batch.pop("task")
-        files = batch.pop("file_names")
-        self.files += files
+    def _step(self, batches: Sequence[dict[str, Any]], bar: tqdm) -> None:
+        """One step of the optimizer, on all batches that are accumulated for it."""
+        progress, counts = self.progress, self._counts(batches)
+        self.files = []
         rate = self.schedule.set(progress.step, self._fraction_done())
-        with self.accelerator.accumulate(self.model):
-            output, problem = self._forward(task, batch)
-            if self._agree(problem is not None)[0]:
-                self._diverged(problem or "another process has met a loss that is not finite")
-            loss = output.loss * self.settings.loss_weights.get(task, 1.0)
-            self.accelerator.backward(loss)
-            if self.accelerator.sync_gradients:
-                # Without clipping this only measures. Such a step would spoil the weights, and the next checkpoint.
-                limit = self.settings.gradient_clipping or math.inf
-                norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-                if not math.isfinite(norm):
-                    self._diverged(f"the gradient of the {task} loss is {float(norm)}")
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        self.log.add(task, loss, len(files))
-        if not self.accelerator.sync_gradients:
-            return False
+        for batch in batches:
+            task, files = batch.pop("task"), batch.pop("file_names")
+            self.files += files
+            with self.accelerator.accumulate(self.model):
+                output, problem = self._forward(task, batch | counts.get(task, {}))
+                if self._agree(problem is not None)[0]:
+                    self._diverged(problem or "another process has met a loss that is not finite")
+                loss = output.loss * self.settings.loss_weights.get(task, 1.0)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    # Without clipping this only measures. Such a step would spoil the weights, and the next checkpoint.
+                    limit = self.settings.gradient_clipping or math.inf
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+                    if not math.isfinite(norm):
+                        self._diverged(f"the gradient of the {task} loss is {float(norm)}")
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self.log.add(task, loss, len(files))
         progress.step += 1
-        self.files.clear()
         if self.ema is not None:
             self.ema.update(self._plain())
         bar.update(1)
@@ -281,12 +342,31 @@ class _Run:
                     "learning_rate": rate,
                     "seconds": progress.seconds,
                     "images_per_second": rate_of_images,
-                    "losses": output.loss_dict,
+                    "losses": getattr(output, "loss_dict", None),
                     # Every task of a mix, since the line before.
                     "means": means,
                 }
             )
-        return True
+
+    def _counts(self, batches: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Task -> what the losses of its accumulated batches divide by, so that a step learns what it would from one large batch
+        of each task. A single batch counts for itself.
+        """
+        if len(batches) == 1:
+            return {}
+        totals: dict[tuple[str, str], int] = {}
+        for batch in batches:
+            found = count_loss_items(batch["task"], batch["labels"], self._plain().config)
+            for name, count in found.items():
+                totals[batch["task"], name] = totals.get((batch["task"], name), 0) + count
+        # All processes have the same tasks in the same order.
+        means = average_over_processes(*totals.values(), device=self.accelerator.device)
+        shares = Counter(batch["task"] for batch in batches)
+        counts: dict[str, dict[str, Any]] = {task: {} for task in shares}
+        for (task, name), mean in zip(totals, means, strict=True):
+            # The loss is divided by the number of batches afterwards, whatever their tasks.
+            counts[task][name] = mean / shares[task]
+        return {task: {"num_items_in_batch": of_task} for task, of_task in counts.items()}
 
     def _forward(self, task: str, batch: dict[str, Any]) -> tuple[Any, str | None]:
         """The output, or what is wrong with its loss."""
@@ -301,8 +381,8 @@ class _Run:
         """Keeps what is sound, writes down what happened, and stops."""
         progress, folder = self.progress, self.folder
         sound = all(bool(torch.isfinite(value).all()) for value in self._plain().parameters())
-        if sound and progress.batch % self.settings.accumulation == 0:
-            # The weights are those before this batch: nothing is lost, and resuming meets the same batch again.
+        if sound:
+            # The weights are those before this step: nothing is lost, and resuming meets the same batches again.
             saved = save_checkpoint(folder, self.accelerator, progress, self.config.logging.keep_checkpoints)
         else:
             found = last_checkpoint(folder)
@@ -337,7 +417,7 @@ class _Run:
             with self._averaged():
                 report = self._evaluate(logging.evaluation_samples)
                 score, text = headline(report)
-                if self.stopping.take(score, self.progress) and logging.keep_best:
+                if self.progress.take_score(score) and logging.keep_best:
                     save_trained(self._plain(), None, self.folder / "best")
             self.log.write({"event": "evaluation", "epoch": epoch, "step": self.progress.step, **report})
             self._say(f"epoch {epoch}: {text}")
@@ -388,12 +468,13 @@ class _Run:
         val_split = data.val_split if data.folds is None else "held out"
         rows = {data.train_split: self.rows, val_split: self.val_rows}
         record = data_record(data.folders, {split: found for split, found in rows.items() if found}, val_split)
-        write_json(self.folder / RECORD_FILE, asdict(record))
         # What an adapter's card has to say, nobody but its maker knows: `unihema adapt` and `unihema card` ask.
-        if self.config.adapter.method == "none":
+        if isinstance(model, UniHemaPreTrainedModel) and self.config.adapter.method == "none":
             card = checkpoint_card(model.config, report, data=record, run=self.config.to_dict())
             write_text(self.folder / "README.md", card)
+        # Last: by this file a finished run is known.
+        write_json(self.folder / RECORD_FILE, asdict(record))
         self._say(f"Saved {self.folder}. {headline(report)[1]}".strip())
 
 
-__all__ = ["train"]
+__all__ = ["Build", "Trainable", "train"]

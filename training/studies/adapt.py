@@ -1,20 +1,25 @@
-"""An adapter for a lab's own images: trained from few of them, with what was gained and forgotten."""
+"""An adapter for a lab's own images: trained from few of them, with what was gained there and forgotten of the base's."""
 
 import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from unihema.checkpoint_files import is_adapter
 from unihema.errors import CheckpointError, DatasetError, RunConfigError
-from unihema.hub_cards.fields import is_repo_id
-from unihema.training.adapters import CONFIG, WEIGHTS
+from unihema.hub_cards import is_repo_id
+from unihema.loading import available_tasks, load_model
+from unihema.training.adapters import WEIGHTS
+from unihema.training.data.class_tree import as_known, row_names
 from unihema.training.data.rows import Row, class_names, single_cell_names
-from unihema.training.run.adapter_config import AdapterConfig
-from unihema.training.run.build import training_rows
+from unihema.training.evaluation import HEADLINES, evaluate_model
+from unihema.training.evaluation.class_agnostic import class_agnostic_precision
+from unihema.training.run.build import build, load_rows, training_rows, validation_rows
 from unihema.training.run.config import (
+    AdapterConfig,
     AugmentationSettings,
     DataConfig,
     LoggingConfig,
@@ -22,9 +27,9 @@ from unihema.training.run.config import (
     OptimisationConfig,
     RunConfig,
 )
-from unihema.training.run.early_stopping import best_step
 from unihema.training.run.loop import train
-from unihema.training.studies.before_after import BeforeAfter
+from unihema.training.studies.folds import fold_lines, fold_runs
+from unihema.training.studies.study import Report, Run, figure_settings, run_study, shown, table
 
 
 # What a user calls a task -> the tasks of the model.
@@ -78,7 +83,8 @@ def adapt(
         callbacks (`Iterable[Callable[[dict], None]]`): Called with every line of the log.
 
     Returns:
-        `dict[str, Any]`: What `before_after.json` has, see [`BeforeAfter`].
+        `dict[str, Any]`: `lab` and `base`, each with its `data`, `rows` and `figures` (row of the table -> column -> figure), and
+        `folds`, as in `before_after.json`.
 
     Raises:
         CheckpointError: The base is not there, or is an adapter itself.
@@ -101,16 +107,27 @@ def adapt(
         config = config.with_overrides(
             {"data.folds": None, "data.val_split": "", "optimisation.patience": None, "logging.keep_best": False}
         )
-    report = BeforeAfter(config, base_data)
-    report.measure_base()
-    if folds is not None:
-        report.folds = _train_folds(parts, folds, resume, callbacks)
-        if not config.data.val_split:
-            steps = statistics.median(run["best_step"] for run in report.folds)
-            config = config.with_overrides({"optimisation.max_steps": max(1, round(steps))})
-    train(config, resume=resume, callbacks=callbacks)
-    report.measure_adapter()
-    return report.write()
+    measured = _BeforeAfter(config, base_data)
+
+    def train_adapter(done: Mapping[str, Any]) -> dict[str, Any]:
+        run = config
+        if folds is not None and not config.data.val_split:
+            steps = statistics.median(result["best_step"] for result in _fold_results(done))
+            run = config.with_overrides({"optimisation.max_steps": max(1, round(steps))})
+        return train(run, resume=resume, callbacks=callbacks)
+
+    of_run = figure_settings(config)
+    of_data = {name: of_run[name] for name in of_run if name.startswith(("data.", "model.", "adapter."))}
+    of_data |= {"optimisation.seed": config.optimisation.seed, "base_data": measured.base_data}
+    weights = Path(config.output_dir) / WEIGHTS
+    runs = [
+        Run("before", of_data, lambda _: measured.before()),
+        *(() if folds is None else fold_runs(parts, folds, resume, callbacks)),
+        Run("adapter", of_run, train_adapter, weights),
+        Run("after", of_data, lambda _: measured.after(), needs=["adapter"]),
+    ]
+    results = run_study(output_dir, "before_after", runs, measured.report, resume=resume)
+    return dict(measured.report(results).summary)
 
 
 def adapt_config(
@@ -206,11 +223,6 @@ def has_split(config: RunConfig, split: str) -> bool:
         return False
 
 
-def is_complete(folder: str | Path) -> bool:
-    """Whether a run has left its adapter."""
-    return all((Path(folder) / name).is_file() for name in (CONFIG, WEIGHTS))
-
-
 def _rows_of_any(config: RunConfig, tasks: Sequence[str]) -> dict[str, list[Row]]:
     """Training rows of those of the tasks that the data have."""
     rows = {}
@@ -238,29 +250,166 @@ def _images(rows: Sequence[Row]) -> int:
     return len({row["image"] if isinstance(row["image"], str) else id(row["image"]) for row in rows})
 
 
-def _train_folds(config: RunConfig, folds: int, resume: bool, callbacks) -> list[dict[str, Any]]:
-    found = []
-    for fold in range(folds):
-        part = config.with_overrides(
-            {
-                "output_dir": str(Path(config.output_dir) / f"fold-{fold + 1}"),
-                "data.folds": folds,
-                "data.fold": fold,
-            }
-        )
-        if resume and is_complete(part.output_dir):
-            report = load_report(part.output_dir)
-        else:
-            report = train(part, resume=resume, callbacks=callbacks)
-        found.append({"fold": fold + 1, "best_step": best_step(part.output_dir), "report": report})
-    return found
+_ANY_CLASS = "mAP50 of boxes, whatever their class"
+_Figures = dict[str, dict[str, float | None]]
 
 
-def load_report(folder: str | Path) -> dict[str, Any]:
-    """The figures that a run has left."""
-    import json
+class _BeforeAfter:
+    """Measures a base, and then its adapter, on the same images.
 
-    return json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+    On the lab's validation images: the task's main figure of the base, where it has all of the lab's classes, and of the
+    adapter before its first step (`start`) and after its last; for detection also how well boxes fit whatever their class,
+    which is what a base can do with classes that it has never been taught. On the base's: the same figures of the base,
+    with the adapter switched off (which must not change them) and with it on (what the adapter has forgotten).
+
+    Args:
+        config ([`RunConfig`]): The run that trains the adapter.
+        base_data (`str` or `Path`, *optional*): Data folder of the base.
+    """
+
+    def __init__(self, config: RunConfig, base_data: str | Path | None):
+        self.config = config
+        self.progress = config.logging.progress
+        self.device = "cpu" if config.optimisation.device == "cpu" else None
+        self.rows = validation_rows(config, config.data.tasks)
+        self.base_data = None if base_data is None else str(base_data)
+
+    @cached_property
+    def base(self) -> tuple[Any, Any]:
+        """The base and its processor."""
+        return load_model(self.config.model.initial_checkpoint, self.device)
+
+    @cached_property
+    def base_rows(self) -> dict[str, list[Row]]:
+        """Validation rows of the base's data, with its names of classes.
+
+        Raises:
+            DatasetError: There is nothing that the base was trained on.
+        """
+        if self.base_data is None:
+            return {}
+        model, _ = self.base
+        found = load_rows(DataConfig(folders=[self.base_data]), "val", list(available_tasks(model)))
+        found = {
+            task: as_known(rows, names) if (names := _names(model, task)) else rows for task, rows in found.items()
+        }
+        odd = [task for task, rows in found.items() if not _knows(model, task, rows)]
+        if odd:
+            raise DatasetError(f"{self.base_data}: its {odd[0]} classes are not those of the base.")
+        return found
+
+    def before(self) -> dict[str, Any]:
+        """Figures before training."""
+        from accelerate.utils import set_seed
+
+        model, processor = self.base
+        known = available_tasks(model)
+        taught = {task: rows for task, rows in self.rows.items() if task in known}
+        lab: _Figures = {task: {"before": None} for task in self.rows}
+        self._add(lab, "before", model, processor, taught)
+        if self.rows:
+            # The heads that the run will draw.
+            set_seed(self.config.optimisation.seed)
+            starting, its_processor = build(self.config, training_rows(self.config))
+            starting.to(model.device)
+            for task, rows in self.rows.items():
+                lab[task]["start"] = self._figure(starting, its_processor, task, rows)
+        base: _Figures = {}
+        self._add(base, "before", model, processor, self.base_rows)
+        # Neither stays in memory while the adapter is trained.
+        del self.base
+        rows = {"rows": _counts(self.rows), "base_rows": _counts(self.base_rows)}
+        return {"lab": lab, "base": base, **rows}
+
+    def after(self) -> dict[str, Any]:
+        """Figures of the adapter in the run's output folder."""
+        model, processor = load_model(self.config.output_dir, self.device)
+        lab: _Figures = {}
+        self._add(lab, "after", model, processor, self.rows)
+        base: _Figures = {}
+        if self.base_rows:
+            self._add(base, "adapter on", model, processor, self.base_rows)
+            model.disable_adapters()
+            self._add(base, "adapter off", model, self.base[1], self.base_rows)
+        return {"lab": lab, "base": base}
+
+    def _add(self, found: _Figures, when: str, model: Any, processor: Any, rows_by_task: Mapping[str, Sequence[Row]]):
+        for task, rows in rows_by_task.items():
+            found.setdefault(task, {})[when] = self._figure(model, processor, task, rows)
+        if "detection" in rows_by_task:
+            figures = class_agnostic_precision(model, processor, rows_by_task["detection"], progress=self.progress)
+            found.setdefault(_ANY_CLASS, {})[when] = figures["mAP50"]
+
+    def _figure(self, model: Any, processor: Any, task: str, rows: Sequence[Row]) -> float | None:
+        """The task's main figure; `None` where the model lacks classes of the rows."""
+        rows = as_known(rows, names) if (names := _names(model, task)) else rows
+        if not _knows(model, task, rows):
+            return None
+        report = evaluate_model(model, processor, {task: rows}, progress=self.progress, bootstrap=0)
+        return report[task].get(HEADLINES[task])
+
+    def report(self, results: Mapping[str, Any]) -> Report:
+        """The study as far as it is done."""
+        before, after = results.get("before", {}), results.get("after", {})
+
+        def part(name: str, data: Any, rows: str) -> dict[str, Any]:
+            figures: _Figures = {}
+            for found in (before, after):
+                for row, columns in found.get(name, {}).items():
+                    figures.setdefault(row, {}).update(columns)
+            return {"data": data, "rows": before.get(rows, {}), "figures": figures}
+
+        values = {
+            "lab": part("lab", self.config.data.folders, "rows"),
+            "base": part("base", self.base_data, "base_rows"),
+            "folds": _fold_results(results),
+        }
+        return Report(values, before_after_lines(values))
 
 
-__all__ = ["ADAPTED_TASKS", "adapt", "adapt_config", "find_base", "has_split"]
+def before_after_lines(values: Mapping[str, Any]) -> list[str]:
+    """The tables of `before_after.md`.
+
+    Args:
+        values (`Mapping[str, Any]`): As [`adapt`] gives them.
+    """
+    lines = _table("The lab's validation images", values["lab"], ("before", "start", "after"))
+    if not values["lab"]["rows"]:
+        lines = ["Nothing was set aside to measure the adapter on; see the folds."]
+    if values["base"]["data"] is not None:
+        lines += ["", *_table("The base's validation images", values["base"], ("before", "adapter off", "adapter on"))]
+    return lines + (["", *fold_lines(values["folds"])] if values["folds"] else [])
+
+
+def _table(title: str, part: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    counts = ", ".join(f"{count} {task}" for task, count in part["rows"].items())
+    rows = []
+    for name, figures in part["figures"].items():
+        label = f"{name} {HEADLINES[name]}" if name in HEADLINES else name
+        known = [figures[column] for column in columns if figures.get(column) is not None]
+        first, last = (known[0] if len(known) > 1 else None), figures.get(columns[-1])
+        change = "" if first is None or last is None else f"{last - first:+.3f}"
+        rows.append((label, *(shown(figures.get(column), missing="-") for column in columns), change))
+    return [f"{title} ({counts} rows):", "", *table(("figure", *columns, "change"), rows)]
+
+
+def _fold_results(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [result for name, result in results.items() if name.startswith("fold-")]
+
+
+def _counts(rows: Mapping[str, Sequence[Row]]) -> dict[str, int]:
+    return {task: len(found) for task, found in rows.items()}
+
+
+def _names(model: Any, task: str) -> list[str]:
+    if task == "detection":
+        return [model.config.id2label[index] for index in range(model.config.num_labels)]
+    return list(model.config.single_cell_labels) if task == "single_cell" else []
+
+
+def _knows(model: Any, task: str, rows: Sequence[Row]) -> bool:
+    names = _names(model, task)
+    return not names or {name for row in rows for name in row_names(row)} <= set(names)
+
+
+__all__ = ["ADAPTED_TASKS", "adapt", "adapt_config", "before_after_lines", "find_base", "has_split"]

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from data_folders import photograph, write_coco, write_photograph
 from PIL import Image
-from typer.testing import CliRunner
 
 from unihema.errors import DatasetError
 from unihema.training.data.curation.agreement import annotation_agreement
@@ -54,7 +54,7 @@ def test_what_both_boxed(sides):
 
 
 def test_the_command(sides, tmp_path):
-    result = CliRunner().invoke(app, ["data", "agreement", *map(str, sides), "-o", str(tmp_path / "out.json")])
+    result = CliRunner().invoke(app, ["data", "compare", *map(str, sides), "-o", str(tmp_path / "out.json")])
     assert result.exit_code == 0, result.output
     assert "2 photographs in both." in result.output
     assert "RBC: 8 and 7 boxes, 6 in both (F1 0.800), counts differ by 12 % (median of 2 photographs)" in result.output

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from data_folders import photograph, write_coco, write_mask, write_photograph
 from PIL import Image
+from tiny_runs import run_config
 
 from unihema.errors import DatasetError
 from unihema.training.data.curation.check import check_data
@@ -14,6 +15,7 @@ from unihema.training.data.rows import BadRows, BadRowsError
 from unihema.training.data.verify import verify_rows
 from unihema.training.run.build import training_rows, validation_rows, verified_rows
 from unihema.training.run.config import RunConfig
+from unihema.training.run.loop import train
 
 
 BOX = [2, 3, 20, 15]
@@ -89,6 +91,21 @@ def test_a_run_stops_before_its_first_step_or_leaves_them_out(folder, tmp_path):
     (folder / "train" / "crops" / "monocyte" / "c.png").write_bytes(b"x")
     with pytest.raises(DatasetError, match="Every training row of single_cell is bad"):
         verified_rows(skipping, rows, {})
+
+
+def test_names_of_validation_rows_are_compared_before_the_first_step(tmp_path):
+    for split, labels in (("train", ("monocyte", "basophil")), ("val", ("monocyte", "eosinophil"))):
+        for number, label in enumerate(labels):
+            write_photograph(tmp_path / "lab" / split / "crops" / label / f"{split}.png", number)
+    config = run_config(tmp_path / "lab", tmp_path / "run")
+    with pytest.raises(BadRowsError, match="unknown single-cell label 'eosinophil'; known: basophil, monocyte"):
+        train(config)
+    assert not (tmp_path / "run" / "log.jsonl").exists() or (tmp_path / "run" / "log.jsonl").read_text() == ""
+
+
+def test_one_class_only_is_said(tmp_path):
+    write_photograph(tmp_path / "train" / "crops" / "monocyte" / "a.png")
+    assert any("of one class only, monocyte" in note for note in verified(tmp_path)[1].notes)
 
 
 def test_the_check_says_the_same(folder):

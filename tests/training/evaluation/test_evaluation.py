@@ -148,9 +148,9 @@ def test_thresholds_are_calibrated_for_each_class(images, processor):
     # Half way between the last right score and nothing.
     assert thresholds["platelet"] == pytest.approx(torch.tensor(1.0).sigmoid().item() / 2, abs=0.01)
     report = evaluate_model(model, processor, {"detection": rows}, progress=False, calibrate=True)
-    assert model.config.detection_thresholds == thresholds
+    assert model.config.trained.detection_thresholds == thresholds
     assert report["detection"]["at_threshold"]["platelet"]["threshold"] == thresholds["platelet"]
-    model.config.detection_thresholds = {"platelet": 0.9}
+    model.config.trained.detection_thresholds = {"platelet": 0.9}
     report = evaluate_model(model, processor, {"detection": rows}, progress=False)
     assert report["detection"]["at_threshold"]["platelet"]["recall"] == 0.0
 

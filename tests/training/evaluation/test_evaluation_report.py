@@ -99,7 +99,9 @@ def assert_same(first, second, path: str = "") -> None:
 
 @pytest.fixture(scope="module")
 def report(model, processor, rows) -> dict:
-    model.config.detection_thresholds = calibrate_thresholds(model, processor, rows["detection"], progress=False)
+    model.config.trained.detection_thresholds = calibrate_thresholds(
+        model, processor, rows["detection"], progress=False
+    )
     return evaluate_model(
         model, processor, rows, 3, progress=False, generate_kwargs={"max_new_tokens": 6}, bootstrap=200
     )
@@ -184,7 +186,7 @@ def test_a_class_that_is_not_annotated_takes_no_query(model, processor, rows, mo
         }
         for row in rows["detection"]
     ]
-    monkeypatch.setattr(model.config, "detection_thresholds", {"neutrophil": 0.005})
+    monkeypatch.setattr(model.config.trained, "detection_thresholds", {"neutrophil": 0.005})
     shown = evaluate_model(model, processor, {"detection": one_class}, progress=False, bootstrap=0)["detection"]
     assert set(shown["at_threshold"]) == {"neutrophil"}
     with torch.no_grad():

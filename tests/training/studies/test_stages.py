@@ -11,11 +11,10 @@ from tiny_runs import TASKS, run_config
 
 from unihema.errors import RunConfigError
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
+from unihema.training.run.build import PARTS, TrainedParts
+from unihema.training.run.config import read_mix
 from unihema.training.run.loop import train
-from unihema.training.run.mix import read_mix
-from unihema.training.run.trained_parts import PARTS, TrainedParts
-from unihema.training.studies.recipe import train_stages
-from unihema.training.studies.stages import SIX_STAGES
+from unihema.training.studies.stages import SIX_STAGES, train_stages
 
 
 ONE_STEP = {"optimisation.max_steps": 1, "logging.final_samples": 2}
@@ -102,7 +101,7 @@ def test_the_six_stages(smears, tmp_path):
     assert table.startswith("| task | after 1 single_cell | after 2 text |") and "(text alone)" in table
 
     model = UniHemaForMultiTask.from_pretrained(tmp_path / "run")
-    assert model.config.trained_tasks == list(TASKS)
+    assert model.config.trained.tasks == list(TASKS)
     assert (tmp_path / "run" / "metrics.json").is_file() and not (tmp_path / "run" / "checkpoints").exists()
 
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run/stages/*/model.safetensors")}
@@ -110,10 +109,11 @@ def test_the_six_stages(smears, tmp_path):
     assert train_stages(config, changes={"text": text}, resume=True) == rows
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
-    with pytest.raises(RunConfigError, match=r"holds the stages of an earlier run \(single_cell, text, .*--resume"):
+    with pytest.raises(RunConfigError, match=r"holds 0-initial, single_cell, text, .* of an earlier run.*--overwrite"):
         train_stages(config)
     with pytest.raises(
-        RunConfigError, match=r"Stage 2 \(text\) is finished, with optimisation.learning_rate=0.002; now"
+        RunConfigError,
+        match=r"text in .*stages.json is finished and was made with optimisation.learning_rate=0.002; now",
     ):
         train_stages(config, resume=True)
     # What was written under this name can be read again.

@@ -13,9 +13,8 @@ from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.layouts.masks import read_mask
 from unihema.training.evaluation import evaluate_model
 from unihema.training.run.build import build, load_rows, training_rows
-from unihema.training.studies.corruptions import CORRUPTIONS, LEVELS
-from unihema.training.studies.shifted_rows import shifted_rows
-from unihema.training.studies.stress import STRESS_FILE, run_stress
+from unihema.training.studies.corruptions import CORRUPTIONS, LEVELS, shifted_rows
+from unihema.training.studies.stress import run_stress
 
 
 TASKS = ["detection", "segmentation", "single_cell"]
@@ -28,7 +27,7 @@ def setting(smears, tmp_path_factory):
     # Made before the seeds of a single test are set.
     torch.manual_seed(0)
     model, processor = build(config, training_rows(config))
-    model.config.detection_thresholds = dict.fromkeys(model.config.label2id, 0.0)
+    model.config.trained.detection_thresholds = dict.fromkeys(model.config.label2id, 0.0)
     return model.eval(), processor, load_rows(config.data, "val", TASKS)
 
 
@@ -148,27 +147,32 @@ def test_a_stopped_run_goes_on_and_writes_tables_and_curves(setting, tmp_path):
     rows = {"detection": rows["detection"]}
     run = {"bootstrap": 0, "progress": False, "settings": {"checkpoint": "a"}}
     run_stress(model, processor, rows, tmp_path, ["jpeg"], [1], **run)
-    written = json.loads((tmp_path / STRESS_FILE).read_text())
-    written["points"][0]["value"] = 0.123456
-    (tmp_path / STRESS_FILE).write_text(json.dumps(written))
+    record = tmp_path / "stress.json"
+    written = json.loads(record.read_text())
+    written["runs"]["detection clean 0"]["result"]["value"] = 0.123456
+    record.write_text(json.dumps(written))
     report = run_stress(model, processor, rows, tmp_path, ["jpeg", "density"], [1, 5], **run)
     # The clean point, marked above, was not measured again.
     assert report["points"][0]["value"] == 0.123456
     places = [(point["corruption"], point["severity"]) for point in report["points"]]
     # Of two fields the densest fifth is empty, so it is left out.
     assert places == [("clean", 0), ("jpeg", 1), ("jpeg", 5), ("density", 1)]
-    assert json.loads((tmp_path / STRESS_FILE).read_text()) == report
+    written = json.loads(record.read_text())
+    assert [run["result"] for run in written["runs"].values()] == report["points"]
+    assert written["settings"] == report["settings"]
     text = (tmp_path / "stress.md").read_text()
     assert "| jpeg | 0.123 |" in text and "## detection: mAP50" in text and "| jpeg | quality | 50 | 30 |" in text
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
     if _has_matplotlib():
         assert Image.open(tmp_path / "stress.png").width > 500
 
-    with pytest.raises(ValueError, match="measured with another checkpoint.*--overwrite"):
+    with pytest.raises(
+        ValueError, match="begun with checkpoint='a'; now it is 'b'.*start anew .--overwrite, or delete .*stress.json"
+    ):
         run_stress(model, processor, rows, tmp_path, ["jpeg"], [1], **run | {"settings": {"checkpoint": "b"}})
     again = run_stress(model, processor, rows, tmp_path, ["jpeg"], [1], **run | {"overwrite": True})
     assert len(again["points"]) == 2 and again["points"][0]["value"] != 0.123456
-    (tmp_path / STRESS_FILE).write_text("{")
+    record.write_text("{")
     with pytest.raises(ValueError, match="stress.json: cannot be read"):
         run_stress(model, processor, rows, tmp_path, ["jpeg"], [1], **run)
 

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from unihema.errors import DatasetError, UnreadableImageError
+from unihema.files import write_json, write_text
 from unihema.processing_unihema.image_io import load_mask
 from unihema.training.data.class_tree import OFFICIAL_NAMES, label_map, rename_rows, row_names
 from unihema.training.data.curation.archives import OTHER_ARCHIVES, ArchiveError, ArchiveLimits, is_archive, unpack
@@ -32,7 +33,6 @@ from unihema.training.data.rows import PROVENANCE_KEYS, BadRows, BadRowsError, O
 from unihema.training.data.shards import write_shards
 from unihema.training.data.splits import by_split, check_val_share, compile_patterns, groups_of
 from unihema.training.data.verify import verify_rows
-from unihema.training.files import write_json, write_text
 
 
 _UNSAFE = re.compile(r"[^\w.\- ]+")

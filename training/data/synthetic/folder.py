@@ -11,9 +11,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from unihema.errors import DatasetError, InputError
+from unihema.files import write_json, write_text
 from unihema.training.data.synthetic.cells import CLASSES
 from unihema.training.data.synthetic.fields import SyntheticSmears
-from unihema.training.files import write_json, write_text
 
 
 SETTINGS_FILE = "synthetic.json"

@@ -1,0 +1,236 @@
+"""Commands that use a checkpoint: `predict`, `ask`, `info` and `demo`."""
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import (
+    PATH,
+    batch_size_option,
+    image_size_option,
+    int8_option,
+    of_all_tasks,
+    of_each_task,
+    output_option,
+    overwrite_option,
+    task_option,
+)
+
+
+PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "evaluate", "safetensors", "timm")
+DEMO_QUESTIONS = (
+    "What type of white blood cell is this?",
+    "What is the shape of the nucleus?",
+    "What is the colour of the granules?",
+)
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.argument("images", nargs=-1, required=True)
+@output_option(default="results", show_default=True)
+@task_option()
+@click.option("--prompt", help="Class names, or a disease, to look for.")
+@click.option("--question", "-q", "questions", multiple=True, help="Question about each image; may be repeated.")
+@click.option("--threshold", type=float, help="Smallest score; the checkpoint's calibrated ones by default.")
+@click.option("--geojson", is_flag=True, help="Also write GeoJSON for QuPath.")
+@image_size_option
+@batch_size_option
+@click.option("--device", help="Device, such as cpu or cuda:0; the first GPU by default.")
+@int8_option
+@overwrite_option
+def predict(
+    checkpoint: str,
+    images: tuple[str, ...],
+    output: Path,
+    tasks: tuple[str, ...],
+    prompt: str | None,
+    questions: tuple[str, ...],
+    threshold: float | None,
+    geojson: bool,
+    image_sizes: Sequence[tuple[str | None, int]],
+    batch_sizes: Sequence[tuple[str | None, int]],
+    device: str | None,
+    int8: bool,
+    overwrite: bool,
+) -> None:
+    """Find and describe the cells of images.
+
+    CHECKPOINT is a folder, an adapter, a file made by `unihema export`, or a repository on the Hub. IMAGES are files, folders
+    and glob patterns. Writes overlays, cells.csv, counts.csv and results.json.
+
+    Exit code 1: some files could not be analysed; they are listed.
+    """
+    import warnings
+
+    from tqdm.auto import tqdm
+
+    from unihema.analyzer import Analyzer, QueryCapWarning
+    from unihema.files import printable
+
+    batch_size = of_all_tasks(batch_sizes, "--batch-size", 1)
+    # Shown beside the bar, from the result.
+    warnings.simplefilter("ignore", QueryCapWarning)
+
+    # The bar appears with the first image, so that a wrong checkpoint is one line and nothing else.
+    bar = tqdm(desc="predict", unit="image", disable=True)
+
+    def on_image(number: int, total: int, path: Path, outcome: Any) -> None:
+        nonlocal bar
+        if number == 1:
+            bar = tqdm(desc="predict", unit="image", total=total)
+        bar.update(1)
+        problems = [outcome] if isinstance(outcome, str) else outcome.warnings if outcome else []
+        for problem in problems:
+            tqdm.write(printable(f"{path}: {problem}"))
+
+    try:
+        sizes = of_each_task(image_sizes, tasks)
+        analyzer = Analyzer.from_pretrained(checkpoint, device=device, image_sizes=sizes, int8=int8)
+        report = analyzer.analyze_files(
+            images,
+            output,
+            tasks=list(tasks) or None,
+            prompt=prompt,
+            questions=questions,
+            threshold=threshold,
+            geojson=geojson,
+            overwrite=overwrite,
+            batch_size=batch_size,
+            on_image=on_image,
+        )
+    finally:
+        bar.close()
+    click.echo(f"{len(report.analysed)} analysed, {len(report.skipped)} already done, {len(report.failed)} failed.")
+    if report.totals:
+        click.echo("Cells: " + ", ".join(f"{label} {count}" for label, count in report.totals.items()))
+    click.echo(f"Results in {output}.")
+    if report.failed:
+        for item, problem in report.failed.items():
+            click.echo(printable(f"failed: {item}: {problem}"), err=True)
+        raise click.exceptions.Exit(1)
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.argument("image", type=PATH)
+@click.argument("questions", nargs=-1, required=True)
+def ask(checkpoint: str, image: Path, questions: tuple[str, ...]) -> None:
+    """Answer questions about an image.
+
+    CHECKPOINT is a folder, an adapter, or a repository on the Hub. QUESTIONS may also be sentences with ___ where a word is to
+    be filled in.
+    """
+    from unihema.analyzer import Analyzer
+
+    answers = Analyzer.from_pretrained(checkpoint).ask(image, questions)
+    for asked, answer in zip(questions, answers, strict=True):
+        click.echo(answer if len(questions) == 1 else f"{asked} {answer}")
+
+
+@click.command()
+@click.argument("checkpoint", type=PATH, required=False)
+def info(checkpoint: Path | None) -> None:
+    """Show versions, and what a checkpoint is.
+
+    That is its size, tasks, classes, thresholds and measured figures. CHECKPOINT is a folder or an adapter; without one the
+    versions are shown alone, for a bug report.
+    """
+    from importlib import metadata
+
+    import torch
+
+    from unihema.version import __version__
+
+    click.echo(f"unihema {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"{package} not installed")
+    click.echo(", ".join(found))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    click.echo(f"{torch.get_num_threads()} threads, {gpu}")
+    if checkpoint is not None:
+        _show_checkpoint(checkpoint)
+
+
+def _show_checkpoint(checkpoint: Path) -> None:
+    from unihema.checkpoint_files import adapter_base, fingerprint, is_adapter
+    from unihema.loading import available_tasks, load_model
+    from unihema.training.evaluation.report import figures_text
+
+    model, processor = load_model(checkpoint, device="cpu")
+    config = model.config
+    click.echo(f"\n{checkpoint}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters")
+    if is_adapter(checkpoint):
+        (adapter,) = model.peft_config.values()
+        rank = f", rank {adapter.r}" if hasattr(adapter, "r") else ""
+        click.echo(f"adapter ({adapter.peft_type.value}{rank}) of {adapter_base(checkpoint)}")
+    for name, digest in fingerprint(checkpoint).items():
+        if name.endswith(".safetensors"):
+            click.echo(f"{name}: sha256 {digest}")
+    tasks = available_tasks(model)
+    click.echo(f"tasks: {', '.join(tasks)}")
+    if "detection" in tasks:
+        thresholds = config.trained.detection_thresholds
+        shown = [
+            f"{name} ({thresholds[name]:.2f})" if name in thresholds else name for name in config.id2label.values()
+        ]
+        click.echo(f"detection classes (threshold): {', '.join(shown)}")
+        for name, values in config.morphology.items():
+            click.echo(f"  {name}: {', '.join(values)}")
+    if "single_cell" in tasks:
+        click.echo(f"single-cell classes: {', '.join(config.single_cell_labels)}")
+    sizes = processor.image_processor.task_sizes
+    click.echo("image sizes: " + ", ".join(f"{task} {max(sizes[task].values())} px" for task in tasks))
+    run = checkpoint / "run_config.json"
+    folders = json.loads(run.read_text(encoding="utf-8"))["data"]["folders"] if run.is_file() else ["not recorded"]
+    click.echo(f"licence: code Apache-2.0; weights as their training data ({', '.join(folders)})")
+    metrics = checkpoint / "metrics.json"
+    if metrics.is_file():
+        click.echo("measured on validation data:")
+        for task, figures in json.loads(metrics.read_text(encoding="utf-8")).items():
+            click.echo(f"  {task}: {figures_text(figures)}")
+    else:
+        click.echo("nothing was measured on validation data")
+
+
+@click.command()
+@click.argument("folder", type=PATH, default="demo")
+@click.option("--files-only", is_flag=True, help="Lay down the checkpoint and the smears, and analyse nothing.")
+@overwrite_option
+def demo(folder: Path, files_only: bool, overwrite: bool) -> None:
+    """Lay down the checkpoint of this package, and analyse example smears.
+
+    Nothing is downloaded or trained. FOLDER, `demo` by default, gets the checkpoint as `unihema`, the images in `smears` and
+    what was found in `results`.
+    """
+    from unihema.analyzer import Analyzer
+    from unihema.shipped import copy_examples, lay_down_checkpoint
+
+    checkpoint = lay_down_checkpoint(folder / "unihema", replace=overwrite)
+    images = copy_examples(folder / "smears")
+    click.echo(f"Checkpoint in {checkpoint}, {len(images)} example smears in {folder / 'smears'}")
+    if files_only:
+        return
+    fields = [path for path in images if path.name.startswith("field")]
+    analyzer = Analyzer.from_pretrained(checkpoint)
+    batch = analyzer.analyze_files(fields, folder / "results", overwrite=overwrite)
+    totals = ", ".join(f"{name} {count}" for name, count in batch.totals.items())
+    click.echo(f"Cells in {batch.images} fields: {totals}. Pictures and tables in {folder / 'results'}")
+
+    click.echo("Single cells:")
+    for path in images:
+        if path in fields:
+            continue
+        questions = DEMO_QUESTIONS if path.name.startswith("white") else ()
+        result = analyzer(path, tasks=("single_cell",), questions=questions)
+        click.echo(f"{path.name}: {result.single_cell['label']} ({result.single_cell['score']:.0%})")
+        for answer in result.answers:
+            click.echo(f"  {answer['question']} {answer['answer']}")

@@ -1,0 +1,1 @@
+"""Speed and memory of UniHema beside its peers, measured in one process: `python -m benchmarks.speed`."""

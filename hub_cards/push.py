@@ -1,0 +1,367 @@
+"""A checkpoint or adapter to the Hub: what loading needs and its card, private unless asked otherwise, and nothing else."""
+
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from huggingface_hub import CommitInfo, HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import parse_ratelimit_headers
+
+from unihema.checkpoint_files import ADAPTER_CONFIG, REFERENCE_FILE, adapter_files, checkpoint_files, read_json
+from unihema.errors import CardError, CheckpointError, InputError, PushError
+from unihema.modeling_unihema.remote_code import code_files
+
+from .card import CARD_FILE, for_repo, stale_result
+from .check import check_card, is_repo_id
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from unihema.processing_unihema.processing_unihema import UniHemaProcessor
+
+# Loaded by unpickling, which runs whatever code whoever wrote the file put there.
+PICKLED = {".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle"}
+# What goes where it is there, beside the files that loading cannot do without.
+OPTIONAL = (
+    *("generation_config.json", "preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "spiece.model", "chat_template.jinja", REFERENCE_FILE),
+    *("metrics.json", "metrics.md", "before_after.json", "before_after.md", "run_config.json", "data.json"),
+    *("conversion.tsv", "LICENSE", "LICENSE.md", "NOTICE"),
+)
+_LEFT_OUT = {
+    "checkpoints": "training checkpoints with optimizer state",
+    "best": "weights of an evaluation during training",
+    "log.jsonl": "log of the training",
+}
+_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+_WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
+# huggingface_hub itself tries these again, and every PUT.
+_RETRIED = ("/preupload/", "/info/lfs/")
+_PASSING = (429, 500, 502, 503, 504)
+_TRIES, _LONGEST_WAIT = 5, 300.0
+_AGAIN = "repeat the command: files that arrived are not sent again."
+_REMEDIES = {
+    401: "there is no valid token. Log in with `hf auth login`, or set HF_TOKEN.",
+    403: "the token may not write there. It needs write permission for this repository, and you a place in its "
+    "organisation.",
+    404: "there is no such repository or revision, or the token may not see it. Check the name.",
+    409: f"somebody else is writing to it. Wait, and {_AGAIN}",
+    412: f"somebody else has written to it meanwhile. {_AGAIN.capitalize()}",
+    429: f"the Hub has had too many requests from here. Wait some minutes, and {_AGAIN}",
+}
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What a push uploads.
+
+    Args:
+        kind (`"checkpoint"` or `"adapter"`): What the folder is.
+        files (`Mapping[str, Path | bytes]`): Path in the repository -> the file, or what is uploaded instead of it.
+        left_out (`Mapping[str, str]`): What stays here, and why.
+        base_model (`str`, *optional*): Id of an adapter's base.
+    """
+
+    kind: str
+    files: Mapping[str, Path | bytes]
+    left_out: Mapping[str, str]
+    base_model: str | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file."""
+        return {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in self.files.items()}
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What a push did.
+
+    Args:
+        url (`str`): Address of the repository.
+        commit (`str`): The commit; the last one where nothing had changed.
+        private (`bool`): Whether only the owner and those let in can see it.
+        plan ([`PushPlan`]): The files.
+    """
+
+    url: str
+    commit: str
+    private: bool
+    plan: PushPlan
+
+
+def plan_push(folder: str | Path, repo_id: str, base_model: str | None = None) -> PushPlan:
+    """Chooses and checks the files of a push; touches no network.
+
+    Args:
+        folder (`str` or `Path`): A checkpoint, or a PEFT adapter.
+        repo_id (`str`): Where it goes; the code in the card names it.
+        base_model (`str`, *optional*): Id of an adapter's base, where `adapter_config.json` names a folder.
+
+    Returns:
+        [`PushPlan`]
+
+    Raises:
+        CheckpointError: The folder is neither, a file is missing or damaged, weights are pickled, or a file holds a token.
+        CardError: No card, or one that may not be published.
+        ValueError: `repo_id` is none.
+    """
+    folder = Path(folder)
+    if not is_repo_id(repo_id):
+        raise InputError(f"{repo_id!r} is no repository id; it looks like lab/blood-smears.")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder. Name a checkpoint or an adapter.")
+    found = sorted(folder.iterdir())
+    for path in found:
+        if path.is_file() and path.suffix in PICKLED:
+            raise CheckpointError(
+                f"{path}: pickled files are not pushed, for loading them runs code. Save the model with save_pretrained, "
+                "which writes safetensors, and move this file elsewhere."
+            )
+    base = noted = None
+    if (folder / ADAPTER_CONFIG).is_file():
+        kind, needed = "adapter", adapter_files(folder)
+        config = read_json(folder / ADAPTER_CONFIG)
+        noted = config.get("base_model_name_or_path")
+        base = base_model or (None if Path(noted or "").is_dir() else noted)
+        if not is_repo_id(base):
+            raise CheckpointError(
+                f"{folder / ADAPTER_CONFIG}: the adapter's base is {base or noted!r}, a folder that nobody else has. Push "
+                "the base first and give its repository: --base lab/base."
+            )
+    else:
+        kind, needed = "checkpoint", [*checkpoint_files(folder), *code_files(folder).values()]
+    _check_whole(folder, needed)
+    optional = [folder / name for name in OPTIONAL if (folder / name).is_file()]
+    files: dict[str, Path | bytes] = {path.name: path for path in [*needed, *optional]}
+    if base != noted:
+        files[ADAPTER_CONFIG] = json.dumps({**config, "base_model_name_or_path": base}, indent=2).encode() + b"\n"
+    files[CARD_FILE] = _card(folder, repo_id, base).encode("utf-8")
+    for name, content in files.items():
+        if name.endswith(".safetensors"):
+            continue
+        if _TOKEN.search(content if isinstance(content, bytes) else content.read_bytes()):
+            raise CheckpointError(f"{folder / name}: holds what looks like a token of the Hub. Take it out.")
+    not_part = f"not part of {'a checkpoint' if base is None else 'an adapter'}"
+    left_out = {
+        path.name: _LEFT_OUT.get(path.name, not_part)
+        for path in found
+        if path.name not in files and not path.name.startswith(".") and path.name != "__pycache__"
+    }
+    return PushPlan(kind, files, left_out, base)
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    base_model: str | None = None,
+    token: str | None = None,
+) -> PushResult:
+    """Uploads a checkpoint or adapter.
+
+    A repository that is not there is made. Weights of an earlier push under other names are taken away in the same
+    commit, so that they are not loaded instead. Repeating a push that broke off sends only what had not arrived.
+
+    Args:
+        folder (`str` or `Path`): A checkpoint, or a PEFT adapter, with its card.
+        repo_id (`str`): Where to, such as `lab/blood-smears`.
+        private (`bool`): Whether only the owner and those let in may see it.
+        revision (`str`, *optional*): Branch; made when missing. `main` by default.
+        commit_message (`str`, *optional*): The commit's; `Upload checkpoint` or `Upload adapter` by default.
+        base_model (`str`, *optional*): Id of an adapter's base, where `adapter_config.json` names a folder.
+        token (`str`, *optional*): Of the Hub; what `hf auth login` or HF_TOKEN left when missing.
+
+    Returns:
+        [`PushResult`]
+
+    Raises:
+        CheckpointError: The folder is not whole, holds pickled weights, or is neither.
+        CardError: No card, or one that may not be published, here or in the Hub's view.
+        PushError: The Hub refused, or the connection broke off.
+    """
+    plan = plan_push(folder, repo_id, base_model)
+    api = HfApi(token=token)
+    if plan.base_model is not None:
+        _call(lambda: api.repo_info(plan.base_model), f"{plan.base_model} (the adapter's base)", token)
+    _call(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id, token)
+    # An existing repository keeps its visibility whatever is asked for.
+    is_private = bool(_call(lambda: api.repo_info(repo_id), repo_id, token).private)
+    if private and not is_private:
+        raise PushError(
+            f"{repo_id}: is public already, and everybody would see the push. Make it private on the Hub, or push with "
+            "--public (private=False)."
+        )
+    if revision is not None and not revision.startswith("refs/"):
+        _call(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id, token)
+
+    def upload(listed: str) -> CommitInfo:
+        # Anew on every try: what has arrived meanwhile is asked for again.
+        head = api.repo_info(repo_id, revision=revision)
+        there = [file.rfilename for file in head.siblings or ()]
+        earlier = [escape(name) for name in there if _WEIGHTS.fullmatch(name) and name not in plan.files]
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=listed,
+            commit_message=commit_message or f"Upload {plan.kind}",
+            revision=revision,
+            parent_commit=head.sha,
+            delete_patterns=earlier or None,
+        )
+
+    # A folder of the listed files alone: nothing else can go up, whatever lies beside them.
+    with tempfile.TemporaryDirectory() as listed:
+        for name, content in plan.files.items():
+            _place(content, Path(listed) / name)
+        try:
+            done = _call(lambda: upload(listed), repo_id, token)
+        except ValueError as error:
+            if CARD_FILE not in str(error):
+                raise PushError(f"{repo_id}: {error}") from error
+            # The Hub reads the card's metadata before anything is uploaded.
+            raise CardError(f"{Path(folder) / CARD_FILE}: {error}") from error
+    return PushResult(f"{api.endpoint}/{repo_id}", done.oid, is_private, plan)
+
+
+def push_to_hub(
+    model: "PreTrainedModel | Any",
+    repo_id: str,
+    *,
+    card: str,
+    processor: "UniHemaProcessor | None" = None,
+    max_shard_size: str = "5GB",
+    **options: Any,
+) -> PushResult:
+    """Uploads a model with its processor, or an adapter, from memory.
+
+    Unlike `model.push_to_hub` of Transformers and PEFT it is private unless asked otherwise, and takes no card with
+    fields to be filled in later.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The model or adapter.
+        repo_id (`str`): Where to.
+        card (`str`): Text of the card, by `checkpoint_card` or `adapter_card`.
+        processor (`UniHemaProcessor`, *optional*): Its processor; a model needs it, an adapter may have one.
+        max_shard_size (`str`): Largest weight file of a model.
+        **options: See [`push_folder`].
+
+    Returns:
+        [`PushResult`]
+
+    Raises:
+        CheckpointError: A model without processor.
+        CardError: A card that may not be published.
+        PushError: The Hub refused, or the connection broke off.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, **({} if hasattr(model, "peft_config") else {"max_shard_size": max_shard_size}))
+        if processor is not None:
+            processor.save_pretrained(folder)
+        (Path(folder) / CARD_FILE).write_text(card, encoding="utf-8")
+        return push_folder(folder, repo_id, **options)
+
+
+def _check_whole(folder: Path, files: list[Path]) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    for path in files:
+        # The list of weight files may name anything.
+        if path.parent != folder:
+            raise CheckpointError(f"{path}: lies outside the folder, and is not pushed. Save the model anew.")
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "np"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path}: damaged weights ({error}). Copy or save them again.") from error
+
+
+def _card(folder: Path, repo_id: str, base_model: str | None) -> str:
+    path = folder / CARD_FILE
+    if not path.is_file():
+        raise CardError(f"{folder}: no {CARD_FILE}. Write the card with `unihema card {folder} --license LICENCE`.")
+    text = path.read_text(encoding="utf-8")
+    data = check_card(text, source=str(path)).data
+    if base_model not in (None, data.base_model):
+        raise CardError(f"{path}: `base_model` is {data.base_model!r}, but the adapter belongs to {base_model!r}.")
+    metrics = folder / "metrics.json"
+    stale = stale_result(data.eval_results, read_json(metrics) if metrics.is_file() else None)
+    if stale:
+        raise CardError(f"{path}: {stale}. Write the card anew with `unihema card`.")
+    return for_repo(text, repo_id)
+
+
+def _place(content: Path | bytes, path: Path) -> None:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+        return
+    try:
+        path.symlink_to(content.resolve())
+    except OSError:
+        # Windows lets only some users make links.
+        shutil.copyfile(content, path)
+
+
+def _call(call: Callable[[], Result], repo_id: str, token: str | None) -> Result:
+    """Calls the Hub, which must be harmless to do twice: where it is busy or the connection is cut, up to five times."""
+    wait = 1.0
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            return call()
+        except OfflineModeIsEnabled as error:
+            raise PushError(f"{repo_id}: HF_HUB_OFFLINE is set, so that nothing reaches the Hub. Unset it.") from error
+        except (HTTPError, json.JSONDecodeError) as error:
+            if not tries_left or not _may_pass(error):
+                message, secret = _message(error, repo_id), token or get_token()
+                raise PushError(message.replace(secret, "(token)") if secret else message) from None
+            asked = _wait_asked_for(error)
+            time.sleep(wait if asked is None else asked)
+            wait = min(2 * wait, 8.0)
+    raise AssertionError("the last try returns or raises")
+
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, json.JSONDecodeError):
+        return False
+    try:
+        request = (error.response if isinstance(error, HfHubHTTPError) else error).request
+    except RuntimeError:
+        # httpx's errors know their request only where one was made.
+        return False
+    if request.method == "PUT" or any(part in str(request.url) for part in _RETRIED):
+        return False
+    return not isinstance(error, HfHubHTTPError) or error.response.status_code in _PASSING
+
+
+def _wait_asked_for(error: Exception) -> float | None:
+    headers: Any = error.response.headers if isinstance(error, HfHubHTTPError) else {}
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return min(float(limit.reset_in_seconds), _LONGEST_WAIT)
+    asked = headers.get("retry-after", "")
+    return min(float(asked), _LONGEST_WAIT) if asked.isdigit() else None
+
+
+def _message(error: Exception, repo_id: str) -> str:
+    if not isinstance(error, HfHubHTTPError):
+        return f"{repo_id}: the connection to {constants.ENDPOINT} failed ({error}). {_AGAIN.capitalize()}"
+    status = error.response.status_code
+    said = f" ({error.server_message})" if error.server_message else ""
+    other = "the Hub refused it." if status < 500 else f"the Hub has trouble. {_AGAIN.capitalize()}"
+    return f"{repo_id}: {status}{said}: {_REMEDIES.get(status, other)}"
+
+
+__all__ = ["PushPlan", "PushResult", "plan_push", "push_folder", "push_to_hub"]
