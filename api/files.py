@@ -266,6 +266,7 @@ def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
     if lock.is_locked:
         yield
         return
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -286,6 +287,11 @@ def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
     finally:
         with suppress(OSError):
             owner.unlink(missing_ok=True)
+        if made and os.listdir(folder) == [_LOCK]:
+            # Nothing was written, so the folder is not left behind either.
+            with suppress(OSError):
+                (folder / _LOCK).unlink()
+                folder.rmdir()
         lock.release()
 
 

@@ -207,6 +207,7 @@ def test_a_second_run_is_refused_and_the_first_one_named(analyzer, tmp_path):
     assert analyzer.analyze_files([tmp_path / "a.png"], results).images == 1
     assert sorted(os.listdir(results)) == [
         ".unihema.lock", "a_mask.png", "a_overlay.png", "cells.csv", "counts.csv", "records", "results.json",
+        "settings.json",
     ]  # fmt: skip
 
 

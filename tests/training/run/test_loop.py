@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_runs import TASKS, run_config
 
 import unihema
-from unihema.errors import DatasetError, RunConfigError, TrainingError, TrainingInterrupted
+from unihema.errors import DatasetError, OutputError, RunConfigError, TrainingError, TrainingInterrupted
 from unihema.training.evaluation import evaluate_model
 from unihema.training.run.build import validation_rows
 from unihema.training.run.checkpoint import last_checkpoint
@@ -276,3 +278,22 @@ def test_missing_data_is_named(tmp_path):
     with pytest.raises(DatasetError, match="nowhere: no such folder"):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_another_run_in_the_folder_is_named_and_leftovers_of_killed_ones_go(smears, tmp_path):
+    folder = tmp_path / "run"
+    program = (
+        f"from unihema.files import exclusive\nfrom pathlib import Path\nwith exclusive(Path({str(folder)!r})):\n    "
+    )
+    program += "print('held', flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    config = run_config(smears, folder, **UNMEASURED, **{"optimisation.max_steps": 1})
+    with pytest.raises(OutputError, match=rf"run: another run \(process {holder.pid} on .*\) is writing there"):
+        train(config)
+    holder.kill()
+    holder.wait(timeout=600)
+    (folder / "checkpoints" / ".step-00000007.partial").mkdir(parents=True)
+    (folder / ".partial").mkdir()
+    train(config)
+    assert not list(folder.rglob("*.partial"))
