@@ -150,6 +150,13 @@ def test_a_header_that_promises_a_billion_pixels(lab):
     assert len(bad.messages) == 1 and "a.png: not a readable image (more than 400000000 pixels)" in bad.messages[0]
 
 
+def test_a_file_far_larger_than_its_pixels(lab):
+    with (lab / "images" / "a.png").open("r+b") as file:
+        file.truncate(2 << 30)
+    (message,) = check_data([lab]).bad_rows
+    assert "a.png: not a readable image (2147483648 bytes for 96x72 pixels)" in message
+
+
 @pytest.mark.parametrize("kind", ["folder", "pipe", "broken link", "link to itself"])
 def test_images_that_are_no_files(lab, kind):
     path = lab / "images" / "a.png"

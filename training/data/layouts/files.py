@@ -32,6 +32,9 @@ LONGEST_TEXT = 100_000
 LARGEST_SIDE = 10_000_000
 # Pixels of an image. Decoded, one takes four bytes each at most.
 LARGEST_IMAGE = 400_000_000
+# Bytes of a file beyond which it must not be much larger than its pixels; a stack of sixteen pages in 16-bit colours is not.
+LARGEST_SMALL_IMAGE = 256 << 20
+MOST_BYTES_OF_PIXEL = 128
 # Folders within folders.
 DEEPEST = 64
 _ANNOTATION_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".xml", ".txt", ".yaml", ".yml", ".parquet")
@@ -638,6 +641,9 @@ def image_size(path: str) -> tuple[int, int]:
         if head.startswith(b"\x89PNG") and int.from_bytes(head[16:20]) * int.from_bytes(head[20:24]) > LARGEST_IMAGE:
             raise ValueError(f"more than {LARGEST_IMAGE} pixels")
         height, width = upright_size(path)
+        size = os.path.getsize(path)
+        if size > LARGEST_SMALL_IMAGE and size > MOST_BYTES_OF_PIXEL * height * width:
+            raise ValueError(f"{size} bytes for {width}x{height} pixels")
     except Exception as error:
         # PIL's readers raise anything on bytes that were damaged on purpose.
         raise DatasetError(f"{path}: not a readable image ({error}). Copy it again or take it out.") from error
