@@ -91,9 +91,14 @@ def _pattern(path: Path) -> str:
 def _images_in(folder: Path, exclude: Path | None) -> list[Path]:
     excluded = exclude.resolve() if exclude else None
     found = []
-    for place, folders, names in os.walk(folder):
+    # Links to folders are followed, each folder once: a link may lead in a circle.
+    seen = {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, followlinks=True):
         inner = [Path(place) / name for name in folders if not name.startswith(".")]
-        folders[:] = [path.name for path in inner if path.resolve() != excluded and not is_results_folder(path)]
+        inner = [path for path in inner if path.resolve() != excluded and not is_results_folder(path)]
+        targets = {path.name: os.path.realpath(path) for path in inner}
+        folders[:] = [name for name, target in targets.items() if target not in seen]
+        seen |= set(targets.values())
         found += [Path(place) / name for name in names if not name.startswith(".")]
     return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
 

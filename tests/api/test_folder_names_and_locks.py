@@ -314,3 +314,13 @@ def test_what_was_guessed_about_pixels_stands_in_result_and_table(analyzer, tmp_
     analyzer.analyze_files([path], tmp_path / "results")
     rows = list(csv.DictReader((tmp_path / "results" / "counts.csv").read_text().splitlines()))
     assert "Three gray pages are read as red, green and blue." in rows[0]["warnings"]
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    for name in ("slides/a/1.png", "elsewhere/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "slides" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "slides" / "a" / "around").symlink_to(tmp_path / "slides")
+    images, problems = find_images([tmp_path / "slides"])
+    assert [path.name for path in images] == ["1.png", "2.png"] and problems == []

@@ -27,7 +27,7 @@ from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.rows import Row
 from unihema.training.evaluation import evaluate_model, headline, write_report
 from unihema.training.run.batches import RunBatches
-from unihema.training.run.build import TrainedParts, training_rows, validation_rows
+from unihema.training.run.build import TrainedParts, check_val_names, training_rows, validation_rows, verified_rows
 from unihema.training.run.build import build as build_unihema
 from unihema.training.run.checkpoint import (
     Progress,
@@ -144,9 +144,11 @@ class _Run:
             check_same_run(config, found[1], self.accelerator.num_processes)
         elif not resume:
             check_unused_folder(self.folder)
-        self.rows = training_rows(config) if rows is None else dict(rows)
-        self.val_rows = validation_rows(config, config.data.evaluation_tasks or self.rows)
+        rows = training_rows(config) if rows is None else dict(rows)
+        val_rows = validation_rows(config, config.data.evaluation_tasks or rows)
+        self.rows, self.val_rows = verified_rows(config, rows, val_rows)
         model, self.processor = build(config, self.rows)
+        check_val_names(model, self.val_rows)
         self.parts = TrainedParts(model, config.model.trained_parts)
         if self.accelerator.num_processes > 1:
             share_batch_norms(model)

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from tiny_runs import run_config
 
-from unihema.training.data.dataset import SmearDataset, read_mask
+from unihema.training.data.dataset import SmearDataset
+from unihema.training.data.layouts.masks import read_mask
 from unihema.training.evaluation import evaluate_model
 from unihema.training.run.build import build, load_rows, training_rows
 from unihema.training.studies.corruptions import CORRUPTIONS, LEVELS, shifted_rows
