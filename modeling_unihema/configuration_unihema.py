@@ -190,7 +190,8 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
     """
 
     model_type = "unihema"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    # What the predictions of Transformers' Trainer leave out: those of single cells are then the logits alone.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "features"]
     attribute_map = {
         "hidden_size": "d_model",
         "num_hidden_layers": "encoder_layers",
@@ -345,6 +346,9 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
             **kwargs: Fields to change.
         """
         names, count = kwargs.get("id2label"), kwargs.get("num_labels")
+        if "transformers_version" in config_dict and not {"id2label", "num_labels"} & config_dict.keys():
+            # Older checkpoints with LABEL_0 and LABEL_1, Transformers' default, were saved without their classes.
+            config_dict = {**config_dict, "num_labels": 2}
         for part in OLD_FIELDS:
             if isinstance(kwargs.get(part), dict):
                 config_dict = {**config_dict, part: {**(config_dict.get(part) or {}), **kwargs.pop(part)}}
@@ -365,6 +369,11 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         # config.json is written with sorted keys, which would lose the order of the attributes.
         fields["morphology"] = [{"name": name, "values": values} for name, values in self.morphology.items()]
         return fields
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is written to `config.json`: what differs from the defaults, and the classes always."""
+        # Two classes called LABEL_0 and LABEL_1 are Transformers' default, but not ours.
+        return {**super().to_diff_dict(), "id2label": self.id2label, "label2id": self.label2id}
 
     def _ancestor_names(self, name: str) -> list[str]:
         found: list[str] = []

@@ -486,7 +486,6 @@ def classify(
     loss = None if labels is None else single_cell_loss(logits, labels, num_items=num_items)
     return UniHemaClassificationOutput(
         loss=loss,
-        loss_dict=None if loss is None else {"loss_single_cell": loss.detach()},
         logits=logits,
         features=features,
         **_of_layers(trunk, LAYER_OUTPUTS[:2]),
