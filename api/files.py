@@ -246,6 +246,18 @@ def printable(text: str) -> str:
     return "".join(repr(each)[1:-1] if unicodedata.category(each) in escaped else each for each in text)
 
 
+def shortened(text: object, most: int = 300) -> str:
+    """The beginning of a text of others, in one printable line.
+
+    Args:
+        text (`object`): The text, or an error that has one.
+        most (`int`): Characters.
+    """
+    # Cut first: a text of gigabytes is not searched.
+    line = " ".join(printable(each) for each in str(text)[: 4 * most].split())
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
 @contextmanager
 def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
     """Keeps other runs out of a folder, and removes what killed ones left of files they were writing.
@@ -361,6 +373,7 @@ __all__ = [
     "plain",
     "printable",
     "sha256",
+    "shortened",
     "write_atomically",
     "write_json",
     "write_text",
