@@ -98,7 +98,9 @@ def load_model(
             try:
                 processor = UniHemaProcessor.from_pretrained(place, local_files_only=True, trust_remote_code=False)
             except Exception as error:
-                raise CheckpointError(f"{place}: the adapter's processor cannot be read ({shortened(error)})") from error
+                raise CheckpointError(
+                    f"{place}: the adapter's processor cannot be read ({shortened(error)})"
+                ) from error
     return model.eval(), processor
 
 
