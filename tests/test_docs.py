@@ -141,6 +141,22 @@ def test_commands_run(page, command, lab, monkeypatch):
     assert result.exit_code == 0, result.output
 
 
+def test_the_site_has_every_page_and_the_reference_every_public_name():
+    nav = re.findall(r"(?:: |- )([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert set(nav) == pages and len(nav) == len(pages)
+    reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    # Errors stand in the reference as a whole.
+    missing = [
+        name
+        for name in unihema.__all__
+        if f"unihema.{name}" not in reference
+        and name != "__version__"
+        and not (isinstance(getattr(unihema, name), type) and issubclass(getattr(unihema, name), unihema.UniHemaError))
+    ]
+    assert missing == []
+
+
 def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
