@@ -1,18 +1,23 @@
 """What a checkpoint, an adapter or an exported file consists of on disk, with errors that say what is wrong with it."""
 
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from unihema.errors import CheckpointError
-from unihema.files import sha256
+from unihema.errors import CheckpointError, InputError
+from unihema.files import printable, sha256
 
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What the images it was trained on are like; a checkpoint may have it.
 REFERENCE_FILE = "reference_features.safetensors"
+# The largest tokenizers have some 30 MB; every other file of a checkpoint has a few.
+MOST_JSON_BYTES = 64 << 20
 _PARTS = {
     "config.json": "the model's configuration",
     "processor_config.json": "the image processor and prompts",
@@ -66,7 +71,7 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
             f"{folder}: no such checkpoint folder. Train one with `unihema train`, or check the path."
         )
     if (folder / WEIGHTS_INDEX).is_file():
-        shards = sorted(set(read_json(folder / WEIGHTS_INDEX).get("weight_map", {}).values()))
+        shards = _shards(folder / WEIGHTS_INDEX)
         weights = {WEIGHTS_INDEX: "the list of weight files"} | dict.fromkeys(shards, "part of the weights")
     else:
         weights = {WEIGHTS: "the weights"}
@@ -77,10 +82,54 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
             f"{folder}: checkpoint without {', '.join(missing)}. Copy the whole folder again, or save model and "
             "processor with save_pretrained."
         )
-    model_type = read_json(folder / "config.json").get("model_type")
+    read = {name: read_json(folder / name) for name in _PARTS}
+    model_type = read["config.json"].get("model_type")
     if model_type != "unihema":
-        raise CheckpointError(f"{folder}: config.json is of model type {model_type!r}, not 'unihema'.")
+        raise CheckpointError(f"{folder}: config.json is of model type {str(model_type)[:40]!r}, not 'unihema'.")
     return [folder / name for name in needed]
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that a list of weight files names."""
+    listed = read_json(index).get("weight_map")
+    names = set(map(str, listed.values())) if isinstance(listed, dict) else set()
+    other = next((name for name in names if not re.fullmatch(r"[\w][\w.-]*\.safetensors", name)), None)
+    if not names or other is not None:
+        found = "no files" if other is None else f"the file {printable(other[:60])!r}"
+        raise CheckpointError(
+            f"{index}: names {found}; it lists safetensors files of its own folder. Save the model anew."
+        )
+    return sorted(names)
+
+
+def stored_parameters(folder: str | Path) -> int:
+    """Number of values in a checkpoint's files of weights, by their headers.
+
+    Args:
+        folder (`str` or `Path`): A checkpoint that [`checkpoint_files`] accepts.
+
+    Raises:
+        CheckpointError: A file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    count, config = 0, read_json(Path(folder) / "config.json")
+    for path in checkpoint_files(folder):
+        if path.suffix != ".safetensors":
+            continue
+        try:
+            with safe_open(path, "np") as file:
+                stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                count += sum(math.prod(each.get_shape()) for each in stored.values())
+                whole = [name for name, each in stored.items() if each.get_shape() and each.get_dtype()[0] not in "FB"]
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: damaged weights ({error}). Copy or save them again.") from error
+        # Loading would turn them into numbers of any size; only quantised weights are whole numbers.
+        if whole and "quantization_config" not in config:
+            raise CheckpointError(
+                f"{path}: damaged weights ({printable(whole[0][:80])!r} are no fractions). Save them again."
+            )
+    return count
 
 
 def adapter_base(folder: str | Path) -> Path:
@@ -97,18 +146,19 @@ def adapter_base(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not name:
+    if not name or not isinstance(name, str):
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: no base_model_name_or_path; write its base's folder there.")
     beside = folder.resolve().parent / Path(name).name
     for place in (Path(name), beside):
-        if (place / "config.json").is_file():
-            return place
+        with suppress(OSError, ValueError):
+            if (place / "config.json").is_file():
+                return place
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
+    except (HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
         raise CheckpointError(
             f"{folder}: an adapter of {name!r}, which is neither a folder here, nor lies beside the adapter as "
             f"{beside}, nor was downloaded before. Copy the base there, or download it (hf download {name}), or write "
@@ -192,15 +242,21 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file of a checkpoint as JSON.
+    """A file of a checkpoint as JSON: a dictionary.
 
     Raises:
         CheckpointError: It cannot be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}). Copy the checkpoint again.") from error
+        if path.stat().st_size > MOST_JSON_BYTES:
+            raise InputError(f"larger than {MOST_JSON_BYTES >> 20} MB")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise InputError("a dictionary is expected")
+    except (OSError, ValueError, RecursionError) as error:
+        said = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise CheckpointError(f"{path}: not readable as JSON ({said}). Copy the checkpoint again.") from error
+    return values
 
 
 __all__ = [
@@ -217,4 +273,5 @@ __all__ = [
     "named_adapters",
     "read_json",
     "reference_files",
+    "stored_parameters",
 ]

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import tempfile
 import time
@@ -90,9 +91,14 @@ def _pattern(path: Path) -> str:
 def _images_in(folder: Path, exclude: Path | None) -> list[Path]:
     excluded = exclude.resolve() if exclude else None
     found = []
-    for place, folders, names in os.walk(folder):
+    # Links to folders are followed, each folder once: a link may lead in a circle.
+    seen = {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, followlinks=True):
         inner = [Path(place) / name for name in folders if not name.startswith(".")]
-        folders[:] = [path.name for path in inner if path.resolve() != excluded and not is_results_folder(path)]
+        inner = [path for path in inner if path.resolve() != excluded and not is_results_folder(path)]
+        targets = {path.name: os.path.realpath(path) for path in inner}
+        folders[:] = [name for name, target in targets.items() if target not in seen]
+        seen |= set(targets.values())
         found += [Path(place) / name for name in names if not name.startswith(".")]
     return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
 
@@ -240,11 +246,23 @@ def printable(text: str) -> str:
     return "".join(repr(each)[1:-1] if unicodedata.category(each) in escaped else each for each in text)
 
 
+def shortened(text: object, most: int = 300) -> str:
+    """The beginning of a text of others, in one printable line.
+
+    Args:
+        text (`object`): The text, or an error that has one.
+        most (`int`): Characters.
+    """
+    # Cut first: a text of gigabytes is not searched.
+    line = " ".join(printable(each) for each in str(text)[: 4 * most].split())
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
 @contextmanager
 def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
     """Keeps other runs out of a folder, and removes what killed ones left of files they were writing.
 
-    The system gives the lock back when a process ends, however it ends.
+    The system gives the lock back when a process ends, however it ends. Within a run it may be asked for again.
 
     Args:
         folder (`Path`): The folder that is written to; made when missing.
@@ -255,7 +273,12 @@ def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock, owner = FileLock(folder / _LOCK, mode=0o666 & ~_umask()), folder / _OWNER
+    # One lock a folder and process, so that a run within a run knows that it has it.
+    lock, owner = FileLock(folder.resolve() / _LOCK, mode=0o666 & ~_umask(), is_singleton=True), folder / _OWNER
+    if lock.is_locked:
+        yield
+        return
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -276,7 +299,29 @@ def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
     finally:
         with suppress(OSError):
             owner.unlink(missing_ok=True)
+        if made and os.listdir(folder) == [_LOCK]:
+            # Nothing was written, so the folder is not left behind either.
+            with suppress(OSError):
+                (folder / _LOCK).unlink()
+                folder.rmdir()
         lock.release()
+
+
+def empty_folder(folder: Path) -> None:
+    """Deletes what is in a folder.
+
+    Args:
+        folder (`Path`): The folder; it stays.
+
+    Raises:
+        OutputError: Another run is writing there.
+    """
+    with exclusive(folder):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != _LOCK:
+                path.unlink()
 
 
 def _remove_partials(folder: Path, alone: bool = False) -> None:
@@ -321,12 +366,14 @@ def _umask() -> int:
 __all__ = [
     "OpenedImage",
     "claim_folder",
+    "empty_folder",
     "exclusive",
     "find_images",
     "open_image",
     "plain",
     "printable",
     "sha256",
+    "shortened",
     "write_atomically",
     "write_json",
     "write_text",

@@ -12,8 +12,10 @@ from unihema.checkpoint_files import (
     is_onnx,
     named_adapters,
     read_json,
+    stored_parameters,
 )
 from unihema.errors import CheckpointError, DeviceError
+from unihema.files import shortened
 from unihema.modeling_unihema.tasks import check_task
 
 
@@ -84,15 +86,21 @@ def load_model(
     for name, place in places.items():
         try:
             model.load_adapter(place, name)
-        except (ValueError, TypeError, OSError) as error:
-            raise CheckpointError(f"{place}: adapter cannot be loaded ({error})") from error
+        except Exception as error:
+            # PEFT and safetensors raise anything on damaged files.
+            raise CheckpointError(f"{place}: adapter cannot be loaded ({shortened(error)})") from error
     if places:
         from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 
         first, place = next(iter(places.items()))
         model.set_adapter(first)
         if (place / "processor_config.json").is_file():
-            processor = UniHemaProcessor.from_pretrained(place, local_files_only=True)
+            try:
+                processor = UniHemaProcessor.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+            except Exception as error:
+                raise CheckpointError(
+                    f"{place}: the adapter's processor cannot be read ({shortened(error)})"
+                ) from error
     return model.eval(), processor
 
 
@@ -146,22 +154,29 @@ def _load_plain(
     from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 
     folder, device = Path(folder), choose_device(device)
-    architecture = (read_json(folder / "config.json").get("architectures") or ["UniHemaForMultiTask"])[0]
+    named = read_json(folder / "config.json").get("architectures") or ["UniHemaForMultiTask"]
+    architecture = named[0] if isinstance(named, list) and isinstance(named[0], str) else repr(named)
     model_class = getattr(modeling_unihema, architecture, None)
-    if model_class is None or not getattr(model_class, "tasks", None):
+    if architecture not in modeling_unihema.__all__ or not getattr(model_class, "tasks", None):
         raise CheckpointError(
-            f"{folder}: config.json names the architecture {architecture!r}, which has no task head; save one of "
+            f"{folder}: config.json names the architecture {architecture[:60]!r}, which has no task head; save one of "
             "UniHemaForMultiTask, ForDetection, ForSegmentation, ForImageClassification or ForQA."
         )
     options: dict[str, Any] = _in_8_bit(device) if load_in_8bit else {}
     if dtype is not None:
         options["dtype"] = choose_dtype(dtype)
+    # Twice what is there: heads of other classes, or weights that are missing, have errors of their own.
+    limit = modeling_unihema.MOST_PARAMETERS.set(2 * stored_parameters(folder) + 10_000_000)
     try:
-        model, report = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
-        processor = UniHemaProcessor.from_pretrained(folder, local_files_only=True)
+        # Never the code of the folder: that of the package is here.
+        local = {"local_files_only": True, "trust_remote_code": False}
+        model, report = model_class.from_pretrained(folder, output_loading_info=True, **local, **options)
+        processor = UniHemaProcessor.from_pretrained(folder, **local)
     except Exception as error:
         names = ", ".join(path.name for path in files)
-        raise CheckpointError(f"{folder}: checkpoint cannot be read ({names}): {error}") from error
+        raise CheckpointError(f"{folder}: checkpoint cannot be read ({names}): {shortened(error)}") from error
+    finally:
+        modeling_unihema.MOST_PARAMETERS.reset(limit)
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(

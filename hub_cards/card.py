@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -11,7 +12,8 @@ import jinja2
 from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from unihema.checkpoint_files import ADAPTER_CONFIG, checkpoint_files, read_json
-from unihema.errors import CardError
+from unihema.errors import CardError, CheckpointError, UniHemaError
+from unihema.files import shortened
 from unihema.modeling_unihema.tasks import TASK_TABLE
 
 from .check import PLACEHOLDER, check_card, check_metadata, is_repo_id
@@ -276,21 +278,40 @@ def folder_card(
             raise CardError(f"{folder}: what the adapter was trained for is not recorded; give it: --task TASK.")
         base = base_model or adapter.get("base_model_name_or_path") or ""
         own = (folder / "processor_config.json").is_file()
-        text = adapter_card(adapter, base, task or measured[0], own_processor=own, **told)
+        with _form_of_files(folder):
+            text = adapter_card(adapter, base, task or measured[0], own_processor=own, **told)
     else:
         from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 
         checkpoint_files(folder)
-        config = UniHemaConfig.from_pretrained(folder)
+        try:
+            config = UniHemaConfig.from_pretrained(folder)
+        except Exception as error:
+            raise CheckpointError(f"{folder / 'config.json'}: cannot be used ({shortened(error)})") from error
         stray = [found for found in metrics or {} if found not in _trained_tasks(config)]
         if stray:
             raise CardError(
                 f"{folder / 'metrics.json'} measures {stray[0]}, which this checkpoint was not trained for: it is of "
                 "another one. Measure again with `unihema evaluate`."
             )
-        text = checkpoint_card(config, base_model=base_model, **told)
+        with _form_of_files(folder):
+            text = checkpoint_card(config, base_model=base_model, **told)
     check_card(text, source=f"card of {folder}")
     return text
+
+
+@contextmanager
+def _form_of_files(folder: Path) -> Iterator[None]:
+    """Figures and settings of another form than `unihema train` writes are an error of their files."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        if isinstance(error, UniHemaError):
+            raise
+        raise CardError(
+            f"{folder}: metrics.json, run_config.json or {ADAPTER_CONFIG} has another form ({shortened(repr(error))}). Copy "
+            "them again, or delete the first two."
+        ) from error
 
 
 def as_text(value: Any) -> Any:

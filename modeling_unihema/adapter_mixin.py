@@ -242,6 +242,17 @@ def _active_names(model: nn.Module) -> tuple[str, ...]:
     return () if module is None or module.disable_adapters else tuple(module.active_adapters)
 
 
+def _check_ranks(source: str, config: Any, weights: dict[str, Any]) -> None:
+    """Refuses ranks that no weight of the file has: matrices of that size would be made before the file is read."""
+    largest = max((max(weight.shape, default=0) for weight in weights.values()), default=0)
+    ranks = [getattr(config, "r", None), *(getattr(config, "rank_pattern", None) or {}).values()]
+    for rank in ranks:
+        if isinstance(rank, (int, float)) and not 0 <= rank <= largest:
+            raise InputError(
+                f"{source}: adapter_config.json says rank {rank:g}, but no weight of the adapter is that large."
+            )
+
+
 def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, Any]):
     try:
         import peft
@@ -273,11 +284,14 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
             f"{source}: an adapter of kind {config.peft_type.value} cannot lie beside one of {others.pop().value}. Load it "
             "into another copy of the base."
         )
+    if getattr(config, "megatron_config", None):
+        raise InputError(f"{source}: adapter_config.json names modules of Megatron, which are not loaded.")
     config.inference_mode = not options.get("is_trainable", False)
     # The first parameter of an 8-bit model tells where it is as well.
     weights = load_peft_weights(source, device=str(next(model.parameters()).device), **hub)
     # PEFT's keys begin with the names of its wrapper around the model.
     weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
+    _check_ranks(source, config, weights)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         peft.inject_adapter_in_model(config, model, name)
@@ -298,6 +312,7 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
     if config.inference_mode:
         model.eval()
     model.set_adapter(name)
+    model.config.validate()
     # Releases of Transformers differ in the fields of this report.
     told = {"missing_keys": absent, "error_msgs": [], "conversion_errors": {}}
     return LoadStateDictInfo(

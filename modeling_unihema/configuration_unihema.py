@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -36,6 +37,8 @@ PAPER_MORPHOLOGY = {
     "vacuoles": ["absent", "prominent"],
 }
 
+TEXT_MODELS = ("t5", "mt5")
+
 SMEAR_CLASSES = [
     "red blood cell",
     "platelet",
@@ -48,6 +51,61 @@ SMEAR_CLASSES = [
 
 LOSS_WEIGHTS = {"class": 1, "bbox": 5, "giou": 2, "morphology": 2, "dice": 2, "focal": 1}
 MATCHING_WEIGHTS = {"class": 2, "bbox": 5, "giou": 2}
+
+# What a field may be: the least, the most, and why not more. Limits are far beyond any published model of the kind.
+_WIDTH = "attention and feed-forward of wider layers fit no machine"
+_DEPTH = "published transformers have at most a few dozen layers"
+_PROBABILITY = "it is a probability"
+_WEIGHT = "larger weights overflow half precision"
+BOUNDS: dict[str, tuple[float, float, str]] = {
+    "d_model": (4, 8192, _WIDTH),
+    "num_feature_levels": (1, 12, "every level halves the image, and 2^12 pixels are one pixel then"),
+    "encoder_layers": (1, 128, _DEPTH),
+    "decoder_layers": (1, 128, _DEPTH),
+    "num_attention_heads": (1, 256, _WIDTH),
+    "encoder_ffn_dim": (1, 65536, _WIDTH),
+    "decoder_ffn_dim": (1, 65536, _WIDTH),
+    "num_sampling_points": (1, 64, "each is sampled for every token, head and level"),
+    "dropout": (0, 0.99, _PROBABILITY),
+    "single_cell_dropout": (0, 0.99, _PROBABILITY),
+    "num_queries": (1, 10_000, "attention between queries takes memory by their square"),
+    "position_temperature": (1e-3, 1e9, "it is the base of wavelengths"),
+    "fusion_queries": (1, 8192, "it is the longest text in tokens"),
+    "fusion_layers": (1, 128, _DEPTH),
+    "fusion_ffn_dim": (1, 65536, _WIDTH),
+    "focal_alpha": (0, 1, "it is the share of positives"),
+    "denoising_queries": (0, 10_000, "attention between queries takes memory by their square"),
+    "label_noise_ratio": (0, 2, "it is twice a probability"),
+    "box_noise_scale": (0, 10, "it is relative to half a box"),
+}
+TEXT_BOUNDS: dict[str, tuple[float, float, str]] = {
+    "vocab_size": (2, 1 << 20, "published vocabularies have at most some 262 000 tokens"),
+    "d_model": (1, 8192, _WIDTH),
+    "d_kv": (1, 1024, _WIDTH),
+    "d_ff": (1, 131_072, _WIDTH),
+    "num_layers": (1, 128, _DEPTH),
+    "num_decoder_layers": (1, 128, _DEPTH),
+    "num_heads": (1, 256, _WIDTH),
+    "relative_attention_num_buckets": (4, 4096, "there are no more distances in a text"),
+    "relative_attention_max_distance": (4, 1 << 20, "there are no longer texts"),
+    "dropout_rate": (0, 0.99, _PROBABILITY),
+    "classifier_dropout": (0, 0.99, _PROBABILITY),
+    "layer_norm_epsilon": (0, 1, "it only keeps from division by zero"),
+    "initializer_factor": (0, 1e3, _WEIGHT),
+}
+# Fields of backbones of many families; a list holds such numbers. All whole numbers are held to the last row.
+BACKBONE_BOUNDS: dict[str, tuple[float, float, str]] = {
+    "num_channels": (3, 3, "images have three channels"),
+    **dict.fromkeys(("embedding_size", "hidden_size", "hidden_sizes", "embed_dim", "width"), (1, 32768, _WIDTH)),
+    **dict.fromkeys(("depths", "depth", "num_hidden_layers", "num_layers"), (1, 512, _DEPTH)),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "patch_size"), (1, 1024, _WIDTH)),
+    "": (-(1 << 24), 1 << 24, "no width, depth or size of a backbone is that large"),
+}
+# Lists and names of a configuration.
+MOST_CLASSES = 4096
+MOST_ATTRIBUTES = 256
+LONGEST_NAME = 1000
+MOST_ENTRIES = 1024
 
 # Fields that older checkpoints and adapters saved one by one: where they are now -> old name -> key there.
 OLD_FIELDS = {
@@ -82,6 +140,36 @@ def take_old_fields(part: str, fields: dict[str, Any]) -> dict[str, Any]:
     return {key: fields.pop(name) for name, key in OLD_FIELDS[part].items() if name in fields}
 
 
+def _check_bounds(part: str, fields: Mapping[str, Any], bounds: Mapping[str, tuple[float, float, str]]) -> None:
+    for name, (least, most, why) in bounds.items():
+        if fields.get(name) is not None:
+            _in_bounds(f"{part}.{name}" if part else name, fields[name], least, most, why)
+
+
+def _no_foreign_kernels(fields: Mapping[str, Any]) -> None:
+    """A saved configuration must not name attention of a repository: loading it would run code from there."""
+    parts = [fields, *(fields.get(name) for name in ("backbone_config", "text_config"))]
+    for part in parts:
+        for name, value in part.items() if isinstance(part, Mapping) else ():
+            if "_implementation" in str(name) and "/" in str(value):
+                raise InputError(
+                    f"config.json: {str(name)[:40]} is {str(value)[:40]!r}; only built-in ones may be saved."
+                )
+
+
+def _check_backbone(fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        if name in ("id2label", "label2id", "out_features", "stage_names"):
+            if isinstance(value, (dict, list)) and len(value) > 1 << 16:
+                raise InputError(f"backbone_config.{name[:40]} has {len(value)} entries.")
+            continue
+        _in_bounds(f"backbone_config.{str(name)[:40]}", value, *BACKBONE_BOUNDS.get(name, BACKBONE_BOUNDS[""]))
+    # timm would fetch these from elsewhere.
+    source = fields.get("backbone")
+    if isinstance(source, str) and not re.fullmatch(r"[\w.-]+", source):
+        raise InputError(f"backbone_config.backbone is {source[:40]!r} and must be the name of an architecture.")
+
+
 @strict
 @dataclasses.dataclass
 class TrainingResults:
@@ -100,10 +188,38 @@ class TrainingResults:
     segmentation_label: str = "white blood cell"
 
 
+def _in_bounds(part: str, value: Any, least: float, most: float, why: str) -> None:
+    """Checks a number, or each number of a list.
+
+    Raises:
+        InputError: It is none, or outside; the message names the field.
+    """
+    if isinstance(value, (list, tuple)):
+        if len(value) > MOST_ENTRIES:
+            raise InputError(f"{part} has {len(value)} entries; at most {MOST_ENTRIES} are allowed.")
+        for each in value:
+            _in_bounds(part, each, least, most, why)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool) and not least <= value <= most:
+        shown = f"{value:g}" if abs(value) < 1e300 else "too large a number"
+        allowed = f"be {least:g}" if least == most else f"lie in {least:g}..{most:g}"
+        raise InputError(f"{part} is {shown} and must {allowed}: {why}.")
+
+
+def _checked_names(part: str, names: Any, most: int = MOST_CLASSES, least: int = 1) -> None:
+    if not least <= len(names) <= most:
+        raise InputError(f"{part} has {len(names)} names; {least} to {most} are allowed.")
+    for name in names:
+        if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
+            raise InputError(f"{part}: a name is a text of 1 to {LONGEST_NAME} characters, not {str(name)[:40]!r}.")
+        # Names are written to terminals, tables and JSON.
+        if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", name):
+            raise InputError(f"{part}: the name {name[:40]!r} has control characters.")
+
+
 def _with_defaults(field: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     unknown = [key for key in given if key not in defaults]
     if unknown:
-        raise InputError(f"{field}: unknown key '{unknown[0]}'; there are {', '.join(defaults)}.")
+        raise InputError(f"{field}: unknown key '{str(unknown[0])[:40]}'; there are {', '.join(defaults)}.")
     return {**defaults, **given}
 
 
@@ -190,7 +306,8 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
     """
 
     model_type = "unihema"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    # What the predictions of Transformers' Trainer leave out: those of single cells are then the logits alone.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "features"]
     attribute_map = {
         "hidden_size": "d_model",
         "num_hidden_layers": "encoder_layers",
@@ -250,6 +367,8 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any):
+        if isinstance(self.backbone_config, Mapping):
+            _check_backbone(dict(self.backbone_config))
         self.backbone_config, kwargs = consolidate_backbone_kwargs_to_config(
             backbone_config=self.backbone_config,
             default_config_type="resnet",
@@ -258,7 +377,15 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         )
         if not isinstance(self.text_config, PreTrainedConfig):
             given = dict(self.text_config or FLAN_T5_BASE)
-            self.text_config = CONFIG_MAPPING[given.pop("model_type", "t5")](**given)
+            kind = given.pop("model_type", "t5")
+            if kind not in TEXT_MODELS:
+                raise InputError(
+                    f"text_config.model_type is {str(kind)[:40]!r} and must be {' or '.join(TEXT_MODELS)}."
+                )
+            _check_bounds("text_config", given, TEXT_BOUNDS)
+            self.text_config = CONFIG_MAPPING[kind](**given)
+        if isinstance(kwargs.get("num_labels"), int):
+            _in_bounds("num_labels", kwargs["num_labels"], 1, MOST_CLASSES, "every class is an output of the head")
         if not {"id2label", "label2id", "num_labels"} & kwargs.keys() and getattr(self, "id2label", None) is None:
             kwargs["id2label"] = dict(enumerate(SMEAR_CLASSES))
         if self.single_cell_labels is None:
@@ -276,6 +403,11 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         if given is None:
             return {name: list(values) for name, values in PAPER_MORPHOLOGY.items()}
         if isinstance(given, list):
+            for attribute in given:
+                if not isinstance(attribute, dict) or not {"name", "values"} <= attribute.keys():
+                    raise InputError(f"morphology: each attribute has a name and values, not {str(attribute)[:40]!r}.")
+            if len({str(attribute["name"]) for attribute in given}) < len(given):
+                raise InputError("morphology names an attribute twice.")
             return {attribute["name"]: attribute["values"] for attribute in given}
         if order is not None and set(order) == set(given):
             return {name: given[name] for name in order}
@@ -295,12 +427,19 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         others.pop("init_std", None)
 
     def validate_architecture(self) -> None:
-        """Checks that the numbers fit together; called by `@strict` after construction.
+        """Checks that every number is possible and that they fit together; called by `@strict` after construction, and
+        by every model before it is built.
 
         Raises:
-            ValueError: The width does not divide into heads or sine halves, a morphology attribute has fewer than
-                two values, a class is its own ancestor, or there are fewer feature levels than the backbone gives.
+            ValueError: A field is out of its bounds ([`BOUNDS`]), the width does not divide into heads or sine halves, a
+                morphology attribute has fewer than two values, a class is its own ancestor, a token is not in the
+                vocabulary, or there are fewer feature levels than the backbone gives.
         """
+        _check_bounds("", vars(self), BOUNDS)
+        _check_bounds("text_config", self.text_config.to_dict(), TEXT_BOUNDS)
+        _check_backbone(self.backbone_config.to_dict())
+        self._check_names()
+        self._check_tokens()
         if self.d_model % self.num_attention_heads or self.d_model % 4:
             raise InputError(
                 f"d_model={self.d_model} must be a multiple of 4 and of num_attention_heads={self.num_attention_heads}."
@@ -317,6 +456,49 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
                 f"num_feature_levels={self.num_feature_levels} is less than the {backbone_levels} maps of the backbone; "
                 "name fewer in backbone_config.out_features."
             )
+
+    def _check_names(self) -> None:
+        names = self.id2label or {}
+        if sorted(names) != list(range(len(names))):
+            raise InputError(
+                f"id2label numbers its {len(names)} classes from 0 without gaps, not as {str(names)[:80]}."
+            )
+        _checked_names("id2label", list(names.values()))
+        _checked_names("single_cell_labels", self.single_cell_labels)
+        _checked_names("morphology", list(self.morphology), MOST_ATTRIBUTES, least=0)
+        for attribute, values in self.morphology.items():
+            if isinstance(values, str):
+                raise InputError(f"morphology: '{attribute}' needs a list of values, not {values[:40]!r}.")
+            _checked_names(f"morphology: '{attribute}'", values, MOST_ATTRIBUTES, least=0)
+        if self.label_parents:
+            _checked_names("label_parents", [*self.label_parents, *self.label_parents.values()], 2 * MOST_CLASSES)
+        thresholds = {
+            "segmentation_threshold": self.trained.segmentation_threshold,
+            **self.trained.detection_thresholds,
+        }
+        for name, threshold in thresholds.items():
+            _in_bounds(f"trained: the threshold of '{name[:40]}'", threshold, 0, 1, "it is compared with a score")
+        for part in ("loss_weights", "matching_weights"):
+            for name, weight in getattr(self, part).items():
+                _in_bounds(f"{part}.{name}", weight, 0, 1e4, _WEIGHT)
+
+    def _check_tokens(self) -> None:
+        buckets, farthest = (
+            getattr(self.text_config, f"relative_attention_{it}") for it in ("num_buckets", "max_distance")
+        )
+        if farthest <= buckets // 2:
+            raise InputError(
+                f"text_config.relative_attention_max_distance={farthest} must be more than half of "
+                f"relative_attention_num_buckets={buckets}."
+            )
+        vocabulary = self.text_config.vocab_size
+        tokens = [(name, getattr(self, name)) for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id")]
+        tokens += [(f"default_prompt_ids of {task[:40]}", ids) for task, ids in self.default_prompt_ids.items()]
+        for name, ids in tokens:
+            most = vocabulary - 1
+            listed = ids if isinstance(ids, list) else [ids]
+            for each in listed:
+                _in_bounds(name, each, 0, most, f"text_config.vocab_size is {vocabulary}")
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The T5 configuration; for the decoder one that counts the decoder's layers, as caches are sized by it.
@@ -344,7 +526,11 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
             config_dict (`dict[str, Any]`): What was saved.
             **kwargs: Fields to change.
         """
+        _no_foreign_kernels(config_dict)
         names, count = kwargs.get("id2label"), kwargs.get("num_labels")
+        if "transformers_version" in config_dict and not {"id2label", "num_labels"} & config_dict.keys():
+            # Older checkpoints with LABEL_0 and LABEL_1, Transformers' default, were saved without their classes.
+            config_dict = {**config_dict, "num_labels": 2}
         for part in OLD_FIELDS:
             if isinstance(kwargs.get(part), dict):
                 config_dict = {**config_dict, part: {**(config_dict.get(part) or {}), **kwargs.pop(part)}}
@@ -366,6 +552,11 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         fields["morphology"] = [{"name": name, "values": values} for name, values in self.morphology.items()]
         return fields
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is written to `config.json`: what differs from the defaults, and the classes always."""
+        # Two classes called LABEL_0 and LABEL_1 are Transformers' default, but not ours.
+        return {**super().to_diff_dict(), "id2label": self.id2label, "label2id": self.label2id}
+
     def _ancestor_names(self, name: str) -> list[str]:
         found: list[str] = []
         while (parent := (self.label_parents or {}).get(name)) is not None and parent not in found:
@@ -383,6 +574,8 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         """For each pair of detection classes whether the second is coarser than the first, by `label_parents`; `None` where
         no class is coarser than another."""
         names = self.class_names
+        if not self.label_parents:
+            return None
         coarser = [set(self._ancestor_names(name)) for name in names]
         matrix = [[other in own for other in names] for own in coarser]
         return matrix if any(map(any, matrix)) else None

@@ -158,7 +158,6 @@ class UniHemaClassificationOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor`): Cross-entropy, when labels are given.
-        loss_dict (`dict[str, torch.Tensor]`): The same by name.
         logits (`torch.FloatTensor`): `[B, classes]` in the order of `config.single_cell_labels`.
         features (`torch.FloatTensor`): Single-cell feature `[B, d]`.
         encoder_hidden_states, encoder_attentions:
@@ -166,7 +165,6 @@ class UniHemaClassificationOutput(ModelOutput):
     """
 
     loss: torch.FloatTensor | None = None
-    loss_dict: dict[str, torch.Tensor] | None = None
     logits: torch.FloatTensor | None = None
     features: torch.FloatTensor | None = None
     encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None

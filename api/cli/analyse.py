@@ -1,6 +1,5 @@
 """Commands that use a checkpoint: `predict`, `ask`, `info` and `demo`."""
 
-import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -161,7 +160,9 @@ def info(checkpoint: Path | None) -> None:
 
 
 def _show_checkpoint(checkpoint: Path) -> None:
-    from unihema.checkpoint_files import adapter_base, fingerprint, is_adapter
+    from unihema.checkpoint_files import adapter_base, fingerprint, is_adapter, read_json
+    from unihema.errors import CheckpointError
+    from unihema.files import printable
     from unihema.loading import available_tasks, load_model
     from unihema.training.evaluation.report import figures_text
 
@@ -190,13 +191,20 @@ def _show_checkpoint(checkpoint: Path) -> None:
     sizes = processor.image_processor.task_sizes
     click.echo("image sizes: " + ", ".join(f"{task} {max(sizes[task].values())} px" for task in tasks))
     run = checkpoint / "run_config.json"
-    folders = json.loads(run.read_text(encoding="utf-8"))["data"]["folders"] if run.is_file() else ["not recorded"]
-    click.echo(f"licence: code Apache-2.0; weights as their training data ({', '.join(folders)})")
+    try:
+        folders = list(map(str, read_json(run)["data"]["folders"])) if run.is_file() else ["not recorded"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{run}: not the settings of a run ({error!r}). Delete it, or copy it again.") from error
+    click.echo(printable(f"licence: code Apache-2.0; weights as their training data ({', '.join(folders)})"))
     metrics = checkpoint / "metrics.json"
     if metrics.is_file():
+        try:
+            measured = [f"  {task}: {figures_text(figures)}" for task, figures in read_json(metrics).items()]
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise CheckpointError(f"{metrics}: not figures of an evaluation ({error!r}). Measure again.") from error
         click.echo("measured on validation data:")
-        for task, figures in json.loads(metrics.read_text(encoding="utf-8")).items():
-            click.echo(f"  {task}: {figures_text(figures)}")
+        for line in measured:
+            click.echo(printable(line))
     else:
         click.echo("nothing was measured on validation data")
 

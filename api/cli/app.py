@@ -71,8 +71,10 @@ def main() -> None:
     except Exception as error:
         # Not imported before it is needed: the help waits for nothing heavy.
         from unihema.errors import UniHemaError
+        from unihema.files import printable
 
         if not isinstance(error, UniHemaError) or os.environ.get("UNIHEMA_DEBUG"):
             raise
-        click.echo(f"unihema: {error}", err=True)
+        # Names of files and texts of servers may hold what a terminal obeys.
+        click.echo("\n".join(map(printable, f"unihema: {error}".split("\n"))), err=True)
         sys.exit(2)

@@ -266,6 +266,7 @@ def _report_lines(report: "CheckReport") -> Iterator[str]:
             yield f"{archive}: safe to unpack"
         yield from _shown(f"unsafe archive {archive}", problems)
     yield from _shown("bad rows", report.bad_rows)
+    yield from _shown("notes", report.notes)
     leaks = [repeat for repeat in report.repeats if repeat.leak]
     yield from _shown(
         "photographs in more than one split (leaks)",

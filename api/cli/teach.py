@@ -1,6 +1,5 @@
 """Commands that teach: `train`, at once or by a recipe of several runs, and `adapt`."""
 
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,7 +147,7 @@ def _settings_of(config: Path | None) -> "Mix":
 
 
 def _start_anew(folder: Path, made: Iterable[str], run: "RunConfig") -> None:
-    """Deletes a folder that an earlier call of the command has left.
+    """Empties a folder that an earlier call of the command has left.
 
     Args:
         folder (`Path`): The folder.
@@ -157,8 +156,11 @@ def _start_anew(folder: Path, made: Iterable[str], run: "RunConfig") -> None:
 
     Raises:
         click.UsageError: It is something else, or holds what the command reads.
+        OutputError: Another run is writing there.
     """
     from accelerate import PartialState
+
+    from unihema.files import empty_folder
 
     whole = folder.resolve()
     read = [Path(path) for path in (".", *run.data.folders, run.model.initial_checkpoint) if path]
@@ -167,11 +169,12 @@ def _start_anew(folder: Path, made: Iterable[str], run: "RunConfig") -> None:
         raise click.UsageError(f"--overwrite would delete {within[0].resolve()} with {folder}: name another --output.")
     state = PartialState(cpu=run.optimisation.device == "cpu")
     if state.is_main_process and folder.exists():
-        if any(folder.iterdir()) and not any((folder / name).exists() for name in made):
+        others = [path for path in folder.iterdir() if not path.name.startswith(".unihema")]
+        if others and not any((folder / name).exists() for name in made):
             raise click.UsageError(
                 f"--overwrite: {folder} holds something else than an earlier run, and is not deleted. Name another --output."
             )
-        shutil.rmtree(folder)
+        empty_folder(folder)
     state.wait_for_everyone()
 
 

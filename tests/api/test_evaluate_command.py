@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 from tiny_checkpoint import save_tiny_checkpoint
 
+from unihema.errors import OutputError
 from unihema.training.data.synthetic.folder import write_synthetic
 from unihema_cli import app
 
@@ -77,3 +78,42 @@ def test_an_image_size_of_ones_own(lab, monkeypatch):
     assert [seen[0][task]["longest_edge"] for task in ("single_cell", "detection")] == [48, 64]
     wrong = CliRunner().invoke(app, [*arguments, "--image-size", "single_cell=small"])
     assert wrong.exit_code == 2 and "'small' is not a number above 0" in " ".join(wrong.output.split())
+
+
+def test_repeated_it_measures_nothing_twice(lab, tmp_path, monkeypatch):
+    out = str(tmp_path / "out")
+    arguments = ["evaluate", str(lab / "unihema"), str(lab / "one"), "--bootstrap", "0", "-o", out]
+    first = CliRunner().invoke(app, [*arguments, "-t", "single_cell"])
+    assert first.exit_code == 0, first.output
+    measured = []
+
+    def measure(model, processor, rows, **options):
+        measured.extend(rows)
+        return {task: {"rows": 3, "images": 3, "intervals": {}} for task in rows}
+
+    monkeypatch.setattr("unihema.training.evaluation.evaluate_model", measure)
+    again = CliRunner().invoke(app, [*arguments, "-t", "single_cell"])
+    assert again.exit_code == 0 and measured == [] and again.stdout == first.stdout
+    more = CliRunner().invoke(app, [*arguments, "-t", "single_cell", "-t", "segmentation"])
+    assert more.exit_code == 0 and measured == ["segmentation"] and "single_cell (6 rows): accuracy" in more.output
+    other = CliRunner().invoke(app, [*arguments, "--max-samples", "2"])
+    assert isinstance(other.exception, OutputError) and "max_samples was None, now it is 2" in str(other.exception)
+    anew = CliRunner().invoke(app, [*arguments, "-t", "single_cell", "--max-samples", "2", "--overwrite"])
+    assert anew.exit_code == 0 and measured == ["segmentation", "single_cell"]
+    # Figures that training wrote are not those of this command.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.json").write_text("{}")
+    refused = CliRunner().invoke(app, [*arguments[:-1], str(tmp_path / "run")])
+    assert "holds metrics.json of something else" in str(refused.exception)
+
+
+def test_corrupted_images(lab, tmp_path):
+    arguments = ["evaluate", str(lab / "unihema"), str(lab / "one"), "--corruption", "defocus", "--bootstrap", "0"]
+    arguments += ["--severity", "1", "-t", "single_cell", "--image-size", "48"]
+    result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert f"2 points in {tmp_path / 'out' / 'stress.json'}" in result.output
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2 and "add --output" in " ".join(refused.output.split())
+    refused = CliRunner().invoke(app, [*arguments, "--shuffle-images", "-o", str(tmp_path / "out")])
+    assert refused.exit_code == 2 and "not measured under corruptions" in " ".join(refused.output.split())

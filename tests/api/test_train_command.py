@@ -95,7 +95,7 @@ def test_overwrite_deletes_an_earlier_run_and_nothing_else(calls, tmp_path):
     assert refused.exit_code == 2 and "would delete" in said(refused)
     assert (out / "run_config.json").is_file() and (tmp_path / "notes" / "mine.txt").is_file() and not calls
     assert invoke("smears", "-o", out, "--overwrite").exit_code == 0
-    assert not out.exists() and calls[0][2] == {"resume": False}
+    assert [path.name for path in out.iterdir()] == [".unihema.lock"] and calls[0][2] == {"resume": False}
 
 
 def test_the_ablations(calls, mix, tmp_path):

@@ -167,7 +167,7 @@ def test_the_code_in_a_checkpoints_card_runs_in_its_folder(tmp_path):
         Image.new("RGB", (64, 48), "pink").save(folder / name)
     code = code_of(text)
     assert all(name in code for name in ("detect(", "segment(", "classify(", "ask(", "fill_in("))
-    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert "'answer'" in result.stdout and (folder / "mask.png").is_file()
 

@@ -61,7 +61,7 @@ def push(hub, home, *arguments, token=TOKEN):
     """`unihema push` in a process of its own."""
     result = subprocess.run(
         [sys.executable, "-m", "unihema", "push", *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, env=hub.environment(home, token),
+        capture_output=True, text=True, timeout=600, env=hub.environment(home, token),
     )  # fmt: skip
     assert token not in result.stdout + result.stderr and "Traceback" not in result.stderr
     return result
@@ -70,7 +70,7 @@ def push(hub, home, *arguments, token=TOKEN):
 def python(hub, home, code, cwd):
     result = subprocess.run(
         [sys.executable, "-c", code],
-        capture_output=True, text=True, timeout=300, env=hub.environment(home), cwd=cwd,
+        capture_output=True, text=True, timeout=600, env=hub.environment(home), cwd=cwd,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -359,6 +359,6 @@ def test_offline_is_said(hub, made, tmp_path):
     environment = {**hub.environment(tmp_path), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         [sys.executable, "-m", "unihema", "push", str(made / "checkpoint"), REPO],
-        capture_output=True, text=True, timeout=300, env=environment,
+        capture_output=True, text=True, timeout=600, env=environment,
     )  # fmt: skip
     assert result.returncode == 2 and "HF_HUB_OFFLINE is set" in result.stderr and hub.requests == []

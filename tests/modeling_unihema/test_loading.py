@@ -1,10 +1,13 @@
 """Loading with other classes; what every head does is in `test_heads.py`."""
 
+import json
+
 import pytest
 import torch
 from tiny_models import batch, lively, very_tiny_config
 from transformers import AutoModelForImageClassification, AutoModelForObjectDetection
 
+from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.modeling_unihema import (
     UniHemaForDetection,
     UniHemaForImageClassification,
@@ -52,3 +55,29 @@ def test_new_classes_for_the_single_cell(labels, auto, tmp_path):
     assert again.config.single_cell_labels == names
     with torch.no_grad():
         assert again(pixel_values=batch("single_cell")["pixel_values"]).logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("auto", [AutoModelForObjectDetection, AutoModelForImageClassification])
+def test_any_number_of_labels_loads_again(auto, count, tmp_path):
+    # Transformers does not write two labels called LABEL_0 and LABEL_1: they are its default.
+    UniHemaForMultiTask(very_tiny_config()).save_pretrained(tmp_path / "full")
+    model = auto.from_pretrained(tmp_path / "full", num_labels=count, ignore_mismatched_sizes=True)
+    model.save_pretrained(tmp_path / "saved")
+    again = auto.from_pretrained(tmp_path / "saved")
+    assert again.config.num_labels == count
+    assert again.config.to_dict() == model.config.to_dict() | {"_name_or_path": again.config.name_or_path}
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], weight, rtol=0, atol=0)
+
+
+def test_two_labels_of_an_older_checkpoint_load(tmp_path):
+    UniHemaForDetection(very_tiny_config(id2label=None, num_labels=2)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    older = {
+        name: value for name, value in json.loads(path.read_text()).items() if name not in ("id2label", "label2id")
+    }
+    path.write_text(json.dumps(older))
+    assert UniHemaForDetection.from_pretrained(tmp_path).config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    # A configuration that was never saved has the classes of a smear.
+    assert UniHemaConfig.tiny().num_labels == 7

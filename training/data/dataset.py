@@ -14,7 +14,8 @@ from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 from unihema.processing_unihema.image_io import load_image
 from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng, drawn_scale
 from unihema.training.data.class_tree import as_known, with_covered_parents
-from unihema.training.data.rows import Row, check_rows, witnesses
+from unihema.training.data.layouts.masks import read_mask
+from unihema.training.data.rows import Row, check_rows, same_shape, witnesses
 from unihema.training.data.shards import LazyRows, StoredFile, largest_group, one_cell_samples, rows_by_sample
 
 
@@ -237,7 +238,7 @@ class SmearDataset(Dataset):
         recorded = row.get("size") or (width, height)
         if tuple(recorded) != (width, height):
             # Very large images are reduced on opening. Any other difference means that the boxes belong to another image.
-            if not _same_shape(recorded, (width, height)):
+            if not same_shape(recorded, (width, height)):
                 raise DatasetError(
                     f"{row['dataset']}: {row['file_name']} has {width}x{height} pixels, but its boxes are for "
                     f"{recorded[0]}x{recorded[1]}. Export image and boxes together."
@@ -248,7 +249,7 @@ class SmearDataset(Dataset):
     def _mask(self, row: Row, width: int, height: int) -> torch.Tensor:
         mask = read_mask(row["mask"])
         if mask.shape != (height, width):
-            if not _same_shape(mask.shape[::-1], (width, height)):
+            if not same_shape(mask.shape[::-1], (width, height)):
                 raise DatasetError(
                     f"{row['dataset']}: {row['file_name']} has {width}x{height} pixels, but its mask "
                     f"{mask.shape[1]}x{mask.shape[0]}. They must show the same field."
@@ -337,40 +338,7 @@ class SmearDataset(Dataset):
         return None if all(text == default for text in texts) else texts
 
 
-def read_mask(source: Any) -> np.ndarray:
-    """A mask as uint8 `[H, W]`, 1 where there is a cell.
-
-    Args:
-        source (path, `PIL.Image.Image` or `np.ndarray`): Nonzero is cell.
-
-    Raises:
-        DatasetError: Not readable, or not of one channel.
-    """
-    if isinstance(source, StoredFile):
-        source = source.opened()
-    if isinstance(source, np.ndarray):
-        values = source
-    elif isinstance(source, Image.Image):
-        values = np.asarray(source)
-    else:
-        try:
-            with Image.open(source) as opened:
-                values = np.asarray(opened)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DatasetError(f"{source}: not a readable mask ({error}). Export it again as PNG.") from error
-    if values.ndim == 3:
-        # Colour masks: a pixel is cell if any colour is; the last of two or four channels is opacity.
-        values = (values[..., : 3 if values.shape[-1] >= 3 else 1] > 0).any(axis=-1)
-    if values.ndim != 2:
-        raise DatasetError(f"{source if isinstance(source, str) else 'mask'}: shape {values.shape} is not [H, W].")
-    return (values > 0).astype(np.uint8)
-
-
 def _filled(samples: Sequence[dict[str, Any]], key: str, count: int, filler: Any = None) -> list[Any]:
     """The lists of all samples in one, each brought to `count` entries by its first or by `filler`."""
     lists = [sample[key] for sample in samples]
     return [entry for one in lists for entry in one + [one[0] if filler is None else filler] * (count - len(one))]
-
-
-def _same_shape(first: Sequence[int], second: Sequence[int]) -> bool:
-    return abs(first[0] * second[1] - first[1] * second[0]) <= 0.01 * first[0] * second[1]

@@ -1,21 +1,26 @@
 """Data folders to schema rows (see rows.py): layouts of our own, those in which others publish data sets, and shards."""
 
+import os
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from unihema.errors import DatasetError
+from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
 from unihema.training.data.layouts.coco import read_coco
 from unihema.training.data.layouts.files import (
+    ClippedBoxes,
+    DataFiles,
     ImageFinder,
     ImageFolder,
-    checked_box,
-    image_files,
-    is_hidden,
+    checked_label,
+    checked_text,
+    read_bytes,
     read_json,
     read_json_lines,
     read_table,
+    read_text,
     recorded_size,
     require,
 )
@@ -29,9 +34,9 @@ from unihema.training.data.layouts.tables import (
     with_annotated_classes,
 )
 from unihema.training.data.layouts.voc import is_voc, read_voc
-from unihema.training.data.layouts.yolo import labels_of, read_yolo, yolo_names
-from unihema.training.data.rows import TASKS, BadRows, OnInvalid, Row, group_ids
-from unihema.training.data.shards import INDEX_FILE, read_stored
+from unihema.training.data.layouts.yolo import ClassLists, labels_of, read_yolo
+from unihema.training.data.rows import BadRows, OnInvalid, Row, group_ids, shown
+from unihema.training.data.shards import INDEX_FILE, LazyRows, read_stored
 from unihema.training.data.splits import split_in_name, split_in_path
 
 
@@ -111,7 +116,7 @@ def read_folder(
         DatasetError: Missing folder or split, or a file that cannot be read at all.
     """
     folder = Path(path).expanduser()
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise DatasetError(f"{folder}: no such folder.\n{LAYOUTS}")
     unknown = [task for task in tasks or () if task not in TASKS]
     if unknown:
@@ -119,7 +124,9 @@ def read_folder(
     wanted = tuple(task for task in TASKS if task in (tasks or TASKS))
     columns = WBCATT_ATTRIBUTES if attributes_as_detection is True else tuple(attributes_as_detection or ())
     dataset, rename = folder.resolve().name, dict(rename or {})
-    prompt = str(read_description(folder).get("masks_show") or prompt)
+    prompt = checked_text(
+        read_description(folder).get("masks_show") or prompt, f"{folder / DESCRIPTION_FILE}: masks_show"
+    )
     options = {"wanted": wanted, "dataset": dataset, "prompt": prompt, "rename": rename, "bad": bad}
     already_bad = len(bad.messages)
     for name in SPLIT_ALIASES.get(split, (split,)):
@@ -129,18 +136,18 @@ def read_folder(
             found = _read_own(folder / name, attributes_as_detection=attributes_as_detection, **options)
         else:
             found = _read_by_split(folder, name, columns=columns, **options)
-        found = {task: found[task] for task in wanted if found.get(task)}
+        found = {task: _each_image_once(found[task], bad) for task in wanted if found.get(task)}
         if found or len(bad.messages) > already_bad:
             return found
-    if not splits_of(folder) and (layout := recognise_foreign(folder)):
-        rows = read_foreign(folder, dataset, bad, layout=layout, rename=rename, prompt=prompt, attributes=columns)
+    if not splits_of(folder) and recognise_foreign(folder):
+        rows = read_foreign(folder, dataset, bad, rename=rename, prompt=prompt, attributes=columns)
         # A set without splits is one to train on.
         names = SPLIT_ALIASES.get(split, (split,))
         rows = [row for row in rows if (row.get("split") or "train") in names]
         found = {task: kept for task in wanted if (kept := [row for row in rows if row["task"] == task])}
         if found or len(bad.messages) > already_bad:
             return found
-    inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12]) or "nothing"
+    inside = ", ".join(map(ascii_name, sorted(entry.name for entry in folder.iterdir())[:12])) or "nothing"
     what = f" for {', '.join(wanted)}" if tasks else ""
     if split == "val":
         inside += ". `unihema data prepare` makes such a split, and --set data.val_split='\"\"' trains without one"
@@ -163,23 +170,26 @@ def recognise_foreign(folder: Path) -> str | None:
 
     The layout that says most about its images comes first: class folders are what is left.
     """
+    return next(iter(_layouts_of(folder)), None)
+
+
+def _layouts_of(folder: Path) -> Iterator[str]:
+    """All layouts that a folder may be in, the one that says most first."""
     images = ImageFinder(folder)
     if _coco_files(folder):
-        return "coco"
+        yield "coco"
     if any(labels_of(path, folder) for path in images.files[:200]) and _has_names(folder):
-        return "yolo"
-    annotations = [path for path in folder.rglob("*.xml") if not is_hidden(path.relative_to(folder))]
-    if any(is_voc(path) for path in annotations[:20]):
-        return "voc"
+        yield "yolo"
+    if any(is_voc(path) for path in images.listing.named(".xml")[:20]):
+        yield "voc"
     if not images.files:
-        return None
+        return
     if attribute_tables(folder):
-        return "attribute_table"
+        yield "attribute_table"
     if any(is_mask(path, folder) for path in images.files):
-        return "mask_pairs"
+        yield "mask_pairs"
     if any(class_of(path, folder) for path in images.files):
-        return "class_folders"
-    return None
+        yield "class_folders"
 
 
 def read_foreign(
@@ -209,7 +219,15 @@ def read_foreign(
     Raises:
         DatasetError: No such layout, or none recognised.
     """
-    layout = layout or recognise_foreign(folder)
+    if layout is None:
+        # Any image in a folder could be one of a class folder.
+        possible = [name for name in _layouts_of(folder) if name != "class_folders"] or [recognise_foreign(folder)]
+        layout = possible[0]
+        if len(possible) > 1:
+            bad.note(
+                f"{folder}: read as {layout}; it could be {', '.join(possible[1:])} as well, which is not read. "
+                "`unihema data prepare --layout` reads another."
+            )
     if layout not in FOREIGN_LAYOUTS:
         what = f"unknown layout '{layout}'" if layout else "no known layout"
         raise DatasetError(f"{folder}: {what}; known are {', '.join(FOREIGN_LAYOUTS)}. Name the one it has.")
@@ -227,7 +245,7 @@ def read_foreign(
     for row in rows:
         stem = Path(row["file_name"]).stem
         row["split"] = row.get("split") or split_in_path(row["file_name"]) or lists.get(stem)
-    return rows
+    return _each_image_once(rows, bad)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -260,7 +278,8 @@ def folder_licence(folder: Path) -> str:
     card = folder / "README.md"
     if not card.is_file():
         return ""
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S)
+    text = read_bytes(card, 16 << 20).decode("utf-8", errors="replace")
+    front = re.match(r"---\n(.*?)\n---", text, re.S)
     found = re.search(r"^license:\s*([\w.+-]+)\s*$", front.group(1), re.M) if front else None
     return found.group(1) if found else ""
 
@@ -287,21 +306,9 @@ def _read_own(
     if "detection" in wanted and (folder / "annotations.json").is_file():
         rows["detection"] = read_coco(folder / "annotations.json", images.path, dataset, rename, bad)
     if "segmentation" in wanted and (folder / "masks").is_dir():
-        stems = {file.stem: file for file in image_files(folder / "images")}
-        rows["segmentation"] = []
-        for mask in image_files(folder / "masks"):
-            with bad.collecting():
-                if mask.stem not in stems:
-                    raise DatasetError(f"{mask}: no image of this name in {folder / 'images'}.")
-                row = _row(stems[mask.stem], f"images/{stems[mask.stem].name}", dataset, "segmentation")
-                rows["segmentation"].append(row | {"mask": str(mask), "prompt": prompt})
+        rows["segmentation"] = _read_own_masks(folder, dataset, prompt, bad)
     if "single_cell" in wanted and (folder / "crops").is_dir():
-        rows["single_cell"] = [
-            _row(file, f"crops/{label.name}/{file.name}", dataset, "single_cell")
-            | {"label": rename.get(label.name, label.name)}
-            for label in sorted(entry for entry in (folder / "crops").iterdir() if entry.is_dir())
-            for file in image_files(label)
-        ]
+        rows["single_cell"] = _read_crops(folder, dataset, rename, bad)
     if "question_answering" in wanted and (folder / "qa.jsonl").is_file():
         rows["question_answering"] = _read_questions(folder / "qa.jsonl", images, dataset, bad)
     if "cloze" in wanted and (folder / "cloze.jsonl").is_file():
@@ -310,6 +317,54 @@ def _read_own(
         cells = _read_attributes(folder / "attributes.csv", images, dataset, rename, bad, attributes_as_detection)
         rows["detection"] = [*rows.get("detection", ()), *cells]
     _add_groups(folder / "origins.csv", rows, bad)
+    if set(wanted) == set(TASKS) and (folder / "images").is_dir():
+        every = [row for found in rows.values() for row in found]
+        ImageFinder(folder / "images").report(bad, every, "names it")
+    return rows
+
+
+def _read_own_masks(folder: Path, dataset: str, prompt: str, bad: BadRows) -> list[Row]:
+    """Rows of `masks/`: the image of each is that of the same name, whatever its type, in `images/`."""
+    images, masks = ImageFinder(folder / "images"), ImageFinder(folder / "masks")
+    by_name: dict[str, list[Path]] = {}
+    if (folder / "images").is_dir():
+        for path in images.files:
+            by_name.setdefault(_without_suffix(images.relative(path)), []).append(path)
+    rows = []
+    for mask in masks.files:
+        with bad.collecting():
+            found = by_name.get(_without_suffix(masks.relative(mask)), [])
+            if not found:
+                raise DatasetError(f"{mask}: no image of this name in {folder / 'images'}.")
+            if len(found) > 1:
+                raise DatasetError(f"{mask}: several images of this name: {', '.join(path.name for path in found)}.")
+            row = _row(found[0], f"images/{images.relative(found[0])}", dataset, "segmentation")
+            rows.append(row | {"mask": str(mask), "prompt": prompt})
+    masks.report(bad)
+    return rows
+
+
+def _without_suffix(name: str) -> str:
+    return PurePosixPath(name).with_suffix("").as_posix()
+
+
+def _read_crops(folder: Path, dataset: str, rename: Mapping[str, str], bad: BadRows) -> list[Row]:
+    """Rows of `crops/<label>/`; a class without images is noted."""
+    crops = ImageFinder(folder / "crops")
+    rows = []
+    for path in crops.files:
+        with bad.collecting():
+            name = crops.relative(path)
+            if name.count("/") != 1:
+                raise DatasetError(f"{path}: lies in no class folder of {folder / 'crops'}. Move it into one.")
+            label = checked_label(name.split("/")[0], str(path))
+            rows.append(_row(path, f"crops/{name}", dataset, "single_cell") | {"label": rename.get(label, label)})
+    crops.report(bad)
+    full = {Path(row["file_name"]).parent.name for row in rows}
+    places = [place for place in (folder / "crops").iterdir() if place.is_dir() and not place.name.startswith(".")]
+    empty = sorted(ascii_name(place.name) for place in places if place.name not in full)
+    if empty:
+        bad.note(f"{folder / 'crops'}: no images in the folders of {', '.join(empty)}.")
     return rows
 
 
@@ -323,7 +378,7 @@ def _read_attributes(
             name = require(record, "file_name", source)
             row = {"image": images.path(name, source), "file_name": name, "dataset": dataset}
             columns = [key for key in record if key != "file_name" and (wanted is True or key in wanted)]
-            label = Path(name).parent.name
+            label = checked_label(Path(name).parent.name, source)
             rows += rows_of_cell(row, rename.get(label, label), record, columns)[1:]
     return with_annotated_classes(rows)
 
@@ -332,12 +387,77 @@ def _add_groups(path: Path, rows: Mapping[str, list[Row]], bad: BadRows) -> None
     """Adds patient, slide and source image, which folders of the own layout keep in a table beside their images."""
     if not path.is_file():
         return
-    groups = {}
+    images = ImageFinder(path.parent)
+    groups: dict[str, dict[str, str]] = {}
     for source, record in read_table(path, bad):
         with bad.collecting():
-            groups[require(record, "file_name", source)] = group_ids(record)
+            name = images.relative(images.find([require(record, "file_name", source)], path, source))
+            found = group_ids(record, source)
+            if not found:
+                raise DatasetError(
+                    f"{source}: no patient, slide, source_image or origin; the columns are {shown(list(record))}."
+                )
+            if groups.setdefault(name, found) != found:
+                raise DatasetError(f"{source}: {name} has another origin in a line before: {groups[name]}.")
     for row in (row for found in rows.values() for row in found):
-        row.update(groups.get(row["file_name"], {}))
+        row.update(groups.get(Path(row["file_name"]).as_posix(), {}))
+    images.report(bad)
+
+
+def _each_image_once(rows: Any, bad: BadRows) -> Any:
+    """Rows in which no image of a split is there twice for the same task; questions and clozes may be many.
+
+    Each of two rows with boxes of one image would teach the other's cells as background, so they become one. A second label
+    is left out if it is the same, and a bad row if it is another; a second mask is a bad row. Shards are as they were written.
+    """
+    if isinstance(rows, LazyRows):
+        return rows
+    kept: dict[Any, Row] = {}
+    merged: list[str] = []
+    for number, row in enumerate(rows):
+        one = row["task"] not in LANGUAGE_TASKS
+        key = (
+            row["task"],
+            os.path.realpath(row["image"]) if one else number,
+            row.get("split"),
+            row.get("from_attributes"),
+        )
+        first = kept.setdefault(key, row)
+        if first is row:
+            continue
+        with bad.collecting():
+            _merge(first, row)
+            merged.append(row["file_name"])
+    if merged:
+        bad.note(
+            f"{rows[0]['dataset']}: {len(merged)} more entries for images that have one, such as {merged[0]}. Those of one image "
+            "are read as one."
+        )
+    return list(kept.values())
+
+
+def _merge(first: Row, second: Row) -> None:
+    """Adds to a row of an image what another row of it says.
+
+    Raises:
+        DatasetError: They contradict each other.
+    """
+    where = f"{second['image']}: listed twice"
+    if second["task"] == "single_cell":
+        if first["label"] != second["label"]:
+            raise DatasetError(f"{where}, as {first['label']} and as {second['label']}. Take one entry out.")
+    elif second["task"] == "segmentation":
+        raise DatasetError(f"{where}, with the masks {first['mask']} and {second['mask']}. Make one mask of them.")
+    elif not first.get("from_attributes"):
+        if first.get("size") != second.get("size"):
+            raise DatasetError(f"{where}, with the sizes {first.get('size')} and {second.get('size')}.")
+        there = set(zip(map(tuple, first["objects"]["bbox"]), first["objects"]["category"]))
+        boxes = zip(map(tuple, second["objects"]["bbox"]), second["objects"]["category"])
+        new = [number for number, box in enumerate(boxes) if box not in there]
+        for name, values in second["objects"].items():
+            first["objects"].setdefault(name, []).extend(values[number] for number in new)
+        names = [*(first.get("annotated_classes") or ()), *(second.get("annotated_classes") or ())]
+        first["annotated_classes"] = list(dict.fromkeys(names))
 
 
 def _read_by_split(
@@ -371,40 +491,60 @@ def _read_records(
 ) -> dict[str, list[Row]]:
     """Rows of an image-folder metadata file or table: each line is a row of one task or of several."""
     rows: dict[str, list[Row]] = {"detection": [], "segmentation": [], "single_cell": []}
+    boxes = ClippedBoxes(bad)
+    idle = []
     for source, record in records:
         with bad.collecting():
             name = require(record, "file_name", source)
-            image, shown = images.path(name, source), f"{images.root.name}/{name}"
-            row = {"image": image, "file_name": shown, "dataset": dataset, **group_ids(record)}
-            if record.get("mask_file_name"):
+            image = images.path(name, source)
+            row = {
+                "image": image,
+                "file_name": f"{images.root.name}/{name}",
+                "dataset": dataset,
+                **group_ids(record, source),
+            }
+            if record.get("mask_file_name") is not None:
                 mask = images.path(record["mask_file_name"], source)
                 rows["segmentation"].append(row | {"task": "segmentation", "mask": mask, "prompt": prompt})
-            if record.get("objects") and "detection" in tasks:
+            if record.get("objects") is not None and "detection" in tasks:
                 size = recorded_size(record, image)
-                objects = _read_objects(record["objects"], size, source, rename, bad)
+                objects = _read_objects(record["objects"], size, source, rename, boxes, bad)
                 rows["detection"].append(row | {"task": "detection", "size": size, "objects": objects})
-            if isinstance(record.get("label"), str):
-                label = rename.get(record["label"], record["label"])
-                for cell in rows_of_cell(row, label, record, columns):
+            if record.get("label") is not None:
+                if not isinstance(record["label"], str):
+                    raise DatasetError(f"{source}: label {shown(record['label'])} must be the class's name.")
+                label = checked_label(record["label"], source)
+                for cell in rows_of_cell(row, rename.get(label, label), record, columns):
                     rows[cell["task"]].append(cell)
+            if all(record.get(key) is None for key in ("mask_file_name", "objects", "label")):
+                idle.append(source)
+    boxes.report()
+    if idle:
+        bad.note(
+            f"{idle[0]}: {len(idle)} lines have no label, no mask_file_name and no objects: nothing is read of them."
+        )
     with_annotated_classes(rows["detection"])
     return rows
 
 
-def _read_objects(objects: Any, size: tuple[int, int], source: str, rename, bad: BadRows) -> dict[str, list]:
+def _read_objects(
+    objects: Any, size: tuple[int, int], source: str, rename, boxes: ClippedBoxes, bad: BadRows
+) -> dict[str, list]:
     if not isinstance(objects, Mapping):
         raise DatasetError(f"{source}: 'objects' must hold 'bbox' and 'category_name', got {type(objects).__name__}.")
     names = objects.get("category_name") or objects.get("category") or []
-    boxes = require(objects, "bbox", source)
-    if any(not isinstance(name, str) for name in names):
+    given = require(objects, "bbox", source)
+    if not isinstance(names, list) or any(not isinstance(name, str) for name in names):
         raise DatasetError(f"{source}: objects need class names in 'category_name' (or a <split>.json in COCO format).")
-    if len(names) != len(boxes):
-        raise DatasetError(f"{source}: {len(boxes)} boxes but {len(names)} class names.")
+    if not isinstance(given, list) or len(names) != len(given):
+        number = len(given) if isinstance(given, list) else shown(given)
+        raise DatasetError(f"{source}: {number} boxes but {len(names)} class names.")
     kept: dict[str, list] = {"bbox": [], "category": [], "morphology": []}
-    for index, (box, name) in enumerate(zip(boxes, names)):
+    for index, (box, name) in enumerate(zip(given, names)):
         with bad.collecting():
-            kept["bbox"].append(checked_box(box, *size, f"{source}: objects.bbox[{index}]"))
-            kept["category"].append(rename.get(name, name))
+            label = checked_label(name, f"{source}: objects[{index}]")
+            kept["bbox"].append(boxes.checked(box, *size, f"{source}: objects.bbox[{index}]"))
+            kept["category"].append(rename.get(label, label))
             kept["morphology"].append({})
     return kept
 
@@ -414,9 +554,9 @@ def _read_questions(path: Path, images: ImageFolder, dataset: str, bad: BadRows)
     for source, record in read_json_lines(path, bad):
         with bad.collecting():
             row = _row(images.path(record.get("image"), source), record["image"], dataset, "question_answering")
-            row["question"] = str(require(record, "question", source, "Question"))
-            row["answer"] = str(require(record, "answer", source, "Answer"))
-            rows.append(row | group_ids(record))
+            row["question"] = checked_text(require(record, "question", source, "Question"), source)
+            row["answer"] = checked_text(require(record, "answer", source, "Answer"), source)
+            rows.append(row | group_ids(record, source))
     return rows
 
 
@@ -426,11 +566,11 @@ def _read_cloze(path: Path, images: ImageFolder, dataset: str, bad: BadRows) -> 
         with bad.collecting():
             row = _row(images.path(record.get("image"), source), record["image"], dataset, "cloze")
             masked = "masked_t5" if record.get("masked_t5") is not None else "masked"
-            row["masked"] = str(require(record, masked, source))
-            row["completed"] = str(require(record, "completed", source, "sentence"))
+            row["masked"] = checked_text(require(record, masked, source), source)
+            row["completed"] = checked_text(require(record, "completed", source, "sentence"), source)
             if "<extra_id_0>" not in row["masked"]:
                 raise DatasetError(f"{source}: field '{masked}' has no blank; mark the first one <extra_id_0>.")
-            rows.append(row | group_ids(record))
+            rows.append(row | group_ids(record, source))
     return rows
 
 
@@ -449,40 +589,62 @@ def _read_coco_files(folder: Path, dataset: str, rename: Mapping[str, str], bad:
                 path, lambda name, source, path=path: images.find([name], path, source), dataset, rename, bad
             )
             rows += [row | {"file_name": images.relative(row["image"]), "split": split} for row in found]
+    images.report(bad, rows, "lists it")
     return rows
 
 
 def _coco_files(folder: Path) -> list[Path]:
     """COCO files; a broken one counts, so that reading it names what is broken."""
     found = []
-    for path in sorted(folder.rglob("*.json")):
-        if is_hidden(path.relative_to(folder)):
-            continue
+    for path in DataFiles(folder).named(".json"):
         try:
             content = read_json(path)
             matches = isinstance(content, dict) and {"images", "annotations", "categories"} <= set(content)
         except DatasetError:
-            matches = b'"annotations"' in path.read_bytes()
+            matches = _speaks_of_annotations(path)
         if matches:
             found.append(path)
     return found
 
 
+def _speaks_of_annotations(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return any(b'"annotations"' in block for block in iter(lambda: file.read(1 << 24), b""))
+    except OSError:
+        # Reading it says why.
+        return True
+
+
 def _has_names(folder: Path) -> bool:
     try:
-        return bool(yolo_names(folder))
+        return bool(ClassLists(folder))
     except DatasetError:
-        return False
+        # Reading names what is broken.
+        return True
 
 
 def _voc_lists(folder: Path) -> dict[str, str]:
     """Stem -> split, from `ImageSets/Main/<split>.txt`; stems that two lists have are drawn anew."""
     found: dict[str, set[str]] = {}
-    for path in sorted(folder.rglob("ImageSets/Main/*.txt")):
+    for path in DataFiles(folder).named(".txt"):
         split = split_in_name(path.name) if path.stem.lower() != "trainval" else None
-        if split is None:
+        if split is None or path.parts[-3:-1] != ("ImageSets", "Main"):
             continue
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in read_text(path).splitlines():
             if line.strip():
                 found.setdefault(line.split()[0], set()).add(split)
     return {stem: splits.pop() for stem, splits in found.items() if len(splits) == 1}
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is that of a folder; one that no file system would take is not."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def ascii_name(name: str) -> str:
+    """A file's name for a message: what is no text in UTF-8 is escaped."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -17,6 +17,8 @@ from). Images that share one of these belong into one split. `origin` is the mic
 
 import difflib
 import logging
+import math
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -47,15 +49,49 @@ GROUP_KEYS = {
 }
 # The same, and the microscope or the data set that first had the image.
 PROVENANCE_KEYS = GROUP_KEYS | {"origin": ("origin", "microscope", "scanner")}
+# Columns of tables and keys of records that readers know.
+IMAGE_COLUMNS = ("file_name", "img_name", "filename", "image", "path")
+LABEL_COLUMNS = ("label", "class")
+KNOWN_COLUMNS = {*IMAGE_COLUMNS, *LABEL_COLUMNS, *(key for keys in PROVENANCE_KEYS.values() for key in keys)}
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
 
 
-def group_ids(record: Mapping[str, Any]) -> dict[str, str]:
-    """The patient, slide, source image and origin that a record states."""
-    found = {
-        group: next((record[key] for key in keys if record.get(key) not in (None, "")), None)
-        for group, keys in PROVENANCE_KEYS.items()
-    }
-    return {group: str(value) for group, value in found.items() if value is not None}
+def shown(value: Any) -> str:
+    """A value of a file for a message, shortened: what others wrote may be long, or nested without end."""
+    return _SHORT.repr(value)
+
+
+def column_name(name: str) -> str:
+    """The usual spelling of a column's name: lower case, with underscores."""
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def same_shape(first: Sequence[int], second: Sequence[int]) -> bool:
+    """Whether two sizes (width, height) are those of one picture, reduced or not: their sides are in proportion."""
+    return abs(first[0] * second[1] - first[1] * second[0]) <= 0.01 * first[0] * second[1]
+
+
+def group_ids(record: Mapping[str, Any], source: str = "") -> dict[str, str]:
+    """The patient, slide, source image and origin that a record states.
+
+    Args:
+        record (`Mapping[str, Any]`): The record; keys in any case.
+        source (`str`): Where it stands, for messages.
+
+    Raises:
+        DatasetError: One of them is neither text nor number.
+    """
+    named = {column_name(key): value for key, value in record.items() if value not in (None, "")}
+    found = {}
+    for group, keys in PROVENANCE_KEYS.items():
+        value = next((named[key] for key in keys if key in named), None)
+        if value is None:
+            continue
+        if not isinstance(value, (str, int, float)):
+            raise DatasetError(f"{source}: {group} must be a text or a number, got {shown(value)}.")
+        found[group] = str(value)
+    return found
 
 
 def witnesses(rows: Sequence[Row]) -> Sequence[Row]:
@@ -133,6 +169,7 @@ def _check_row(
     missing = [key for key in ("image", *REQUIRED_KEYS[task]) if row.get(key) is None]
     if missing:
         raise DatasetError(f"{where}: a {task} row needs {', '.join(missing)}.")
+    check_types(row, where)
     if task == "detection":
         objects = row["objects"]
         lengths = {key: len(objects[key]) for key in ("bbox", "category", "morphology") if key in objects}
@@ -147,6 +184,59 @@ def _check_row(
                     _check_known(value, morphology[name], where, f"value of {name}")
     elif task == "single_cell" and single_cell_labels is not None:
         _check_known(row["label"], single_cell_labels, where, "single-cell label")
+
+
+def check_types(row: Row, where: str) -> None:
+    """Checks that the values of a row have the types that rows.py says.
+
+    Raises:
+        DatasetError: One has not; `where` says of which row.
+    """
+    texts = [key for key in ("file_name", "label", "question", "answer", "masked", "completed", "prompt") if key in row]
+    for key in (*texts, *(key for key in PROVENANCE_KEYS if key in row)):
+        if not isinstance(row[key], str) and not (key == "prompt" and row[key] is None):
+            raise DatasetError(f"{where}: {key} must be a text, got {shown(row[key])}.")
+    size = row.get("size")
+    if size is not None and not (
+        isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
+    ):
+        raise DatasetError(f"{where}: size must be width and height in pixels, got {shown(size)}.")
+    names = row.get("annotated_classes")
+    if names is not None and not _all_of(names, str):
+        raise DatasetError(f"{where}: annotated_classes must be a list of names, got {shown(names)}.")
+    if row.get("task") != "detection":
+        return
+    objects = row.get("objects")
+    if not isinstance(objects, Mapping):
+        raise DatasetError(f"{where}: objects must hold bbox and category, got {shown(objects)}.")
+    if not _all_of(objects.get("category"), str):
+        raise DatasetError(f"{where}: objects.category must be a list of names, got {shown(objects.get('category'))}.")
+    for box in _sequence(objects.get("bbox"), f"{where}: objects.bbox"):
+        if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(_is_finite, box)):
+            raise DatasetError(f"{where}: objects.bbox: {shown(box)} must be four numbers [x, y, width, height].")
+    for attributes in _sequence(objects.get("morphology", []), f"{where}: objects.morphology"):
+        if not isinstance(attributes, Mapping) or not all(isinstance(value, str) for value in attributes.values()):
+            raise DatasetError(f"{where}: objects.morphology: {shown(attributes)} must be names and values.")
+    for crowd in _sequence(objects.get("iscrowd", []), f"{where}: objects.iscrowd"):
+        if not isinstance(crowd, int):
+            raise DatasetError(f"{where}: objects.iscrowd: {shown(crowd)} must be 0 or 1.")
+
+
+def _sequence(value: Any, where: str) -> Sequence[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise DatasetError(f"{where} must be a list, got {shown(value)}.")
+    return value
+
+
+def _all_of(values: Any, kind: type) -> bool:
+    return isinstance(values, (list, tuple)) and all(isinstance(value, kind) for value in values)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except (TypeError, OverflowError):
+        return False
 
 
 def _check_known(name: str, known: Sequence[str], where: str, what: str) -> None:
@@ -183,10 +273,21 @@ class BadRowsError(DatasetError):
 
 
 class BadRows:
-    """Collects bad rows while a reader goes on with the next one."""
+    """Collects bad rows while a reader goes on with the next one.
+
+    Attributes:
+        messages (`list[str]`): One for each bad row, with its file and its line or entry.
+        notes (`list[str]`): What a reader did that nobody asked for, such as merging two entries of one image.
+    """
 
     def __init__(self):
         self.messages: list[str] = []
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        """Notes what was read otherwise than it stands, or not at all, without being wrong."""
+        if message not in self.notes:
+            self.notes.append(message)
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -196,8 +297,13 @@ class BadRows:
         except DatasetError as error:
             self.messages.append(str(error))
 
+    def tell_notes(self) -> None:
+        """Logs the notes as warnings."""
+        for note in self.notes:
+            logger.warning("%s", note)
+
     def settle(self, on_invalid: OnInvalid) -> None:
-        """Stops, or warns of each bad row and goes on.
+        """Stops, or warns of each bad row and goes on. Notes are warnings.
 
         Args:
             on_invalid (`"error"` or `"skip"`): Which of the two.
@@ -208,6 +314,7 @@ class BadRows:
         """
         if on_invalid not in ("error", "skip"):
             raise InputError(f"on_invalid={on_invalid!r} must be 'error' or 'skip'.")
+        self.tell_notes()
         if self.messages and on_invalid == "error":
             raise BadRowsError(self.messages, 'Correct this, or leave bad rows out (on_invalid="skip").')
         for message in self.messages:

@@ -17,6 +17,7 @@ import os
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,10 +27,11 @@ from tqdm.auto import tqdm
 
 from unihema.errors import DatasetError, InputError
 from unihema.files import write_json
-from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
+from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
+from unihema.processing_unihema.image_io import load_image
 from unihema.training.data.class_tree import rename_rows, row_names
-from unihema.training.data.layouts.files import read_json
-from unihema.training.data.rows import Row, check_rows
+from unihema.training.data.layouts.files import UnsafeNameError, inside, parse_json, read_json
+from unihema.training.data.rows import REQUIRED_KEYS, Row, check_rows, check_types, shown
 
 
 INDEX_FILE = "shards.json"
@@ -39,6 +41,8 @@ SHARD_SAMPLES = 512
 GROUP_SAMPLES = 16
 # Blocks of samples (what is read at once) that are shuffled together, and so are in use at the same time.
 WINDOW = 16
+# Bytes of a row group, unpacked: what is read at once.
+LARGEST_GROUP = 2 << 30
 
 
 class LazyRows(Sequence):
@@ -223,6 +227,20 @@ class StoredFile(str):
         """The bytes of the file it was made from."""
         return self.rows.content(self.sample, self.column)
 
+    def check(self) -> None:
+        """Decodes the image.
+
+        Raises:
+            DatasetError: It cannot be read whole.
+        """
+        try:
+            load_image(self.content())
+        except DatasetError:
+            raise
+        except Exception as error:
+            # PIL's readers raise anything on bytes that were damaged on purpose.
+            raise DatasetError(f"{self}: {error} Write the shards again without it.") from error
+
     def opened(self) -> Image.Image:
         """The image, as PIL opens it.
 
@@ -231,7 +249,10 @@ class StoredFile(str):
         """
         try:
             return Image.open(io.BytesIO(self.content()))
-        except OSError as error:
+        except DatasetError:
+            raise
+        except Exception as error:
+            # PIL's readers raise anything on bytes that were damaged on purpose.
             raise DatasetError(f"{self}: not a readable image ({error}). Write the shards again without it.") from error
 
 
@@ -259,9 +280,14 @@ class StoredRows(LazyRows):
         self._files: list[tuple[str, int]] = []
         sizes: list[int] = []
         for shard in entry["shards"]:
-            if not (self.folder / shard["file"]).is_file():
+            path = self.folder / shard["file"]
+            if not path.is_file():
+                raise DatasetError(f"{path} is missing: write the shards again, or copy all of them.")
+            there = _group_sizes(path, ("image", "mask") if task == "segmentation" else ("image",))
+            if there != shard["row_groups"]:
                 raise DatasetError(
-                    f"{self.folder / shard['file']} is missing: write the shards again, or copy all of them."
+                    f"{path}: row groups of {shown(there)} samples, but {INDEX_FILE} says {shown(shard['row_groups'])}. "
+                    "Write the shards again."
                 )
             self._files += [(shard["file"], number) for number in range(len(shard["row_groups"]))]
             sizes += shard["row_groups"]
@@ -270,6 +296,11 @@ class StoredRows(LazyRows):
         self.sources = [(self.dataset, [range(first, last) for first, last in itertools.pairwise(bounds)])]
         self.groups = ConsecutiveGroups(self._row_counts(entry))
         self._kept: OrderedDict[int, dict[str, list]] = OrderedDict()
+        if len(self) != entry["rows"]:
+            raise DatasetError(
+                f"{self.folder / INDEX_FILE}: {entry['rows']} rows of {task}, but the shards have {len(self)}. "
+                "Write the shards again."
+            )
 
     def _row_counts(self, entry: Mapping[str, Any]) -> np.ndarray:
         """How many rows each sample has: one, but for an image with several questions."""
@@ -278,11 +309,15 @@ class StoredRows(LazyRows):
             return np.ones(samples, dtype=np.int32)
         import pyarrow.parquet as parquet
 
-        columns = [
-            parquet.read_table(self.folder / shard["file"], columns=["row_count"])["row_count"].to_numpy()
-            for shard in entry["shards"]
-        ]
-        return np.concatenate(columns).astype(np.int32)
+        columns = [np.zeros(0, np.int32)]
+        for shard in entry["shards"]:
+            path = self.folder / shard["file"]
+            with _reading(path):
+                counts = parquet.read_table(path, columns=["row_count"])["row_count"].to_numpy()
+                if counts.dtype.kind not in "iu" or counts.min(initial=1) < 1:
+                    raise ValueError("row_count must be 1 or more")
+                columns.append(counts.astype(np.int32))
+        return np.concatenate(columns)
 
     def __getstate__(self) -> dict[str, Any]:
         # A loader process reads for itself.
@@ -310,7 +345,14 @@ class StoredRows(LazyRows):
     def content(self, sample: int, column: str) -> bytes:
         """The bytes of a sample's image or mask."""
         number = self._number_of(sample)
-        return self._group_of(sample)[column][sample - int(self._starts[number])]["bytes"]
+        stored = self._group_of(sample)[column][sample - int(self._starts[number])]
+        content = stored.get("bytes") if isinstance(stored, Mapping) else None
+        if not isinstance(content, bytes):
+            raise DatasetError(f"{self._where(sample)}: no {column}. Write the shards again.")
+        return content
+
+    def _where(self, sample: int) -> str:
+        return f"{self.folder / self._files[self._number_of(sample)][0]}: sample {sample} of {self.task}"
 
     def _number_of(self, sample: int) -> int:
         return int(np.searchsorted(self._starts, sample, side="right")) - 1
@@ -330,27 +372,46 @@ class StoredRows(LazyRows):
         import pyarrow.parquet as parquet
 
         name, group = self._files[number]
-        try:
+        with _reading(self.folder / name, f"row group {group}"):
             with parquet.ParquetFile(self.folder / name) as file:
+                size = file.metadata.row_group(group).total_byte_size
+                if size > LARGEST_GROUP:
+                    raise ValueError(f"{size} bytes are more than {LARGEST_GROUP}")
                 table = file.read_row_group(group, columns=columns)
-        except (OSError, ValueError, IndexError) as error:
-            raise DatasetError(f"{self.folder / name}: row group {group} cannot be read ({error}).") from error
-        return {column: table[column].to_pylist() for column in table.column_names}
+            found = {column: table[column].to_pylist() for column in table.column_names}
+        if any(len(values) != self._starts[number + 1] - self._starts[number] for values in found.values()):
+            raise DatasetError(f"{self.folder / name}: row group {group} has another length than {INDEX_FILE} says.")
+        return found
 
     def _rows_of(self, sample: int, group: Mapping[str, list]) -> list[Row]:
         place = sample - int(self._starts[self._number_of(sample)])
         rows = []
-        for stored in json.loads(group["rows"][place]):
+        for stored in self._parsed(group["rows"][place], sample):
             row = self._complete(stored)
+            check_types(row, self._where(sample))
             row["image"] = StoredFile(f"{self.folder}/{self.task}#{sample}", self, sample, "image")
             if self.task == "segmentation":
                 row["mask"] = StoredFile(f"{self.folder}/{self.task}#{sample}.mask", self, sample, "mask")
             rows.append(row)
         return rename_rows(rows, self.names)
 
+    def _parsed(self, text: Any, sample: int) -> list[dict[str, Any]]:
+        where = self._where(sample)
+        try:
+            found = parse_json(text, where) if isinstance(text, str) else None
+        except json.JSONDecodeError as error:
+            raise DatasetError(f"{where}: broken JSON at column {error.colno} ({error.msg}).") from error
+        if not isinstance(found, list) or len(found) != len(self.groups[sample]):
+            raise DatasetError(f"{where}: a list of {len(self.groups[sample])} rows is needed, got {shown(found)}.")
+        for stored in found:
+            needed = {"file_name", *REQUIRED_KEYS[self.task]} - {"mask"}
+            if not isinstance(stored, dict) or needed - set(stored):
+                raise DatasetError(f"{where}: a {self.task} row is needed, got {shown(stored)}.")
+        return found
+
     def _complete(self, row: Row) -> Row:
-        row = {"dataset": self.dataset, "task": self.task, **row}
-        if row.get("size") is not None:
+        row = {**row, "dataset": self.dataset, "task": self.task}
+        if isinstance(row.get("size"), list):
             row["size"] = tuple(row["size"])
         return row
 
@@ -367,7 +428,47 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise DatasetError(
             f"{path}: not an index of shards that this version reads ({FORMAT}). Write the shards again."
         )
+    tasks = index.get("tasks")
+    if not isinstance(tasks, dict):
+        raise DatasetError(f"{path}: 'tasks' must be an object, got {shown(tasks)}. Write the shards again.")
+    for task, entry in tasks.items():
+        problem = _problem_of_entry(task, entry)
+        if problem:
+            raise DatasetError(f"{path}: tasks.{shown(task)}: {problem}. Write the shards again.")
     return index
+
+
+def _problem_of_entry(task: str, entry: Any) -> str | None:
+    """What is wrong with what an index says of a task."""
+    if task not in TASKS:
+        return f"no such task; tasks are {', '.join(TASKS)}"
+    if not isinstance(entry, dict) or not isinstance(entry.get("rows"), int):
+        return f"an object with rows, shards and witnesses is needed, got {shown(entry)}"
+    if not isinstance(entry.get("shards"), list) or not isinstance(entry.get("witnesses"), list):
+        return "shards and witnesses must be lists"
+    for shard in entry["shards"]:
+        sizes = shard.get("row_groups") if isinstance(shard, dict) else None
+        name = shard.get("file") if isinstance(shard, dict) else None
+        if not isinstance(name, str) or not isinstance(sizes, list):
+            return f"a shard has a file and row_groups, got {shown(shard)}"
+        try:
+            if "/" in inside(name):
+                return f"{shown(name)} lies in another folder"
+        except UnsafeNameError as error:
+            return str(error)
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            return f"row_groups must be whole numbers above 0, got {shown(sizes)}"
+    for number, row in enumerate(entry["witnesses"]):
+        if not isinstance(row, dict):
+            return f"witnesses[{number}] must be an object, got {shown(row)}"
+        missing = [key for key in REQUIRED_KEYS[task] if key != "mask" and key not in row]
+        if missing:
+            return f"witnesses[{number}] lacks {', '.join(missing)}"
+        try:
+            check_types({**row, "task": task}, f"witnesses[{number}]")
+        except DatasetError as error:
+            return str(error).rstrip(".")
+    return None
 
 
 def read_stored(folder: Path, tasks: Sequence[str], names: Mapping[str, str]) -> dict[str, StoredRows]:
@@ -441,7 +542,7 @@ def write_shards(
 def _keep_to(plan: dict[str, Any], folder: Path) -> None:
     path = folder / PLAN_FILE
     if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8")) != plan:
+        if read_json(path) != plan:
             raise DatasetError(
                 f"{folder} holds shards of other data or other sizes: delete it, or write somewhere else."
             )
@@ -494,16 +595,29 @@ def _write_shard(
         partial.unlink(missing_ok=True)
 
 
-def _group_sizes(path: Path) -> list[int]:
+@contextmanager
+def _reading(path: Path, part: str = "the file") -> Iterator[None]:
+    try:
+        yield
+    except DatasetError:
+        raise
+    except Exception as error:
+        # Arrow raises many kinds on bytes that were damaged on purpose.
+        message = str(error).split("\n")[0]
+        raise DatasetError(
+            f"{path}: {part} cannot be read ({message}). Delete it and write the shards again."
+        ) from error
+
+
+def _group_sizes(path: Path, columns: Sequence[str] = ()) -> list[int]:
+    """The samples of each row group; the file must have `columns`, and those that all shards have."""
     import pyarrow.parquet as parquet
 
-    try:
-        with parquet.ParquetFile(path) as file:
-            return [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-    except (OSError, ValueError) as error:
-        raise DatasetError(
-            f"{path}: not a readable Parquet file ({error}). Delete it and write the shards again."
-        ) from error
+    with _reading(path), parquet.ParquetFile(path) as file:
+        missing = {*columns, "rows", "row_count"} - set(file.schema_arrow.names)
+        if missing:
+            raise ValueError(f"no column {', '.join(sorted(missing))}")
+        return [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
 
 
 def _file(row: Row, column: str) -> dict[str, Any]:

@@ -50,12 +50,19 @@ def draw_split(row: Row, val_share: float) -> str:
         DatasetError: The image cannot be read.
     """
     group = next((f"{key}:{row[key]}".encode() for key in GROUP_KEYS if row.get(key)), None)
-    if group is None:
-        try:
-            group = Path(row["image"]).read_bytes()
-        except OSError as error:
-            raise DatasetError(f"{row['image']}: cannot be read ({error}).") from error
-    return "val" if zlib.crc32(group) < val_share * 2**32 else "train"
+    number = _crc32(row["image"]) if group is None else zlib.crc32(group)
+    return "val" if number < val_share * 2**32 else "train"
+
+
+def _crc32(path: str) -> int:
+    number = 0
+    try:
+        with Path(path).open("rb") as file:
+            while block := file.read(1 << 20):
+                number = zlib.crc32(block, number)
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read ({error}).") from error
+    return number
 
 
 def check_val_share(val_share: float) -> None:

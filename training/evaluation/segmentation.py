@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unihema.training.data.dataset import read_mask
+from unihema.training.data.layouts.masks import read_mask
 from unihema.training.data.rows import Row
 from unihema.training.evaluation.measured import Measured, Resampler
 from unihema.training.metrics.dice import dice_scores, mask_counts, weighted_dice

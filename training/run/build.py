@@ -14,14 +14,23 @@ from torch import nn
 from unihema.errors import DatasetError, RunConfigError
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
-from unihema.modeling_unihema.tasks import TASKS
+from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.adapters import attach_adapter
-from unihema.training.data.class_tree import known_parents, unify_names
+from unihema.training.data.class_tree import as_known, known_parents, unify_names
 from unihema.training.data.readers import load_folder
-from unihema.training.data.rows import Row, class_names, morphology_schema, single_cell_names, witnesses
+from unihema.training.data.rows import (
+    BadRows,
+    Row,
+    check_rows,
+    class_names,
+    morphology_schema,
+    single_cell_names,
+    witnesses,
+)
 from unihema.training.data.shards import joined
 from unihema.training.data.splits import fold_rows, is_held_out
+from unihema.training.data.verify import verify_rows
 from unihema.training.evaluation import draw_rows
 from unihema.training.run.config import DataConfig, RunConfig
 
@@ -130,6 +139,43 @@ def validation_rows(config: RunConfig, tasks: Any) -> dict[str, list[Row]]:
         return {}
     rows = load_rows(config.data, config.data.val_split, list(tasks))
     return {task: rows[task] for task in tasks if task in rows}
+
+
+def verified_rows(
+    config: RunConfig, rows: dict[str, list[Row]], val_rows: dict[str, list[Row]]
+) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    """Rows to train on and to validate on, once every image and mask that they list was read; see [`verify_rows`].
+
+    Raises:
+        BadRowsError: Files that cannot be used, all named, with `data.on_invalid="error"`.
+        DatasetError: With `"skip"`: no row is left to train a task on.
+    """
+    bad = BadRows()
+    names = ("training", "validation")
+    groups = {f"{name}/{task}": found for name, part in zip(names, (rows, val_rows)) for task, found in part.items()}
+    unopened = [group for group in groups if config.data.text_only and group.split("/")[-1] in LANGUAGE_TASKS]
+    kept = verify_rows(groups, bad, unopened)
+    bad.settle(config.data.on_invalid)
+    for task in rows:
+        if f"{names[0]}/{task}" not in kept:
+            raise DatasetError(f"Every training row of {task} is bad: {bad.messages[0]}")
+    first, second = (
+        {task: kept[f"{name}/{task}"] for task in part if f"{name}/{task}" in kept}
+        for name, part in zip(names, (rows, val_rows))
+    )
+    return first, second
+
+
+def check_val_names(model: Any, val_rows: dict[str, list[Row]]) -> None:
+    """Checks that the model knows the names of the validation rows, which are needed only after an epoch.
+
+    Raises:
+        BadRowsError: Classes, labels or values that it does not know.
+    """
+    for task, known in (("detection", model.config.class_names), ("single_cell", model.config.single_cell_labels)):
+        if task in val_rows:
+            rows = witnesses(as_known(val_rows[task], known))
+            check_rows(rows, known, known, model.config.morphology)
 
 
 def build(config: RunConfig, rows: dict[str, list[Row]]) -> tuple[UniHemaForMultiTask, UniHemaProcessor]:

@@ -17,6 +17,8 @@ from unihema.training.run.config import RunConfig
 
 
 PROGRESS_FILE = "progress.json"
+# Of a model, whole or in parts, or of an adapter.
+_WEIGHTS = "*model*.safetensors"
 # How long a run goes on, and what it writes, may change on resuming.
 LIMITS = ("optimisation.epochs", "optimisation.max_steps", "optimisation.time_limit_minutes")
 FREE_SETTINGS = ("output_dir", "logging.", *LIMITS, "optimisation.device", "data.workers", "data.cache_images")
@@ -91,6 +93,16 @@ def save_checkpoint(folder: str | Path, accelerator, progress: Progress, keep: i
             shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
     return path
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes what a killed run was writing; no other run may be writing there.
+
+    Args:
+        folder (`str` or `Path`): The run's folder.
+    """
+    for partial in (Path(folder) / ".partial", *(Path(folder) / "checkpoints").glob(".step-*.partial")):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def last_checkpoint(folder: str | Path) -> tuple[Path, Progress] | None:
@@ -190,7 +202,7 @@ def check_unused_folder(folder: Path) -> None:
     Raises:
         RunConfigError: The folder holds checkpoints or a model.
     """
-    taken = [*(folder / "checkpoints").glob("step-*"), *folder.glob("*model*.safetensors")]
+    taken = [*(folder / "checkpoints").glob("step-*"), *folder.glob(_WEIGHTS)]
     if taken:
         raise RunConfigError(
             f"output_dir {folder} holds {taken[0].relative_to(folder)} of an earlier run. Go on with it "
@@ -229,8 +241,8 @@ def finished_report(config: RunConfig) -> dict[str, Any] | None:
     """
     folder = Path(config.output_dir)
     # The record of the data is written last, and taken away when a run goes on.
-    written = all((folder / name).is_file() for name in (RECORD_FILE, "run_config.json"))
-    if not written or not any(folder.glob("*model*.safetensors")):
+    there = (folder / RECORD_FILE).is_file() and (folder / "run_config.json").is_file()
+    if not there or not any(folder.glob(_WEIGHTS)):
         return None
     changed = _check_same_settings(config)
     if any(name in changed for name in LIMITS):

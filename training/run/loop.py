@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from unihema.errors import NotFiniteError, TrainingError, TrainingInterrupted
-from unihema.files import write_json, write_text
+from unihema.files import exclusive, write_json, write_text
 from unihema.hub_cards import checkpoint_card
 from unihema.hub_cards.data_record import RECORD_FILE
 from unihema.modeling_unihema.losses import average_over_processes, count_loss_items
@@ -27,7 +27,7 @@ from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.rows import Row
 from unihema.training.evaluation import evaluate_model, headline, write_report
 from unihema.training.run.batches import RunBatches
-from unihema.training.run.build import TrainedParts, training_rows, validation_rows
+from unihema.training.run.build import TrainedParts, check_val_names, training_rows, validation_rows, verified_rows
 from unihema.training.run.build import build as build_unihema
 from unihema.training.run.checkpoint import (
     Progress,
@@ -36,6 +36,7 @@ from unihema.training.run.checkpoint import (
     finished_report,
     last_checkpoint,
     load_trained,
+    remove_leftovers,
     save_checkpoint,
     save_trained,
 )
@@ -102,6 +103,7 @@ def train(
     Raises:
         RunConfigError: Settings that cannot be, a resumed run with other settings, or, without `resume`, an output
             folder that holds a run or a model already.
+        OutputError: Another run is writing into the output folder, or it cannot be written.
         DatasetError: Data that cannot be used.
         TrainingError: The loss or its gradient is no number; a checkpoint of the step before and `diverged.json` are left.
         TrainingInterrupted: SIGINT or SIGTERM.
@@ -109,7 +111,12 @@ def train(
     config.check()
     if resume and (report := finished_report(config)) is not None:
         return report
-    return _Run(config, build, rows, resume, tuple(callbacks)).to_the_end()
+    folder = Path(config.output_dir)
+    accelerator = make_accelerator(config.optimisation, config.logging.trackers, folder)
+    with exclusive(folder, ("checkpoints",)) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            remove_leftovers(folder)
+        return _Run(config, build, rows, resume, tuple(callbacks), accelerator).to_the_end()
 
 
 class _Run:
@@ -120,15 +127,15 @@ class _Run:
         rows: Mapping[str, Sequence[Row]] | None,
         resume: bool,
         callbacks: tuple[Callable[[dict], None], ...],
+        accelerator: Any,
     ):
         from accelerate.utils import set_seed
 
         self.config = config
         self.settings = config.optimisation
         self.folder = Path(config.output_dir)
-        trackers = config.logging.trackers
-        self.accelerator = make_accelerator(self.settings, trackers, self.folder)
-        if trackers:
+        self.accelerator = accelerator
+        if config.logging.trackers:
             callbacks = (*callbacks, tracker_callback(self.accelerator, config))
         self.log = RunLog(self.folder / "log.jsonl", callbacks, self.accelerator.is_main_process)
         set_seed(self.settings.seed)
@@ -137,9 +144,11 @@ class _Run:
             check_same_run(config, found[1], self.accelerator.num_processes)
         elif not resume:
             check_unused_folder(self.folder)
-        self.rows = training_rows(config) if rows is None else dict(rows)
-        self.val_rows = validation_rows(config, config.data.evaluation_tasks or self.rows)
+        rows = training_rows(config) if rows is None else dict(rows)
+        val_rows = validation_rows(config, config.data.evaluation_tasks or rows)
+        self.rows, self.val_rows = verified_rows(config, rows, val_rows)
         model, self.processor = build(config, self.rows)
+        check_val_names(model, self.val_rows)
         self.parts = TrainedParts(model, config.model.trained_parts)
         if self.accelerator.num_processes > 1:
             share_batch_norms(model)

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 from unihema.errors import InputError, InputTypeError
 from unihema.processing_unihema.image_io import image_size, load_image
-from unihema.training.data.dataset import read_mask
+from unihema.training.data.layouts.masks import read_mask
 from unihema.training.data.rows import Row
 from unihema.training.data.shards import StoredFile
 

@@ -6,6 +6,7 @@ A study is data for [`run_study`]: a list of [`Run`]s, and a function that makes
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from unihema.errors import RunConfigError
-from unihema.files import plain, write_json, write_text
+from unihema.files import exclusive, plain, write_json, write_text
 from unihema.training.run.config import RunConfig, flat
 from unihema.training.run.distributed import is_main_process, wait_for_everyone
 
@@ -104,7 +105,22 @@ def run_study(
     Raises:
         RunConfigError: A finished run that was made with other settings, a record that cannot be read, or, without `resume`,
             one that has finished runs; what a run left that has to be done again.
+        OutputError: Another run is writing into the folder, or it cannot be written.
     """
+    with exclusive(Path(folder)) if is_main_process() else nullcontext():
+        return _to_the_end(folder, name, runs, report, settings, resume, overwrite, progress)
+
+
+def _to_the_end(
+    folder: str | Path,
+    name: str,
+    runs: Sequence[Run],
+    report: Callable[[Mapping[str, Any]], Report] | None,
+    settings: Mapping[str, Any] | None,
+    resume: bool,
+    overwrite: bool,
+    progress: bool,
+) -> dict[str, Any]:
     path = Path(folder) / f"{name}.json"
     shared = _as_stored(settings or {})
     record = {"settings": shared, "runs": {}} if overwrite else read_record(folder, name)

@@ -119,7 +119,8 @@ def test_broken_rows_are_listed(folder):
     )
     (folder / "images" / "train" / "b.png").write_bytes(b"no image")
     report = check_data([folder])
-    first, second, third = sorted(report.bad_rows, key=len)
+    assert len(report.bad_rows) == 3
+    first, second, third = sorted(report.bad_rows, key=lambda row: ("json" in row, "annotations[" in row))
     assert "b.png: not an image" in first
     assert "train.json: images[2]: '../../outside.png' leads out of the folder" in second
     assert "train.json: annotations[1].bbox (train/a.png): box [96, 0, 5, 5] lies outside the image of 96x72" in third
@@ -138,9 +139,13 @@ def test_sizes_that_do_not_fit(folder, tmp_path):
     write_photograph(tmp_path / "masks" / "train" / "images" / "m.png", 9)
     write_mask(tmp_path / "masks" / "train" / "masks" / "m.png", size=(10, 10))
     report = check_data([folder, tmp_path / "masks"])
-    assert sum("boxes refer to 960x720 pixels, but the image has 96x72" in row for row in report.bad_rows) == 2
-    assert sum("m.png: 10x10 pixels, but its image" in row for row in report.bad_rows) == 1
-    assert len(report.bad_rows) == 3
+    # Boxes for the same picture at another scale are scaled, in training as well.
+    (note,) = [note for note in report.notes if "boxes refer to 960x720 pixels, but the image has 96x72" in note]
+    assert "2 rows are of that kind" in note
+    assert len(report.bad_rows) == 1 and "m.png: 10x10 pixels, but its image" in report.bad_rows[0]
+    write_coco(folder / "train.json", {"train/a.png": [BOX], "train/b.png": []}, size=(72, 96))
+    report = check_data([folder])
+    assert sum("boxes refer to 72x96 pixels, but the image has 96x72" in row for row in report.bad_rows) == 2
 
 
 def test_patients_and_slides_in_two_splits(folder):

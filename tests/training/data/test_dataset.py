@@ -10,7 +10,8 @@ from PIL import Image
 from unihema.errors import DatasetError
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.data.augmentation import AugmentationConfig
-from unihema.training.data.dataset import SmearDataset, read_mask
+from unihema.training.data.dataset import SmearDataset
+from unihema.training.data.layouts.masks import read_mask
 from unihema.training.data.mixing import MixedSmears, TaskMixer
 
 

@@ -12,7 +12,8 @@ from data_folders import write_coco, write_lines, write_mask, write_photograph
 from unihema.errors import DatasetError
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.data.curation.prepare import shard_folder
-from unihema.training.data.dataset import SmearDataset, read_mask
+from unihema.training.data.dataset import SmearDataset
+from unihema.training.data.layouts.masks import read_mask
 from unihema.training.data.readers import load_folder
 from unihema.training.data.rows import class_names
 from unihema.training.data.shards import WINDOW, JoinedRows, StoredRows, joined, write_shards

@@ -11,9 +11,10 @@ from unihema.modeling_unihema.tasks import TASKS
 
 
 IMAGES = 4
-# Of the length of a parameter's gradient: sums in another order. Of the whole gradient's: what is zero but for rounding, as of the
-# biases of keys.
-TOLERANCE, ROUNDING = 1e-5, 1e-7
+# Of the length of a parameter's gradient: sums in another order.
+TOLERANCE = 1e-5
+# Of the length of the whole gradient: what is zero but for rounding, as of the biases of keys.
+ROUNDING = 1e-7
 
 
 def uneven(task: str) -> dict:

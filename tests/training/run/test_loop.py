@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_runs import TASKS, run_config
 
 import unihema
-from unihema.errors import DatasetError, RunConfigError, TrainingError, TrainingInterrupted
+from unihema.errors import DatasetError, OutputError, RunConfigError, TrainingError, TrainingInterrupted
 from unihema.training.evaluation import evaluate_model
 from unihema.training.run.build import validation_rows
 from unihema.training.run.checkpoint import last_checkpoint
@@ -77,6 +79,29 @@ def test_other_settings_do_not_resume(smears, tmp_path):
     train(run_config(smears, tmp_path / "run", **UNMEASURED))
     with pytest.raises(RunConfigError, match=r"optimisation.learning_rate=0.001, now it is 0.5"):
         train(run_config(smears, tmp_path / "run", **UNMEASURED, **{"optimisation.learning_rate": 0.5}), resume=True)
+
+
+def test_a_finished_run_is_not_run_again_and_can_be_trained_on(smears, tmp_path):
+    folder, lines = tmp_path / "run", []
+
+    def run(steps: int) -> dict:
+        limit = {"optimisation.max_steps": steps, "data.tasks": ["single_cell"]}
+        return train(run_config(smears, folder, **limit), resume=True, callbacks=[lines.append])
+
+    report = run(2)
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    lines.clear()
+    assert run(2) == report and lines == []
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    run(3)
+    assert step_losses(folder) and last_checkpoint(folder)[1].step == 3
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(RunConfigError, match="no checkpoint is left to go on from"):
+        run(4)
+    # What is gone is made again.
+    (folder / "model.safetensors").unlink()
+    run(3)
+    assert (folder / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -253,3 +278,22 @@ def test_missing_data_is_named(tmp_path):
     with pytest.raises(DatasetError, match="nowhere: no such folder"):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_another_run_in_the_folder_is_named_and_leftovers_of_killed_ones_go(smears, tmp_path):
+    folder = tmp_path / "run"
+    program = (
+        f"from unihema.files import exclusive\nfrom pathlib import Path\nwith exclusive(Path({str(folder)!r})):\n    "
+    )
+    program += "print('held', flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    config = run_config(smears, folder, **UNMEASURED, **{"optimisation.max_steps": 1})
+    with pytest.raises(OutputError, match=rf"run: another run \(process {holder.pid} on .*\) is writing there"):
+        train(config)
+    holder.kill()
+    holder.wait(timeout=600)
+    (folder / "checkpoints" / ".step-00000007.partial").mkdir(parents=True)
+    (folder / ".partial").mkdir()
+    train(config)
+    assert not list(folder.rglob("*.partial"))

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from tiny_runs import run_config
 
-from unihema.training.data.dataset import SmearDataset, read_mask
+from unihema.training.data.dataset import SmearDataset
+from unihema.training.data.layouts.masks import read_mask
 from unihema.training.evaluation import evaluate_model
 from unihema.training.run.build import build, load_rows, training_rows
 from unihema.training.studies.corruptions import CORRUPTIONS, LEVELS, shifted_rows
@@ -166,7 +167,7 @@ def test_a_stopped_run_goes_on_and_writes_tables_and_curves(setting, tmp_path):
         assert Image.open(tmp_path / "stress.png").width > 500
 
     with pytest.raises(
-        ValueError, match="begun with checkpoint='a'; now it is 'b'.*delete .*stress.json to start anew"
+        ValueError, match="begun with checkpoint='a'; now it is 'b'.*start anew .--overwrite, or delete .*stress.json"
     ):
         run_stress(model, processor, rows, tmp_path, ["jpeg"], [1], **run | {"settings": {"checkpoint": "b"}})
     again = run_stress(model, processor, rows, tmp_path, ["jpeg"], [1], **run | {"overwrite": True})

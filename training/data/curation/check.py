@@ -18,7 +18,6 @@ from unihema.training.data.curation.duplicates import (
     fingerprint,
 )
 from unihema.training.data.curation.licences import MixLicence, mix_licence
-from unihema.training.data.layouts.masks import check_mask_size
 from unihema.training.data.readers import (
     LAYOUTS,
     folder_licence,
@@ -28,7 +27,9 @@ from unihema.training.data.readers import (
     splits_of,
 )
 from unihema.training.data.rows import BadRows, Row
-from unihema.training.data.splits import compile_patterns, groups_of
+from unihema.training.data.shards import INDEX_FILE, StoredFile
+from unihema.training.data.splits import SPLITS, compile_patterns, groups_of
+from unihema.training.data.verify import verify_rows
 
 
 UNSPLIT = "all"
@@ -57,7 +58,9 @@ class CheckReport:
 
     Args:
         counts (`dict`): Data set -> split -> task -> `rows` and, where there are any, `classes` with their numbers.
-        bad_rows (`list[str]`): Rows and files that cannot be used, each with its file and its line or entry.
+        bad_rows (`list[str]`): Rows and files that cannot be used, each with its file and its line or entry; the same at
+            which a training run would stop.
+        notes (`list[str]`): What is read otherwise than it stands, such as two entries of one image merged.
         repeats (`list[Repeat]`): Photographs that are there more than once.
         shared_groups (`list[SharedGroup]`): Patients, slides and fields in more than one split.
         unsafe_archives (`dict[str, list[str]]`): Archive -> what is wrong with it.
@@ -66,6 +69,7 @@ class CheckReport:
 
     counts: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     bad_rows: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     repeats: list[Repeat] = field(default_factory=list)
     shared_groups: list[SharedGroup] = field(default_factory=list)
     unsafe_archives: dict[str, list[str]] = field(default_factory=dict)
@@ -127,12 +131,14 @@ def check_data(
             raise DatasetError(f"{folder}: neither a data folder nor a zip or tar file.")
         declared[dataset] = folder_licence(folder)
         report.counts[dataset] = {}
-        for split, rows in _rows_by_split(folder, dataset, bad).items():
+        found = _rows_by_split(folder, dataset, bad)
+        for split, rows in found.items():
             report.counts[dataset][split] = _count(rows)
+        for split, rows in verify_rows(found, bad, progress=progress).items():
             _collect(images, rows, dataset, split, compiled, bad)
     report.licence = mix_licence(_with_given(declared, licences or {}))
     _fingerprint(images, bad, progress)
-    report.bad_rows = list(dict.fromkeys(bad.messages))
+    report.bad_rows, report.notes = list(dict.fromkeys(bad.messages)), bad.notes
     report.shared_groups = _shared_groups(images.values())
     report.repeats = find_repeats(list(images.values()), near, max_distance, min_similarity, progress)
     return report
@@ -157,14 +163,31 @@ def _rows_by_split(folder: Path, dataset: str, bad: BadRows) -> dict[str, list[R
         with bad.collecting():
             rows = read_folder(folder, split, bad)
             found[split] = [row for task_rows in rows.values() for row in task_rows]
-    if not splits:
-        layout = recognise_foreign(folder)
-        if layout is None:
+    for split in SPLITS:
+        if (folder / split / INDEX_FILE).is_file():
+            with bad.collecting():
+                found[split] = _stored(read_folder(folder, split, bad), bad)
+    if not splits and not found:
+        if recognise_foreign(folder) is None:
             raise DatasetError(f"{folder}: no known layout, so nothing to check.\n{LAYOUTS}")
         with bad.collecting():
-            for row in read_foreign(folder, dataset, bad, layout=layout):
+            for row in read_foreign(folder, dataset, bad):
                 found.setdefault(row.get("split") or UNSPLIT, []).append(row)
     return found
+
+
+def _stored(rows_by_task: Mapping[str, Sequence[Row]], bad: BadRows) -> list[Row]:
+    """The rows of shards, each image and mask of which was read."""
+    good = []
+    for rows in rows_by_task.values():
+        for row in rows:
+            with bad.collecting():
+                for file in (row["image"], row.get("mask")):
+                    if isinstance(file, StoredFile):
+                        file.check()
+                good.append(row)
+    bad.note("Shards are not searched for photographs that are there twice: check the folder that they are made from.")
+    return good
 
 
 def _count(rows: Sequence[Row]) -> dict[str, Any]:
@@ -192,16 +215,16 @@ def _collect(
     bad: BadRows,
 ) -> None:
     for row in rows:
-        if row["task"] == "segmentation":
+        if isinstance(row["image"], StoredFile):
+            continue
+        path = str(Path(row["image"]).resolve())
+        image = images.setdefault(path, CheckedImage(dataset, split, row["file_name"], row["image"]))
+        if image.place != f"{dataset}/{split}" and image.dataset == dataset:
+            # One file, so not one of several that are the same photograph.
             with bad.collecting():
-                check_mask_size(row)
-        image = images.setdefault(
-            str(Path(row["image"]).resolve()), CheckedImage(dataset, split, row["file_name"], row["image"])
-        )
+                raise DatasetError(f"{row['image']}: listed in {image.split} and in {split}. Take it out of one.")
         image.tasks.add(row["task"])
         image.groups |= groups_of(row, patterns)
-        if row.get("size"):
-            image.recorded_size = tuple(row["size"])
 
 
 def _fingerprint(images: dict[str, CheckedImage], bad: BadRows, progress: bool) -> None:
@@ -210,12 +233,6 @@ def _fingerprint(images: dict[str, CheckedImage], bad: BadRows, progress: bool) 
     for image in tqdm(images.values(), desc="images", unit="image", disable=not progress):
         with bad.collecting():
             image.fingerprint = fingerprint(image.path)
-            size = image.fingerprint.size
-            if image.recorded_size and image.recorded_size != size:
-                raise DatasetError(
-                    f"{image.path}: its boxes refer to {image.recorded_size[0]}x{image.recorded_size[1]} pixels, but the "
-                    f"image has {size[0]}x{size[1]}. Correct the size in the annotations, or the image."
-                )
 
 
 def _shared_groups(images: Iterable[CheckedImage]) -> list[SharedGroup]:

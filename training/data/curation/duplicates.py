@@ -3,7 +3,6 @@
 Two files are the same photograph if their bytes are equal, or if one is the other re-encoded, scaled, mirrored or turned.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,8 @@ from PIL import Image
 from scipy.fft import dctn
 from scipy.ndimage import gaussian_filter
 
-from unihema.errors import DatasetError, UnreadableImageError
+from unihema.errors import DatasetError
+from unihema.files import sha256
 from unihema.processing_unihema.image_io import image_size, load_image
 
 
@@ -51,9 +51,12 @@ def fingerprint(path: str | Path) -> Fingerprint:
     try:
         height, width = image_size(path)
         grey = load_image(path, max_pixels=(4 * THUMBNAIL) ** 2).convert("L")
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except (UnreadableImageError, OSError) as error:
-        raise DatasetError(str(error)) from error
+        digest = sha256(Path(path))
+    except Exception as error:
+        # PIL's readers raise anything on bytes that were damaged on purpose.
+        raise DatasetError(
+            str(error) if str(path) in str(error) else f"{path}: not a readable image ({error})."
+        ) from error
     small = grey.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     return Fingerprint(digest, (width, height), np.asarray(small, np.uint8))
 
@@ -161,7 +164,6 @@ class CheckedImage:
         path (`str`): The file.
         tasks (`set[str]`): Of the rows that use it.
         groups (`dict[str, str]`): Patient, slide and source image, as far as known.
-        recorded_size (`tuple[int, int]`, *optional*): Width and height that its boxes refer to, pixels.
         fingerprint (`Fingerprint`, *optional*): None for a file that cannot be read.
     """
 
@@ -171,7 +173,6 @@ class CheckedImage:
     path: str
     tasks: set[str] = field(default_factory=set)
     groups: dict[str, str] = field(default_factory=dict)
-    recorded_size: tuple[int, int] | None = None
     fingerprint: Fingerprint | None = None
 
     @property

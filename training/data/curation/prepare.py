@@ -32,6 +32,7 @@ from unihema.training.data.readers import (
 from unihema.training.data.rows import PROVENANCE_KEYS, BadRows, BadRowsError, OnInvalid, Row
 from unihema.training.data.shards import write_shards
 from unihema.training.data.splits import by_split, check_val_share, compile_patterns, groups_of
+from unihema.training.data.verify import verify_rows
 
 
 _UNSAFE = re.compile(r"[^\w.\- ]+")
@@ -125,6 +126,7 @@ def prepare_data(
             folder = source
         bad = BadRows()
         used, rows = _read(folder, output.name, layout, masks_show, attributes, bad)
+        rows = verify_rows({used: rows}, bad, progress=progress).get(used, [])
         _stop_if(bad, on_invalid, folder, source)
         rows = [row | groups_of(row, compiled) for row in rows]
         labels, unmapped = _names(rows, official_names, rename or {})
@@ -133,6 +135,7 @@ def prepare_data(
         _write(partial, rows, val_share, bad, prepared, progress)
         _stop_if(bad, on_invalid, folder, source)
         prepared.left_out = bad.messages
+        bad.tell_notes()
         if not prepared.counts:
             raise DatasetError(f"{source}: nothing in it could be read as {used}.")
         _describe(partial, source, entry, masks_show, licence, prepared)
@@ -192,6 +195,9 @@ def shard_folder(
                 raise
             missing = missing or error
             continue
+        bad = BadRows()
+        rows = verify_rows(rows, bad, progress=bool(options.get("progress")))
+        bad.settle(on_invalid)
         written[split] = write_shards(rows, output / split, source.resolve().name, **options)
     if not written and missing is not None:
         raise missing
@@ -205,6 +211,7 @@ def _stop_if(bad: BadRows, on_invalid: OnInvalid, folder: Path, source: Path) ->
     # The unpacked folder is deleted, so messages name the archive.
     if folder != source:
         bad.messages = [message.replace(str(folder), str(source)) for message in bad.messages]
+        bad.notes = [note.replace(str(folder), str(source)) for note in bad.notes]
     if on_invalid == "error":
         bad.settle("error")
 
@@ -237,12 +244,12 @@ def _read(
             found = read_folder(inner, split, bad, prompt=prompt, attributes_as_detection=wanted)
             rows += [row | {"split": split} for task_rows in found.values() for row in task_rows]
         return "own", rows
-    layout = layout or recognise_foreign(folder)
+    given, layout = layout, layout or recognise_foreign(folder)
     if layout is None:
         raise DatasetError(
             f"{folder}: no known layout; known are {', '.join(FOREIGN_LAYOUTS)}. Name one with --layout."
         )
-    return layout, read_foreign(folder, dataset, bad, layout=layout, prompt=prompt, attributes=attributes)
+    return layout, read_foreign(folder, dataset, bad, layout=given, prompt=prompt, attributes=attributes)
 
 
 def _names(

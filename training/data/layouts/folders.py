@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from unihema.errors import DatasetError
-from unihema.training.data.layouts.files import ImageFinder
+from unihema.training.data.layouts.files import ImageFinder, checked_label
 from unihema.training.data.rows import BadRows, Row
 from unihema.training.data.splits import SPLIT_NAMES
 
@@ -28,7 +28,9 @@ def read_class_folders(folder: Path, dataset: str, rename: Mapping[str, str], ba
             label = class_of(path, folder)
             if label is None:
                 raise DatasetError(f"{path}: lies in no class folder. Move it into one, or take it out.")
+            label = checked_label(label, str(path))
             rows.append(images.row(path, dataset, "single_cell") | {"label": rename.get(label, label)})
+    images.report(bad)
     return rows
 
 

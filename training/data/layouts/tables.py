@@ -4,13 +4,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unihema.training.data.layouts.files import ImageFinder, image_size, is_hidden, read_table, require
-from unihema.training.data.rows import BadRows, Row, group_ids
+from unihema.errors import DatasetError
+from unihema.processing_unihema.class_names import short_name
+from unihema.training.data.layouts.files import DataFiles, ImageFinder, checked_label, image_size, read_table, require
+from unihema.training.data.layouts.folders import class_of
+from unihema.training.data.rows import (
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    BadRows,
+    Row,
+    column_name,
+    group_ids,
+)
 from unihema.training.data.splits import split_in_name
 
 
-IMAGE_COLUMNS = ("file_name", "img_name", "filename", "image", "path")
-LABEL_COLUMNS = ("label", "class")
 # Columns of WBCAtt (Tsutsui et al. 2023), the attribute table of the PBC images.
 WBCATT_ATTRIBUTES = (
     "cell_size",
@@ -29,16 +37,19 @@ WBCATT_ATTRIBUTES = (
 
 def attribute_tables(folder: Path) -> list[Path]:
     """The tables of a folder and its subfolders that name images and labels."""
-    found = []
-    for path in sorted([*folder.rglob("*.csv"), *folder.rglob("*.tsv")]):
-        if is_hidden(path.relative_to(folder)):
-            continue
+    return [path for path in DataFiles(folder).named(".csv", ".tsv") if _names_images_and_labels(path)]
+
+
+def _names_images_and_labels(path: Path) -> bool:
+    try:
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             header = file.readline(10_000)
-        columns = {cell.strip().strip('"') for cell in header.replace(";", ",").replace("\t", ",").split(",")}
-        if columns & set(IMAGE_COLUMNS) and columns & set(LABEL_COLUMNS):
-            found.append(path)
-    return found
+    except OSError:
+        # Reading it says why.
+        return True
+    cells = header.replace(";", ",").replace("\t", ",").split(",")
+    columns = {column_name(cell.strip().strip('"')) for cell in cells}
+    return bool(columns & set(IMAGE_COLUMNS) and columns & set(LABEL_COLUMNS))
 
 
 def read_attribute_tables(
@@ -61,20 +72,38 @@ def read_attribute_tables(
         `list[Row]`: With `split` where the table's name says it (`attributes_val.csv`).
 
     Raises:
-        DatasetError: A table without a header.
+        DatasetError: An image that is none.
     """
     images = ImageFinder(folder)
     rows: list[Row] = []
+    labelled: list[tuple[str, str, str]] = []
     for path in attribute_tables(folder):
         split = split_in_name(path.name)
-        for source, record in read_table(path, bad):
+        with bad.collecting():
+            for source, record in read_table(path, bad):
+                with bad.collecting():
+                    name = require(record, "file_name", source, *IMAGE_COLUMNS)
+                    label = checked_label(require(record, "label", source, *LABEL_COLUMNS), source)
+                    image = images.find([name], path, source)
+                    row = images.row(image, dataset, "single_cell") | {"split": split, **group_ids(record, source)}
+                    rows += rows_of_cell(row, rename.get(label, label), record, attributes)
+                    labelled.append((source, image, label))
+    wrong = _contradicted_by_folders(labelled, folder, bad)
+    images.report(bad, rows, "names it in a table")
+    return with_annotated_classes([row for row in rows if row["image"] not in wrong])
+
+
+def _contradicted_by_folders(labelled: Sequence[tuple[str, str, str]], root: Path, bad: BadRows) -> set[str]:
+    """Images that lie in the folder of another class than the table says; each is a bad row."""
+    classes = {short_name(label) for _, _, label in labelled}
+    wrong = set()
+    for source, image, label in labelled:
+        folder = class_of(Path(image), root)
+        if folder is not None and short_name(folder) in classes - {short_name(label)}:
+            wrong.add(image)
             with bad.collecting():
-                name = require(record, "file_name", source, *IMAGE_COLUMNS)
-                label = require(record, "label", source, *LABEL_COLUMNS)
-                image = images.find([name], path, source)
-                row = images.row(image, dataset, "single_cell") | {"split": split, **group_ids(record)}
-                rows += rows_of_cell(row, rename.get(label, label), record, attributes)
-    return with_annotated_classes(rows)
+                raise DatasetError(f"{source}: {label}, but the image {image} lies in the folder of {folder}.")
+    return wrong
 
 
 def rows_of_cell(row: Row, label: str, record: Mapping[str, Any], attributes: Sequence[str]) -> list[Row]:

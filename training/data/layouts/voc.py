@@ -1,23 +1,32 @@
 """Pascal VOC: one XML file of boxes for each image."""
 
 import xml.parsers.expat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from unihema.errors import DatasetError
-from unihema.training.data.layouts.files import ImageFinder, checked_box, image_size
-from unihema.training.data.rows import BadRows, Row
+from unihema.training.data.layouts.files import (
+    ClippedBoxes,
+    ImageFinder,
+    checked_label,
+    image_size,
+    read_bytes,
+    recorded_size,
+)
+from unihema.training.data.rows import BadRows, Row, shown
 
 
-LARGEST_FILE = 64 << 20
+# A field of a thousand cells takes about 300 kB and 10 000 elements.
+LARGEST_FILE = 16 << 20
+MOST_ELEMENTS = 200_000
 
 
 @dataclass
 class _Element:
     name: str
     line: int
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
     children: list["_Element"] = field(default_factory=list)
 
     def find(self, name: str) -> "_Element | None":
@@ -25,7 +34,7 @@ class _Element:
 
     def value(self, name: str) -> str | None:
         found = self.find(name)
-        return found.text.strip() or None if found else None
+        return "".join(found.texts).strip() or None if found else None
 
 
 def read_voc(folder: Path, dataset: str, rename: Mapping[str, str], bad: BadRows) -> list[Row]:
@@ -33,7 +42,7 @@ def read_voc(folder: Path, dataset: str, rename: Mapping[str, str], bad: BadRows
 
     The image is the one named by `<filename>`, or the one with the XML file's own stem: beside it, in `JPEGImages/` or
     `images/`, or anywhere in the folder under a name that occurs once. Corners are taken as they are, in pixels:
-    `[xmin, ymin, xmax - xmin, ymax - ymin]`.
+    `[xmin, ymin, xmax - xmin, ymax - ymin]`, of an image of the size in `<size>`, where there is one.
 
     Args:
         folder (`Path`): The data set.
@@ -45,12 +54,15 @@ def read_voc(folder: Path, dataset: str, rename: Mapping[str, str], bad: BadRows
         `list[Row]`: In the order of the XML files; `file_name` is relative to `folder`.
     """
     images = ImageFinder(folder)
+    boxes = ClippedBoxes(bad)
     rows = []
-    for path in sorted(folder.rglob("*.xml")):
+    for path in images.listing.named(".xml"):
         with bad.collecting():
             root = _parse(path)
             if root.name == "annotation":
-                rows.append(_read_file(path, root, images, dataset, rename, bad))
+                rows.append(_read_file(path, root, images, boxes, dataset, rename, bad))
+    boxes.report()
+    images.report(bad, rows, "annotates it")
     annotated = sorted({name for row in rows for name in row["objects"]["category"]})
     for row in rows:
         row["annotated_classes"] = annotated
@@ -58,11 +70,16 @@ def read_voc(folder: Path, dataset: str, rename: Mapping[str, str], bad: BadRows
 
 
 def _read_file(
-    path: Path, root: _Element, images: ImageFinder, dataset: str, rename: Mapping[str, str], bad: BadRows
+    path: Path,
+    root: _Element,
+    images: ImageFinder,
+    boxes: ClippedBoxes,
+    dataset: str,
+    rename: Mapping[str, str],
+    bad: BadRows,
 ) -> Row:
-    named = root.value("filename")
-    image = images.find([name for name in (named, path.stem) if name], path, str(path))
-    size = image_size(image)
+    image = _image_of(path, root.value("filename"), images)
+    size = _size_of(root, image, str(path))
     objects: dict[str, list] = {"bbox": [], "category": [], "morphology": [], "iscrowd": []}
     for element in root.children:
         if element.name != "object":
@@ -73,12 +90,45 @@ def _read_file(
             corners = element.find("bndbox")
             if not name or corners is None:
                 raise DatasetError(f"{source}: <name> and <bndbox> are needed.")
+            name = checked_label(name, source)
             box = _box(corners, f"{source} {name}")
-            objects["bbox"].append(checked_box(box, *size, f"{source} {name}"))
+            objects["bbox"].append(boxes.checked(box, *size, f"{source} {name}"))
             objects["category"].append(rename.get(name, name))
             objects["morphology"].append({})
             objects["iscrowd"].append(0)
     return images.row(image, dataset, "detection") | {"objects": objects, "size": size}
+
+
+def _image_of(path: Path, named: str | None, images: ImageFinder) -> str:
+    """The image that a file annotates.
+
+    Raises:
+        DatasetError: None, or one that `<filename>` names and another that the XML file is named after.
+    """
+    names: Sequence[str] = [name for name in (named, path.stem) if name]
+    image = images.find(names, path, str(path))
+    if named and Path(image).stem != path.stem:
+        try:
+            other = images.find([path.stem], path, str(path))
+        except DatasetError:
+            return image
+        raise DatasetError(
+            f"{path}: <filename> is {shown(named)}, but there is an image of this file's name as well ({other}). "
+            "Correct <filename>."
+        )
+    return image
+
+
+def _size_of(root: _Element, image: str, source: str) -> tuple[int, int]:
+    """Width and height that the boxes refer to: those of `<size>`, else of the image."""
+    given = root.find("size")
+    if given is None:
+        return image_size(image)
+    values = {key: given.value(key) for key in ("width", "height")}
+    # Some programs write 0 for what they do not know.
+    if not all((value or "0").strip("0.") for value in values.values()):
+        return image_size(image)
+    return recorded_size(values, f"{source}: <size>")
 
 
 def _box(corners: _Element, source: str) -> list[float]:
@@ -86,7 +136,7 @@ def _box(corners: _Element, source: str) -> list[float]:
     try:
         left, top, right, bottom = (float(value) for value in values.values())
     except (TypeError, ValueError):
-        raise DatasetError(f"{source}: corners are no numbers: {values}.") from None
+        raise DatasetError(f"{source}: corners are no numbers: {shown(values)}.") from None
     return [left, top, right - left, bottom - top]
 
 
@@ -104,17 +154,23 @@ def _parse(path: Path) -> _Element:
     Raises:
         DatasetError: Not XML, larger than an annotation is, or with a document type (entities could expand without end).
     """
+    content = read_bytes(path, LARGEST_FILE)
+    number = 0
     stack: list[_Element] = []
     roots: list[_Element] = []
 
     def start(name: str, attributes: dict[str, str]) -> None:
+        nonlocal number
+        number += 1
+        if number > MOST_ELEMENTS:
+            raise DatasetError(f"{path}: more than {MOST_ELEMENTS} elements, so not read as a VOC annotation.")
         element = _Element(name, parser.CurrentLineNumber)
         (stack[-1].children if stack else roots).append(element)
         stack.append(element)
 
     def text(characters: str) -> None:
         if stack:
-            stack[-1].text += characters
+            stack[-1].texts.append(characters)
 
     def refuse(*_) -> None:
         raise DatasetError(f"{path}:{parser.CurrentLineNumber}: document types are not read. Take <!DOCTYPE ...> out.")
@@ -126,12 +182,13 @@ def _parse(path: Path) -> _Element:
     parser.CharacterDataHandler = text
     parser.StartDoctypeDeclHandler = refuse
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise DatasetError(f"{path}: larger than {LARGEST_FILE >> 20} MB, so not read as a VOC annotation.")
-        parser.Parse(path.read_bytes(), True)
+        parser.Parse(content, True)
     except xml.parsers.expat.ExpatError as error:
         reason = xml.parsers.expat.ErrorString(error.code)
         raise DatasetError(f"{path}:{error.lineno}: broken XML ({reason}).") from error
-    except OSError as error:
-        raise DatasetError(f"{path}: cannot be read ({error}).") from error
+    except (LookupError, ValueError) as error:
+        if isinstance(error, DatasetError):
+            raise
+        # An encoding that Python does not have, or cannot take byte by byte.
+        raise DatasetError(f"{path}: cannot be read as XML ({error}).") from error
     return roots[0]
