@@ -8,7 +8,9 @@ SOURCES := $(shell find api modeling_unihema processing_unihema training hub_car
 # Where bytecode is not kept, every command that a test starts compiles PyTorch and Transformers anew: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install test test-slow test-lowest lint format docs dist demo demo-train bench clean
+ATTACK ?= 3000
+
+.PHONY: install test test-slow attack test-lowest lint format docs dist demo demo-train bench clean
 
 install: $(VENV)/installed
 
@@ -36,6 +38,11 @@ test-slow: install
 # The same tests with the oldest releases that setup.py admits, in an environment of its own.
 test-lowest:
 	$(MAKE) test VENV=.venv-lowest PIP_ARGS="$(PIP_ARGS) --constraint constraints-lowest.txt"
+
+# Hostile data, checkpoints and answers of a Hub: about half an hour. ATTACK is the number of inputs of each kind; the seed and what
+# failed are printed, and UNIHEMA_ATTACK_SEED repeats them.
+attack: install
+	UNIHEMA_ATTACK=$(ATTACK) $(BIN)/python -m pytest -n auto --maxprocesses 4 -rA tests/robustness
 
 # Imports and types are read from the installed package, in which the folders lie as they are imported.
 lint: install

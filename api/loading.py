@@ -156,7 +156,7 @@ def _load_plain(
     folder, device = Path(folder), choose_device(device)
     named = read_json(folder / "config.json").get("architectures") or ["UniHemaForMultiTask"]
     architecture = named[0] if isinstance(named, list) and isinstance(named[0], str) else repr(named)
-    model_class = getattr(modeling_unihema, architecture, None)
+    model_class: Any = getattr(modeling_unihema, architecture, None)
     if architecture not in modeling_unihema.__all__ or not getattr(model_class, "tasks", None):
         raise CheckpointError(
             f"{folder}: config.json names the architecture {architecture[:60]!r}, which has no task head; save one of "
@@ -165,18 +165,15 @@ def _load_plain(
     options: dict[str, Any] = _in_8_bit(device) if load_in_8bit else {}
     if dtype is not None:
         options["dtype"] = choose_dtype(dtype)
-    # Twice what is there: heads of other classes, or weights that are missing, have errors of their own.
-    limit = modeling_unihema.MOST_PARAMETERS.set(2 * stored_parameters(folder) + 10_000_000)
     try:
         # Never the code of the folder: that of the package is here.
-        local = {"local_files_only": True, "trust_remote_code": False}
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        _check_size(model_class, folder, local)
         model, report = model_class.from_pretrained(folder, output_loading_info=True, **local, **options)
         processor = UniHemaProcessor.from_pretrained(folder, **local)
     except Exception as error:
         names = ", ".join(path.name for path in files)
         raise CheckpointError(f"{folder}: checkpoint cannot be read ({names}): {shortened(error)}") from error
-    finally:
-        modeling_unihema.MOST_PARAMETERS.reset(limit)
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -184,6 +181,24 @@ def _load_plain(
         )
     # A model that was quantized while loading is where it should be, and cannot be moved.
     return (model if load_in_8bit else model.to(device)), processor
+
+
+def _check_size(model_class: Any, folder: Path, options: Mapping[str, Any]) -> None:
+    """Refuses a model that is far larger than its files of weights, before its memory is taken.
+
+    Raises:
+        CheckpointError: It is.
+    """
+    import torch
+
+    config = model_class.config_class.from_pretrained(folder, **options)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in model_class(config).parameters())
+    # Heads of other classes, and weights that are missing, have errors of their own.
+    if count > 2 * stored_parameters(folder) + 10_000_000:
+        raise CheckpointError(
+            f"config.json asks for a model of {count:,} parameters, many more than its files of weights hold."
+        )
 
 
 def _in_8_bit(device: "torch.device") -> dict[str, Any]:

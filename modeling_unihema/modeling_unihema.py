@@ -6,7 +6,6 @@ An image becomes feature levels and encoded tokens, a prompt text states; both t
 """
 
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -46,8 +45,6 @@ from .visual_backbone import FeatureLevels, VisualBackbone
 
 # Class logit of a query that was made from padding; float16 can hold it.
 NO_CELL = -1e4
-# Most parameters that a model may have which is built to be filled from a file; no limit for one built anew.
-MOST_PARAMETERS: ContextVar[int | None] = ContextVar("most parameters", default=None)
 # Optional outputs of every layer, and the fields that return them.
 LAYER_OPTIONS = ("output_hidden_states", "output_attentions")
 LAYER_OUTPUTS = (
@@ -84,21 +81,6 @@ class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
         # Before anything is built: fields may have changed since the configuration was made.
         config.validate()
         super().__init__(config, *args)
-
-    def post_init(self) -> None:
-        """Initialises the weights, or leaves them to be loaded.
-
-        Raises:
-            ValueError: The model has more parameters than the file it is loaded from can hold (`MOST_PARAMETERS`).
-        """
-        most = MOST_PARAMETERS.get()
-        if most is not None:
-            count = sum(parameter.numel() for parameter in self.parameters())
-            if count > most:
-                raise InputError(
-                    f"config.json asks for a model of {count:,} parameters, many more than its files of weights hold."
-                )
-        super().post_init()
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

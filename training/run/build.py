@@ -279,7 +279,12 @@ def _new_config(config: RunConfig, rows: dict[str, list[Row]], processor: UniHem
         fields |= {"backbone_config": LITE0_BACKBONE, "freeze_backbone_norm": True}
     preset = UniHemaConfig.tiny if config.model.preset == "tiny" else UniHemaConfig.base
     trained |= config.model.overrides.get("trained", {})
-    model_config = preset(**{**fields, **config.model.overrides, "trained": trained})
+    overrides = dict(config.model.overrides)
+    text = overrides.get("text_config")
+    if isinstance(text, dict) and "vocab_size" in text:
+        # The configuration refuses prompts beyond its vocabulary.
+        overrides["text_config"] = {**text, "vocab_size": max(text["vocab_size"], len(processor.tokenizer))}
+    model_config = preset(**{**fields, **overrides, "trained": trained})
     # flan-T5 has a few more rows than its tokenizer has pieces; a preset's vocabulary is only a placeholder.
     given = model_config.text_config.vocab_size if "text_config" in config.model.overrides else 0
     model_config.text_config.vocab_size = max(given, len(processor.tokenizer))

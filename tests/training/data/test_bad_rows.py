@@ -100,7 +100,7 @@ def test_files_that_cannot_be_read_at_all(tmp_path, content, words):
     ("image", "annotation", "words"),
     [
         ("x", {}, r"images\[0\]: a JSON object"),
-        ({"id": [1]}, {}, r"images\[0\]\.id: \[1\] must be a number or a text"),
+        ({"id": [1]}, {}, r"images\[0\]\.id: \[1\] must be a whole number or a text"),
         ({"id": 1, "file_name": 7}, {}, "a file name is needed, got 7"),
         ({"id": 1, "file_name": "a.png", "width": -4, "height": 3}, {}, "no size in pixels"),
         ({"id": 1, "file_name": "a.png", "width": float("inf"), "height": 3}, {}, "no size in pixels"),

@@ -426,3 +426,21 @@ def test_masks_with_palettes_and_opacity(tmp_path):
     assert overlap(Image.fromarray(opacity), tmp_path / "d.png") == 1
     with pytest.raises(DatasetError, match="cells cannot be told from noise"):
         overlap(Image.fromarray(DISC.astype(np.uint8) * 60), tmp_path / "e.jpg")
+
+
+@pytest.mark.parametrize("written", [1, 1.0, "1"])
+def test_ids_as_programs_write_them(tmp_path, written):
+    content = coco(tmp_path, category_id=written)
+    content["images"][0]["id"] = 1
+    content["annotations"][0]["image_id"] = written
+    (row,), bad = write(tmp_path, content)
+    assert row["objects"]["category"] == ["RBC"] and not bad.messages
+
+
+def test_ids_that_are_no_whole_number_or_twins(tmp_path):
+    rows, bad = write(tmp_path, coco(tmp_path, category_id=1.5))
+    assert rows[0]["objects"]["category"] == [] and said(bad, "category_id: 1.5 must be a whole number or a text")
+    content = coco(tmp_path)
+    content["categories"].append({"id": "1", "name": "WBC"})
+    _, bad = write(tmp_path, content)
+    assert said(bad, "categories[2].id: 1 is the id of RBC and of WBC")
