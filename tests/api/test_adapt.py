@@ -20,6 +20,7 @@ from unihema.loading import load_model
 from unihema.training.data.synthetic.cells import CLASSES
 from unihema.training.data.synthetic.fields import SyntheticSmears
 from unihema.training.data.synthetic.folder import write_synthetic
+from unihema.training.run.build import build, training_rows
 from unihema.training.studies.adapt import adapt, adapt_config, find_base
 from unihema_cli.app import app
 
@@ -172,6 +173,36 @@ def test_settings_follow_the_number_of_images(lab, tmp_path):
     assert config.logging.evaluate_every == 25
     fields = adapt_config(root / "base", [root / "smears"], "detection", tmp_path / "run")
     assert fields.augmentation.for_task("detection").stain > 0.15
+
+
+def test_slides_without_a_val_split_are_held_out_whole_however_few(lab, tmp_path):
+    root, _ = lab
+    data = tmp_path / "three_slides"
+    shutil.copytree(root / "smears" / "train", data / "train")
+    index = data / "train" / "annotations.json"
+    coco = json.loads(index.read_text())
+    for number, image in enumerate(coco["images"]):
+        image["slide"] = min(number, 2)
+    index.write_text(json.dumps(coco))
+    assert adapt_config(root / "base", [data], "detection", tmp_path / "run").data.folds == 3
+
+
+def test_attributes_of_crops_that_the_base_lacks_are_read_and_said_to_be_lost(lab, tmp_path, caplog):
+    root, _ = lab
+    for split in ("train", "val"):
+        shutil.copytree(root / "smears" / split / "crops", tmp_path / "cells" / split / "crops")
+        crops = sorted((tmp_path / "cells" / split / "crops").rglob("*.png"))
+        lines = [
+            f"{path.relative_to(tmp_path / 'cells' / split)},{('fine', 'coarse')[n % 2]}"
+            for n, path in enumerate(crops)
+        ]
+        (tmp_path / "cells" / split / "attributes.csv").write_text("\n".join(["file_name,granules", *lines]))
+    reading = {"data.attributes_as_detection": True}
+    config = adapt_config(root / "base", [tmp_path / "cells"], "detection", tmp_path / "run", overrides=reading)
+    rows = training_rows(config)
+    assert {name for row in rows["detection"] for cell in row["objects"]["morphology"] for name in cell} == {"granules"}
+    build(config, rows)
+    assert "Not learned: granules." in caplog.text
 
 
 def test_what_cannot_be_adapted_is_said(lab, tmp_path):

@@ -149,6 +149,8 @@ def read_folder(
             return found
     inside = ", ".join(map(ascii_name, sorted(entry.name for entry in folder.iterdir())[:12])) or "nothing"
     what = f" for {', '.join(wanted)}" if tasks else ""
+    if split == "val":
+        inside += ". `unihema data prepare` makes such a split, and --set data.val_split='\"\"' trains without one"
     raise DatasetError(f"{folder}: no data{what} in split '{split}'; the folder holds {inside}.\n{LAYOUTS}")
 
 

@@ -1,8 +1,10 @@
 """Splits of data: their names, drawing them, cross-validation folds, and the images that stay together in one."""
 
+import math
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -128,7 +130,8 @@ def fold_rows(
 ) -> dict[str, list[Row]]:
     """The training rows of one cross-validation fold, or those it holds out.
 
-    Rows of one patient, slide or source image stay together, and so do all rows of an image, of every task.
+    Rows of one patient, slide or source image stay together, and so do all rows of an image, of every task. Parts have about
+    as many images each; those that a large patient or slide makes larger come last.
 
     Args:
         rows_by_task (`Mapping[str, Sequence[Row]]`): Task -> rows.
@@ -143,22 +146,44 @@ def fold_rows(
     """
     if folds < 2 or not 0 <= fold < folds:
         raise InputError(f"Fold {fold} of {folds}: there must be at least 2, counted from 0.")
-    groups = sorted({_group(row) for rows in rows_by_task.values() for row in rows})
+    sizes = image_groups(row for rows in rows_by_task.values() for row in rows)
+    groups = sorted(sizes)
     if len(groups) < folds:
         raise DatasetError(
-            f"{len(groups)} images (or patients, or slides) cannot be divided into {folds} folds; ask for fewer."
+            f"{len(groups)} images (or patients, or slides) cannot be divided into {folds} folds; ask for fewer, "
+            "or make a val split."
         )
+    divided: list[list[str]] = [[] for _ in range(folds)]
+    images = [0] * folds
     order = np.random.default_rng(seed).permutation(len(groups))
-    chosen = {groups[position] for position in order[fold::folds]}
+    for group in sorted((groups[position] for position in order), key=lambda group: -sizes[group]):
+        smallest = images.index(min(images))
+        divided[smallest].append(group)
+        images[smallest] += sizes[group]
+    share = math.ceil(sum(images) / folds)
+    chosen = set(divided[sorted(range(folds), key=lambda part: images[part] > share)[fold]])
     parts = {task: [row for row in rows if (_group(row) in chosen) == held_out] for task, rows in rows_by_task.items()}
     return {task: rows for task, rows in parts.items() if rows}
+
+
+def image_groups(rows: Iterable[Row]) -> dict[str, int]:
+    """Images of each patient, slide or source image; an image without these is a group of its own.
+
+    Args:
+        rows (`Iterable[Row]`): Of any tasks.
+    """
+    return dict(Counter(group for group, _ in {(_group(row), _image(row)) for row in rows}))
+
+
+def _image(row: Row) -> str | int:
+    return row["image"] if isinstance(row["image"], str) else id(row["image"])
 
 
 def _group(row: Row) -> str:
     for kind in GROUP_KEYS:
         if row.get(kind):
             return f"{kind} {row['dataset']} {row[kind]}"
-    return f"image {row['image'] if isinstance(row['image'], str) else id(row['image'])}"
+    return f"image {_image(row)}"
 
 
 def is_held_out(row: Row, hold_out: Mapping[str, Sequence[str]]) -> bool:

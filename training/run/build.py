@@ -1,7 +1,8 @@
 """From data and settings to a model and its processor: rows, classes, initial weights, trained parts."""
 
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ LITE0_BACKBONE: dict[str, Any] = {
     "out_indices": [2, 3, 4],
     "use_pretrained_backbone": False,
 }
+
+logger = logging.getLogger(__name__)
 
 BACKBONES_IN_MINUS_ONE_TO_ONE = ("efficientnet-lite0",)
 
@@ -198,6 +201,7 @@ def build(config: RunConfig, rows: dict[str, list[Row]]) -> tuple[UniHemaForMult
             processor.image_processor.task_sizes[task] = dict(size)
         processor.image_processor.size = processor.image_processor.task_sizes["detection"]
         model = UniHemaForMultiTask.from_pretrained(source, **config.model.overrides)
+        _warn_of_unknown_attributes(source, model.config.morphology, rows)
         model.config.default_prompt_ids = processor.default_prompt_ids()
         trained = set(model.config.trained.tasks or ()) | set(rows)
         model.config.trained.tasks = [task for task in TASKS if task in trained]
@@ -228,6 +232,15 @@ def _check_checkpoint(folder: Path) -> None:
         raise RunConfigError(
             f"model.initial_checkpoint {folder} lacks {', '.join(missing) or 'its weights'}: copy the whole folder again."
         )
+
+
+def _warn_of_unknown_attributes(source: str, known: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> None:
+    unknown = [name for name in morphology_schema(witnesses(rows.get("detection", ()))) if name not in known]
+    if unknown:
+        logger.warning(
+            "Not learned: %s. %s has the attributes %s; only a new model, without initial checkpoint, takes those of the data.",
+            ", ".join(unknown), source, ", ".join(known) or "(none)",
+        )  # fmt: skip
 
 
 def _label_parents(config: DataConfig, names: list[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from unihema.loading import available_tasks, load_model
 from unihema.training.adapters import WEIGHTS
 from unihema.training.data.class_tree import as_known, row_names
 from unihema.training.data.rows import Row, class_names, single_cell_names
+from unihema.training.data.splits import image_groups
 from unihema.training.evaluation import HEADLINES, evaluate_model
 from unihema.training.evaluation.class_agnostic import class_agnostic_precision
 from unihema.training.run.build import build, load_rows, training_rows, validation_rows
@@ -69,7 +70,8 @@ def adapt(
 
     Args:
         base (`str` or `Path`): Folder of the checkpoint, or a repository of the Hub.
-        data (`str`, `Path` or `Sequence`): Data folders. Without a `val` split a fifth of the images is held out.
+        data (`str`, `Path` or `Sequence`): Data folders. Without a `val` split about a fifth of the images is
+            held out, whole patients and slides where the data name them.
         task (`str`): `detection`, `segmentation`, `classification` or `qa`.
         output_dir (`str` or `Path`): Where.
         labels (`Sequence[str]`, *optional*): The lab's classes, in their order; those of the data when missing.
@@ -95,8 +97,8 @@ def adapt(
     folder, base_name = find_base(base)
     config = adapt_config(
         folder, [data] if isinstance(data, (str, Path)) else data, task, output_dir, labels=labels, method=method,
-        start_from=start_from, base_name=base_name,
-    ).with_overrides(dict(overrides or {}))  # fmt: skip
+        start_from=start_from, base_name=base_name, overrides=overrides,
+    )  # fmt: skip
     if config.adapter.labels is None:
         # Neither a fold nor a draw may have all classes.
         config.adapter.labels = _all_labels(config)
@@ -140,12 +142,13 @@ def adapt_config(
     method: str = "lora",
     start_from: Mapping[str, str] | None = None,
     base_name: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """The run that trains an adapter from few images: settings that hold for 5 to 100 of them.
 
     Args:
         base (`Path`): Folder of the checkpoint.
-        data, task, output_dir, labels, method, start_from: As for [`adapt`].
+        data, task, output_dir, labels, method, start_from, overrides: As for [`adapt`].
         base_name (`str`, *optional*): What the adapter calls its base.
 
     Returns:
@@ -176,13 +179,16 @@ def adapt_config(
             base_name=base_name,
         ),
     )
+    overrides = dict(overrides or {})
+    # How the data are read decides what is found in them.
+    config = config.with_overrides({name: value for name, value in overrides.items() if name.startswith("data.")})
     rows = _rows_of_any(config, tasks)
     config.data.tasks = list(rows)
     if not has_split(config, config.data.val_split):
-        config.data.folds = max(2, min(HELD_OUT_PART, *(_images(found) for found in rows.values())))
+        config.data.folds = max(2, min(HELD_OUT_PART, *(len(image_groups(found)) for found in rows.values())))
     batches = sum(math.ceil(_images(found) / config.data.batch_size[name]) for name, found in rows.items())
     config.logging.evaluate_every = max(1, round(STEPS_BETWEEN_EVALUATIONS / batches))
-    return config
+    return config.with_overrides(overrides)
 
 
 def find_base(base: str | Path) -> tuple[Path, str]:
