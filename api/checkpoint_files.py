@@ -9,13 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from unihema.errors import CheckpointError, InputError
-from unihema.files import printable, sha256
+from unihema.files import printable, sha256, shortened
 
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What the images it was trained on are like; a checkpoint may have it.
 REFERENCE_FILE = "reference_features.safetensors"
+# Of a repository: what loading does not read, and would not unpickle.
+NEVER_FETCHED = [
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.pkl",
+    "*.pickle",
+    "*.h5",
+    "*.msgpack",
+    "*.gguf",
+    "*.zip",
+    "*.tar*",
+]
 # The largest tokenizers have some 30 MB; every other file of a checkpoint has a few.
 MOST_JSON_BYTES = 64 << 20
 _PARTS = {
@@ -40,17 +54,21 @@ def local_folder(source: str | Path, **hub: Any) -> Path:
     looks_local = path.exists() or isinstance(source, Path) or path.is_absolute() or str(source).count("/") > 1
     if looks_local or str(source).startswith(".") or path.suffix == ".onnx":
         return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import get_token, snapshot_download
+
+    from unihema.hub import bounded_hub, hidden
 
     try:
-        return Path(snapshot_download(str(source), **hub))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        with bounded_hub():
+            return Path(snapshot_download(str(source), **{"ignore_patterns": NEVER_FETCHED} | hub))
+    except Exception as error:
+        # Whatever a server answers: huggingface_hub does not check the form of it.
+        token = hub.get("token") if isinstance(hub.get("token"), str) else get_token()
+        reason = hidden(str(error).strip() or type(error).__name__, token)
         raise CheckpointError(
-            f"{source}: no such checkpoint folder here, and it cannot be had from the Hub ({reason}). Check the path, or train "
-            "one with `unihema train`."
-        ) from error
+            f"{shortened(source)}: no such checkpoint folder here, and it cannot be had from the Hub ({reason}). Check the "
+            "path, or train one with `unihema train`."
+        ) from None
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
@@ -123,7 +141,7 @@ def stored_parameters(folder: str | Path) -> int:
                 count += sum(math.prod(each.get_shape()) for each in stored.values())
                 whole = [name for name, each in stored.items() if each.get_shape() and each.get_dtype()[0] not in "FB"]
         except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: damaged weights ({error}). Copy or save them again.") from error
+            raise CheckpointError(f"{path}: damaged weights ({shortened(error)}). Copy or save them again.") from error
         # Loading would turn them into numbers of any size; only quantised weights are whole numbers.
         if whole and "quantization_config" not in config:
             raise CheckpointError(

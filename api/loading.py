@@ -179,6 +179,7 @@ def _load_plain(
         raise CheckpointError(
             f"{folder}: {len(missing)} weights of {architecture} are missing from the checkpoint, first {missing[0]!r}."
         )
+    _check_settings(folder, model, processor)
     # A model that was quantized while loading is where it should be, and cannot be moved.
     return (model if load_in_8bit else model.to(device)), processor
 
@@ -198,6 +199,53 @@ def _check_size(model_class: Any, folder: Path, options: Mapping[str, Any]) -> N
     if count > 2 * stored_parameters(folder) + 10_000_000:
         raise CheckpointError(
             f"config.json asks for a model of {count:,} parameters, many more than its files of weights hold."
+        )
+
+
+def _check_settings(folder: Path, model: Any, processor: Any) -> None:
+    """Checks what the analysis will read, so that it does not fail, or ask for gigabytes, later.
+
+    Raises:
+        CheckpointError: A file's setting is none; the file is named.
+    """
+    length, limit = processor.max_text_length, processor.tokenizer.model_max_length
+    sizes = [size for of_task in processor.image_processor.task_sizes.values() for size in of_task.values()]
+    for file, name, value, most in (
+        ("processor_config.json", "max_text_length", length, 8192),
+        ("tokenizer_config.json", "model_max_length", limit, 1e31),
+        *(("processor_config.json", "an image size", size, 8192) for size in sizes),
+    ):
+        if not isinstance(value, (int, float)) or not 1 <= value <= most:
+            raise CheckpointError(
+                f"{folder / file}: {name} is {shortened(repr(value), 40)} and must lie in 1..{most:g}."
+            )
+    for task, prompt in processor.default_prompts.items():
+        names = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(
+                f"{folder / 'processor_config.json'}: the default prompt of {shortened(task, 40)} is no text."
+            )
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return
+    last = model.config.text_config.vocab_size - 1
+    tokens = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+    for name, most in {
+        **dict.fromkeys(tokens, last),
+        "max_length": 1 << 20,
+        "max_new_tokens": 1 << 20,
+        "num_beams": 64,
+    }.items():
+        value = getattr(generation, name, None)
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and (isinstance(each, bool) or not isinstance(each, int) or not 0 <= each <= most):
+                raise CheckpointError(
+                    f"{folder / 'generation_config.json'}: {name} is {shortened(repr(each), 40)} and must lie in 0..{most}."
+                )
+    start = generation.decoder_start_token_id
+    if isinstance(start, list) or (start is None and generation.bos_token_id is None):
+        raise CheckpointError(
+            f"{folder / 'generation_config.json'}: no decoder_start_token_id, from which answers start."
         )
 
 

@@ -1,6 +1,7 @@
 """A checkpoint or adapter to the Hub: what loading needs and its card, private unless asked otherwise, and nothing else."""
 
 import json
+import random
 import re
 import shutil
 import tempfile
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from huggingface_hub import CommitInfo, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import parse_ratelimit_headers
 
 from unihema.checkpoint_files import ADAPTER_CONFIG, REFERENCE_FILE, adapter_files, checkpoint_files, read_json
 from unihema.errors import CardError, CheckpointError, InputError, PushError
+from unihema.hub import bounded_hub, hidden, seconds_to_wait
 from unihema.modeling_unihema.remote_code import code_files
 
 from .card import CARD_FILE, for_repo, stale_result
@@ -47,7 +48,9 @@ _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)[^/]*\.(safetensors|b
 # huggingface_hub itself tries these again, and every PUT.
 _RETRIED = ("/preupload/", "/info/lfs/")
 _PASSING = (429, 500, 502, 503, 504)
-_TRIES, _LONGEST_WAIT = 5, 300.0
+_TRIES = 5
+# How huggingface_hub begins an error about the card's metadata, which the Hub reads before anything is uploaded.
+_CARD_REFUSED, _FIRST = "Invalid metadata in README.md", 200
 _AGAIN = "repeat the command: files that arrived are not sent again."
 _REMEDIES = {
     401: "there is no valid token. Log in with `hf auth login`, or set HF_TOKEN.",
@@ -226,13 +229,7 @@ def push_folder(
     with tempfile.TemporaryDirectory() as listed:
         for name, content in plan.files.items():
             _place(content, Path(listed) / name)
-        try:
-            done = _call(lambda: upload(listed), repo_id, token)
-        except ValueError as error:
-            if CARD_FILE not in str(error):
-                raise PushError(f"{repo_id}: {error}") from error
-            # The Hub reads the card's metadata before anything is uploaded.
-            raise CardError(f"{Path(folder) / CARD_FILE}: {error}") from error
+        done = _call(lambda: upload(listed), repo_id, token)
     return PushResult(f"{api.endpoint}/{repo_id}", done.oid, is_private, plan)
 
 
@@ -317,19 +314,28 @@ def _place(content: Path | bytes, path: Path) -> None:
 
 def _call(call: Callable[[], Result], repo_id: str, token: str | None) -> Result:
     """Calls the Hub, which must be harmless to do twice: where it is busy or the connection is cut, up to five times."""
-    wait = 1.0
+    wait, secret = 1.0, token or get_token()
     for tries_left in reversed(range(_TRIES)):
         try:
-            return call()
-        except OfflineModeIsEnabled as error:
-            raise PushError(f"{repo_id}: HF_HUB_OFFLINE is set, so that nothing reaches the Hub. Unset it.") from error
+            with bounded_hub():
+                return call()
+        except OfflineModeIsEnabled:
+            raise PushError(f"{repo_id}: HF_HUB_OFFLINE is set, so that nothing reaches the Hub. Unset it.") from None
         except (HTTPError, json.JSONDecodeError) as error:
             if not tries_left or not _may_pass(error):
-                message, secret = _message(error, repo_id), token or get_token()
-                raise PushError(message.replace(secret, "(token)") if secret else message) from None
+                raise PushError(_message(error, repo_id, secret)) from None
             asked = _wait_asked_for(error)
-            time.sleep(wait if asked is None else asked)
+            # Not all that were cut off together come back together.
+            time.sleep((wait if asked is None else asked) * random.uniform(1, 1.25))
             wait = min(2 * wait, 8.0)
+        except Exception as error:
+            if _CARD_REFUSED in str(error)[:_FIRST]:
+                raise CardError(f"{CARD_FILE}: {hidden(error, secret, 2000)}") from None
+            # huggingface_hub does not check the form of answers, and fails somehow.
+            said = hidden(f"{type(error).__name__}: {error}", secret)
+            raise PushError(
+                f"{repo_id}: the Hub's answer has another form than it should ({said}). {_AGAIN.capitalize()}"
+            ) from None
     raise AssertionError("the last try returns or raises")
 
 
@@ -347,19 +353,16 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _wait_asked_for(error: Exception) -> float | None:
-    headers: Any = error.response.headers if isinstance(error, HfHubHTTPError) else {}
-    limit = parse_ratelimit_headers(headers)
-    if limit is not None and limit.remaining == 0:
-        return min(float(limit.reset_in_seconds), _LONGEST_WAIT)
-    asked = headers.get("retry-after", "")
-    return min(float(asked), _LONGEST_WAIT) if asked.isdigit() else None
+    # What the Hub's rate limit asks for is in this header too, see `bounded_hub`.
+    return seconds_to_wait(error.response.headers.get("retry-after", "")) if isinstance(error, HfHubHTTPError) else None
 
 
-def _message(error: Exception, repo_id: str) -> str:
+def _message(error: Exception, repo_id: str, secret: str | None) -> str:
     if not isinstance(error, HfHubHTTPError):
-        return f"{repo_id}: the connection to {constants.ENDPOINT} failed ({error}). {_AGAIN.capitalize()}"
+        said = hidden(error, secret)
+        return f"{repo_id}: the connection to {constants.ENDPOINT} failed ({said}). {_AGAIN.capitalize()}"
     status = error.response.status_code
-    said = f" ({error.server_message})" if error.server_message else ""
+    said = f" ({hidden(error.server_message, secret)})" if error.server_message else ""
     other = "the Hub refused it." if status < 500 else f"the Hub has trouble. {_AGAIN.capitalize()}"
     return f"{repo_id}: {status}{said}: {_REMEDIES.get(status, other)}"
 

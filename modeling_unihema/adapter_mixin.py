@@ -284,8 +284,9 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
             f"{source}: an adapter of kind {config.peft_type.value} cannot lie beside one of {others.pop().value}. Load it "
             "into another copy of the base."
         )
-    if getattr(config, "megatron_config", None):
-        raise InputError(f"{source}: adapter_config.json names modules of Megatron, which are not loaded.")
+    for field in ("megatron_config", "alora_invocation_tokens"):
+        if getattr(config, field, None):
+            raise InputError(f"{source}: adapter_config.json sets {field}, which is of language models alone.")
     config.inference_mode = not options.get("is_trainable", False)
     # The first parameter of an 8-bit model tells where it is as well.
     weights = load_peft_weights(source, device=str(next(model.parameters()).device), **hub)

@@ -157,7 +157,7 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
         if kind < 0.8:
             return value[:place] + value[place + 1 :]
         return value * rng.choice([2, 50])
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and rng.random() < 0.5:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 and rng.random() < 0.5:
         return rng.choice(
             [value + 1, value - 1, value * 2, -value, value * 1000, value / 3, int(value) ^ 1, str(value)]
         )

@@ -70,6 +70,10 @@ class LocalHub:
         self.server.shutdown()
         self.server.server_close()
 
+    def spoils(self, handler, content: bytes, status: int, headers: dict) -> bool:
+        """Whether another answer was sent instead of this one; for subclasses."""
+        return False
+
     def fail(self, pattern: str, status: int | None, times: int = 1, **headers: str) -> None:
         """The next `times` requests that match are answered with `status`, or cut off in their middle for `None`."""
         self.failures.append(Failure(pattern, status, times, headers))
@@ -137,6 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
     def _send(self, content: bytes, status: int = 200, **headers):
+        if self.hub.spoils(self, content, status, headers):
+            return
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)

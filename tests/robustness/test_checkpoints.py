@@ -82,7 +82,7 @@ def mutated(path: Path, rng: random.Random) -> bytes:
 
 def test_checkpoints(originals, tmp_path):
     checkpoint, _ = originals
-    told = []
+    told: list = []
     present = [name for name in FILES if (checkpoint / name).is_file()]
 
     def attempt(rng):

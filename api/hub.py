@@ -1,0 +1,180 @@
+"""What is asked of the Hub has bounds: of time, size, redirects and waiting; and nothing it says is shown as it came."""
+
+import logging
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from unihema.files import shortened
+
+
+# Seconds without a byte, and of one answer that is read into memory.
+READ_SECONDS, ANSWER_SECONDS = 60.0, 300.0
+# An answer in memory; one whose length the Hub does not say; any other file, and weights.
+MOST_ANSWER, MOST_UNSAID, MOST_FILE, MOST_WEIGHTS = 32 << 20, 256 << 20, 256 << 20, 200 << 30
+# Compressed, as nobody asked for: a thousand times that is what it may become.
+MOST_COMPRESSED = 1 << 20
+# Downloads slower than this, in bytes a second, do not come to an end.
+SLOWEST = 1000
+LONGEST_WAIT = 300.0
+MOST_REDIRECTS = 5
+_WEIGHTS = re.compile(r"\.(safetensors|onnx)$")
+_TOKEN = re.compile(r"hf_\w{8,}")
+_lock = threading.Lock()
+# The user's client factory, once for each call that is in `bounded_hub`.
+_users: list[Any] = []
+
+
+def hidden(text: object, token: str | None = None, most: int = 300) -> str:
+    """What a server or a library says, in one short printable line without tokens.
+
+    Args:
+        text (`object`): The text, or an error that has one.
+        token (`str`, *optional*): What must not be in it, beside everything that looks like a token of the Hub.
+        most (`int`): Characters.
+    """
+    # Cut before anything is searched, but not through a token.
+    said = str(text)[: 8 * most + 200]
+    if token:
+        said = said.replace(token, "(token)")
+    return shortened(_TOKEN.sub("(token)", said), most)
+
+
+def seconds_to_wait(retry_after: str) -> float | None:
+    """Seconds that a `Retry-After` asks for, at most `LONGEST_WAIT`; `None` where it says nothing.
+
+    Args:
+        retry_after (`str`): Seconds, or a date.
+    """
+    asked = retry_after.strip()
+    if re.fullmatch(r"[0-9]{1,30}", asked):
+        return min(float(asked), LONGEST_WAIT)
+    try:
+        return min(max(parsedate_to_datetime(asked[:100]).timestamp() - time.time(), 0.0), LONGEST_WAIT)
+    except (ValueError, TypeError, OverflowError, OSError):
+        return None
+
+
+@contextmanager
+def bounded_hub() -> Iterator[None]:
+    """Requests of huggingface_hub have bounds in here; the client that the user configured is otherwise as it was.
+
+    It is one client for the whole process, so other threads have the same bounds meanwhile.
+    """
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    handlers = logging.getLogger("huggingface_hub").handlers
+    with _lock:
+        if not _users:
+            # Private: nothing public gives the factory back, which may know the user's proxy.
+            users = _http._GLOBAL_CLIENT_FACTORY  # noqa: SLF001
+            set_client_factory(lambda: _bound(users()))
+            for handler in handlers:
+                handler.addFilter(_hide)
+        else:
+            users = _users[0]
+        _users.append(users)
+    try:
+        yield
+    finally:
+        with _lock:
+            _users.pop()
+            if not _users:
+                set_client_factory(users)
+                for handler in handlers:
+                    handler.removeFilter(_hide)
+
+
+def _hide(record: logging.LogRecord) -> bool:
+    record.msg, record.args = hidden(record.getMessage()), ()
+    return True
+
+
+def _bound(client: Any) -> Any:
+    client.timeout = READ_SECONDS
+    client.max_redirects = MOST_REDIRECTS
+    hooks = client.event_hooks
+    client.event_hooks = {
+        "request": [*hooks["request"], _plain_only],
+        "response": [_tame_headers, *hooks["response"], _limit_body],
+    }
+    return client
+
+
+def _library() -> Any:
+    """The HTTP library of huggingface_hub, httpx or its successor."""
+    from huggingface_hub.errors import HTTPError
+
+    return sys.modules[HTTPError.__module__.partition(".")[0]]
+
+
+def _plain_only(request: Any) -> None:
+    # What is not compressed cannot become a thousand times as large.
+    request.headers["Accept-Encoding"] = "identity"
+    # huggingface_hub asks for some answers without any limit of time.
+    given = request.extensions.get("timeout") or {}
+    parts = {name: given.get(name) or READ_SECONDS for name in ("connect", "read", "write", "pool")}
+    request.extensions = {**request.extensions, "timeout": parts}
+
+
+def _tame_headers(response: Any) -> None:
+    """huggingface_hub waits as long as these say, and logs the warning."""
+    headers = response.headers
+    headers.pop("x-hf-warning", None)
+    limit = re.search(r"\br=0+;t=([0-9]{1,30})", headers.pop("ratelimit", "")[:200])
+    asked = limit[1] if limit else headers.pop("retry-after", "")
+    headers.pop("retry-after", None)
+    wait = seconds_to_wait(asked)
+    if wait is not None:
+        headers["retry-after"] = str(int(wait))
+
+
+def _limit_body(response: Any) -> None:
+    request, length = response.request, response.headers.get("content-length", "")
+    encoding, path = response.headers.get("content-encoding", "identity"), request.url.path
+    if encoding != "identity":
+        most = MOST_COMPRESSED if encoding in ("gzip", "deflate") else 0
+    elif request.method != "GET" or "/api/" in path or response.is_error or response.has_redirect_location:
+        most = MOST_ANSWER
+    elif not length:
+        most = MOST_UNSAID
+    else:
+        # Storage that the Hub redirects to does not say what a file is called.
+        most = MOST_FILE if "/resolve/" in path and not _WEIGHTS.search(path) else MOST_WEIGHTS
+    if length.isascii() and length.isdigit() and request.method != "HEAD" and (len(length) > 18 or int(length) > most):
+        raise _library().RemoteProtocolError(f"an answer of {shortened(length, 20)} bytes", request=request)
+    response.stream = _bounded_stream(response, most)
+
+
+def _bounded_stream(response: Any, most: int) -> Any:
+    library = _library()
+
+    class Bounded(library.SyncByteStream):
+        def __init__(self, stream: Any):
+            self.stream = stream
+
+        def __iter__(self) -> Iterator[bytes]:
+            start, size = time.monotonic(), 0
+            for part in self.stream:
+                size += len(part)
+                if size > most:
+                    raise library.RemoteProtocolError(
+                        f"an answer of more than {most >> 10} KB", request=response.request
+                    )
+                if time.monotonic() - start > max(ANSWER_SECONDS, size / SLOWEST):
+                    raise library.RemoteProtocolError("an answer that does not end", request=response.request)
+                yield part
+
+        def close(self) -> None:
+            self.stream.close()
+
+    return Bounded(response.stream)
+
+
+__all__ = ["bounded_hub", "hidden", "seconds_to_wait"]
