@@ -109,9 +109,10 @@ def _bound(client: Any) -> Any:
 
 def _library() -> Any:
     """The HTTP library of huggingface_hub, httpx or its successor."""
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError
 
-    return sys.modules[HTTPError.__module__.partition(".")[0]]
+    theirs = next(of for of in HfHubHTTPError.__mro__ if not of.__module__.startswith("huggingface_hub"))
+    return sys.modules[theirs.__module__.partition(".")[0]]
 
 
 def _plain_only(request: Any) -> None:
@@ -154,8 +155,9 @@ def _limit_body(response: Any) -> None:
 
 def _bounded_stream(response: Any, most: int) -> Any:
     library = _library()
+    stream_class: Any = library.SyncByteStream
 
-    class Bounded(library.SyncByteStream):
+    class Bounded(stream_class):
         def __init__(self, stream: Any):
             self.stream = stream
 
