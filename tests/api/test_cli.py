@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command import run_command
 from PIL import Image
 from tiny_checkpoint import save_tiny_checkpoint
 
@@ -124,7 +125,7 @@ def test_errors_are_one_line_and_leave_nothing(checkpoint, images, tmp_path, arg
     filled = [a.format(checkpoint=checkpoint, image=images / "a.png") for a in arguments]
     if filled[0] == "predict":
         filled += ["-o", "results"]
-    result = run(*filled, cwd=empty)
+    result = run_command(*filled, cwd=empty)
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr
     assert [path.name for path in empty.rglob("*.csv")] == [] and not (empty / "out").exists()
@@ -136,15 +137,17 @@ def test_a_checkpoint_with_a_file_missing_is_named(checkpoint, images, tmp_path)
     damaged = tmp_path / "damaged"
     shutil.copytree(checkpoint, damaged)
     (damaged / "tokenizer.json").unlink()
-    result = run("ask", damaged, images / "a.png", "What?")
+    result = run_command("ask", damaged, images / "a.png", "What?")
     assert result.returncode == 2 and "tokenizer.json" in result.stderr
 
 
 def test_a_head_that_the_checkpoint_lacks_is_named(images, tmp_path):
     save_tiny_checkpoint(tmp_path / "single", unihema.UniHemaForImageClassification, trained={"tasks": ["single_cell"]})
-    result = run("predict", tmp_path / "single", images / "a.png", "-t", "detection", "-o", tmp_path / "results")
+    result = run_command(
+        "predict", tmp_path / "single", images / "a.png", "-t", "detection", "-o", tmp_path / "results"
+    )
     assert result.returncode == 2 and "no trained head for 'detection'" in result.stderr
-    named = run("predict", tmp_path / "single", images / "a.png", "-o", tmp_path / "results")
+    named = run_command("predict", tmp_path / "single", images / "a.png", "-o", tmp_path / "results")
     assert named.returncode == 0
 
 

@@ -2,20 +2,16 @@
 
 import json
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from command import run_command
 from data_folders import write_coco, write_photograph
 
 
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    """The command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "unihema", "data", *map(str, arguments)],
-        capture_output=True, text=True, cwd=cwd, timeout=600,
-    )  # fmt: skip
+    return run_command("data", *arguments, cwd=cwd)
 
 
 def test_list_all_and_one():
