@@ -62,7 +62,7 @@ setup(
         "torch>=2.8,<3",
         "torchvision>=0.23,<1",
         "transformers>=5.15,!=5.24.*,<6",
-        "accelerate>=1.1,<2",
+        "accelerate>=1.3,<2",
         "peft>=0.20,<1",
         "datasets>=4,<6",
         "evaluate>=0.4.3,<1",
@@ -80,7 +80,7 @@ setup(
         "sacrebleu>=2.4.3,<3",
         "tqdm>=4.66.4,<5",
         "click>=8.2.1,<9",
-        "filelock>=3.13,<5",
+        "filelock>=3.15.4,<5",
     ],
     extras_require={
         "dev": [

@@ -6,7 +6,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -317,7 +318,7 @@ def _call(call: Callable[[], Result], repo_id: str, token: str | None) -> Result
     wait, secret = 1.0, token or get_token()
     for tries_left in reversed(range(_TRIES)):
         try:
-            with bounded_hub():
+            with bounded_hub(), _own_errors():
                 return call()
         except OfflineModeIsEnabled:
             raise PushError(f"{repo_id}: HF_HUB_OFFLINE is set, so that nothing reaches the Hub. Unset it.") from None
@@ -337,6 +338,15 @@ def _call(call: Callable[[], Result], repo_id: str, token: str | None) -> Result
                 f"{repo_id}: the Hub's answer has another form than it should ({said}). {_AGAIN.capitalize()}"
             ) from None
     raise AssertionError("the last try returns or raises")
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """An error of the connection as it was: some releases of huggingface_hub hide it in a RuntimeError while they upload."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise error.__cause__ if isinstance(error.__cause__, HTTPError) else error from None
 
 
 def _may_pass(error: Exception) -> bool:

@@ -521,6 +521,8 @@ class OneHead:
 class ExportsAnySize:
     """Tests of a head whose exported graph takes any number of images of any size."""
 
+    # tests/api/test_onnx.py exports and runs two of them with any size among the fast tests.
+    @pytest.mark.slow
     @torch.no_grad()
     def test_exported_with_any_batch_and_size(self):
         model = self.make()

@@ -116,7 +116,14 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}-{c.split()[1]}" for page, c in COMMANDS])
+@pytest.mark.parametrize(
+    ("page", "command"),
+    [
+        # Exporting takes half a minute, and tests/api/test_onnx.py has it.
+        pytest.param(page, command, id=f"{page}-{command.split()[1]}", marks=[pytest.mark.slow] * (".onnx" in command))
+        for page, command in COMMANDS
+    ],
+)
 def test_commands_run(page, command, lab, monkeypatch):
     arguments = shlex.split(command)[1:]
     if arguments[0] == "demo":
