@@ -299,9 +299,9 @@ def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
     finally:
         with suppress(OSError):
             owner.unlink(missing_ok=True)
-        if made and os.listdir(folder) == [_LOCK]:
+        with suppress(OSError):
             # Nothing was written, so the folder is not left behind either.
-            with suppress(OSError):
+            if made and os.listdir(folder) == [_LOCK]:
                 (folder / _LOCK).unlink()
                 folder.rmdir()
         lock.release()

@@ -107,12 +107,13 @@ def analyze_into(
             f"{output}: this folder holds {beside.name}, an image to analyse; name another one for results."
         )
     settings = _settings(analyzer, checked, geojson)
-    claim_folder(output, settings, overwrite=overwrite)
-    folder = ResultFolder(output, settings)
     report = BatchReport(failed=dict(problems))
     attributes = list(analyzer.model.config.morphology) if "detection" in checked.tasks else []
-    run = _Run(analyzer, folder, report, checked, overwrite)
     with exclusive(output, ["records"]):
+        # Not before: another run's settings are its own.
+        claim_folder(output, settings, overwrite=overwrite)
+        folder = ResultFolder(output, settings)
+        run = _Run(analyzer, folder, report, checked, overwrite)
         try:
             for number, (path, outcome) in enumerate(run.outcomes(images, batch_size), 1):
                 if on_image:

@@ -7,14 +7,17 @@ the input; with that seed and `UNIHEMA_ATTACK_ONLY` this one input runs alone.
 import multiprocessing
 import os
 import random
-import resource
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from unihema.errors import UniHemaError
 
+
+resource = pytest.importorskip("resource", reason="Limits of memory are of Unix.")
 
 LONGEST_SECONDS, MOST_MEMORY = 30.0, 2 << 30
 

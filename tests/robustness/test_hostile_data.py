@@ -70,6 +70,7 @@ def test_values_of_a_coco_file(lab, number):
             json.dumps(rows, ensure_ascii=False).encode()
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes among files are of Unix")
 def test_text_files_that_are_no_files(tmp_path):
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
@@ -157,6 +158,7 @@ def test_a_file_far_larger_than_its_pixels(lab):
     assert "a.png: not a readable image (2147483648 bytes for 96x72 pixels)" in message
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes among files are of Unix")
 @pytest.mark.parametrize("kind", ["folder", "pipe", "broken link", "link to itself"])
 def test_images_that_are_no_files(lab, kind):
     path = lab / "images" / "a.png"

@@ -6,13 +6,15 @@ from email.utils import formatdate
 
 import pytest
 from attacks import attack, mutate_json
+from huggingface_hub import get_session, set_client_factory
+from huggingface_hub.utils import _http
 from local_hub import TOKEN, LocalHub
 from tiny_checkpoint import save_tiny_checkpoint
 
 from unihema import hub as limits
 from unihema.checkpoint_files import local_folder
 from unihema.errors import PushError
-from unihema.hub import hidden, seconds_to_wait
+from unihema.hub import MOST_REDIRECTS, READ_SECONDS, bounded_hub, hidden, seconds_to_wait
 from unihema.hub_cards import folder_card, push_folder
 
 
@@ -275,3 +277,26 @@ def test_what_a_server_says_is_one_short_line_without_tokens():
     assert TOKEN not in said and "\n" not in said and "\x1b" not in said and len(said) < 320
     assert "hf_" not in hidden("another token hf_abcdefghijklmnop")
     assert issubclass(PushError, RuntimeError)
+
+
+def test_a_client_of_the_users_has_bounds_inside_and_is_as_it_was_outside():
+    # The private point of hub.py: where huggingface_hub keeps the factory of its clients.
+    theirs = _http._GLOBAL_CLIENT_FACTORY
+
+    def own():
+        client = theirs()
+        client.headers["x-lab"] = "ours"
+        return client
+
+    set_client_factory(own)
+    try:
+        free = get_session()
+        usual = free.max_redirects, free.timeout
+        with bounded_hub():
+            inside = get_session()
+            assert inside.headers["x-lab"] == "ours" and inside.max_redirects == MOST_REDIRECTS
+            assert inside.timeout.read == READ_SECONDS
+        outside = get_session()
+        assert outside.headers["x-lab"] == "ours" and (outside.max_redirects, outside.timeout) == usual
+    finally:
+        set_client_factory(theirs)

@@ -59,7 +59,7 @@ def verify_rows(
     }
     images = dict.fromkeys(_files(listed.values(), "image"))
     masks = dict.fromkeys(_files(listed.values(), "mask"))
-    with ThreadPoolExecutor(workers or min(8, len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         total = len(images) + len(masks)
         with tqdm(total=total, desc="reading images", unit="file", disable=None if progress else True) as bar:
             for found, look in ((images, _look_at_image), (masks, _look_at_mask)):
@@ -118,13 +118,21 @@ def _files(groups: Any, key: str) -> Iterator[str]:
                 yield str(row[key])
 
 
+def _checked_size(path: str) -> tuple[int, int]:
+    """Width and height of an image.
+
+    Raises:
+        DatasetError: It is too large.
+    """
+    size = image_size(path)
+    if size[0] * size[1] > LARGEST_IMAGE:
+        raise DatasetError(f"{path}: {size[0]}x{size[1]} pixels are more than {LARGEST_IMAGE}. Cut it into fields.")
+    return size
+
+
 def _look_at_image(path: str) -> _Seen:
     try:
-        size = image_size(path)
-        if size[0] * size[1] > LARGEST_IMAGE:
-            return _Seen(
-                problem=f"{path}: {size[0]}x{size[1]} pixels are more than {LARGEST_IMAGE}. Cut it into fields."
-            )
+        size = _checked_size(path)
         if size[0] * size[1] > MAX_PIXELS:
             with _one_large:
                 load_image(path)
@@ -138,11 +146,7 @@ def _look_at_image(path: str) -> _Seen:
 
 def _look_at_mask(path: str) -> _Seen:
     try:
-        size = image_size(path)
-        if size[0] * size[1] > LARGEST_IMAGE:
-            return _Seen(
-                problem=f"{path}: {size[0]}x{size[1]} pixels are more than {LARGEST_IMAGE}. Cut it into fields."
-            )
+        _checked_size(path)
         mask = read_mask(path)
     except DatasetError as error:
         return _Seen(problem=str(error))
