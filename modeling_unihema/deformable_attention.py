@@ -7,7 +7,7 @@ from torch import nn
 
 from .configuration_unihema import UniHemaConfig
 from .deformable_cpu import fits, gather_rows
-from .deformable_triton import run_kernels, takes_kernels
+from .deformable_triton import DTYPES, kernels_work, level_sizes, run_kernels
 from .layers import initialised
 
 
@@ -16,6 +16,7 @@ def multi_scale_deformable_attention(
     level_shapes: list[tuple[int, int]],
     sampling_points: torch.Tensor,
     weights: torch.Tensor,
+    sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weighted sum of bilinear samples from several feature levels.
 
@@ -29,13 +30,16 @@ def multi_scale_deformable_attention(
         sampling_points (`torch.Tensor`): `[B, Q, heads, levels, points, 2]`, (x, y) relative to the (padded) level,
             0 and 1 being its outer edges. Points outside read zeros.
         weights (`torch.Tensor`): `[B, Q, heads, levels, points]`.
+        sizes (`torch.Tensor`, *optional*): `level_sizes` of `level_shapes`; made when missing.
 
     Returns:
         `torch.Tensor`: `[B, Q, heads * width]`.
     """
     exporting = torch.jit.is_tracing() or torch.compiler.is_exporting()
-    if not exporting and takes_kernels(value, sampling_points, sample_grid):
-        return run_kernels(value, level_shapes, sampling_points, weights)
+    supported = value.dtype in DTYPES and sampling_points.dtype in DTYPES
+    if value.device.type == "cuda" and not exporting and supported and kernels_work(str(value.device), sample_grid):
+        sizes = level_sizes(level_shapes, sampling_points) if sizes is None else sizes
+        return run_kernels(value, sizes, sampling_points, weights)
     if value.device.type != "cpu" or exporting or not fits(level_shapes):
         return sample_grid(value, level_shapes, sampling_points, weights)
     return gather_rows(value, level_shapes, sampling_points, weights)
@@ -96,6 +100,7 @@ class MultiScaleDeformableAttention(nn.Module):
         reference: torch.Tensor,
         tokens: torch.Tensor,
         level_shapes: list[tuple[int, int]],
+        sizes: torch.Tensor,
         padding: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -105,6 +110,7 @@ class MultiScaleDeformableAttention(nn.Module):
                 to the padded levels.
             tokens (`torch.Tensor`): `[B, S, d]`.
             level_shapes (`list[tuple[int, int]]`): `(h, w)` of each level.
+            sizes (`torch.Tensor`): The same as `level_sizes`, `[levels, 2]`.
             padding (`torch.Tensor`, *optional*): `[B, S]`, `True` on padded tokens, which read as zeros.
 
         Returns:
@@ -123,9 +129,8 @@ class MultiScaleDeformableAttention(nn.Module):
         spread = (-1, -1, -1, -1, self.num_points, -1)
         centre = reference[:, :, None, :, None, :2].expand(spread).contiguous()
         if reference.shape[-1] == 2:
-            size = torch.tensor([(w, h) for h, w in level_shapes], dtype=reference.dtype, device=reference.device)
-            reach = size[:, None].expand(-1, self.num_points, -1).reciprocal()
+            reach = sizes[:, None].expand(-1, self.num_points, -1).reciprocal()
         else:
             reach = reference[:, :, None, :, None, 2:].expand(spread) * (0.5 / self.num_points)
         points = torch.addcmul(centre, offsets, reach)
-        return self.output_proj(multi_scale_deformable_attention(value, level_shapes, points, weights)), weights
+        return self.output_proj(multi_scale_deformable_attention(value, level_shapes, points, weights, sizes)), weights

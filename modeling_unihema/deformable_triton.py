@@ -1,7 +1,8 @@
 """Multi-scale deformable attention as Triton kernels, forward and backward, for CUDA tensors.
 
 A program takes a block of queries and one head, and reads four pixels for each of their samples. Only the inputs are saved
-between forward and backward.
+between forward and backward. The kernels are registered operators of PyTorch (`torch.ops.unihema.deformable_attention`), so
+torch.compile, torch.export and fake tensors know their shapes and gradients.
 """
 
 import logging
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 # Queries handled by one program.
 QUERIES = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Sums of the deterministic backward are whole numbers of this share of the largest possible summand. 2**21 summands fit.
+FINEST = 2.0**-41
 
 
 @jit
@@ -42,15 +45,11 @@ def _program(NUMBER, HEADS: constexpr, QUERIES: constexpr):
 
 
 @jit
-def _locate(points, levels, place, sample, POINTS: constexpr, known):
-    """Size and start of a sample's level, and the sample in pixels; 0 is the centre of the first pixel."""
-    level = sample // POINTS
-    height = tl.load(levels + level * 3)
-    width = tl.load(levels + level * 3 + 1)
-    start = tl.load(levels + level * 3 + 2)
+def _locate(points, place, width, height, known):
+    """A sample in pixels of its level; 0 is the centre of the first pixel."""
     x = tl.load(points + place * 2, mask=known, other=0.0) * width - 0.5
     y = tl.load(points + place * 2 + 1, mask=known, other=0.0) * height - 0.5
-    return height, width, start, x, y
+    return x, y
 
 
 @jit
@@ -66,14 +65,14 @@ def _pixel(x, y, height, width, start, image, head, TOKENS, HEADS: constexpr, kn
 @jit
 def _forward(
     value,
-    levels,
+    sizes,
     points,
     weights,
     output,
     NUMBER,
     TOKENS,
     HEADS: constexpr,
-    SAMPLES: constexpr,
+    LEVELS: constexpr,
     POINTS: constexpr,
     WIDTH: constexpr,
     PADDED: constexpr,
@@ -83,20 +82,25 @@ def _forward(
     channel = tl.arange(0, PADDED)
     used = channel < WIDTH
     total = tl.zeros((QUERIES, PADDED), dtype=tl.float32)
-    for sample in range(SAMPLES):
-        place = bag * SAMPLES + sample
-        height, width, start, x, y = _locate(points, levels, place, sample, POINTS, known)
-        weight = tl.load(weights + place, mask=known, other=0.0)
-        left = tl.floor(x)
-        top = tl.floor(y)
-        for corner in tl.static_range(4):
-            column = left + corner % 2
-            row = top + corner // 2
-            share = weight * (1 - tl.abs(x - column)) * (1 - tl.abs(y - row))
-            pixel, there = _pixel(column, row, height, width, start, image, head, TOKENS, HEADS, known)
-            mask = there[:, None] & used[None, :]
-            read = tl.load(value + pixel[:, None] * WIDTH + channel[None, :], mask=mask, other=0.0)
-            total += share[:, None] * read.to(tl.float32)
+    start = 0
+    for level in range(LEVELS):
+        width = tl.load(sizes + level * 2).to(tl.int32)
+        height = tl.load(sizes + level * 2 + 1).to(tl.int32)
+        for point in range(POINTS):
+            place = (bag * LEVELS + level) * POINTS + point
+            x, y = _locate(points, place, width, height, known)
+            weight = tl.load(weights + place, mask=known, other=0.0)
+            left = tl.floor(x)
+            top = tl.floor(y)
+            for corner in tl.static_range(4):
+                column = left + corner % 2
+                row = top + corner // 2
+                share = weight * (1 - tl.abs(x - column)) * (1 - tl.abs(y - row))
+                pixel, there = _pixel(column, row, height, width, start, image, head, TOKENS, HEADS, known)
+                mask = there[:, None] & used[None, :]
+                read = tl.load(value + pixel[:, None] * WIDTH + channel[None, :], mask=mask, other=0.0)
+                total += share[:, None] * read.to(tl.float32)
+        start += height * width
     tl.store(output + bag[:, None] * WIDTH + channel[None, :], total, mask=known[:, None] & used[None, :])
 
 
@@ -104,64 +108,77 @@ def _forward(
 def _backward(
     gradient,
     value,
-    levels,
+    sizes,
     points,
     weights,
+    scale,
     of_value,
     of_points,
     of_weights,
     NUMBER,
     TOKENS,
     HEADS: constexpr,
-    SAMPLES: constexpr,
+    LEVELS: constexpr,
     POINTS: constexpr,
     WIDTH: constexpr,
     PADDED: constexpr,
     QUERIES: constexpr,
+    WHOLE: constexpr,
 ):
     image, head, bag, known = _program(NUMBER, HEADS, QUERIES)
     channel = tl.arange(0, PADDED)
     used = channel < WIDTH
     wanted = known[:, None] & used[None, :]
     slope = tl.load(gradient + bag[:, None] * WIDTH + channel[None, :], mask=wanted, other=0.0).to(tl.float32)
-    for sample in range(SAMPLES):
-        place = bag * SAMPLES + sample
-        height, width, start, x, y = _locate(points, levels, place, sample, POINTS, known)
-        weight = tl.load(weights + place, mask=known, other=0.0)
-        left = tl.floor(x)
-        top = tl.floor(y)
-        along_x = tl.zeros((QUERIES,), dtype=tl.float32)
-        along_y = tl.zeros((QUERIES,), dtype=tl.float32)
-        along_weight = tl.zeros((QUERIES,), dtype=tl.float32)
-        for corner in tl.static_range(4):
-            column = left + corner % 2
-            row = top + corner // 2
-            across = 1 - tl.abs(x - column)
-            down = 1 - tl.abs(y - row)
-            pixel, there = _pixel(column, row, height, width, start, image, head, TOKENS, HEADS, known)
-            mask = there[:, None] & used[None, :]
-            offset = pixel[:, None] * WIDTH + channel[None, :]
-            read = tl.load(value + offset, mask=mask, other=0.0).to(tl.float32)
-            product = tl.sum(read * slope, axis=1)
-            along_weight += product * across * down
-            # Moving the point to the right raises the weight of the right pixel and lowers that of the left one.
-            along_x += product * down * (2 * (corner % 2) - 1)
-            along_y += product * across * (2 * (corner // 2) - 1)
-            share = weight * across * down
-            tl.atomic_add(of_value + offset, share[:, None] * slope, mask=mask)
-        tl.store(of_weights + place, along_weight, mask=known)
-        tl.store(of_points + place * 2, along_x * weight * width, mask=known)
-        tl.store(of_points + place * 2 + 1, along_y * weight * height, mask=known)
+    start = 0
+    for level in range(LEVELS):
+        width = tl.load(sizes + level * 2).to(tl.int32)
+        height = tl.load(sizes + level * 2 + 1).to(tl.int32)
+        for point in range(POINTS):
+            place = (bag * LEVELS + level) * POINTS + point
+            x, y = _locate(points, place, width, height, known)
+            weight = tl.load(weights + place, mask=known, other=0.0)
+            left = tl.floor(x)
+            top = tl.floor(y)
+            along_x = tl.zeros((QUERIES,), dtype=tl.float32)
+            along_y = tl.zeros((QUERIES,), dtype=tl.float32)
+            along_weight = tl.zeros((QUERIES,), dtype=tl.float32)
+            for corner in tl.static_range(4):
+                column = left + corner % 2
+                row = top + corner // 2
+                across = 1 - tl.abs(x - column)
+                down = 1 - tl.abs(y - row)
+                pixel, there = _pixel(column, row, height, width, start, image, head, TOKENS, HEADS, known)
+                mask = there[:, None] & used[None, :]
+                offset = pixel[:, None] * WIDTH + channel[None, :]
+                read = tl.load(value + offset, mask=mask, other=0.0).to(tl.float32)
+                product = tl.sum(read * slope, axis=1)
+                along_weight += product * across * down
+                # Moving the point to the right raises the weight of the right pixel and lowers that of the left one.
+                along_x += product * down * (2 * (corner % 2) - 1)
+                along_y += product * across * (2 * (corner // 2) - 1)
+                part = (weight * across * down)[:, None] * slope
+                # Relaxed: nothing else is ordered by these sums, and the default order costs a fence each.
+                if WHOLE:
+                    counted = (part.to(tl.float64) * tl.load(scale)).to(tl.int64)
+                    tl.atomic_add(of_value + offset, counted, mask=mask, sem="relaxed")
+                else:
+                    tl.atomic_add(of_value + offset, part, mask=mask, sem="relaxed")
+            tl.store(of_weights + place, along_weight, mask=known)
+            tl.store(of_points + place * 2, along_x * weight * width, mask=known)
+            tl.store(of_points + place * 2 + 1, along_y * weight * height, mask=known)
+        start += height * width
 
 
-def _sizes(value: torch.Tensor, points: torch.Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+def _launch(value: torch.Tensor, points: torch.Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and constants of both kernels."""
     batch, tokens, heads, width = value.shape
     number, levels, each = points.shape[1], points.shape[3], points.shape[4]
     constants = {
         "NUMBER": number,
         "TOKENS": tokens,
         "HEADS": heads,
-        "SAMPLES": levels * each,
+        "LEVELS": levels,
         "POINTS": each,
         "WIDTH": width,
         "PADDED": triton.next_power_of_2(width),
@@ -170,67 +187,105 @@ def _sizes(value: torch.Tensor, points: torch.Tensor) -> tuple[tuple[int, int], 
     return (triton.cdiv(number, QUERIES), batch * heads), constants
 
 
-class _Kernels(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, level_shapes, value, points, weights):
-        starts, rows = 0, []
-        for h, w in level_shapes:
-            rows.append((h, w, starts))
-            starts += h * w
-        levels = torch.tensor(rows, dtype=torch.int32).to(value.device)
-        ctx.save_for_backward(value, levels, points, weights)
-        batch, _, heads, width = value.shape
-        output = value.new_empty(batch, points.shape[1], heads * width)
-        grid, constants = _sizes(value, points)
-        _forward[grid](value, levels, points, weights, output, **constants)
-        return output
+def _sample(value: torch.Tensor, sizes: torch.Tensor, points: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    batch, _, heads, width = value.shape
+    output = value.new_empty(batch, points.shape[1], heads * width)
+    grid, constants = _launch(value, points)
+    torch.library.wrap_triton(_forward)[grid](value, sizes, points, weights, output, **constants)
+    return output
 
-    @staticmethod
-    def backward(ctx, gradient):
-        value, levels, points, weights = ctx.saved_tensors
-        of_value = torch.zeros_like(value, dtype=torch.float32)
-        of_points, of_weights = torch.empty_like(points), torch.empty_like(weights)
-        grid, constants = _sizes(value, points)
-        _backward[grid](
-            gradient.contiguous(), value, levels, points, weights, of_value, of_points, of_weights, **constants
-        )
-        return None, of_value.to(value.dtype), of_points, of_weights
+
+def _gradients(
+    gradient: torch.Tensor,
+    value: torch.Tensor,
+    sizes: torch.Tensor,
+    points: torch.Tensor,
+    weights: torch.Tensor,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    of_value = torch.zeros_like(value, dtype=torch.int64 if deterministic else torch.float32)
+    of_points, of_weights = torch.empty_like(points), torch.empty_like(weights)
+    # Whole numbers give the same sum in any order. No summand is larger than the largest weight times the largest slope.
+    unit = gradient.new_ones((), dtype=torch.float64)
+    if deterministic:
+        unit = (gradient.abs().amax().double() * weights.abs().amax().double()).clamp(min=1e-300) * FINEST
+    grid, constants = _launch(value, points)
+    torch.library.wrap_triton(_backward)[grid](
+        gradient,
+        value,
+        sizes,
+        points,
+        weights,
+        unit.reciprocal(),
+        of_value,
+        of_points,
+        of_weights,
+        **constants,
+        WHOLE=deterministic,
+    )
+    if deterministic:
+        of_value = of_value.double() * unit
+    return of_value.to(value.dtype), of_points, of_weights
+
+
+def _save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, gradient):
+    value, sizes, points, weights = ctx.saved_tensors
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    of_value, of_points, of_weights = torch.ops.unihema.deformable_attention_gradients(
+        gradient.contiguous(), value, sizes, points, weights, deterministic
+    )
+    return of_value, None, of_points, of_weights
+
+
+# Code that a checkpoint carries is a second copy of this module; an operator is registered once in a process.
+if triton is not None and not hasattr(torch.ops.unihema, "deformable_attention"):
+    torch.library.triton_op("unihema::deformable_attention_gradients", _gradients, mutates_args=())
+    torch.library.triton_op("unihema::deformable_attention", _sample, mutates_args=()).register_autograd(
+        _differentiate, setup_context=_save_inputs
+    )
+
+
+def level_sizes(level_shapes: list[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
+    """(w, h) of each level, `[levels, 2]`, of the dtype and on the device of `like`, without waiting for the device."""
+    sizes = torch.tensor([(w, h) for h, w in level_shapes], dtype=like.dtype)
+    return sizes.to(like.device, non_blocking=True)
 
 
 def run_kernels(
     value: torch.Tensor,
-    level_shapes: list[tuple[int, int]],
+    level_sizes: torch.Tensor,
     sampling_points: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
     """Weighted sum of bilinear samples; see [`multi_scale_deformable_attention`]. Sums are float32.
 
+    Gradients of the value are sums in any order, so their last bits vary; `torch.use_deterministic_algorithms(True)` makes
+    them the same in every run, in twice the memory.
+
     Args:
-        value, level_shapes, sampling_points, weights: As there; `value` of one of `DTYPES`.
+        value, sampling_points, weights: As there; `value` of one of `DTYPES`.
+        level_sizes (`torch.Tensor`): (w, h) of each level, `[levels, 2]`, on the device of `value`.
     """
-    return _Kernels.apply(
-        level_shapes, value.contiguous(), sampling_points.float().contiguous(), weights.float().contiguous()
+    return torch.ops.unihema.deformable_attention(
+        value.contiguous(), level_sizes, sampling_points.float().contiguous(), weights.float().contiguous()
     )
 
 
-def takes_kernels(value: torch.Tensor, sampling_points: torch.Tensor, plain: Callable) -> bool:
-    """Whether the kernels run on the device of these tensors and support their dtypes.
+@torch.compiler.assume_constant_result
+@lru_cache
+def kernels_work(device: str, plain: Callable) -> bool:
+    """Whether the kernels give what the plain form gives on a device, tried once on a small problem.
 
     Args:
-        value (`torch.Tensor`): Of any device.
-        sampling_points (`torch.Tensor`): Of float32 or less.
-        plain (`Callable`): The plain form that the kernels are checked against.
+        device (`str`): A CUDA device.
+        plain (`Callable`): The plain form.
     """
-    if triton is None or value.device.type != "cuda" or torch.compiler.is_compiling():
+    if triton is None:
         return False
-    if value.dtype not in DTYPES or sampling_points.dtype not in DTYPES:
-        return False
-    return _work_on(value.device, plain)
-
-
-@lru_cache
-def _work_on(device: torch.device, plain: Callable) -> bool:
-    """Whether kernels and plain form agree on a device, tried once on a small problem."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(5, 7), (3, 2)]
     value = torch.randn(2, 41, 2, 32, generator=generator)
@@ -238,10 +293,10 @@ def _work_on(device: torch.device, plain: Callable) -> bool:
     weights = torch.rand(2, 19, 2, 2, 3, generator=generator)
     found = []
     try:
-        for form in (plain, run_kernels):
+        for form, levels in ((plain, shapes), (run_kernels, level_sizes(shapes, points.to(device)))):
             with torch.enable_grad():
                 parts = [part.to(device).requires_grad_() for part in (value, points, weights)]
-                output = form(parts[0], shapes, parts[1], parts[2])
+                output = form(parts[0], levels, parts[1], parts[2])
                 found.append([output, *torch.autograd.grad(output.square().sum(), parts)])
         right = all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(*found))
     except Exception as error:
@@ -252,4 +307,4 @@ def _work_on(device: torch.device, plain: Callable) -> bool:
     return right
 
 
-__all__ = ["run_kernels", "takes_kernels"]
+__all__ = ["DTYPES", "kernels_work", "level_sizes", "run_kernels"]

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_unihema import UniHemaConfig
-from .deformable_attention import MultiScaleDeformableAttention
+from .deformable_attention import MultiScaleDeformableAttention, level_sizes
 from .denoising import DenoisingQueries
 from .image_encoder import token_centres
 from .layers import MLP, FeedForward, MultiHeadAttention, class_scores, initialised, inverse_sigmoid
@@ -141,6 +141,7 @@ class ImageDecoderLayer(GradientCheckpointingLayer):
         reference: torch.Tensor,
         tokens: torch.Tensor,
         level_shapes: list[tuple[int, int]],
+        sizes: torch.Tensor,
         padding: torch.Tensor | None,
         blocked: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -149,7 +150,7 @@ class ImageDecoderLayer(GradientCheckpointingLayer):
         positioned = queries + positions
         attended, weights = self.self_attention(positioned, positioned, queries, blocked)
         queries = self.self_attention_norm(queries + self.dropout(attended))
-        attended, sampled = self.cross_attention(queries + positions, reference, tokens, level_shapes, padding)
+        attended, sampled = self.cross_attention(queries + positions, reference, tokens, level_shapes, sizes, padding)
         queries = self.cross_attention_norm(queries + self.dropout(attended))
         return self.feed_forward_norm(queries + self.dropout(self.feed_forward(queries))), weights, sampled
 
@@ -212,6 +213,7 @@ class ImageDecoder(nn.Module):
             unseen = unseen & ~torch.eye(content.shape[1], dtype=torch.bool, device=content.device)
             blocked = unseen if blocked is None else blocked | unseen
         padding, ratios = levels.padding, levels.valid_ratios.repeat(1, 1, 2)[:, None]
+        sizes = level_sizes(levels.shapes, ratios)
         queries, reference = content, reference_logits.sigmoid()
         states, boxes, hidden_states, attentions, cross_attentions = [], [], [], [], []
         start = reference
@@ -221,7 +223,7 @@ class ImageDecoder(nn.Module):
             place = level_reference[:, :, 0] if self.config.attend_to_padding else reference
             sine = sine_embed_boxes(place, self.config.d_model).to(queries.dtype)
             queries, weights, sampled = layer(
-                queries, self.position_head(sine), level_reference, tokens, levels.shapes, padding, blocked
+                queries, self.position_head(sine), level_reference, tokens, levels.shapes, sizes, padding, blocked
             )
             hidden_states.append(queries)
             attentions.append(weights)

@@ -6,7 +6,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration_unihema import UniHemaConfig
-from .deformable_attention import MultiScaleDeformableAttention
+from .deformable_attention import MultiScaleDeformableAttention, level_sizes
 from .layers import FeedForward
 from .visual_backbone import FeatureLevels
 
@@ -28,10 +28,11 @@ class ImageEncoderLayer(GradientCheckpointingLayer):
         positions: torch.Tensor,
         reference: torch.Tensor,
         level_shapes: list[tuple[int, int]],
+        sizes: torch.Tensor,
         padding: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens `[B, S, d]` to tokens `[B, S, d]` and sampling weights; `reference` `[B, S, levels, 2]`, `padding` `[B, S]`."""
-        attended, weights = self.self_attention(tokens + positions, reference, tokens, level_shapes, padding)
+        attended, weights = self.self_attention(tokens + positions, reference, tokens, level_shapes, sizes, padding)
         tokens = self.self_attention_norm(tokens + self.dropout(attended))
         return self.feed_forward_norm(tokens + self.dropout(self.feed_forward(tokens))), weights
 
@@ -68,9 +69,10 @@ class ImageEncoder(nn.Module):
         )
         reference = token_centres(levels.shapes, levels.valid_ratios)
         reference = reference[:, :, None] * levels.valid_ratios[:, None]
+        sizes = level_sizes(levels.shapes, reference)
         states, weights = [tokens], []
         for layer in self.layers:
-            tokens, sampled = layer(tokens, positions, reference, levels.shapes, padding)
+            tokens, sampled = layer(tokens, positions, reference, levels.shapes, sizes, padding)
             if output_hidden_states:
                 states.append(tokens)
             if output_attentions:

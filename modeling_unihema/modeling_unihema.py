@@ -215,7 +215,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
         """See [`UniHemaPreTrainedModel.get_prompt_features`]."""
         if input_ids is None:
             ids = self.config.default_prompt_ids.get(task, [self.config.text_config.eos_token_id])
-            input_ids = torch.tensor([ids], device=self.device).expand(batch_size, -1)
+            input_ids = torch.tensor([ids]).to(self.device, non_blocking=True).expand(batch_size, -1)
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         input_ids, attention_mask = self._official_length(input_ids, attention_mask)

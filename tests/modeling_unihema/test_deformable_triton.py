@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 PROGRAM = """
 import torch
 from unihema.modeling_unihema.deformable_attention import sample_grid
-from unihema.modeling_unihema.deformable_triton import run_kernels
+from unihema.modeling_unihema.deformable_triton import level_sizes, run_kernels
 
 for batch, width, queries, shapes in ((2, 8, 19, [(5, 7), (3, 2)]), (1, 12, 3, [(1, 1), (1, 6), (5, 1)])):
     torch.manual_seed(0)
@@ -25,14 +25,18 @@ for batch, width, queries, shapes in ((2, 8, 19, [(5, 7), (3, 2)]), (1, 12, 3, [
     weights = torch.rand(batch, queries, 2, levels, 2)
     direction = torch.randn(batch, queries, 2 * width)
     found = []
-    for form in (sample_grid, run_kernels):
+    sizes = level_sizes(shapes, points)
+    for form, levels, whole in ((sample_grid, shapes, False), (run_kernels, sizes, False), (run_kernels, sizes, True)):
+        torch.use_deterministic_algorithms(whole)
         parts = [part.clone().requires_grad_() for part in (value, points, weights)]
-        output = form(parts[0], shapes, parts[1], parts[2])
+        output = form(parts[0], levels, parts[1], parts[2])
         found.append([output, *torch.autograd.grad((output * direction).sum(), parts)])
-    for plain, kernel in zip(*found, strict=True):
+        torch.use_deterministic_algorithms(False)
+    for plain, *kernels in zip(*found, strict=True):
         scale = max(1, plain.abs().max().item())
-        torch.testing.assert_close(kernel, plain, rtol=1e-5, atol=1e-5 * scale)
-    half = run_kernels(value.bfloat16(), shapes, points, weights)
+        for kernel in kernels:
+            torch.testing.assert_close(kernel, plain, rtol=1e-5, atol=1e-5 * scale)
+    half = run_kernels(value.bfloat16(), sizes, points, weights)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), found[0][0], rtol=0.02, atol=0.04)
 print("equal")
@@ -56,14 +60,16 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(dtype):
     from unihema.modeling_unihema import deformable_triton as kernels
 
     values, floats = f"*{dtype}", "*fp32"
-    inputs = {"value": values, "levels": "*i32", "points": floats, "weights": floats}
-    sizes = {"NUMBER": "i32", "TOKENS": "i32"}
-    constants = {"HEADS": 8, "SAMPLES": 16, "POINTS": 4, "WIDTH": 32, "PADDED": 32, "QUERIES": kernels.QUERIES}
-    gradients = {"of_value": floats, "of_points": floats, "of_weights": floats}
-    for kernel, signature in (
-        (kernels._forward, {**inputs, "output": values}),
-        (kernels._backward, {"gradient": values, **inputs, **gradients}),
+    inputs = {"value": values, "sizes": floats, "points": floats, "weights": floats}
+    numbers = {"NUMBER": "i32", "TOKENS": "i32"}
+    constants = {"HEADS": 8, "LEVELS": 4, "POINTS": 4, "WIDTH": 32, "PADDED": 32, "QUERIES": kernels.QUERIES}
+    gradients = {"scale": "*fp64", "of_points": floats, "of_weights": floats}
+    for kernel, signature, extra in (
+        (kernels._forward, {**inputs, "output": values}, {}),
+        (kernels._backward, {"gradient": values, **inputs, **gradients, "of_value": floats}, {"WHOLE": False}),
+        (kernels._backward, {"gradient": values, **inputs, **gradients, "of_value": "*i64"}, {"WHOLE": True}),
     ):
-        types = signature | sizes | dict.fromkeys(constants, "constexpr")
-        source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constexprs=constants)
-        assert "ptx" in compile(source, target=GPUTarget("cuda", 80, 32)).asm
+        known = constants | extra
+        types = signature | numbers | dict.fromkeys(known, "constexpr")
+        source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constexprs=known)
+        assert "ptx" in compile(source, target=GPUTarget("cuda", 90, 32)).asm
