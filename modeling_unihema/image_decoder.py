@@ -8,9 +8,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_unihema import UniHemaConfig
-from .deformable_attention import MultiScaleDeformableAttention, level_sizes
+from .deformable_attention import MultiScaleDeformableAttention
 from .denoising import DenoisingQueries
-from .image_encoder import token_centres
 from .layers import MLP, FeedForward, MultiHeadAttention, class_scores, initialised, inverse_sigmoid
 from .visual_backbone import FeatureLevels
 
@@ -79,7 +78,8 @@ class QuerySelection(nn.Module):
         chosen = scores.topk(min(self.num_queries, tokens.shape[1]), dim=1).indices
 
         def gather(values: torch.Tensor) -> torch.Tensor:
-            return values.gather(1, chosen[..., None].expand(-1, -1, values.shape[-1]))
+            index = chosen[..., None].expand(-1, -1, values.shape[-1])
+            return values.expand(len(index), -1, -1).gather(1, index)
 
         box_logits = self.box_head(gather(states)) + gather(anchors)
         content = self.content_queries(torch.arange(chosen.shape[1], device=tokens.device))
@@ -91,7 +91,7 @@ class QuerySelection(nn.Module):
     def _anchors(levels: FeatureLevels) -> tuple[torch.Tensor, torch.Tensor]:
         """One square box a token, its side doubling from level to level, as logits `[B, S, 4]`, and whether it is usable
         (on the image and not at its very edge, where the logit explodes)."""
-        centres = token_centres(levels.shapes, levels.valid_ratios)
+        centres = levels.centres
         sides = torch.cat(
             [centres.new_full((h * w, 2), 0.05 * 2.0**level) for level, (h, w) in enumerate(levels.shapes)]
         )
@@ -213,7 +213,6 @@ class ImageDecoder(nn.Module):
             unseen = unseen & ~torch.eye(content.shape[1], dtype=torch.bool, device=content.device)
             blocked = unseen if blocked is None else blocked | unseen
         padding, ratios = levels.padding, levels.valid_ratios.repeat(1, 1, 2)[:, None]
-        sizes = level_sizes(levels.shapes, ratios)
         queries, reference = content, reference_logits.sigmoid()
         states, boxes, hidden_states, attentions, cross_attentions = [], [], [], [], []
         start = reference
@@ -223,7 +222,7 @@ class ImageDecoder(nn.Module):
             place = level_reference[:, :, 0] if self.config.attend_to_padding else reference
             sine = sine_embed_boxes(place, self.config.d_model).to(queries.dtype)
             queries, weights, sampled = layer(
-                queries, self.position_head(sine), level_reference, tokens, levels.shapes, sizes, padding, blocked
+                queries, self.position_head(sine), level_reference, tokens, levels.shapes, levels.sizes, padding, blocked
             )
             hidden_states.append(queries)
             attentions.append(weights)

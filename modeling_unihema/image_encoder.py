@@ -6,7 +6,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration_unihema import UniHemaConfig
-from .deformable_attention import MultiScaleDeformableAttention, level_sizes
+from .deformable_attention import MultiScaleDeformableAttention
 from .layers import FeedForward
 from .visual_backbone import FeatureLevels
 
@@ -60,19 +60,13 @@ class ImageEncoder(nn.Module):
         """
         tokens = levels.tokens
         padding = levels.padding
-        positions = torch.cat(
-            [
-                position.flatten(2).transpose(1, 2) + embedding
-                for position, embedding in zip(levels.positions, self.level_embedding, strict=True)
-            ],
-            dim=1,
-        )
-        reference = token_centres(levels.shapes, levels.valid_ratios)
-        reference = reference[:, :, None] * levels.valid_ratios[:, None]
-        sizes = level_sizes(levels.shapes, reference)
+        counts = [h * w for h, w in levels.shapes]
+        of_levels = [row.expand(count, -1) for row, count in zip(self.level_embedding, counts, strict=True)]
+        positions = levels.positions + torch.cat(of_levels)
+        reference = levels.centres[:, :, None] * levels.valid_ratios[:, None]
         states, weights = [tokens], []
         for layer in self.layers:
-            tokens, sampled = layer(tokens, positions, reference, levels.shapes, sizes, padding)
+            tokens, sampled = layer(tokens, positions, reference, levels.shapes, levels.sizes, padding)
             if output_hidden_states:
                 states.append(tokens)
             if output_attentions:
@@ -80,22 +74,3 @@ class ImageEncoder(nn.Module):
         return BaseModelOutput(
             tokens, tuple(states) if output_hidden_states else None, tuple(weights) if output_attentions else None
         )
-
-
-def token_centres(level_shapes: list[tuple[int, int]], valid_ratios: torch.Tensor) -> torch.Tensor:
-    """Centre of each token relative to the image itself, not to its padding.
-
-    Args:
-        level_shapes (`list[tuple[int, int]]`): `(h, w)` of each level.
-        valid_ratios (`torch.Tensor`): `[B, levels, 2]`, share of (width, height) that is image.
-
-    Returns:
-        `torch.Tensor`: (x, y) `[B, S, 2]`; beyond 1 on padding.
-    """
-    centres = []
-    for level, (h, w) in enumerate(level_shapes):
-        y = (torch.arange(h, device=valid_ratios.device, dtype=valid_ratios.dtype) + 0.5) / h
-        x = (torch.arange(w, device=valid_ratios.device, dtype=valid_ratios.dtype) + 0.5) / w
-        grid = torch.stack((x[None, :].expand(h, w), y[:, None].expand(h, w)), -1).reshape(1, h * w, 2)
-        centres.append(grid / valid_ratios[:, level, None])
-    return torch.cat(centres, dim=1)

@@ -1,34 +1,46 @@
 """Image to feature levels: AutoBackbone, input projection, padding masks and sine positions."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoBackbone
 
 from .configuration_unihema import UniHemaConfig
+from .deformable_triton import level_sizes
 from .padding import MaskedGroupNorm, filled, ignore_padding, valid_at, without_padding
 
 
 @dataclass
 class FeatureLevels:
-    """The projected feature maps of a batch, finest first.
+    """The projected feature maps of a batch, finest first, and where they lie. Without padding all images are alike: then the
+    batch of `positions`, `centres` and `valid_ratios` is 1, which broadcasts.
 
     Attributes:
         maps (`list[torch.Tensor]`): `[B, d, h, w]` of each level.
         valid (`list[torch.Tensor]`): Boolean `[B, h, w]`, `True` on the image, `False` on padding.
-        positions (`list[torch.Tensor]`): Sine positions `[B, d, h, w]`.
-        padded (`bool`): Whether any image has padding at all.
-        backbone_means (`torch.Tensor`): Mean of each channel of the backbone's own maps over the image, levels
+        padded (`bool`): Whether any image may have padding.
+        sizes (`torch.Tensor`): (w, h) of each level, `[levels, 2]`.
+        positions (`torch.Tensor`): Sine positions of all tokens, `[B, S, d]`.
+        centres (`torch.Tensor`): Centre of each token relative to the image itself, not to its padding: (x, y) `[B, S, 2]`;
+            beyond 1 on padding.
+        valid_ratios (`torch.Tensor`): Share of each level's (width, height) that is image, `[B, levels, 2]`.
+        padding (`torch.Tensor`, *optional*): `[B, S]`, `True` on padded tokens; `None` when there are none.
+        backbone_means (`torch.Tensor`, *optional*): Mean of each channel of the backbone's own maps over the image, levels
             concatenated, float32 `[B, D]`, without gradient. No task reads it; out-of-distribution scores do.
     """
 
     maps: list[torch.Tensor]
     valid: list[torch.Tensor]
-    positions: list[torch.Tensor]
-    padded: bool = True
+    padded: bool
+    sizes: torch.Tensor
+    positions: torch.Tensor
+    centres: torch.Tensor
+    valid_ratios: torch.Tensor
+    padding: torch.Tensor | None = None
     backbone_means: torch.Tensor | None = None
 
     @property
@@ -41,30 +53,20 @@ class FeatureLevels:
         """All levels as tokens, `[B, S, d]`."""
         return flatten_levels(self.maps)
 
-    @property
-    def padding(self) -> torch.Tensor | None:
-        """`[B, S]`, `True` on padded tokens; `None` when there are none."""
-        if not self.padded:
-            return None
-        return ~torch.cat([mask.flatten(1) for mask in self.valid], dim=1)
-
-    @property
-    def valid_ratios(self) -> torch.Tensor:
-        """Share of each level's (width, height) that is image, `[B, levels, 2]`."""
-        ratios = []
-        for mask in self.valid:
-            height = mask[:, :, 0].sum(1) / mask.shape[1]
-            width = mask[:, 0, :].sum(1) / mask.shape[2]
-            ratios.append(torch.stack((width, height), -1))
-        # Half precision would move sampling points by whole pixels.
-        return torch.stack(ratios, 1).to(torch.promote_types(torch.float32, self.maps[0].dtype))
-
     def repeat_images(self, times: int) -> "FeatureLevels":
         """Repeats each image `times` times in a row, for several questions about one image."""
-        parts = (self.maps, self.valid, self.positions)
-        repeated = [[level.repeat_interleave(times, 0) for level in part] for part in parts]
-        means = None if self.backbone_means is None else self.backbone_means.repeat_interleave(times, 0)
-        return FeatureLevels(*repeated, self.padded, means)
+
+        def repeated(part: Any) -> Any:
+            if isinstance(part, list):
+                return [repeated(level) for level in part]
+            return part.repeat_interleave(times, 0) if isinstance(part, torch.Tensor) and len(part) > 1 else part
+
+        if len(self.maps[0]) == 1:
+            grown = [level.expand(times, -1, -1, -1) for level in self.maps]
+            valid = [mask.expand(times, -1, -1) for mask in self.valid]
+            return replace(self, maps=grown, valid=valid)
+        parts = ("maps", "valid", "positions", "centres", "valid_ratios", "padding", "backbone_means")
+        return replace(self, **{name: repeated(getattr(self, name)) for name in parts})
 
 
 def flatten_levels(maps: list[torch.Tensor]) -> torch.Tensor:
@@ -72,27 +74,96 @@ def flatten_levels(maps: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([level.flatten(2) for level in maps], dim=2).transpose(1, 2)
 
 
-def sine_positions(valid: torch.Tensor, d_model: int, temperature: float) -> torch.Tensor:
-    """Sine position map that counts from the image's edges, not the padding's (DETR, arXiv 2005.12872, appendix A.4).
+def feature_levels(
+    maps: list[torch.Tensor],
+    valid: list[torch.Tensor] | None,
+    temperature: float,
+    backbone_means: torch.Tensor | None = None,
+) -> FeatureLevels:
+    """Where the tokens of feature maps lie. All that depends on a row or a column alone is computed once for it.
 
     Args:
-        valid (`torch.Tensor`): Boolean `[B, h, w]`.
-        d_model (`int`): Channels: the first half for y, the second for x.
+        maps (`list[torch.Tensor]`): `[B, d, h, w]` of each level.
+        valid (`list[torch.Tensor]`, *optional*): Boolean `[B, h, w]`, `True` on the image, a rectangle; all when missing.
+        temperature (`float`): Base of the sine positions' wavelengths.
+        backbone_means (`torch.Tensor`, *optional*): See [`FeatureLevels`].
+    """
+    like = maps[0]
+    # Half precision would move sampling points by whole pixels.
+    precise = torch.empty((), dtype=torch.promote_types(torch.float32, like.dtype), device=like.device)
+    shapes = [tuple(level.shape[-2:]) for level in maps]
+    sizes = level_sizes(shapes, precise)
+    # Rows of a level, then its columns, level after level.
+    lengths = [length for shape in shapes for length in shape]
+    place = torch.cat([torch.arange(length, dtype=precise.dtype, device=like.device) for length in lengths])
+    whole = torch.cat([sizes[number // 2, 1 - number % 2].expand(length) for number, length in enumerate(lengths)])
+    place, whole = place[None], whole[None]
+    centres = (place + 0.5) / whole
+    if valid is None:
+        padding, ratios = None, torch.ones_like(sizes)[None]
+        counted, last = place + 1, whole
+    else:
+        inside = [axis for mask in valid for axis in (mask.any(2), mask.any(1))]
+        counts = [axis.cumsum(1, dtype=precise.dtype) for axis in inside]
+        padding = ~torch.cat([mask.flatten(1) for mask in valid], dim=1)
+        ratios = torch.stack([count[:, -1] for count in counts], 1).unflatten(1, (-1, 2)).flip(2) / sizes
+        counted = torch.cat(counts, 1)
+        last = torch.cat([count[:, -1:].expand_as(count) for count in counts], 1)
+    codes = sine_codes(counted.float() / (last.float() + 1e-6), like.shape[1] // 2, temperature).to(like.dtype)
+    # Nothing is counted where a whole row or column is padding. 0 and 1 are sine and cosine of that.
+    none = torch.arange(codes.shape[-1], device=like.device).remainder(2).to(codes.dtype) if valid is not None else None
+    of_levels, of_tokens = [], []
+    for level, ((y, x), (down, right)) in enumerate(
+        zip(_pairs(codes.split(lengths, 1)), _pairs(centres.split(lengths, 1)))
+    ):
+        h, w = shapes[level]
+        if valid is not None:
+            rows, columns = inside[2 * level : 2 * level + 2]
+            y = torch.where(columns[:, None, :, None], y[:, :, None], none)
+            x = torch.where(rows[:, :, None, None], x[:, None], none)
+            map_of = torch.cat((y, x), -1)
+        else:
+            map_of = torch.cat((y[:, :, None].expand(-1, -1, w, -1), x[:, None].expand(-1, h, -1, -1)), -1)
+        of_levels.append(map_of.flatten(1, 2))
+        grid = torch.stack((right[:, None].expand(-1, h, -1), down[:, :, None].expand(-1, -1, w)), -1).flatten(1, 2)
+        of_tokens.append(grid if valid is None else grid / ratios[:, level, None])
+    if valid is None:
+        valid = [
+            torch.ones(len(like), *shape, dtype=torch.bool, device=like.device) for shape in shapes
+        ]
+    return FeatureLevels(
+        maps=maps,
+        valid=valid,
+        padded=padding is not None,
+        sizes=sizes,
+        positions=torch.cat(of_levels, 1),
+        centres=torch.cat(of_tokens, 1),
+        valid_ratios=ratios,
+        padding=padding,
+        backbone_means=backbone_means,
+    )
+
+
+def _pairs(axes: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows and columns of each level."""
+    return zip(axes[0::2], axes[1::2])
+
+
+def sine_codes(share: torch.Tensor, channels: int, temperature: float) -> torch.Tensor:
+    """Sine code of places along an axis (DETR, arXiv 2005.12872, appendix A.4).
+
+    Args:
+        share (`torch.Tensor`): Any shape: how much of the image lies before the place's end, up to 1.
+        channels (`int`): Channels of the axis, sines and cosines by turns.
         temperature (`float`): Base of the wavelengths.
 
     Returns:
-        `torch.Tensor`: `[B, d_model, h, w]` float32.
+        `torch.Tensor`: `[..., channels]`, of the dtype of `share`.
     """
-    channels = d_model // 2
-    wavelength = torch.arange(channels, dtype=torch.float32, device=valid.device)
+    wavelength = torch.arange(channels, dtype=share.dtype, device=share.device)
     wavelength = temperature ** (2 * torch.div(wavelength, 2, rounding_mode="floor") / channels)
-    halves = []
-    for axis in (1, 2):
-        count = valid.cumsum(axis, dtype=torch.float32)
-        count = count / (count.narrow(axis, count.shape[axis] - 1, 1) + 1e-6) * (2 * math.pi)
-        angle = count[..., None] / wavelength
-        halves.append(torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2))
-    return torch.cat(halves, dim=-1).permute(0, 3, 1, 2)
+    angle = (share * (2 * math.pi))[..., None] / wavelength
+    return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2)
 
 
 @torch.no_grad()
@@ -199,13 +270,5 @@ class VisualBackbone(nn.Module):
             projected = []
             for level, project in enumerate(self.input_projection):
                 projected.append(project(sources[level] if level < len(sources) else projected[-1], counted))
-        valid, positions = [], []
-        for level in projected:
-            mask = valid_at(pixels, level)
-            if mask is None:
-                mask = torch.ones(level.shape[0], *level.shape[-2:], dtype=torch.bool, device=level.device)
-            valid.append(mask)
-            positions.append(
-                sine_positions(mask, self.config.d_model, self.config.position_temperature).to(level.dtype)
-            )
-        return FeatureLevels(projected, valid, positions, padded, channel_means(maps, valid if padded else None))
+        valid = [valid_at(pixels, level) for level in projected] if padded else None
+        return feature_levels(projected, valid, self.config.position_temperature, channel_means(maps, valid))

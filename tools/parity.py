@@ -189,7 +189,8 @@ def _our_arrays(model, golden: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 def _backbone_arrays(model, pixels, levels) -> Iterator[tuple[str, torch.Tensor]]:
     for number, feature_map in enumerate(model.model.visual_backbone.backbone(pixels).feature_maps):
         yield f"backbone_c{number + 3}_stride16", feature_map[:, ::16]
-        yield f"pos_{number}_b_stride16", levels.positions[number][:, ::16]
+        tokens = levels.positions.split([h * w for h, w in levels.shapes], 1)[number]
+        yield f"pos_{number}_b_stride16", tokens.transpose(1, 2).unflatten(2, levels.shapes[number])[:, ::16]
     for number, level in enumerate(levels.maps):
         yield f"input_proj_{number}", level
 

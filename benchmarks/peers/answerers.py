@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from benchmarks.peers.peer import Peer, make_backbone
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.padding import valid_at
-from unihema.modeling_unihema.visual_backbone import sine_positions
+from unihema.modeling_unihema.visual_backbone import feature_levels
 
 
 class TextOnlyT5(Peer):
@@ -100,19 +100,16 @@ class BlipLike(Peer):
             attention_mask = torch.ones_like(input_ids)
         text = self.network.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         pixels = None if pixel_mask is None else pixel_mask.bool()
-        tokens, valid = [], []
-        for projection, level in zip(self.projections, self.backbone(pixel_values).feature_maps[-2:]):
-            seen = valid_at(pixels, level)
-            if seen is None:
-                seen = torch.ones(len(level), *level.shape[-2:], dtype=torch.bool, device=level.device)
-            places = sine_positions(seen, self.config.text_config.d_model, self.config.position_temperature)
-            tokens.append(
-                projection(level.flatten(2).transpose(1, 2)) + places.flatten(2).transpose(1, 2).to(level.dtype)
-            )
-            valid.append(seen.flatten(1))
+        maps = [
+            projection(level.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, level.shape[-2:])
+            for projection, level in zip(self.projections, self.backbone(pixel_values).feature_maps[-2:])
+        ]
+        valid = None if pixels is None else [valid_at(pixels, level) for level in maps]
+        levels = feature_levels(maps, valid, self.config.position_temperature)
         questions = len(input_ids) // len(pixel_values)
-        image = torch.cat(tokens, 1).repeat_interleave(questions, 0)
-        seen = torch.cat(valid, 1).repeat_interleave(questions, 0).to(attention_mask.dtype)
+        image = (levels.tokens + levels.positions).repeat_interleave(questions, 0)
+        seen = torch.cat([mask.flatten(1) for mask in levels.valid], 1)
+        seen = seen.repeat_interleave(questions, 0).to(attention_mask.dtype)
         return BaseModelOutput(torch.cat((image, text), 1)), torch.cat((seen, attention_mask), 1)
 
 

@@ -6,7 +6,7 @@ from tiny_models import lively, very_tiny_config
 
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 from unihema.modeling_unihema.padding import MaskedGroupNorm, strides
-from unihema.modeling_unihema.visual_backbone import FeatureLevels
+from unihema.modeling_unihema.visual_backbone import feature_levels
 
 
 # Sizes that are no multiples of the strides, one with fewer tokens than there are queries; and what they are padded to: the
@@ -114,5 +114,5 @@ def test_group_norm_of_the_valid_area():
 def test_share_of_padding_is_exact_in_half_precision():
     valid = torch.zeros(1, 100, 1000, dtype=torch.bool)
     valid[:, :61, :937] = True
-    levels = FeatureLevels([torch.zeros(1, 4, 100, 1000, dtype=torch.bfloat16)], [valid], [])
+    levels = feature_levels([torch.zeros(1, 4, 100, 1000, dtype=torch.bfloat16)], [valid], 20.0)
     torch.testing.assert_close(levels.valid_ratios, torch.tensor([[[0.937, 0.61]]]), rtol=0, atol=1e-6)
