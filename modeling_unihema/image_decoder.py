@@ -1,6 +1,5 @@
 """Query selection and the image decoder (DINO, arXiv 2203.03605: two-stage, look forward twice)."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from .configuration_unihema import UniHemaConfig
 from .deformable_attention import MultiScaleDeformableAttention
 from .denoising import DenoisingQueries
 from .layers import MLP, FeedForward, MultiHeadAttention, class_scores, initialised, inverse_sigmoid
-from .visual_backbone import FeatureLevels
+from .visual_backbone import FeatureLevels, sine_codes, sine_wavelengths
 
 
 def box_head(config: UniHemaConfig) -> MLP:
@@ -103,22 +102,18 @@ class QuerySelection(nn.Module):
         return torch.where(usable[..., None], boxes.clamp(0.01, 0.99).logit(), 100.0), usable
 
 
-def sine_embed_boxes(boxes: torch.Tensor, d_model: int, temperature: float = 10000.0) -> torch.Tensor:
+def sine_embed_boxes(boxes: torch.Tensor, wavelength: torch.Tensor) -> torch.Tensor:
     """Sine code of boxes: y, x, width and height, `d_model / 2` channels each.
 
     Args:
         boxes (`torch.Tensor`): cxcywh `[B, Q, 4]` in 0..1.
-        d_model (`int`): Width of the transformer.
-        temperature (`float`): Base of the wavelengths.
+        wavelength (`torch.Tensor`): Of each channel, `[d_model / 2]`, see `sine_wavelengths`.
 
     Returns:
         `torch.Tensor`: `[B, Q, 2 * d_model]`.
     """
-    channels = d_model // 2
-    wavelength = torch.arange(channels, dtype=boxes.dtype, device=boxes.device)
-    wavelength = temperature ** (2 * torch.div(wavelength, 2, rounding_mode="floor") / channels)
-    angle = boxes[..., [1, 0, 2, 3], None] * (2 * math.pi) / wavelength
-    return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-3)
+    x, y, size = boxes.split((1, 1, 2), -1)
+    return sine_codes(torch.cat((y, x, size), -1), wavelength).flatten(-2)
 
 
 class ImageDecoderLayer(GradientCheckpointingLayer):
@@ -216,11 +211,13 @@ class ImageDecoder(nn.Module):
         queries, reference = content, reference_logits.sigmoid()
         states, boxes, hidden_states, attentions, cross_attentions = [], [], [], [], []
         start = reference
+        place = ratios if self.config.attend_to_padding else reference
+        wavelength = sine_wavelengths(self.config.d_model // 2, 10000.0, place)
         for layer in self.layers:
             level_reference = reference[:, :, None].to(ratios.dtype) * ratios
             # The official weights know a box by its place in the padded batch, others by its place in the image.
             place = level_reference[:, :, 0] if self.config.attend_to_padding else reference
-            sine = sine_embed_boxes(place, self.config.d_model).to(queries.dtype)
+            sine = sine_embed_boxes(place, wavelength).to(queries.dtype)
             queries, weights, sampled = layer(
                 queries, self.position_head(sine), level_reference, tokens, levels.shapes, levels.sizes, padding, blocked
             )
@@ -229,8 +226,10 @@ class ImageDecoder(nn.Module):
             cross_attentions.append(sampled)
             normed = self.norm(queries)
             states.append(normed)
-            boxes.append((self.box_head(normed) + inverse_sigmoid(start)).sigmoid())
             # Look forward twice: the next layer's box loss reaches this layer's refinement, its attention does not.
-            start = (self.box_head(queries) + inverse_sigmoid(reference)).sigmoid()
+            changes = self.box_head(torch.stack((normed, queries)))
+            logits = inverse_sigmoid(start)
+            box, start = (changes + torch.stack((logits, logits.detach()))).sigmoid()
+            boxes.append(box)
             reference = start.detach()
         return DecodedQueries(torch.stack(states), torch.stack(boxes), hidden_states, attentions, cross_attentions)

@@ -109,7 +109,8 @@ def feature_levels(
         ratios = torch.stack([count[:, -1] for count in counts], 1).unflatten(1, (-1, 2)).flip(2) / sizes
         counted = torch.cat(counts, 1)
         last = torch.cat([count[:, -1:].expand_as(count) for count in counts], 1)
-    codes = sine_codes(counted.float() / (last.float() + 1e-6), like.shape[1] // 2, temperature).to(like.dtype)
+    wavelength = sine_wavelengths(like.shape[1] // 2, temperature, place.float())
+    codes = sine_codes(counted.float() / (last.float() + 1e-6), wavelength).to(like.dtype)
     # Nothing is counted where a whole row or column is padding. 0 and 1 are sine and cosine of that.
     none = torch.arange(codes.shape[-1], device=like.device).remainder(2).to(codes.dtype) if valid is not None else None
     of_levels, of_tokens = [], []
@@ -149,19 +150,22 @@ def _pairs(axes: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.T
     return zip(axes[0::2], axes[1::2])
 
 
-def sine_codes(share: torch.Tensor, channels: int, temperature: float) -> torch.Tensor:
+def sine_wavelengths(channels: int, temperature: float, like: torch.Tensor) -> torch.Tensor:
+    """Wavelengths `[channels]` of [`sine_codes`], from 1 to `temperature`, of the dtype and on the device of `like`."""
+    channel = torch.arange(channels, dtype=like.dtype, device=like.device)
+    return temperature ** (2 * torch.div(channel, 2, rounding_mode="floor") / channels)
+
+
+def sine_codes(share: torch.Tensor, wavelength: torch.Tensor) -> torch.Tensor:
     """Sine code of places along an axis (DETR, arXiv 2005.12872, appendix A.4).
 
     Args:
         share (`torch.Tensor`): Any shape: how much of the image lies before the place's end, up to 1.
-        channels (`int`): Channels of the axis, sines and cosines by turns.
-        temperature (`float`): Base of the wavelengths.
+        wavelength (`torch.Tensor`): See `sine_wavelengths`.
 
     Returns:
-        `torch.Tensor`: `[..., channels]`, of the dtype of `share`.
+        `torch.Tensor`: `[..., channels]`, sines and cosines by turns, of the dtype of `share`.
     """
-    wavelength = torch.arange(channels, dtype=share.dtype, device=share.device)
-    wavelength = temperature ** (2 * torch.div(wavelength, 2, rounding_mode="floor") / channels)
     angle = (share * (2 * math.pi))[..., None] / wavelength
     return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2)
 
