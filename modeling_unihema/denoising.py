@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.ops import box_convert
 
 from .configuration_unihema import UniHemaConfig
-from .labels import ancestors_of, boxes_known, check_detection_labels, is_target
+from .labels import ancestors_of, boxes_known, check_detection_labels, is_target, on_host
 from .layers import ClassEmbedding, inverse_sigmoid
 
 
@@ -74,30 +74,35 @@ class ContrastiveDenoising(nn.Module):
             ValueError: See `check_detection_labels`.
         """
         check_detection_labels(labels, None, self.num_labels, self.num_attributes)
+        # On the host until all is made, so that nothing waits for the device.
+        labels = on_host(labels)
         chosen = [self._choose(image) for image in labels]
         group_size = max((len(cells) for cells in chosen), default=0)
         if not group_size:
             return None
         groups = self.denoising_queries // group_size
         device = self.label_embedding.weight.device
-        classes = torch.full((len(labels), group_size), self.num_labels, device=device)
-        boxes = torch.full((len(labels), group_size, 4), 0.5, device=device)
-        targets = torch.full((len(labels), group_size), -1, device=device)
+        classes = torch.full((len(labels), group_size), self.num_labels)
+        boxes = torch.full((len(labels), group_size, 4), 0.5)
+        targets = torch.full((len(labels), group_size), -1)
         for image, (label, cells) in enumerate(zip(labels, chosen, strict=True)):
-            classes[image, : len(cells)] = label["class_labels"][cells].to(device)
-            boxes[image, : len(cells)] = label["boxes"][cells].to(device, boxes.dtype)
-            targets[image, : len(cells)] = cells.to(device)
+            classes[image, : len(cells)] = label["class_labels"][cells]
+            boxes[image, : len(cells)] = label["boxes"][cells].to(boxes.dtype)
+            targets[image, : len(cells)] = cells
 
         copies = 2 * groups
         classes, boxes, targets = (
             part.repeat(1, copies, *[1] * (part.dim() - 2)) for part in (classes, boxes, targets)
         )
-        half = torch.arange(copies, device=device).repeat_interleave(group_size) % 2 == 0
+        half = torch.arange(copies).repeat_interleave(group_size) % 2 == 0
         positive = half[None] & (targets >= 0)
 
-        flipped = (torch.rand(classes.shape, device=device) < self.label_noise_ratio / 2) & (targets >= 0)
+        flipped = (torch.rand(classes.shape) < self.label_noise_ratio / 2) & (targets >= 0)
         classes = torch.where(flipped, torch.randint_like(classes, self.num_labels), classes)
         reference = inverse_sigmoid(self._noisy_boxes(boxes, half))
+        classes, reference, targets, positive = (
+            part.to(device, non_blocking=True) for part in (classes, reference, targets, positive)
+        )
         return DenoisingQueries(
             content=self.label_embedding(classes),
             reference_logits=reference,
@@ -113,7 +118,7 @@ class ContrastiveDenoising(nn.Module):
         cells = (is_target(image, ancestors) & boxes_known(image)).nonzero().flatten()
         if len(cells) <= self.denoising_queries:
             return cells
-        return cells[torch.randperm(len(cells), device=cells.device)[: self.denoising_queries]].sort().values
+        return cells[torch.randperm(len(cells))[: self.denoising_queries]].sort().values
 
     def _noisy_boxes(self, boxes: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
         """Moves each corner by up to half a side (positives) or by half to a whole side (negatives), times the scale."""

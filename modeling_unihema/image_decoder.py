@@ -219,7 +219,14 @@ class ImageDecoder(nn.Module):
             place = level_reference[:, :, 0] if self.config.attend_to_padding else reference
             sine = sine_embed_boxes(place, wavelength).to(queries.dtype)
             queries, weights, sampled = layer(
-                queries, self.position_head(sine), level_reference, tokens, levels.shapes, levels.sizes, padding, blocked
+                queries,
+                self.position_head(sine),
+                level_reference,
+                tokens,
+                levels.shapes,
+                levels.sizes,
+                padding,
+                blocked,
             )
             hidden_states.append(queries)
             attentions.append(weights)

@@ -1,6 +1,7 @@
 """Detection labels: their format, and the class targets that follow from them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -202,3 +203,84 @@ def class_targets(image: dict[str, Any], num_labels: int, ancestors: torch.Tenso
     implied = coarser if taught is None else coarser & (annotated | taught.to(device))
     positive = (own & annotated) | implied
     return positive, positive | (annotated & ~finer)
+
+
+@dataclass
+class CellTargets:
+    """The labelled cells of a batch, B images with up to N cells each, filled up with what is no cell.
+
+    Attributes:
+        targets (`list[torch.Tensor]`): Indices of the cells that are targets, see `is_target`, of each image; on the host.
+        boxes (`torch.Tensor`): cxcywh float32 `[B, N, 4]`.
+        boxes_known (`torch.Tensor`): float32 `[B, N]`, 1 where the cell has a box of its own.
+        is_target (`torch.Tensor`): bool `[B, N]`.
+        positive (`torch.Tensor`): float32 `[B, N, C]`, 1 for the classes that a cell has, see `class_targets`.
+        counted (`torch.Tensor`): float32 `[B, N, C]`, 1 for the classes that have a loss in its query.
+        own_classes (`torch.Tensor`): int64 `[B, N, P]`, the classes that a cell has, at most P of them.
+        class_shares (`torch.Tensor`): float32 `[B, N, P]`, their shares of the cell, 0 for what only fills up.
+        morphology (`torch.Tensor`): int64 `[B, N, attributes]`, -100 where missing.
+        annotated (`torch.Tensor`): float32 `[B, 1, C]`, 1 where a class is annotated in an image.
+    """
+
+    targets: list[torch.Tensor]
+    boxes: torch.Tensor
+    boxes_known: torch.Tensor
+    is_target: torch.Tensor
+    positive: torch.Tensor
+    counted: torch.Tensor
+    own_classes: torch.Tensor
+    class_shares: torch.Tensor
+    morphology: torch.Tensor
+    annotated: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        labels: Sequence[dict[str, torch.Tensor]],
+        num_labels: int,
+        num_attributes: int,
+        ancestors: torch.Tensor | None,
+        device: torch.device,
+    ) -> "CellTargets":
+        """
+        Args:
+            labels (`Sequence[dict[str, torch.Tensor]]`): See `check_detection_labels`. Labels on the host are sent to the device
+                without waiting for it.
+            num_labels (`int`): Classes of the model.
+            num_attributes (`int`): Attributes of the model.
+            ancestors (`torch.Tensor`, *optional*): See `ancestors_of`.
+            device (`torch.device`): Of the predictions.
+        """
+        labels = on_host(labels)
+        if ancestors is None:
+            ancestors = torch.zeros(num_labels, num_labels, dtype=torch.bool)
+        images, most = len(labels), max((len(image["class_labels"]) for image in labels), default=0)
+        boxes = torch.full((images, most, 4), 0.5)
+        known, targeted = torch.zeros(images, most), torch.zeros(images, most, dtype=torch.bool)
+        positive, counted = torch.zeros(images, most, num_labels), torch.zeros(images, most, num_labels)
+        morphology = torch.full((images, most, num_attributes), MISSING)
+        annotated = torch.ones(images, 1, num_labels)
+        for row, image in enumerate(labels):
+            number = len(image["class_labels"])
+            boxes[row, :number] = image["boxes"].float()
+            known[row, :number] = boxes_known(image).float()
+            targeted[row, :number] = is_target(image, ancestors)
+            of_cells = class_targets(image, num_labels, ancestors)
+            positive[row, :number], counted[row, :number] = (mask.float() for mask in of_cells)
+            if image.get("morphology") is not None:
+                morphology[row, :number] = image["morphology"]
+            if image.get("annotated_classes") is not None:
+                annotated[row, 0] = image["annotated_classes"].float()
+        of_cell = positive.sum(-1)
+        # A cell has few classes; picking them out avoids the cost of every class for every pair.
+        classes = positive.argsort(dim=-1, descending=True, stable=True)
+        classes = classes[..., : int(of_cell.max()) if of_cell.numel() else 0]
+        shares = positive.gather(-1, classes) / of_cell.clamp(min=1)[..., None]
+        parts = (boxes, known, targeted, positive, counted, classes, shares, morphology, annotated)
+        targets = [row.nonzero().flatten() for row in targeted]
+        return cls(targets, *(part.to(device, non_blocking=True) for part in parts))
+
+
+def on_host(labels: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """The labels, on the host. Those that are elsewhere are fetched, which waits for their device."""
+    return [{key: value.cpu() for key, value in image.items() if isinstance(value, torch.Tensor)} for image in labels]

@@ -1,4 +1,4 @@
-"""Every loss: detection with its matching (DINO, arXiv 2203.03605), attributes, masks, single cells, text."""
+"""Every loss: detection (DINO, arXiv 2203.03605), attributes, masks, single cells, text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,11 +7,12 @@ import torch
 from torch.nn import functional
 from torchvision.ops import box_convert
 
-from unihema.errors import InputError, NotFiniteError
+from unihema.errors import InputError
 
 from .configuration_unihema import UniHemaConfig
 from .denoising import DenoisingQueries
-from .labels import BOXES_KNOWN, MISSING, ancestors_of, boxes_known, check_detection_labels, class_targets, is_target
+from .labels import MISSING, CellTargets, ancestors_of, check_detection_labels, is_target
+from .matching import generalized_box_iou, matching
 
 
 def sigmoid_focal_loss(
@@ -82,64 +83,51 @@ def detection_loss(
         ValueError: See `check_detection_labels` and `morphology_loss`.
         NotFiniteError: Predictions hold NaN or infinity.
     """
-    device, batch_size = layer_logits.device, layer_logits.shape[1]
+    device, (layers, batch_size) = layer_logits.device, layer_logits.shape[:2]
     value_counts = [len(values) for values in (config.morphology or {}).values()]
     check_detection_labels(labels, batch_size, config.num_labels, len(value_counts), value_counts)
-    ancestors = ancestors_of(config)
-    targets = [_to_targets(image, len(value_counts), config.num_labels, ancestors, device) for image in labels]
-    class_weight = _annotated_class_weight(labels, config.num_labels, device)
-    num_cells = sum(len(image["class_labels"]) for image in targets)
-    has_target = is_positive = None
-    if denoising is not None:
-        has_target = _has_target(denoising.target_indices, labels, ancestors)
-        is_positive = denoising.positive & has_target
-    num_positives = 0 if is_positive is None else is_positive.sum()
+    cells = CellTargets.of(labels, config.num_labels, len(value_counts), ancestors_of(config), device)
+    first = 0 if config.auxiliary_loss else layers - 1
+    suffixes = [f"_{layer}" for layer in range(first, layers - 1)] + [""]
+    # The proposals are one more set of predictions.
+    logits = torch.cat((layer_logits[first:], selection_logits[None])).float()
+    boxes = torch.cat((layer_boxes[first:], selection_boxes[None])).float()
+    matched = matching(logits, boxes, cells, config.matching_weights, config.focal_alpha)
+
+    # What needs no matching runs meanwhile.
+    num_cells = sum(map(len, cells.targets))
+    placed = None if denoising is None else _denoised_cells(denoising, cells)
+    num_positives = 0 if placed is None else placed[2].sum()
     num_attributes = None
     if num_items is None:
         num_cells, num_positives = average_over_processes(num_cells, num_positives, device=device)
     else:
         num_positives = torch.as_tensor(num_positives).clamp(min=1) * num_items["cells"] / max(num_cells, 1)
         num_cells, num_attributes = num_items["cells"], num_items["attributes"]
+    noisy = {}
+    if placed is not None:
+        noisy_predictions = denoising_logits[first:].float(), denoising_boxes[first:].float()
+        noisy = _denoising_losses(*noisy_predictions, cells, *placed, num_positives, config.focal_alpha)
 
-    last = layer_logits.shape[0] - 1
-    layers = range(last + 1) if config.auxiliary_loss else [last]
-    losses = {}
-    for layer in layers:
-        suffix = "" if layer == last else f"_{layer}"
-        logits, boxes = layer_logits[layer].float(), layer_boxes[layer].float()
-        pairs = _match(logits, boxes, targets, config)
-        terms = _class_and_box_losses(logits, boxes, targets, pairs, class_weight, num_cells, config)
-        if layer_morphology is not None and value_counts:
-            image, query, cell = pairs
-            values = _gather(targets, "morphology", image, cell)
-            described = layer_morphology[layer][image, query]
-            terms["loss_morphology"] = (
-                asymmetric_morphology_loss(described, values, value_counts, num_cells)
-                if config.official_losses
-                else morphology_loss(described, values, value_counts, num_attributes)
-            )
-        losses.update({name + suffix: value for name, value in terms.items()})
-
-    logits, boxes = selection_logits.float(), selection_boxes.float()
-    pairs = _match(logits, boxes, targets, config)
-    terms = _class_and_box_losses(logits, boxes, targets, pairs, class_weight, num_cells, config)
-    losses.update({f"{name}_enc": value for name, value in terms.items()})
-
-    if denoising is not None:
-        image, query = is_positive.nonzero(as_tuple=True)
-        pairs = (image, query, denoising.target_indices[image, query])
-        # A slot without a target has no class loss.
-        weight = class_weight * has_target[..., None]
-        everything = [_to_device(image, config.num_labels, ancestors, device) for image in labels]
-        for layer in layers:
-            suffix = "_dn" if layer == last else f"_dn_{layer}"
-            logits, boxes = denoising_logits[layer].float(), denoising_boxes[layer].float()
-            terms = _class_and_box_losses(logits, boxes, everything, pairs, weight, num_positives, config)
-            losses.update({name + suffix: value for name, value in terms.items()})
+    query = matched()
+    plain = _matched_losses(logits, boxes, cells, query, num_cells, config.focal_alpha)
+    terms = [(name, vector, [*suffixes, "_enc"]) for name, vector in plain.items()]
+    terms += [(name, vector, [f"_dn{suffix}" for suffix in suffixes]) for name, vector in noisy.items()]
+    if layer_morphology is not None and value_counts:
+        described, values = _matched_attributes(layer_morphology[first:], cells, query[:-1])
+        if config.official_losses:
+            vector = asymmetric_morphology_loss(described, values, value_counts, num_cells)
+        else:
+            vector = morphology_loss(described, values, value_counts, num_attributes)
+        terms.append(("loss_morphology", vector, suffixes))
 
     weights = {**config.loss_weights, "ce": config.loss_weights["class"]}
-    loss = sum(weights[name.split("_")[1]] * value for name, value in losses.items())
-    return loss, {name: value.detach() for name, value in losses.items()}
+    loss = sum(weights[name.removeprefix("loss_")] * vector.sum() for name, vector, _ in terms)
+    return loss, {
+        name + suffix: value
+        for name, vector, of_sets in terms
+        for suffix, value in zip(of_sets, vector.detach().unbind(), strict=True)
+    }
 
 
 def segmentation_loss(
@@ -179,14 +167,15 @@ def segmentation_loss(
             f"Segmentation labels must be [B, H, W] like the mask logits {tuple(mask_logits.shape)}, got "
             f"{tuple(labels.shape)}."
         )
-    labels = labels.to(mask_logits.device).flatten(1)
-    logits = mask_logits.float().flatten(1)
-    valid = labels != MISSING
-    strange = labels[valid & (labels != 0) & (labels != 1)]
+    strange = labels[(labels != MISSING) & (labels != 0) & (labels != 1)]
     if len(strange):
         raise InputError(
             f"Segmentation labels must be 1 (cell), 0 (background) or {MISSING} (ignored), got {strange[0].item()}."
         )
+    # Labels that come from the host are checked there, and sent without waiting for the device.
+    labels = labels.to(mask_logits.device, non_blocking=True).flatten(1)
+    logits = mask_logits.float().flatten(1)
+    valid = labels != MISSING
     weight = valid.to(logits.dtype)
     mask = labels.to(logits.dtype) * weight
     probability = logits.sigmoid() * weight
@@ -267,13 +256,13 @@ def _cross_entropy(
     what: str,
     num_items: torch.Tensor | int | None,
 ) -> torch.Tensor:
-    labels = labels.to(logits.device, torch.int64)
     classes = logits.shape[-1]
     wrong = labels[((labels < 0) | (labels >= classes)) & (labels != MISSING)]
     if len(wrong):
         raise InputError(
             f"{what} {wrong[0].item()} is out of range: the model has ids 0 to {classes - 1} ({MISSING} for none)."
         )
+    labels = labels.to(logits.device, torch.int64, non_blocking=True)
     total = functional.cross_entropy(
         logits.float(), labels, ignore_index=MISSING, reduction="sum", label_smoothing=label_smoothing
     )
@@ -315,188 +304,76 @@ def count_loss_items(task: str, labels: Any, config: UniHemaConfig) -> dict[str,
     return {"images" if task == "single_cell" else "tokens": int(labelled.sum())}
 
 
-def _to_device(
-    image: dict[str, torch.Tensor], num_labels: int, ancestors: torch.Tensor | None, device: torch.device
-) -> dict[str, torch.Tensor]:
-    moved = {
-        "class_labels": image["class_labels"].to(device, torch.int64),
-        "boxes": image["boxes"].to(device, torch.float32),
-        BOXES_KNOWN: boxes_known(image).to(device),
-    }
-    if ancestors is not None:
-        positive, counted = class_targets(image, num_labels, ancestors)
-        moved |= {"positive": positive.to(device), "counted": counted.to(device)}
-    return moved
-
-
-def _to_targets(
-    image: dict[str, torch.Tensor],
-    num_attributes: int,
-    num_labels: int,
-    ancestors: torch.Tensor | None,
-    device: torch.device,
-) -> dict[str, torch.Tensor]:
-    """Labels of one image without the cells of classes that are not annotated, morphology filled in."""
-    target = _to_device(image, num_labels, ancestors, device)
-    morphology = image.get("morphology")
-    if morphology is None:
-        target["morphology"] = torch.full((len(target["boxes"]), num_attributes), MISSING, device=device)
-    else:
-        target["morphology"] = morphology.to(device, torch.int64)
-    if image.get("annotated_classes") is None:
-        return target
-    kept = is_target(image, ancestors).to(device)
-    return {key: value[kept] for key, value in target.items()}
-
-
-def _has_target(
-    target_indices: torch.Tensor, labels: Sequence[dict[str, torch.Tensor]], ancestors: torch.Tensor | None
-) -> torch.Tensor:
-    """Which denoising slots `[B, P]` hold a cell whose class is annotated; indices are into all labels of an image."""
-    kept = target_indices >= 0
-    for row, image in enumerate(labels):
-        if image.get("annotated_classes") is not None and len(image["class_labels"]):
-            kept[row] &= is_target(image, ancestors).to(kept.device)[target_indices[row].clamp(min=0)]
-    return kept
-
-
-def _annotated_class_weight(
-    labels: Sequence[dict[str, torch.Tensor]], num_labels: int, device: torch.device
-) -> torch.Tensor:
-    """1 where a class is annotated in an image, else 0: `[B, 1, num_labels]`."""
-    weight = torch.ones(len(labels), 1, num_labels, device=device)
-    for row, image in enumerate(labels):
-        if image.get("annotated_classes") is not None:
-            weight[row, 0] = image["annotated_classes"].to(device, weight.dtype)
-    return weight
-
-
-def _match(
-    logits: torch.Tensor, boxes: torch.Tensor, targets: list[dict[str, torch.Tensor]], config: UniHemaConfig
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Matched pairs of the whole batch as three index vectors: image, query, cell."""
-    costs = config.matching_weights
-    matches = match_queries(logits, boxes, targets, costs["class"], costs["bbox"], costs["giou"], config.focal_alpha)
-    image = torch.cat([torch.full_like(query, row) for row, (query, _) in enumerate(matches)])
-    query, cell = (torch.cat(indices) for indices in zip(*matches, strict=True))
-    return image, query, cell
-
-
-def _gather(targets: list[dict[str, torch.Tensor]], key: str, image: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
-    """Rows of one label of the batch."""
-    sizes = torch.tensor([len(target[key]) for target in targets], device=cell.device)
-    return torch.cat([target[key] for target in targets])[(sizes.cumsum(0) - sizes)[image] + cell]
-
-
-def _class_and_box_losses(
+def _matched_losses(
     logits: torch.Tensor,
     boxes: torch.Tensor,
-    targets: list[dict[str, torch.Tensor]],
-    pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    class_weight: torch.Tensor,
+    cells: CellTargets,
+    query: torch.Tensor,
     normaliser: torch.Tensor,
-    config: UniHemaConfig,
+    alpha: float,
 ) -> dict[str, torch.Tensor]:
-    """`class_weight` broadcasts to `logits`; a query without a pair is background."""
-    image, query, cell = pairs
-    wanted = torch.zeros_like(logits)
-    if targets and "positive" in targets[0]:
-        wanted[image, query] = _gather(targets, "positive", image, cell).to(logits.dtype)
-        class_weight = class_weight.expand_as(logits).clone()
-        class_weight[image, query] = _gather(targets, "counted", image, cell).to(class_weight.dtype)
-    else:
-        wanted[image, query, _gather(targets, "class_labels", image, cell)] = 1
-    focal = sigmoid_focal_loss(logits, wanted, config.focal_alpha) * class_weight
-    predicted, true = boxes[image, query], _gather(targets, "boxes", image, cell)
-    overlap = generalized_box_iou_pairs(box_convert(predicted, "cxcywh", "xyxy"), box_convert(true, "cxcywh", "xyxy"))
-    known = _gather(targets, BOXES_KNOWN, image, cell).to(boxes.dtype)
+    """Losses `[K]` of K sets of predictions, logits `[K, B, Q, C]` and boxes `[K, B, Q, 4]`, whose queries for the cells are
+    `query` `[K, B, N]`, Q for none. A query without a cell is background."""
+    sets, images, queries, classes = logits.shape
+    # One row more takes what belongs to no query.
+    place = query[..., None].expand(-1, -1, -1, classes)
+    wanted = logits.new_zeros(sets, images, queries + 1, classes)
+    wanted = wanted.scatter(2, place, cells.positive.expand(sets, -1, -1, -1))[:, :, :queries]
+    weight = cells.annotated.expand(sets, -1, queries + 1, -1)
+    weight = weight.scatter(2, place, cells.counted.expand(sets, -1, -1, -1))[:, :, :queries]
+    focal = sigmoid_focal_loss(logits, wanted, alpha) * weight
+    predicted = boxes.gather(2, query.clamp(max=queries - 1)[..., None].expand(-1, -1, -1, 4))
+    known = (query < queries) * cells.boxes_known
+    return {"loss_ce": focal.sum((1, 2, 3)) / normaliser, **_box_losses(predicted, cells.boxes, known, normaliser)}
+
+
+def _box_losses(
+    predicted: torch.Tensor, true: torch.Tensor, known: torch.Tensor, normaliser: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Losses `[K]` of boxes `[K, B, N, 4]`, of those that `known` `[K, B, N]` counts, to the true ones `[B, N, 4]`."""
+    overlap = generalized_box_iou(box_convert(predicted, "cxcywh", "xyxy"), box_convert(true, "cxcywh", "xyxy"))
     return {
-        "loss_ce": focal.sum() / normaliser,
-        "loss_bbox": ((predicted - true).abs() * known[:, None]).sum() / normaliser,
-        "loss_giou": ((1 - overlap) * known).sum() / normaliser,
+        "loss_bbox": ((predicted - true).abs().sum(-1) * known).sum((1, 2)) / normaliser,
+        "loss_giou": ((1 - overlap) * known).sum((1, 2)) / normaliser,
     }
 
 
-@torch.no_grad()
-def match_queries(
+def _matched_attributes(
+    morphology: torch.Tensor, cells: CellTargets, query: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `[L, B * N, values]` of each cell's query and its labels `[L, B * N, attributes]`, -100 where it has none."""
+    queries = morphology.shape[2]
+    place = query.clamp(max=queries - 1)[..., None].expand(-1, -1, -1, morphology.shape[-1])
+    values = torch.where((query < queries)[..., None], cells.morphology, MISSING)
+    return morphology.gather(2, place).flatten(1, 2), values.flatten(1, 2)
+
+
+def _denoised_cells(denoising: DenoisingQueries, cells: CellTargets) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cell of each slot, whether the slot has a target, and whether it must find it again, `[B, P]` each."""
+    cell = denoising.target_indices.clamp(min=0)
+    has_target = (denoising.target_indices >= 0) & cells.is_target.gather(1, cell)
+    return cell, has_target, denoising.positive & has_target
+
+
+def _denoising_losses(
     logits: torch.Tensor,
     boxes: torch.Tensor,
-    labels: list[dict[str, torch.Tensor]],
-    class_cost: float = 2.0,
-    bbox_cost: float = 5.0,
-    giou_cost: float = 2.0,
-    alpha: float = 0.25,
-    gamma: float = 2.0,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The cheapest one-to-one assignment of queries to the cells of each image.
-
-    The cost is that of the losses: focal classification, L1 and generalised IoU. One matrix an image, so the work grows
-    linearly with the batch.
-
-    Args:
-        logits (`torch.Tensor`): Class logits `[B, Q, C]`.
-        boxes (`torch.Tensor`): Boxes cxcywh `[B, Q, 4]`.
-        labels (`list[dict[str, torch.Tensor]]`): `class_labels` `[n]` and `boxes` `[n, 4]` of each image. Where there is
-            `positive`, bool `[n, C]`, the classification cost is the mean over the classes of a cell. A cell that is
-            `False` in `boxes_known`, bool `[n]`, is matched by class alone.
-        class_cost (`float`): Weight of the classification cost.
-        bbox_cost (`float`): Weight of the L1 cost.
-        giou_cost (`float`): Weight of the generalised IoU cost.
-        alpha (`float`): Focal loss alpha.
-        gamma (`float`): Focal loss gamma.
-
-    Returns:
-        `list[tuple[torch.Tensor, torch.Tensor]]`: For each image the matched query and target indices, int64, on the
-        device of `logits`.
-
-    Raises:
-        NotFiniteError: A logit or box is NaN or infinite.
-    """
-    # Only training needs SciPy's optimiser, and it is slow to import.
-    from scipy.optimize import linear_sum_assignment
-
-    matches = []
-    for image, (image_logits, image_boxes, image_labels) in enumerate(zip(logits, boxes, labels, strict=True)):
-        target_boxes = image_labels["boxes"].to(boxes.device, torch.float32)
-        if not len(target_boxes):
-            empty = torch.zeros(0, dtype=torch.long, device=logits.device)
-            matches.append((empty, empty))
-            continue
-        classification = _class_costs(image_logits.float(), image_labels, alpha, gamma)
-        image_boxes = image_boxes.float()
-        overlap = generalized_box_iou(
-            box_convert(image_boxes, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy")
-        )
-        distance = bbox_cost * torch.cdist(image_boxes, target_boxes, p=1) - giou_cost * overlap
-        cost = (class_cost * classification + distance * boxes_known(image_labels).to(distance.device)).cpu()
-        if not cost.isfinite().all():
-            raise NotFiniteError(
-                f"The matching cost of image {image} in the batch is not finite: the model predicts NaN or infinite "
-                "values. Lower the learning rate or restart from an earlier checkpoint."
-            )
-        queries, targets = linear_sum_assignment(cost.numpy())
-        matches.append((torch.as_tensor(queries, device=logits.device), torch.as_tensor(targets, device=logits.device)))
-    return matches
-
-
-def _class_costs(logits: torch.Tensor, labels: dict[str, torch.Tensor], alpha: float, gamma: float) -> torch.Tensor:
-    """Focal cost `[Q, n]` of assigning the classes of cell n to query q."""
-    positive = labels.get("positive")
-    if positive is None or not len(positive):
-        return _focal_cost(logits[:, labels["class_labels"]], alpha, gamma)
-    counts = positive.sum(-1)
-    # A cell has few classes. Sorting them first avoids the cost of every class for every pair.
-    classes = positive.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, : int(counts.max())]
-    costs = _focal_cost(logits[:, classes], alpha, gamma)
-    return (costs * positive.gather(-1, classes)).sum(-1) / counts
-
-
-def _focal_cost(logits: torch.Tensor, alpha: float, gamma: float) -> torch.Tensor:
-    probability = logits.sigmoid()
-    # softplus(-x) is -log(sigmoid(x)) and softplus(x) is -log(1 - sigmoid(x)), without overflow.
-    positive = alpha * (1 - probability) ** gamma * functional.softplus(-logits)
-    negative = (1 - alpha) * probability**gamma * functional.softplus(logits)
-    return positive - negative
+    cells: CellTargets,
+    cell: torch.Tensor,
+    has_target: torch.Tensor,
+    is_positive: torch.Tensor,
+    normaliser: torch.Tensor,
+    alpha: float,
+) -> dict[str, torch.Tensor]:
+    """Losses `[L]` of denoising slots, logits `[L, B, P, C]` and boxes `[L, B, P, 4]`. A slot without a target has none."""
+    place = cell[..., None].expand(-1, -1, logits.shape[-1])
+    found = is_positive[..., None]
+    wanted = (cells.positive.gather(1, place) * found).expand_as(logits)
+    weight = torch.where(found, cells.counted.gather(1, place), cells.annotated * has_target[..., None])
+    focal = sigmoid_focal_loss(logits, wanted, alpha) * weight
+    true = cells.boxes.gather(1, cell[..., None].expand(-1, -1, 4))
+    known = cells.boxes_known.gather(1, cell) * is_positive
+    return {"loss_ce": focal.sum((1, 2, 3)) / normaliser, **_box_losses(boxes, true, known, normaliser)}
 
 
 def morphology_loss(
@@ -508,13 +385,14 @@ def morphology_loss(
     """Softmax cross-entropy of each attribute over its own values, averaged over the labelled entries of all processes.
 
     Args:
-        logits (`torch.Tensor`): `[N, sum(value_counts)]`, attributes one after another.
-        targets (`torch.Tensor`): Index of the value, int64 `[N, attributes]`; -100 (missing) costs nothing.
+        logits (`torch.Tensor`): `[N, sum(value_counts)]`, attributes one after another; or `[L, N, ...]` of L layers.
+        targets (`torch.Tensor`): Index of the value, int64 `[N, attributes]` or `[L, N, attributes]`; -100 (missing) costs
+            nothing.
         value_counts (`Sequence[int]`): Values of each attribute.
         num_items (`torch.Tensor`, *optional*): Number of labelled entries to divide by instead.
 
     Returns:
-        `torch.Tensor`: Scalar; 0, but with a graph, when every entry is missing.
+        `torch.Tensor`: Scalar, or `[L]`; 0, but with a graph, when every entry is missing.
 
     Raises:
         ValueError: The width of `logits` is not `sum(value_counts)`, or that of `targets` not the attributes.
@@ -527,11 +405,12 @@ def morphology_loss(
     if targets.shape[-1] != len(value_counts):
         raise InputError(f"Morphology labels have {targets.shape[-1]} attributes, but the model {len(value_counts)}.")
     logits = logits.float()
-    total = logits.sum() * 0
-    for attribute, values in enumerate(logits.split(list(value_counts), -1)):
-        total = total + functional.cross_entropy(values, targets[:, attribute], ignore_index=MISSING, reduction="sum")
+    total = logits.sum((-2, -1)) * 0
+    for values, wanted in zip(logits.split(list(value_counts), -1), targets.unbind(-1), strict=True):
+        costs = functional.cross_entropy(values.movedim(-1, 1), wanted, ignore_index=MISSING, reduction="none")
+        total = total + costs.sum(-1)
     if num_items is None:
-        (num_items,) = average_over_processes((targets != MISSING).sum(), device=logits.device)
+        (num_items,) = average_over_processes((targets != MISSING).sum((-2, -1)), device=logits.device)
     return total / num_items
 
 
@@ -543,24 +422,24 @@ def asymmetric_morphology_loss(
     Focusing exponents 1 (the labelled value) and 4 (the others), probability shift 0.08, no gradient through the focus.
 
     Args:
-        logits (`torch.Tensor`): `[N, sum(value_counts)]`, attributes one after another.
-        targets (`torch.Tensor`): Index of the value, int64 `[N, attributes]`; -100 (missing) costs nothing.
+        logits (`torch.Tensor`): `[N, sum(value_counts)]`, attributes one after another; or `[L, N, ...]` of L layers.
+        targets (`torch.Tensor`): Index of the value, int64 `[N, attributes]` or `[L, N, attributes]`; -100 (missing) costs
+            nothing.
         value_counts (`Sequence[int]`): Values of each attribute.
         normaliser (`torch.Tensor`): What the sum is divided by: the number of cells.
 
     Returns:
-        `torch.Tensor`: Scalar, with a graph.
+        `torch.Tensor`: Scalar, or `[L]`, with a graph.
     """
     logits = logits.float()
-    total = logits.sum() * 0
-    for attribute, values in enumerate(logits.split(list(value_counts), -1)):
-        known = targets[:, attribute] != MISSING
-        values, value = values[known], targets[known, attribute]
-        wanted = functional.one_hot(value, values.shape[-1]).to(values.dtype)
+    total = logits.sum((-2, -1)) * 0
+    for values, value in zip(logits.split(list(value_counts), -1), targets.unbind(-1), strict=True):
+        known = (value != MISSING)[..., None]
+        wanted = functional.one_hot(value.clamp(min=0), values.shape[-1]).to(values.dtype)
         probability = values.sigmoid()
         right = torch.where(wanted.bool(), probability, (1 - probability + 0.08).clamp(max=1))
         focus = (1 - right.detach()) ** (wanted + 4 * (1 - wanted))
-        total = total - (focus * right.clamp(min=1e-8).log()).sum()
+        total = total - (focus * right.clamp(min=1e-8).log() * known).sum((-2, -1))
     return total / normaliser
 
 
@@ -571,49 +450,21 @@ def average_over_processes(*counts: int | torch.Tensor, device: torch.device) ->
     sum over all samples divided by the total count. Every process must call this in the same step.
 
     Args:
-        *counts (`int` or `torch.Tensor`): Cells, tokens or images of this process's part of the batch.
+        *counts (`int` or `torch.Tensor`): Cells, tokens or images of this process's part of the batch, numbers or all of one
+            shape.
         device (`torch.device`): Of the loss.
 
     Returns:
-        `tuple[torch.Tensor, ...]`: float32 scalars.
+        `tuple[torch.Tensor, ...]`: float32, of that shape.
     """
-    values = torch.stack([torch.as_tensor(count, dtype=torch.float32, device=device) for count in counts])
+    # A number becomes a tensor by filling one, which no device waits for.
+    values = torch.stack(
+        [
+            count.to(device, torch.float32) if isinstance(count, torch.Tensor) else torch.full((), count, device=device)
+            for count in counts
+        ]
+    ).float()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(values)
         return tuple(values.clamp(min=1) / torch.distributed.get_world_size())
     return tuple(values.clamp(min=1))
-
-
-def _area(boxes: torch.Tensor) -> torch.Tensor:
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-
-
-# Unlike torchvision's, these are finite for boxes without an area, which an untrained model predicts.
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """IoU and union of xyxy boxes, broadcast over the leading dimensions."""
-    size = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
-    intersection = size[..., 0] * size[..., 1]
-    union = _area(a) + _area(b) - intersection
-    return intersection / union.clamp(min=1e-9), union
-
-
-def _generalized(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    iou, union = _overlap(a, b)
-    size = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
-    hull = size[..., 0] * size[..., 1]
-    return iou - (hull - union) / hull.clamp(min=1e-9)
-
-
-def box_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Intersection over union `[n, m]` of every pair of xyxy boxes `[n, 4]` and `[m, 4]`."""
-    return _overlap(a[:, None], b[None])[0]
-
-
-def generalized_box_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Generalised IoU (arXiv 1902.09630) `[n, m]` of every pair of xyxy boxes `[n, 4]` and `[m, 4]`."""
-    return _generalized(a[:, None], b[None])
-
-
-def generalized_box_iou_pairs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Generalised IoU `[n]` of xyxy boxes `[n, 4]`, pair by pair."""
-    return _generalized(a, b)

@@ -803,6 +803,7 @@ class _Answers:
             if labels is None:
                 raise InputError("Give labels or decoder_input_ids, or call generate() for an answer.")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+            decoder_input_ids = decoder_input_ids.to(fused.device, non_blocking=True)
         decoded = self.model.text_branch.decode(
             decoder_input_ids,
             fused,

@@ -129,9 +129,7 @@ def feature_levels(
         grid = torch.stack((right[:, None].expand(-1, h, -1), down[:, :, None].expand(-1, -1, w)), -1).flatten(1, 2)
         of_tokens.append(grid if valid is None else grid / ratios[:, level, None])
     if valid is None:
-        valid = [
-            torch.ones(len(like), *shape, dtype=torch.bool, device=like.device) for shape in shapes
-        ]
+        valid = [torch.ones(len(like), *shape, dtype=torch.bool, device=like.device) for shape in shapes]
     return FeatureLevels(
         maps=maps,
         valid=valid,

@@ -18,7 +18,8 @@ import torch
 from unihema.errors import FileMissingError
 from unihema.files import write_text
 from unihema.modeling_unihema.layers import inverse_sigmoid
-from unihema.modeling_unihema.losses import detection_loss, match_queries, segmentation_loss
+from unihema.modeling_unihema.losses import detection_loss, segmentation_loss
+from unihema.modeling_unihema.matching import match_queries
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 from unihema.modeling_unihema.outputs import UniHemaDetectionOutput
 from unihema.official.convert import from_official, official_config

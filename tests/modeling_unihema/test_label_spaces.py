@@ -8,7 +8,8 @@ from tiny_models import very_tiny_config
 
 from unihema.modeling_unihema.denoising import ContrastiveDenoising
 from unihema.modeling_unihema.labels import class_targets
-from unihema.modeling_unihema.losses import detection_loss, match_queries
+from unihema.modeling_unihema.losses import detection_loss
+from unihema.modeling_unihema.matching import match_queries
 
 
 RBC, WBC, NEUTROPHIL, LYMPHOCYTE = range(4)
@@ -129,12 +130,12 @@ def test_matching_takes_the_mean_over_the_classes_of_a_cell():
     logits = torch.tensor([[[-4.0, 2.0, -4.0, -4.0], [-4.0, 1.0, 1.0, -4.0]]])
     boxes = BOXES[:1].expand(1, 2, 4)
     cell = {"class_labels": torch.tensor([NEUTROPHIL]), "boxes": BOXES[:1]}
-    positive = torch.tensor([[False, True, True, False]])
-    assert match_queries(logits, boxes, [{**cell, "positive": positive}])[0][0].tolist() == [1]
-    coarse = {**cell, "class_labels": torch.tensor([WBC]), "positive": torch.tensor([[False, True, False, False]])}
+    ancestors = torch.zeros(4, 4, dtype=torch.bool)
+    ancestors[NEUTROPHIL, WBC] = True
+    assert match_queries(logits, boxes, [cell], ancestors=ancestors)[0][0].tolist() == [1]
+    coarse = {**cell, "class_labels": torch.tensor([WBC])}
+    assert match_queries(logits, boxes, [coarse], ancestors=ancestors)[0][0].tolist() == [0]
     assert match_queries(logits, boxes, [coarse])[0][0].tolist() == [0]
-    alone = match_queries(logits, boxes, [{key: value for key, value in coarse.items() if key != "positive"}])
-    assert alone[0][0].tolist() == [0]
 
 
 def test_cells_without_coarser_or_finer_classes_cost_what_they_do_without_a_hierarchy():

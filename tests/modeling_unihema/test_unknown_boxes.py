@@ -6,7 +6,7 @@ from tiny_models import batch, very_tiny_config
 
 from unihema import UniHemaForDetection
 from unihema.modeling_unihema.denoising import ContrastiveDenoising
-from unihema.modeling_unihema.losses import match_queries
+from unihema.modeling_unihema.matching import match_queries
 
 
 @pytest.fixture(autouse=True)
