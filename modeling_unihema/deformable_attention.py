@@ -37,7 +37,7 @@ def multi_scale_deformable_attention(
     """
     exporting = torch.jit.is_tracing() or torch.compiler.is_exporting()
     supported = value.dtype in DTYPES and sampling_points.dtype in DTYPES
-    if value.device.type == "cuda" and not exporting and supported and kernels_work(str(value.device), sample_grid):
+    if not exporting and supported and kernels_work(str(value.device), sample_grid):
         sizes = level_sizes(level_shapes, sampling_points) if sizes is None else sizes
         return run_kernels(value, sizes, sampling_points, weights)
     if value.device.type != "cpu" or exporting or not fits(level_shapes):
@@ -125,9 +125,11 @@ class MultiScaleDeformableAttention(nn.Module):
         offsets = self.sampling_offsets(query).view(batch, queries, *per_level, 2)
         weights = self.attention_weights(query).view(batch, queries, self.num_heads, -1).softmax(-1)
         weights = weights.view(batch, queries, *per_level)
-        # Contiguous over levels and points, so that the innermost loops are long.
+        # On a processor contiguous over levels and points, so that the innermost loops are long.
         spread = (-1, -1, -1, -1, self.num_points, -1)
-        centre = reference[:, :, None, :, None, :2].expand(spread).contiguous()
+        centre = reference[:, :, None, :, None, :2].expand(spread)
+        if centre.device.type == "cpu":
+            centre = centre.contiguous()
         if reference.shape[-1] == 2:
             reach = sizes[:, None].expand(-1, self.num_points, -1).reciprocal()
         else:

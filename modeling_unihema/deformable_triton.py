@@ -89,7 +89,7 @@ def _forward(
         for point in range(POINTS):
             place = (bag * LEVELS + level) * POINTS + point
             x, y = _locate(points, place, width, height, known)
-            weight = tl.load(weights + place, mask=known, other=0.0)
+            weight = tl.load(weights + place, mask=known, other=0.0).to(tl.float32)
             left = tl.floor(x)
             top = tl.floor(y)
             for corner in tl.static_range(4):
@@ -137,7 +137,7 @@ def _backward(
         for point in range(POINTS):
             place = (bag * LEVELS + level) * POINTS + point
             x, y = _locate(points, place, width, height, known)
-            weight = tl.load(weights + place, mask=known, other=0.0)
+            weight = tl.load(weights + place, mask=known, other=0.0).to(tl.float32)
             left = tl.floor(x)
             top = tl.floor(y)
             along_x = tl.zeros((QUERIES,), dtype=tl.float32)
@@ -271,7 +271,7 @@ def run_kernels(
         level_sizes (`torch.Tensor`): (w, h) of each level, `[levels, 2]`, on the device of `value`.
     """
     return torch.ops.unihema.deformable_attention(
-        value.contiguous(), level_sizes, sampling_points.float().contiguous(), weights.float().contiguous()
+        value.contiguous(), level_sizes, sampling_points.float().contiguous(), weights.contiguous()
     )
 
 
@@ -284,7 +284,7 @@ def kernels_work(device: str, plain: Callable) -> bool:
         device (`str`): A CUDA device.
         plain (`Callable`): The plain form.
     """
-    if triton is None:
+    if triton is None or not device.startswith("cuda"):
         return False
     generator = torch.Generator().manual_seed(0)
     shapes = [(5, 7), (3, 2)]

@@ -55,7 +55,7 @@ def matching(
         else:
             repeated = [part.expand(sets, *part.shape).flatten(0, 1) for part in parts]
             costs = _costs(logits.flatten(0, 1), boxes.flatten(0, 1), *repeated, weights, alpha)
-            costs = costs.to("cpu", non_blocking=costs.is_cuda).unflatten(0, (sets, images))
+            costs = _to_host(costs).unflatten(0, (sets, images))
             if logits.is_cuda:
                 ready = torch.cuda.Event()
                 ready.record()
@@ -73,6 +73,11 @@ def matching(
         return found.to(logits.device, non_blocking=True)
 
     return finish
+
+
+def _to_host(costs: torch.Tensor) -> torch.Tensor:
+    """The one copy from the device in a training step."""
+    return costs.to("cpu", non_blocking=costs.is_cuda)
 
 
 def match_queries(

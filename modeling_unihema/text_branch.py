@@ -25,6 +25,17 @@ def _fuse_norms(stack: nn.Module) -> None:
                 setattr(parent, name, nn.RMSNorm(len(norm.weight), norm.variance_epsilon))
 
 
+# Added to scores of padding; every float dtype can hold it.
+UNSEEN = -3e4
+
+
+def _padding_mask(attention_mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A mask `[B, L]` as T5 takes it without reading it back from an accelerator: `[B, 1, 1, L]`, added to the scores."""
+    if attention_mask.device.type == "cpu" or attention_mask.ndim == 4:
+        return attention_mask
+    return (attention_mask[:, None, None].to(like.dtype) - 1) * -UNSEEN
+
+
 class TextBranch(nn.Module):
     """T5's shared embedding and encoder, and its decoder where a task generates text.
 
@@ -63,7 +74,8 @@ class TextBranch(nn.Module):
             `BaseModelOutput`: `last_hidden_state` `[B, L, text width]`.
         """
         embedded = self.shared(input_ids)
-        return self.encoder(inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False, **kwargs)
+        mask = _padding_mask(attention_mask, embedded)
+        return self.encoder(inputs_embeds=embedded, attention_mask=mask, use_cache=False, **kwargs)
 
     def decode(
         self,
@@ -94,7 +106,7 @@ class TextBranch(nn.Module):
             inputs_embeds=decoder_inputs_embeds,
             attention_mask=decoder_attention_mask,
             encoder_hidden_states=fused_states,
-            encoder_attention_mask=attention_mask,
+            encoder_attention_mask=_padding_mask(attention_mask, fused_states),
             use_cache=use_cache,
             **{CACHE_NAME: cache},
             **kwargs,

@@ -95,7 +95,8 @@ def feature_levels(
     sizes = level_sizes(shapes, precise)
     # Rows of a level, then its columns, level after level.
     lengths = [length for shape in shapes for length in shape]
-    place = torch.cat([torch.arange(length, dtype=precise.dtype, device=like.device) for length in lengths])
+    ramp = torch.arange(max(lengths), dtype=precise.dtype, device=like.device)
+    place = torch.cat([ramp[:length] for length in lengths])
     whole = torch.cat([sizes[number // 2, 1 - number % 2].expand(length) for number, length in enumerate(lengths)])
     place, whole = place[None], whole[None]
     centres = (place + 0.5) / whole
@@ -129,7 +130,8 @@ def feature_levels(
         grid = torch.stack((right[:, None].expand(-1, h, -1), down[:, :, None].expand(-1, -1, w)), -1).flatten(1, 2)
         of_tokens.append(grid if valid is None else grid / ratios[:, level, None])
     if valid is None:
-        valid = [torch.ones(len(like), *shape, dtype=torch.bool, device=like.device) for shape in shapes]
+        everywhere = torch.ones((), dtype=torch.bool, device=like.device)
+        valid = [everywhere.expand(len(like), *shape) for shape in shapes]
     return FeatureLevels(
         maps=maps,
         valid=valid,
@@ -250,13 +252,16 @@ class VisualBackbone(nn.Module):
         """
         Args:
             pixel_values (`torch.Tensor`): `[B, 3, H, W]`, normalised.
-            pixel_mask (`torch.Tensor`, *optional*): `[B, H, W]`, 1 on the image, 0 on padding. All image when missing.
+            pixel_mask (`torch.Tensor`, *optional*): `[B, H, W]`, 1 on the image, 0 on padding. All image when missing. It may
+                stay on the host, where it can be read without waiting for the device.
 
         Returns:
             [`FeatureLevels`]: `config.num_feature_levels` levels, finest first.
         """
-        padded = pixel_mask is not None and (torch.compiler.is_compiling() or not bool(pixel_mask.all()))
-        pixels = pixel_mask.bool() if padded else None
+        # A mask on the host is read there. One on an accelerator is not read back: then there may be padding.
+        unread = pixel_mask is not None and (torch.compiler.is_compiling() or pixel_mask.device.type != "cpu")
+        padded = unread or (pixel_mask is not None and not bool(pixel_mask.all()))
+        pixels = pixel_mask.to(pixel_values.device, non_blocking=True).bool() if padded else None
         # Valid pixels for convolutions and norms; with the official weights padding takes part there.
         counted = None if self.config.attend_to_padding else pixels
         if self._trains_channels_last and torch.is_grad_enabled() and not torch.compiler.is_compiling():
