@@ -131,8 +131,8 @@ class MultiScaleDeformableAttention(nn.Module):
         if centre.device.type == "cpu":
             centre = centre.contiguous()
         if reference.shape[-1] == 2:
-            reach = sizes[:, None].expand(-1, self.num_points, -1).reciprocal()
+            points = torch.addcdiv(centre, offsets, sizes[:, None])
         else:
             reach = reference[:, :, None, :, None, 2:].expand(spread) * (0.5 / self.num_points)
-        points = torch.addcmul(centre, offsets, reach)
+            points = torch.addcmul(centre, offsets, reach)
         return self.output_proj(multi_scale_deformable_attention(value, level_shapes, points, weights, sizes)), weights

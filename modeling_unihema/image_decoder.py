@@ -214,7 +214,11 @@ class ImageDecoder(nn.Module):
         place = ratios if self.config.attend_to_padding else reference
         wavelength = sine_wavelengths(self.config.d_model // 2, 10000.0, place)
         for layer in self.layers:
-            level_reference = reference[:, :, None].to(ratios.dtype) * ratios
+            level_reference = reference[:, :, None].to(ratios.dtype)
+            if levels.padded:
+                level_reference = level_reference * ratios
+            else:
+                level_reference = level_reference.expand(-1, -1, ratios.shape[2], -1)
             # The official weights know a box by its place in the padded batch, others by its place in the image.
             place = level_reference[:, :, 0] if self.config.attend_to_padding else reference
             sine = sine_embed_boxes(place, wavelength).to(queries.dtype)

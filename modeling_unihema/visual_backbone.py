@@ -151,9 +151,10 @@ def _pairs(axes: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.T
 
 
 def sine_wavelengths(channels: int, temperature: float, like: torch.Tensor) -> torch.Tensor:
-    """Wavelengths `[channels]` of [`sine_codes`], from 1 to `temperature`, of the dtype and on the device of `like`."""
+    """Wavelengths `[channels]` of [`sine_codes`], 1 to `temperature` radians, in images, of the dtype and on the device of
+    `like`."""
     channel = torch.arange(channels, dtype=like.dtype, device=like.device)
-    return temperature ** (2 * torch.div(channel, 2, rounding_mode="floor") / channels)
+    return temperature ** (2 * torch.div(channel, 2, rounding_mode="floor") / channels) / (2 * math.pi)
 
 
 def sine_codes(share: torch.Tensor, wavelength: torch.Tensor) -> torch.Tensor:
@@ -166,7 +167,7 @@ def sine_codes(share: torch.Tensor, wavelength: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: `[..., channels]`, sines and cosines by turns, of the dtype of `share`.
     """
-    angle = (share * (2 * math.pi))[..., None] / wavelength
+    angle = share[..., None] / wavelength
     return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2)
 
 

@@ -92,9 +92,18 @@ def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
     )[0]
 
 
-def fused_norm(states, normalized_shape, weight=None, eps=None):
-    """RMSNorm as CUDA runs it, in one operator."""
-    return torch.ops.aten._fused_rms_norm(states, normalized_shape, weight, eps)[0]
+class FusedNorm(torch.autograd.Function):
+    """RMSNorm as CUDA runs it, in one operator each way; meta tensors would get several."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(states, weight)
+        return states.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        states, weight = ctx.saved_tensors
+        return gradient.clone(memory_format=torch.contiguous_format), torch.empty_like(weight)
 
 
 @contextmanager
@@ -104,7 +113,7 @@ def as_on_cuda(monkeypatch: Any, autocast: bool = True) -> Iterator[Launches]:
 
     monkeypatch.setattr(deformable_attention, "kernels_work", lambda device, plain: True)
     monkeypatch.setattr(functional, "scaled_dot_product_attention", fused_attention)
-    monkeypatch.setattr(functional, "rms_norm", fused_norm)
+    monkeypatch.setattr(functional, "rms_norm", lambda states, shape, weight, eps: FusedNorm.apply(states, weight))
     with ExitStack() as stack:
         counted = stack.enter_context(Launches())
         if autocast:

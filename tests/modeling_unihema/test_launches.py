@@ -1,0 +1,101 @@
+"""What a CUDA device would be sent, counted on the meta device: few operators, nothing read back, whatever the image's size."""
+
+import pytest
+import torch
+from launches import as_on_cuda, on_meta
+
+from unihema.modeling_unihema import matching
+from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
+from unihema.modeling_unihema.modeling_unihema import UniHemaForDetection, UniHemaForQA, UniHemaForSegmentation
+from unihema.training.run.precision import with_half_weights
+
+
+IMAGES, FULL = 8, (800, 1066)
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return on_meta(lambda: UniHemaForDetection(UniHemaConfig()))
+
+
+def inputs(size=FULL, dtype=torch.float32, mask=False):
+    ids = torch.ones(IMAGES, 6, dtype=torch.long, device="meta")
+    pixels = torch.empty(IMAGES, 3, *size, dtype=dtype, device="meta")
+    given = {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if mask:
+        given["pixel_mask"] = torch.ones(IMAGES, *size, dtype=torch.long, device="meta")
+    return given
+
+
+def labels_on_the_host(config, cells=80):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "class_labels": torch.randint(config.num_labels, (cells,), generator=generator),
+            "boxes": torch.rand(cells, 4, generator=generator) * 0.2 + 0.3,
+            "morphology": torch.zeros(cells, len(config.morphology), dtype=torch.long),
+        }
+        for _ in range(IMAGES)
+    ]
+
+
+def launched_by_a_step(model, monkeypatch, size=FULL, cells=80):
+    copies = []
+
+    def only_copy(costs):
+        copies.append(costs.shape)
+        return torch.rand(costs.shape)
+
+    monkeypatch.setattr(matching, "_to_host", only_copy)
+    # Without gradients to add to, as after the optimizer.
+    model.train().zero_grad()
+    with as_on_cuda(monkeypatch) as counted:
+        batch = inputs(size) | {"labels": labels_on_the_host(model.config, cells)}
+        with_half_weights(model, torch.bfloat16, batch).loss.backward()
+    # Costs of all layers and the proposals, of all images, in one piece.
+    ((groups, _, columns),) = copies
+    assert (groups, columns) == ((model.config.decoder_layers + 1) * IMAGES, cells)
+    return counted.total
+
+
+def test_forward_reads_nothing_back_and_launches_little(monkeypatch):
+    # In bfloat16 throughout, as an `Analyzer` on a GPU has it.
+    model = on_meta(lambda: UniHemaForDetection(UniHemaConfig())).bfloat16().eval()
+    found = {}
+    for size in ((480, 640), FULL):
+        with as_on_cuda(monkeypatch, autocast=False) as counted, torch.no_grad():
+            model(**inputs(size, torch.bfloat16))
+        found[size] = counted.total
+    assert found[480, 640] == found[FULL] <= 900
+
+
+def test_step_copies_once_to_the_host_and_launches_little(detector, monkeypatch):
+    launched = launched_by_a_step(detector, monkeypatch)
+    assert launched == launched_by_a_step(detector, monkeypatch, (480, 640)) <= 4000
+
+
+def test_number_of_cells_does_not_matter(detector, monkeypatch):
+    assert launched_by_a_step(detector, monkeypatch, (64, 96), 3) == launched_by_a_step(detector, monkeypatch, (64, 96), 90)
+
+
+def test_a_mask_on_the_device_is_not_read_back(detector, monkeypatch):
+    detector.eval()
+    with as_on_cuda(monkeypatch), torch.no_grad():
+        output = detector(**inputs((128, 96), mask=True))
+    assert output.logits.shape[::2] == (IMAGES, detector.config.num_labels)
+
+
+@pytest.mark.parametrize("head", [UniHemaForSegmentation, UniHemaForQA])
+def test_other_heads_read_nothing_back(head, monkeypatch):
+    config = UniHemaConfig()
+    model = on_meta(lambda: head(config)).train()
+    batch = inputs((64, 96), mask=True)
+    batch["labels"] = torch.zeros(IMAGES, 5 if head is UniHemaForQA else 64, *([] if head is UniHemaForQA else [96])).long()
+    with as_on_cuda(monkeypatch) as counted:
+        with_half_weights(model, torch.bfloat16, batch).loss.backward()
+    assert counted.total > 500
+
+
+def test_reading_back_is_an_error_here(monkeypatch):
+    with as_on_cuda(monkeypatch), pytest.raises(RuntimeError, match="meta"):
+        bool(torch.ones(3, device="meta").all())
