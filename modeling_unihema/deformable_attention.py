@@ -1,14 +1,19 @@
 """Multi-scale deformable attention: one public function and its backends (Deformable DETR, arXiv 2010.04159, eq. 3)."""
 
+import logging
 import math
+from functools import lru_cache
 
 import torch
 from torch import nn
 
 from .configuration_unihema import UniHemaConfig
 from .deformable_cpu import fits, gather_rows
-from .deformable_triton import DTYPES, kernels_work, level_sizes, run_kernels
+from .deformable_triton import DTYPES, level_sizes, run_kernels, triton
 from .layers import initialised
+
+
+logger = logging.getLogger(__name__)
 
 
 def multi_scale_deformable_attention(
@@ -37,12 +42,45 @@ def multi_scale_deformable_attention(
     """
     exporting = torch.jit.is_tracing() or torch.compiler.is_exporting()
     supported = value.dtype in DTYPES and sampling_points.dtype in DTYPES
-    if not exporting and supported and kernels_work(str(value.device), sample_grid):
+    if not exporting and supported and kernels_work(str(value.device)):
         sizes = level_sizes(level_shapes, sampling_points) if sizes is None else sizes
         return run_kernels(value, sizes, sampling_points, weights)
     if value.device.type != "cpu" or exporting or not fits(level_shapes):
         return sample_grid(value, level_shapes, sampling_points, weights)
     return gather_rows(value, level_shapes, sampling_points, weights)
+
+
+# torch.compile asks once, while it traces, and records the answer.
+@torch.compiler.assume_constant_result
+def kernels_work(device: str) -> bool:
+    """Whether the Triton kernels give what the plain form gives on a device."""
+    return _tried(device)
+
+
+@lru_cache
+def _tried(device: str) -> bool:
+    """Runs both on a small problem, once in a process."""
+    if triton is None or not device.startswith("cuda"):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 7), (3, 2)]
+    value = torch.randn(2, 41, 2, 32, generator=generator)
+    points = torch.rand(2, 19, 2, 2, 3, 2, generator=generator) * 1.6 - 0.3
+    weights = torch.rand(2, 19, 2, 2, 3, generator=generator)
+    found = []
+    try:
+        for form, levels in ((sample_grid, shapes), (run_kernels, level_sizes(shapes, points.to(device)))):
+            with torch.enable_grad():
+                parts = [part.to(device).requires_grad_() for part in (value, points, weights)]
+                output = form(parts[0], levels, parts[1], parts[2])
+                found.append([output, *torch.autograd.grad(output.square().sum(), parts)])
+        right = all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(*found))
+    except Exception as error:
+        logger.warning("The Triton kernels do not run on %s, the plain form is used: %s", device, error)
+        return False
+    if not right:
+        logger.warning("The Triton kernels give other results on %s, so the plain form is used.", device)
+    return right
 
 
 def sample_grid(

@@ -5,10 +5,6 @@ between forward and backward. The kernels are registered operators of PyTorch (`
 torch.compile, torch.export and fake tensors know their shapes and gradients.
 """
 
-import logging
-from collections.abc import Callable
-from functools import lru_cache
-
 import torch
 
 
@@ -24,8 +20,6 @@ except ImportError:
         """Stands in where there is no Triton; the kernels are not called then."""
         return function
 
-
-logger = logging.getLogger(__name__)
 
 # Queries handled by one program.
 QUERIES = 16
@@ -275,36 +269,4 @@ def run_kernels(
     )
 
 
-@torch.compiler.assume_constant_result
-@lru_cache
-def kernels_work(device: str, plain: Callable) -> bool:
-    """Whether the kernels give what the plain form gives on a device, tried once on a small problem.
-
-    Args:
-        device (`str`): A CUDA device.
-        plain (`Callable`): The plain form.
-    """
-    if triton is None or not device.startswith("cuda"):
-        return False
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(5, 7), (3, 2)]
-    value = torch.randn(2, 41, 2, 32, generator=generator)
-    points = torch.rand(2, 19, 2, 2, 3, 2, generator=generator) * 1.6 - 0.3
-    weights = torch.rand(2, 19, 2, 2, 3, generator=generator)
-    found = []
-    try:
-        for form, levels in ((plain, shapes), (run_kernels, level_sizes(shapes, points.to(device)))):
-            with torch.enable_grad():
-                parts = [part.to(device).requires_grad_() for part in (value, points, weights)]
-                output = form(parts[0], levels, parts[1], parts[2])
-                found.append([output, *torch.autograd.grad(output.square().sum(), parts)])
-        right = all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(*found))
-    except Exception as error:
-        logger.warning("The Triton kernels do not run on %s, the plain form is used: %s", device, error)
-        return False
-    if not right:
-        logger.warning("The Triton kernels give other results on %s, so the plain form is used.", device)
-    return right
-
-
-__all__ = ["DTYPES", "kernels_work", "level_sizes", "run_kernels"]
+__all__ = ["DTYPES", "level_sizes", "run_kernels", "triton"]

@@ -208,6 +208,7 @@ class ImageDecoder(nn.Module):
             unseen = unseen & ~torch.eye(content.shape[1], dtype=torch.bool, device=content.device)
             blocked = unseen if blocked is None else blocked | unseen
         padding, ratios = levels.padding, levels.valid_ratios.repeat(1, 1, 2)[:, None]
+        ratios_shape = (-1, -1, ratios.shape[2], -1)
         queries, reference = content, reference_logits.sigmoid()
         states, boxes, hidden_states, attentions, cross_attentions = [], [], [], [], []
         start = reference
@@ -215,10 +216,8 @@ class ImageDecoder(nn.Module):
         wavelength = sine_wavelengths(self.config.d_model // 2, 10000.0, place)
         for layer in self.layers:
             level_reference = reference[:, :, None].to(ratios.dtype)
-            if levels.padded:
-                level_reference = level_reference * ratios
-            else:
-                level_reference = level_reference.expand(-1, -1, ratios.shape[2], -1)
+            # Without padding every ratio is 1.
+            level_reference = level_reference * ratios if levels.padded else level_reference.expand(ratios_shape)
             # The official weights know a box by its place in the padded batch, others by its place in the image.
             place = level_reference[:, :, 0] if self.config.attend_to_padding else reference
             sine = sine_embed_boxes(place, wavelength).to(queries.dtype)

@@ -45,6 +45,8 @@ from .visual_backbone import FeatureLevels, VisualBackbone
 
 # Class logit of a query that was made from padding; float16 can hold it.
 NO_CELL = -1e4
+# Parts of the trunk that `compile_parts` compiles.
+COMPILED_PARTS = ("visual_backbone", "image_encoder", "query_selection", "image_decoder")
 # Optional outputs of every layer, and the fields that return them.
 LAYER_OPTIONS = ("output_hidden_states", "output_attentions")
 LAYER_OUTPUTS = (
@@ -119,6 +121,19 @@ class UniHemaPreTrainedModel(WithAdapters, PreTrainedModel):
             init.normal_(module.queries)
         elif isinstance(module, SingleCellFeatureExtraction):
             init.normal_(module.query)
+
+    def compile_parts(self, **options: Any) -> None:
+        """Compiles in place the parts whose work depends on the size of image and batch alone: backbone, image encoder, query
+        selection and image decoder. Matching and the text branch stay as they are, and so do weights and their names. Every
+        new size is compiled anew, so give few.
+
+        Args:
+            options: Of `torch.compile`.
+        """
+        for name in COMPILED_PARTS:
+            part = getattr(self.base_model, name, None)
+            if part is not None:
+                part.compile(**options)
 
     def get_image_features(
         self, pixel_values: torch.FloatTensor, pixel_mask: torch.LongTensor | None = None, task: str | None = None

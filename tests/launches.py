@@ -111,7 +111,7 @@ def as_on_cuda(monkeypatch: Any, autocast: bool = True) -> Iterator[Launches]:
     """Context that counts what is launched for meta tensors, with the Triton kernels, fused attention and autocast of CUDA."""
     from unihema.modeling_unihema import deformable_attention
 
-    monkeypatch.setattr(deformable_attention, "kernels_work", lambda device, plain: True)
+    monkeypatch.setattr(deformable_attention, "kernels_work", lambda device: True)
     monkeypatch.setattr(functional, "scaled_dot_product_attention", fused_attention)
     monkeypatch.setattr(functional, "rms_norm", lambda states, shape, weight, eps: FusedNorm.apply(states, weight))
     with ExitStack() as stack:

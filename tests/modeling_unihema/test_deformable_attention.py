@@ -11,6 +11,7 @@ from unihema.modeling_unihema.deformable_attention import (
     sample_grid,
 )
 from unihema.modeling_unihema.deformable_cpu import gather_rows
+from unihema.modeling_unihema.deformable_triton import level_sizes
 
 
 BACKENDS = {"plain": sample_grid, "rows": gather_rows}
@@ -168,11 +169,12 @@ def test_padded_tokens_do_not_reach_the_output():
     config = UniHemaConfig.tiny(num_feature_levels=3)
     attention = MultiScaleDeformableAttention(config)
     shapes = [(4, 6), (2, 3), (1, 2)]
+    sizes = level_sizes(shapes, torch.zeros(()))
     padding = torch.zeros(1, 32, dtype=torch.bool)
     padding[0, [5, 11, 17, 23]] = True
     query, reference_points = torch.randn(1, 9, config.d_model), torch.rand(1, 9, 3, 2)
     tokens = torch.randn(1, 32, config.d_model)
     with torch.no_grad():
-        before = attention(query, reference_points, tokens, shapes, padding)
-        after = attention(query, reference_points, tokens + padding[..., None] * 100, shapes, padding)
+        before = attention(query, reference_points, tokens, shapes, sizes, padding)
+        after = attention(query, reference_points, tokens + padding[..., None] * 100, shapes, sizes, padding)
     torch.testing.assert_close(before, after, rtol=0, atol=0)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from launches import as_on_cuda, on_meta
+from tiny_models import batch as tiny_batch
+from tiny_models import very_tiny_config
 
-from unihema.modeling_unihema import matching
+from unihema.modeling_unihema import deformable_attention, matching
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.modeling_unihema import UniHemaForDetection, UniHemaForQA, UniHemaForSegmentation
 from unihema.training.run.precision import with_half_weights
@@ -75,7 +77,9 @@ def test_step_copies_once_to_the_host_and_launches_little(detector, monkeypatch)
 
 
 def test_number_of_cells_does_not_matter(detector, monkeypatch):
-    assert launched_by_a_step(detector, monkeypatch, (64, 96), 3) == launched_by_a_step(detector, monkeypatch, (64, 96), 90)
+    assert launched_by_a_step(detector, monkeypatch, (64, 96), 3) == launched_by_a_step(
+        detector, monkeypatch, (64, 96), 90
+    )
 
 
 def test_a_mask_on_the_device_is_not_read_back(detector, monkeypatch):
@@ -90,12 +94,54 @@ def test_other_heads_read_nothing_back(head, monkeypatch):
     config = UniHemaConfig()
     model = on_meta(lambda: head(config)).train()
     batch = inputs((64, 96), mask=True)
-    batch["labels"] = torch.zeros(IMAGES, 5 if head is UniHemaForQA else 64, *([] if head is UniHemaForQA else [96])).long()
+    batch["labels"] = torch.zeros(
+        IMAGES, 5 if head is UniHemaForQA else 64, *([] if head is UniHemaForQA else [96])
+    ).long()
     with as_on_cuda(monkeypatch) as counted:
         with_half_weights(model, torch.bfloat16, batch).loss.backward()
     assert counted.total > 500
 
 
+@pytest.mark.parametrize("head", [UniHemaForDetection, UniHemaForSegmentation])
+def test_compiled_there_is_one_graph_with_the_kernels(head, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(deformable_attention, "kernels_work", lambda device: True)
+    model = on_meta(lambda: head(very_tiny_config()))
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    batch = {key: value.to("meta") for key, value in tiny_batch("detection").items() if isinstance(value, torch.Tensor)}
+    for training in (True, False):
+        torch.compile(model.train(training), fullgraph=True, backend=keep)(**batch)
+    assert len(graphs) == 2
+    names = [str(node.target) for node in graphs[0].graph.nodes]
+    # One in each layer of encoder and decoder.
+    assert sum("deformable_attention" in name for name in names) == 3
+
+
 def test_reading_back_is_an_error_here(monkeypatch):
     with as_on_cuda(monkeypatch), pytest.raises(RuntimeError, match="meta"):
         bool(torch.ones(3, device="meta").all())
+
+
+def test_compiled_parts_train_as_plain_ones_do():
+    torch.compiler.reset()
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = UniHemaForDetection(very_tiny_config(dropout=0.0)).train()
+        if compiled:
+            names = set(model.state_dict())
+            # A break in a graph is an error.
+            model.compile_parts(fullgraph=True, backend="aot_eager")
+            assert set(model.state_dict()) == names
+        torch.manual_seed(1)
+        model(**tiny_batch("detection")).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, parts = found
+    assert plain.keys() <= parts.keys()
+    for name, gradient in parts.items():
+        torch.testing.assert_close(gradient, plain.get(name, 0 * gradient), rtol=1e-3, atol=1e-4)

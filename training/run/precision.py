@@ -31,7 +31,7 @@ def _copied(tensors: Any, dtypes: list[torch.dtype]) -> tuple[torch.Tensor, ...]
     copies = tuple(torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes))
     if copies:
         # Private: no public operator copies a list of tensors in one launch.
-        torch._foreach_copy_(copies, list(tensors))  # noqa: SLF001
+        torch._foreach_copy_(copies, list(tensors))
     return copies
 
 
