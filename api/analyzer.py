@@ -529,8 +529,12 @@ class _SeenImages:
         """`pixel_values` and `pixel_mask` at the size of a task."""
         size = self._size(task)
         if size not in self._batches:
-            batch = self.processor.image_processor(list(self.images), task=task).to(self.model.device)
-            self._batches[size] = dict(batch.to(self.model.dtype) if self.model.dtype.is_floating_point else batch)
+            batch = self.processor.image_processor(list(self.images), task=task)
+            # On the host, where the model reads whether there is padding without waiting for a device.
+            mask = batch["pixel_mask"]
+            batch = batch.to(self.model.device)
+            batch = dict(batch.to(self.model.dtype) if self.model.dtype.is_floating_point else batch)
+            self._batches[size] = batch | {"pixel_mask": mask}
         return self._batches[size]
 
     def features(self, task: str) -> "UniHemaImageFeatures":
