@@ -78,7 +78,7 @@ def find_images(inputs: Sequence[str | Path], exclude: Path | None = None) -> tu
         if not found:
             problems.append((item, message))
         for image in found:
-            images.setdefault(image.resolve(), image)
+            images.setdefault(real_path(image), image)
     return list(images.values()), problems
 
 
@@ -89,13 +89,13 @@ def _pattern(path: Path) -> str:
 
 
 def _images_in(folder: Path, exclude: Path | None) -> list[Path]:
-    excluded = exclude.resolve() if exclude else None
+    excluded = real_path(exclude) if exclude else None
     found = []
     # Links to folders are followed, each folder once: a link may lead in a circle.
     seen = {os.path.realpath(folder)}
     for place, folders, names in os.walk(folder, followlinks=True):
         inner = [Path(place) / name for name in folders if not name.startswith(".")]
-        inner = [path for path in inner if path.resolve() != excluded and not is_results_folder(path)]
+        inner = [path for path in inner if real_path(path) != excluded and not is_results_folder(path)]
         targets = {path.name: os.path.realpath(path) for path in inner}
         folders[:] = [name for name, target in targets.items() if target not in seen]
         seen |= set(targets.values())
@@ -106,6 +106,11 @@ def _images_in(folder: Path, exclude: Path | None) -> list[Path]:
 def is_results_folder(folder: Path) -> bool:
     """Whether `unihema predict` wrote it: its overlays and masks are no images to analyse."""
     return (folder / "results.json").is_file() and (folder / "records").is_dir()
+
+
+def real_path(path: str | Path) -> Path:
+    """An absolute path without links. A link in a circle stays: before Python 3.13 `Path.resolve` raises a `RuntimeError`."""
+    return Path(os.path.realpath(path))
 
 
 def open_image(image: str | Path | Image.Image | numpy.ndarray) -> OpenedImage:
@@ -274,7 +279,7 @@ def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     # One lock a folder and process, so that a run within a run knows that it has it.
-    lock, owner = FileLock(folder.resolve() / _LOCK, mode=0o666 & ~_umask(), is_singleton=True), folder / _OWNER
+    lock, owner = FileLock(real_path(folder) / _LOCK, mode=0o666 & ~_umask(), is_singleton=True), folder / _OWNER
     if lock.is_locked:
         yield
         return
@@ -305,6 +310,10 @@ def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
                 (folder / _LOCK).unlink()
                 folder.rmdir()
         lock.release()
+        if made and os.name == "nt":
+            # There the lock's file cannot be deleted before, and is deleted with it.
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def empty_folder(folder: Path) -> None:
@@ -372,6 +381,7 @@ __all__ = [
     "open_image",
     "plain",
     "printable",
+    "real_path",
     "sha256",
     "shortened",
     "write_atomically",

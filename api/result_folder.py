@@ -25,6 +25,7 @@ from unihema.files import (
     exclusive,
     find_images,
     open_image,
+    real_path,
     sha256,
     write_atomically,
     write_text,
@@ -101,7 +102,7 @@ def analyze_into(
         raise RequestError(f"batch_size must be 1 or more, got {batch_size}.")
     checked = analyzer.request(*request)
     images, problems = find_images(inputs, exclude=output)
-    beside = next((image for image in images if image.resolve().parent == output.resolve()), None)
+    beside = next((image for image in images if real_path(image).parent == real_path(output)), None)
     if beside is not None:
         raise RequestError(
             f"{output}: this folder holds {beside.name}, an image to analyse; name another one for results."
@@ -265,7 +266,7 @@ class ResultFolder:
         taken = {_same_file(name) for name in had.values()}
         names = {}
         for image in images:
-            source = image.resolve()
+            source = real_path(image)
             if str(source) not in had:
                 digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:12]
                 stems = [image.stem, f"{source.parent.name}_{image.stem}", f"{image.stem}_{digest}"]
@@ -301,7 +302,7 @@ class ResultFolder:
         for file, write in files.items():
             write_atomically(self.folder / file, write)
         record = {
-            "source": str(path.resolve()),
+            "source": str(real_path(path)),
             "image_sha256": image_sha256,
             "settings_sha256": self.settings_sha256,
             "files": list(files),
@@ -311,7 +312,7 @@ class ResultFolder:
 
     def write_tables(self, attributes: Sequence[str], report: BatchReport) -> None:
         """Writes `cells.csv`, `counts.csv` and `results.json` from the records, and completes the report."""
-        failed = {str(Path(item).resolve()) for item in report.failed}
+        failed = {str(real_path(item)) for item in report.failed}
         totals: dict[str, int] = {}
         current = []
         for path, record in self._read_all():

@@ -116,6 +116,7 @@ def read_image(
         pixels = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
         if pixels.size == 0 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] not in (3, 4)):
             raise InputError(f"Pixels must be [H, W] or [H, W, 1|3|4] and not empty, got shape {image.shape}.")
+        check_numbers(pixels)
         notes: list[str] = []
         return to_rgb(Image.fromarray(_to_8_bit(pixels, notes))), notes
     if isinstance(image, Image.Image):
@@ -128,6 +129,16 @@ def read_image(
             notes = []
             return to_rgb(image, notes), notes
     raise InputTypeError(f"Expected a path, bytes, PIL image or array, got {type(image).__name__}.")
+
+
+def check_numbers(pixels: np.ndarray) -> None:
+    """Checks that the entries of an array are real numbers or truth values.
+
+    Raises:
+        TypeError: They are not.
+    """
+    if pixels.dtype.kind not in "buif":
+        raise InputTypeError(f"Pixels must be real numbers, got an array of {pixels.dtype}.")
 
 
 def load_mask(path: "str | Path") -> np.ndarray:
@@ -152,8 +163,29 @@ def image_size(image: "str | Path | bytes | Image.Image") -> tuple[int, int]:
         with _reading(image, "image" if isinstance(image, bytes) else image) as opened:
             return image_size(opened)
     with _pil():
-        sideways = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        exif = image.getexif() if _says_more_behind_its_pixels(image) else Image.Image.getexif(image)
+        sideways = exif.get(_ORIENTATION, 1) in (5, 6, 7, 8)
     return image.size if sideways else image.size[::-1]
+
+
+def _says_more_behind_its_pixels(image: Image.Image) -> bool:
+    """Whether PIL has to decode a PNG to know its EXIF data: chunks of metadata may stand behind the pixels."""
+    file = getattr(image, "fp", None)
+    if image.format != "PNG" or file is None or getattr(file, "closed", False):
+        return True
+    place = file.tell()
+    file.seek(8)
+    try:
+        while len(start := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", start)
+            if kind == b"IEND":
+                return False
+            if kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") and file.tell() > place:
+                return True
+            file.seek(length + 4, os.SEEK_CUR)
+        return True
+    finally:
+        file.seek(place)
 
 
 @contextmanager

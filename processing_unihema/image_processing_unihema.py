@@ -26,7 +26,7 @@ from unihema.modeling_unihema.remote_code import ProcessorWithCode
 from unihema.modeling_unihema.tasks import TASK_TABLE, TASKS, check_task
 
 from .annotations import detection_labels
-from .image_io import image_size, load_image, load_mask
+from .image_io import check_numbers, image_size, load_image, load_mask
 from .post_processing import (
     post_process_morphology,
     post_process_object_detection,
@@ -279,7 +279,7 @@ def _as_pixels(image, rescaled: bool, channels: str | None = None) -> torch.Tens
                 f"Expected images as paths, PIL images, arrays or tensors, got {type(image).__name__}."
             )
         return torch.from_numpy(np.array(load_image(image))).permute(2, 0, 1)
-    pixels = torch.as_tensor(np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image.detach())
+    pixels = torch.as_tensor(_as_native(image) if isinstance(image, np.ndarray) else image.detach())
     if pixels.ndim == 2:
         pixels = pixels[None]
     elif pixels.ndim == 3 and channels is not None:
@@ -304,6 +304,17 @@ def _as_pixels(image, rescaled: bool, channels: str | None = None) -> torch.Tens
             return colours * opacity + (1 - opacity)
     opened = load_image(pixels.permute(1, 2, 0).cpu().numpy())
     return torch.from_numpy(np.array(opened)).permute(2, 0, 1).to(pixels.device)
+
+
+def _as_native(pixels: np.ndarray) -> np.ndarray:
+    """An array as PyTorch takes it: contiguous, writable (what PIL gives is not) and in the byte order of this machine.
+
+    Raises:
+        TypeError: Its entries are no real numbers.
+    """
+    check_numbers(pixels)
+    native = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("="))
+    return native if native.flags.writeable else native.copy()
 
 
 def _fitted_size(original: tuple[int, int], size: dict[str, int]) -> tuple[int, int]:

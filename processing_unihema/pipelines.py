@@ -40,6 +40,12 @@ class _ForUniHema:
             return super().__new__(cls)
         return cls.stock(model, *args, **kwargs)
 
+    def __call__(self, *args, **kwargs):
+        """See the stock pipeline; an empty list, which Transformers asks for its first entry, gives an empty one."""
+        if args and isinstance(args[0], (list, tuple)) and not args[0]:
+            return []
+        return super().__call__(*args, **kwargs)
+
     def check_model_type(self, supported_models: list[str] | dict) -> None:
         """Does nothing: Transformers' list lacks models whose code came with their checkpoint."""
 
@@ -136,6 +142,13 @@ def _one(model_outputs: dict) -> dict:
     return {name: value[0][None] if isinstance(value, list) else value for name, value in model_outputs.items()}
 
 
+def _check_known(given: Iterable[str], known: Sequence[str]) -> None:
+    """Refuses what the stock pipeline would pass over, such as a misspelled `threshold`."""
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise InputTypeError(f"Unknown argument {unknown[0]!r}; there are prompt, {', '.join(known)}.")
+
+
 class UniHemaObjectDetectionPipeline(_ForUniHema, ObjectDetectionPipeline):
     """Object detection: `[{"score", "label", "box": {"xmin", "ymin", "xmax", "ymax"}, "morphology"}]`, pixels.
 
@@ -147,6 +160,7 @@ class UniHemaObjectDetectionPipeline(_ForUniHema, ObjectDetectionPipeline):
     stock = ObjectDetectionPipeline
 
     def _sanitize_parameters(self, prompt=None, candidate_labels=None, **kwargs):
+        _check_known(kwargs, ("threshold", "timeout"))
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         if prompt is not None and candidate_labels is not None:
             raise InputError("Give prompt or candidate_labels, not both: they are the same.")
@@ -188,6 +202,7 @@ class UniHemaImageSegmentationPipeline(_ForUniHema, ImageSegmentationPipeline):
     stock = ImageSegmentationPipeline
 
     def _sanitize_parameters(self, prompt=None, **kwargs):
+        _check_known(kwargs, ("mask_threshold", "overlap_mask_area_threshold", "subtask", "threshold", "timeout"))
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         if prompt is not None:
             preprocess["prompt"] = postprocess["prompt"] = prompt
@@ -274,9 +289,8 @@ class VisualQuestionAnsweringPipeline(Pipeline):
             raise InputTypeError(
                 f"Unknown argument {sorted(kwargs)[0]!r}; options for generate() go into generate_kwargs."
             )
-        forward = {"generate_kwargs": dict(generate_kwargs or {})} if generate_kwargs or max_new_tokens else {}
-        if max_new_tokens is not None:
-            forward["generate_kwargs"]["max_new_tokens"] = max_new_tokens
+        options = dict(generate_kwargs or {}) | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
+        forward = {"generate_kwargs": options} if options else {}
         return ({} if timeout is None else {"timeout": timeout}), forward, ({} if top_k is None else {"top_k": top_k})
 
     def __call__(self, image=None, question: str | list[str] | None = None, **kwargs):
@@ -295,6 +309,8 @@ class VisualQuestionAnsweringPipeline(Pipeline):
             ValueError: No question, or as many questions as images are needed.
         """
         image = list(image) if isinstance(image, tuple) else image
+        if image == []:
+            return []
         if question is None and (
             _is_stream(image) or (isinstance(image, list) and all(isinstance(i, dict) for i in image))
         ):

@@ -62,8 +62,10 @@ def find_cells(
         `query` (`int`), the query it came from.
 
     Raises:
-        ValueError: Not as many target sizes as images.
+        ValueError: Not as many target sizes as images, or a threshold outside 0..1.
     """
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise InputError(f"threshold must be a number from 0 to 1, got {threshold}.")
     found = post_process_object_detection(
         outputs,
         config.class_thresholds(threshold),
@@ -136,12 +138,12 @@ def post_process_object_detection(
         query each cell came from.
 
     Raises:
-        ValueError: Not as many target sizes as images.
+        ValueError: Not as many target sizes as images, a size that is none, or not as many thresholds as classes.
     """
     probabilities = outputs.logits.float().sigmoid()
     _check_target_sizes(target_sizes, len(probabilities))
-    threshold = torch.as_tensor(threshold, dtype=probabilities.dtype, device=probabilities.device)
-    finest = threshold if finest is None else torch.as_tensor(finest, dtype=threshold.dtype, device=threshold.device)
+    threshold = _thresholds(threshold, probabilities)
+    finest = threshold if finest is None else _thresholds(finest, probabilities)
     ancestors = None if ancestors is None else torch.as_tensor(ancestors, device=probabilities.device)
     per_image = not isinstance(classes, torch.Tensor) and classes is not None
     results = []
@@ -327,5 +329,27 @@ def post_process_semantic_segmentation(
 
 
 def _check_target_sizes(target_sizes, images: int) -> None:
-    if target_sizes is not None and len(target_sizes) != images:
+    if target_sizes is None:
+        return
+    if len(target_sizes) != images:
         raise InputError(f"{len(target_sizes)} target_sizes for {images} images: give one for each image.")
+    for size in target_sizes:
+        try:
+            height, width = (float(side) for side in size)
+        except (TypeError, ValueError):
+            height = width = 0
+        if not (height > 0 and width > 0):
+            raise InputError(f"target_sizes are height and width of each image in pixels, got {size}.")
+
+
+def _thresholds(threshold: float | Sequence[float] | torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """One smallest score, or one for each class, on the device of the scores `[B, Q, C]`."""
+    try:
+        values = torch.as_tensor(threshold, dtype=scores.dtype, device=scores.device)
+    except (TypeError, ValueError, RuntimeError):
+        values = scores.new_empty(0)
+    if values.shape not in ((), scores.shape[-1:]) or values.isnan().any():
+        raise InputError(
+            f"threshold must be one number, or one for each of {scores.shape[-1]} classes, got {threshold}."
+        )
+    return values

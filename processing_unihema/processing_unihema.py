@@ -228,6 +228,10 @@ class UniHemaProcessor(ProcessorWithCode, ProcessorMixin):
 
     def _tokenize(self, texts: list[str], what: str, length: int | None = None) -> dict[str, torch.Tensor]:
         options = {"return_tensors": "pt", "add_special_tokens": True}
+        # Half a surrogate pair: bytes of a command line that are no text in its encoding.
+        broken = next((text for text in texts if any("\ud800" <= character <= "\udfff" for character in text)), None)
+        if broken is not None:
+            raise InputError(f"The {what} {broken[:80]!r} is no text: give it in UTF-8.")
         tokens = self.tokenizer(texts, padding=True, **options)
         lengths = tokens["attention_mask"].sum(1)
         limit, name = (self.max_text_length, "max_text_length") if length is None else (length, "max_length")

@@ -125,10 +125,11 @@ def ask(checkpoint: str, image: Path, questions: tuple[str, ...]) -> None:
     be filled in.
     """
     from unihema.analyzer import Analyzer
+    from unihema.files import printable
 
     answers = Analyzer.from_pretrained(checkpoint).ask(image, questions)
     for asked, answer in zip(questions, answers, strict=True):
-        click.echo(answer if len(questions) == 1 else f"{asked} {answer}")
+        click.echo(printable(answer if len(questions) == 1 else f"{asked} {answer}"))
 
 
 @click.command()

@@ -160,13 +160,13 @@ def _start_anew(folder: Path, made: Iterable[str], run: "RunConfig") -> None:
     """
     from accelerate import PartialState
 
-    from unihema.files import empty_folder
+    from unihema.files import empty_folder, real_path
 
-    whole = folder.resolve()
+    whole = real_path(folder)
     read = [Path(path) for path in (".", *run.data.folders, run.model.initial_checkpoint) if path]
-    within = [path for path in read if whole in (path.resolve(), *path.resolve().parents)]
+    within = [path for path in read if whole in (real_path(path), *real_path(path).parents)]
     if within:
-        raise click.UsageError(f"--overwrite would delete {within[0].resolve()} with {folder}: name another --output.")
+        raise click.UsageError(f"--overwrite would delete {real_path(within[0])} with {folder}: name another --output.")
     state = PartialState(cpu=run.optimisation.device == "cpu")
     if state.is_main_process and folder.exists():
         others = [path for path in folder.iterdir() if not path.name.startswith(".unihema")]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -316,6 +317,21 @@ def test_what_was_guessed_about_pixels_stands_in_result_and_table(analyzer, tmp_
     analyzer.analyze_files([path], tmp_path / "results")
     rows = list(csv.DictReader((tmp_path / "results" / "counts.csv").read_text().splitlines()))
     assert "Three gray pages are read as red, green and blue." in rows[0]["warnings"]
+
+
+def test_links_in_a_circle_are_named_and_the_rest_goes_on(analyzer, tmp_path):
+    folder = tmp_path / "smears"
+    folder.mkdir()
+    Image.fromarray(field()).save(folder / "a.JPG")
+    (folder / "circle.png").symlink_to("circle.png")
+    (folder / "broken.png").symlink_to("nowhere")
+    (folder / "folder.png").mkdir()
+    (folder / "around").symlink_to("../smears")
+    report = analyzer.analyze_files([folder], tmp_path / "out", tasks=["single_cell"])
+    assert [Path(image).name for image in report.analysed] == ["a.JPG"]
+    assert sorted(Path(image).name for image in report.failed) == ["broken.png", "circle.png"]
+    with pytest.raises(OutputError):
+        analyzer.analyze_files([folder], folder / "circle.png" / "out", tasks=["single_cell"])
 
 
 def test_linked_folders_are_read_once(tmp_path):

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from unihema.errors import UnreadableImageError
+from unihema.errors import InputTypeError, UnreadableImageError
 from unihema.processing_unihema.image_io import image_size, load_image, load_mask
 
 
@@ -170,3 +171,31 @@ def test_a_truncated_file_that_is_already_open_is_named(tmp_path):
 def test_what_is_no_image_is_refused():
     with pytest.raises(TypeError, match="got int"):
         load_image(3)
+    for entries in (complex, str, object):
+        with pytest.raises(InputTypeError, match="Pixels must be real numbers"):
+            load_image(np.zeros((4, 4, 3), entries))
+
+
+@pytest.mark.parametrize("place", ["before the pixels", "behind them", "as text", "nowhere"])
+def test_the_size_of_a_png_is_known_without_decoding_it(tmp_path, place, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    opened = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
+    text = PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", '<rdf tiff:Orientation="6"/>')
+    about = {"as text": {"pnginfo": text}, "nowhere": {}}.get(place, {"exif": exif})
+    opened.save(tmp_path / "a.png", **about)
+    content = (tmp_path / "a.png").read_bytes()
+    if place == "behind them":
+        start = content.index(b"eXIf") - 4
+        end = start + 12 + int.from_bytes(content[start : start + 4])
+        content = content[:start] + content[end:-12] + content[start:end] + content[-12:]
+    (tmp_path / "a.png").write_bytes(content)
+    assert load_image(tmp_path / "a.png").size == ((30, 20) if place == "nowhere" else (20, 30))
+    with Image.open(tmp_path / "a.png") as image:
+        assert image_size(image) == load_image(content).size[::-1]
+        # Reading the chunks leaves the file where it was.
+        assert np.asarray(image).shape == (20, 30, 3)
+    if place != "behind them":
+        monkeypatch.setattr(PngImageFile, "load", lambda _: pytest.fail("decoded"))
+    assert image_size(tmp_path / "a.png") == ((20, 30) if place == "nowhere" else (30, 20))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from unihema.errors import InputError
 from unihema.modeling_unihema.outputs import UniHemaDetectionOutput, UniHemaSegmentationOutput
 from unihema.processing_unihema.image_processing_unihema import UniHemaImageProcessor
 from unihema.processing_unihema.post_processing import distinct_cells
@@ -65,6 +66,26 @@ def test_floats_are_taken_as_they_are_without_rescaling(processor):
     plain = {"do_rescale": False, "do_normalize": False}
     for given in (image, image.numpy()):
         torch.testing.assert_close(processor(given, **plain)["pixel_values"][0], image, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_arrays_in_any_order_of_bytes_and_memory_are_taken_without_a_warning(processor):
+    image = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
+    expected = processor(torch.from_numpy(image))["pixel_values"]
+    read_only = np.asarray(Image.fromarray(image))
+    assert not read_only.flags.writeable
+    turned = np.ascontiguousarray(image[:, ::-1])[:, ::-1]
+    for given in (
+        read_only,
+        np.asfortranarray(image),
+        turned,
+        (image / 255).astype(">f4"),
+        (image / 255).astype(">f8"),
+    ):
+        torch.testing.assert_close(processor(given)["pixel_values"], expected, rtol=0, atol=0.02)
+    for order in "<>":
+        wide = (image.astype(np.uint16) * 257).astype(f"{order}u2")
+        torch.testing.assert_close(processor(wide)["pixel_values"], expected, rtol=0, atol=0.02)
 
 
 def test_a_batch_as_one_array(processor):
@@ -191,6 +212,9 @@ def test_what_is_no_image_or_argument_is_named(processor):
         processor(torch.zeros(2, 100, 100))
     with pytest.raises(TypeError, match="got int"):
         processor([image, 3])
+    for entries in (complex, str, object):
+        with pytest.raises(TypeError, match="Pixels must be real numbers, got an array of "):
+            processor(np.zeros((4, 4, 3), entries))
     with pytest.raises(TypeError, match="no argument invalid_box"):
         processor(image, invalid_box="drop")
 
@@ -226,8 +250,23 @@ def test_detections_come_back_in_original_pixels(processor):
     assert per_class["queries"].tolist() == [2]
     assert processor.post_process_object_detection(output, 0.4, nms_iou=0.5)[0]["queries"].tolist() == [1]
     assert len(processor.post_process_object_detection(output, 0.4, top_k=1)[0]["scores"]) == 1
-    with pytest.raises(ValueError, match="2 target_sizes for 1 images"):
+    with pytest.raises(InputError, match="2 target_sizes for 1 images"):
         processor.post_process_object_detection(output, target_sizes=[(1, 1), (2, 2)])
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, -1), (5,), (5, 5, 3), ("a", "b"), 5, (float("nan"), 5)])
+def test_target_sizes_that_are_none(processor, size):
+    masks = UniHemaSegmentationOutput(mask_logits=torch.zeros(1, 32, 32))
+    with pytest.raises(InputError, match="target_sizes are height and width of each image in pixels"):
+        processor.post_process_object_detection(detection_output(), target_sizes=[size])
+    with pytest.raises(InputError, match="target_sizes are height and width of each image in pixels"):
+        processor.post_process_semantic_segmentation(masks, target_sizes=[size])
+
+
+@pytest.mark.parametrize("threshold", [None, "0.5", {"RBC": 0.5}, [0.5], [0.5] * 3, float("nan"), [0.5, float("nan")]])
+def test_thresholds_that_are_none(processor, threshold):
+    with pytest.raises(InputError, match="threshold must be one number, or one for each of 2 classes"):
+        processor.post_process_object_detection(detection_output(), threshold=threshold)
 
 
 def test_a_cell_boxed_twice_counts_once():

@@ -13,7 +13,7 @@ from tiny_models import very_tiny_config
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, pipeline
 
 import unihema
-from unihema.errors import UnreadableImageError
+from unihema.errors import InputError, InputTypeError, UnreadableImageError
 from unihema.modeling_unihema.tasks import TASK_TABLE, TASKS
 from unihema.processing_unihema.pipelines import (
     UniHemaImageClassificationPipeline,
@@ -292,3 +292,31 @@ def test_visual_question_answering_of_a_model_that_chooses_among_answers(tmp_pat
     answers = ask(image="smear.png", question="what", top_k=2)
     assert len(answers) == 2 and answers[0]["score"] >= answers[1]["score"]
     assert answers[0]["answer"] in config.id2label.values()
+
+
+@pytest.mark.parametrize("task", ["object-detection", "image-segmentation"])
+def test_what_a_pipeline_does_not_know_is_refused(task):
+    with pytest.raises(InputTypeError, match="Unknown argument 'treshold'; there are prompt"):
+        image_pipeline(task)("smear.png", treshold=0.5)
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), -0.1, 1.5])
+def test_a_threshold_that_no_score_can_have(threshold):
+    with pytest.raises(InputError, match="threshold must be a number from 0 to 1"):
+        image_pipeline("object-detection")("smear.png", threshold=threshold)
+
+
+@pytest.mark.parametrize("task", PIPELINES)
+def test_no_images_give_no_results(task):
+    run = image_pipeline(task)
+    assert (run([], []) if task == "visual-question-answering" else run([])) == []
+
+
+def test_an_answer_of_no_tokens_is_the_error_of_generate():
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        pipeline("visual-question-answering", model="unihema")("smear.png", "What is this?", max_new_tokens=0)
+
+
+def test_bytes_that_are_no_text_are_named():
+    with pytest.raises(InputError, match=r"The text 'Q: Gr\\udcc3.*' is no text: give it in UTF-8"):
+        pipeline("visual-question-answering", model="unihema")("smear.png", "Gr\udcc3\udcb6sse?")

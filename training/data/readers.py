@@ -149,6 +149,9 @@ def read_folder(
             return found
     inside = ", ".join(map(ascii_name, sorted(entry.name for entry in folder.iterdir())[:12])) or "nothing"
     what = f" for {', '.join(wanted)}" if tasks else ""
+    sheets = [entry.name for entry in folder.iterdir() if entry.suffix.lower() in (".xls", ".xlsx", ".ods")]
+    if sheets:
+        inside += f". Tables are read as CSV: save {ascii_name(min(sheets))} as CSV"
     if split == "val":
         inside += ". `unihema data prepare` makes such a split, and --set data.val_split='\"\"' trains without one"
     raise DatasetError(f"{folder}: no data{what} in split '{split}'; the folder holds {inside}.\n{LAYOUTS}")
@@ -408,14 +411,17 @@ def _each_image_once(rows: Any, bad: BadRows) -> Any:
     """Rows in which no image of a split is there twice for the same task; questions and clozes may be many.
 
     Each of two rows with boxes of one image would teach the other's cells as background, so they become one. A second label
-    is left out if it is the same, and a bad row if it is another; a second mask is a bad row. Shards are as they were written.
+    is left out if it is the same, and a bad row if it is another; a second mask is a bad row. A box that stands twice in its
+    image is one cell. Shards are as they were written.
     """
     if isinstance(rows, LazyRows):
         return rows
     kept: dict[Any, Row] = {}
     merged: list[str] = []
+    repeated: list[str] = []
     for number, row in enumerate(rows):
         one = row["task"] not in LANGUAGE_TASKS
+        repeated += [row["file_name"]] * _drop_repeated_boxes(row)
         key = (
             row["task"],
             os.path.realpath(row["image"]) if one else number,
@@ -433,7 +439,31 @@ def _each_image_once(rows: Any, bad: BadRows) -> Any:
             f"{rows[0]['dataset']}: {len(merged)} more entries for images that have one, such as {merged[0]}. Those of one image "
             "are read as one."
         )
+    if repeated:
+        bad.note(
+            f"{rows[0]['dataset']}: {len(repeated)} boxes that stand in their image already, with the same class, such as one "
+            f"in {repeated[0]}. Each is read once."
+        )
     return list(kept.values())
+
+
+def _drop_repeated_boxes(row: Row) -> int:
+    """Takes boxes out of a detection row that are there before, alike in everything; says how many."""
+    if row["task"] != "detection":
+        return 0
+    objects = row["objects"]
+    names = [name for name, values in objects.items() if len(values) == len(objects["bbox"])]
+    seen: set[str] = set()
+    new = []
+    for number in range(len(objects["bbox"])):
+        cell = repr([objects[name][number] for name in names])
+        if cell not in seen:
+            new.append(number)
+        seen.add(cell)
+    dropped = len(objects["bbox"]) - len(new)
+    for name in names if dropped else ():
+        objects[name] = [objects[name][number] for number in new]
+    return dropped
 
 
 def _merge(first: Row, second: Row) -> None:

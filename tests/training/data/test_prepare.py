@@ -203,3 +203,20 @@ def test_names_that_collide_and_classes_that_are_no_folders(tmp_path):
         prepare_data(tmp_path / "table", tmp_path / "second")
     prepare_data(tmp_path / "table", tmp_path / "second", rename={"T/B cell": "lymphocyte"})
     assert not list(tmp_path.glob(".*"))
+
+
+def test_tables_hold_text_in_every_spreadsheet_and_are_read_again_as_they_were(tmp_path):
+    values = {"=1+1": "+", "-P7": "++", "'quoted": "absent", "@x": "="}
+    lines = []
+    for number, (patient, grade) in enumerate(values.items()):
+        write_photograph(tmp_path / "in" / f"{number}.png", number)
+        lines.append(f"{number}.png,monocyte,{patient},{grade}")
+    (tmp_path / "in" / "cells.csv").write_text("\n".join(["file_name,label,patient,granularity", *lines]) + "\n")
+    prepare_data(tmp_path / "in", tmp_path / "out", val_share=0)
+    tables = [path.read_text().splitlines() for path in (tmp_path / "out" / "train").glob("*.csv")]
+    assert len(tables) == 2
+    cells = [cell for lines in tables for line in lines for cell in line.split(",")]
+    assert "'=1+1" in cells and "'+" in cells and not any(cell[:1] in ("=", "+", "-", "@") for cell in cells)
+    rows = load_folder(tmp_path / "out", attributes_as_detection=True)
+    assert {row["patient"] for row in rows["single_cell"]} == set(values)
+    assert {row["objects"]["morphology"][0]["granularity"] for row in rows["detection"]} == set(values.values())

@@ -109,6 +109,36 @@ def test_corners_instead_of_sizes_are_said(tmp_path):
     assert said(bad, "3 of 4 boxes reach out of their image and are clipped. Are they corners")
 
 
+def test_a_box_listed_twice_is_one_cell(tmp_path):
+    content = coco(tmp_path / "coco")
+    (first,) = content["annotations"]
+    changed = [{"category_id": 2}, {"bbox": [40, 3, 20, 15]}, {"iscrowd": 1}, {"attributes": {"nucleus": "round"}}, {}]
+    content["annotations"] = [first, *(first | {"id": number} | change for number, change in enumerate(changed, 2))]
+    (tmp_path / "coco" / "labels.json").write_text(json.dumps(content))
+    (row,), bad = read(tmp_path / "coco")
+    assert row["objects"]["category"] == ["RBC", "WBC", "RBC", "RBC", "RBC"] and bad.messages == []
+    assert [len(values) for values in row["objects"].values()] == [5] * 4
+    assert said(bad, "1 boxes that stand in their image already, with the same class, such as one in a.png")
+    write_photograph(tmp_path / "yolo" / "x.png")
+    (tmp_path / "yolo" / "x.txt").write_text("0 0.5 0.5 0.1 0.1\n" * 3 + "0 0.5 0.5 0.2 0.1\n")
+    (tmp_path / "yolo" / "classes.txt").write_text("RBC\n")
+    (row,), bad = read(tmp_path / "yolo")
+    assert len(row["objects"]["bbox"]) == 2 and said(bad, "2 boxes that stand in their image already")
+
+
+def test_two_classes_of_one_name_are_said(tmp_path):
+    content = coco(tmp_path / "coco")
+    content["categories"][1]["name"] = "RBC"
+    (tmp_path / "coco" / "labels.json").write_text(json.dumps(content))
+    rows, bad = read(tmp_path / "coco")
+    assert class_names(rows) == ["RBC"] and said(bad, "categories[1]: RBC is also the category 1.")
+    write_photograph(tmp_path / "yolo" / "x.png")
+    (tmp_path / "yolo" / "x.txt").write_text("2 0.5 0.5 0.1 0.1\n")
+    (tmp_path / "yolo" / "classes.txt").write_text("RBC\nWBC\nRBC\n")
+    rows, bad = read(tmp_path / "yolo")
+    assert class_names(rows) == ["RBC", "WBC"] and said(bad, "the list of class names has RBC twice")
+
+
 def test_images_that_nothing_lists_are_counted(tmp_path):
     write_photograph(tmp_path / "b.png", 7)
     _, bad = write(tmp_path, coco(tmp_path))
@@ -211,6 +241,16 @@ def test_labels_without_an_image(tmp_path):
     assert len(rows) == 1 and len(bad.messages) == 1 and said(bad, "gone.txt: no image of this name")
 
 
+def test_one_label_file_of_two_images(tmp_path):
+    for number, name in enumerate(("x.png", "x.jpg", "y.png")):
+        write_photograph(tmp_path / name, number)
+    for name in ("x", "y"):
+        (tmp_path / f"{name}.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    (tmp_path / "classes.txt").write_text("RBC\n")
+    rows, bad = read(tmp_path, "yolo")
+    assert len(rows) == 3 and said(bad, "x.txt: the labels of x.jpg and of x.png. 1 images share their labels")
+
+
 def test_exif_turns_in_yolo_voc_and_mask_pairs(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -252,7 +292,38 @@ def test_voc_named_after_one_image_and_naming_another(tmp_path):
     assert rows == [] and said(bad, "<filename> is 'b.png', but there is an image of this file's name as well")
 
 
+def test_voc_that_names_an_image_which_is_not_there(tmp_path):
+    for number, (name, named) in enumerate((("a", "a.png"), ("b", "before.png"), ("c", "C:\\lab\\c.jpg"), ("d", "d"))):
+        write_photograph(tmp_path / f"{name}.png", number)
+        write_voc(tmp_path / f"{name}.xml", named, ("RBC", (2, 3, 9, 9)))
+    rows, bad = read(tmp_path)
+    assert [row["file_name"] for row in rows] == ["a.png", "b.png", "c.png", "d.png"]
+    assert said(bad, "b.xml: <filename> is 'before.png', which is not there") and said(bad, "so in 1 of 4 files")
+
+
 # Tables, folders, the own layout
+
+
+@pytest.mark.parametrize("start", ["", "sep=;\n", '"sep=;"\n'])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_tables_as_spreadsheets_write_them(tmp_path, start, encoding):
+    write_photograph(tmp_path / "a.png")
+    table = start + "file_name;label\na.png;lymphozyt, groß\nb.png;x\n"
+    (tmp_path / "cells.csv").write_bytes(table.encode(encoding))
+    (row,), bad = read(tmp_path)
+    assert row["label"] == "lymphozyt, groß" and said(bad, f"cells.csv:{3 + bool(start)}: no image b.png")
+
+
+def test_other_encodings_and_spreadsheets_are_named(tmp_path):
+    write_photograph(tmp_path / "a.png")
+    (tmp_path / "cells.csv").write_bytes("file_name,label\na.png,groß\n".encode("latin-1"))
+    _, bad = read(tmp_path)
+    assert said(
+        bad, "cells.csv: cannot be read as UTF-8 text (invalid continuation byte at byte 25). Save it as UTF-8."
+    )
+    (tmp_path / "cells.csv").rename(tmp_path / "Cells.XLSX")
+    with pytest.raises(DatasetError, match="Tables are read as CSV: save Cells.XLSX as CSV"):
+        load_folder(tmp_path)
 
 
 def test_labels_that_contradict_each_other_or_the_folder(tmp_path):

@@ -14,8 +14,8 @@ from PIL import Image
 from scipy.fft import dctn
 from scipy.ndimage import gaussian_filter
 
-from unihema.errors import DatasetError
-from unihema.files import sha256
+from unihema.errors import DatasetError, UnreadableImageError
+from unihema.files import sha256, shortened
 from unihema.processing_unihema.image_io import image_size, load_image
 
 
@@ -54,9 +54,8 @@ def fingerprint(path: str | Path) -> Fingerprint:
         digest = sha256(Path(path))
     except Exception as error:
         # PIL's readers raise anything on bytes that were damaged on purpose.
-        raise DatasetError(
-            str(error) if str(path) in str(error) else f"{path}: not a readable image ({error})."
-        ) from error
+        known = isinstance(error, UnreadableImageError)
+        raise DatasetError(str(error) if known else f"{path}: not a readable image ({shortened(error)}).") from error
     small = grey.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     return Fingerprint(digest, (width, height), np.asarray(small, np.uint8))
 

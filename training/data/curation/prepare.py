@@ -16,6 +16,7 @@ from PIL import Image
 from unihema.errors import DatasetError, UnreadableImageError
 from unihema.files import write_json, write_text
 from unihema.processing_unihema.image_io import load_mask
+from unihema.results.export import table_text
 from unihema.training.data.class_tree import OFFICIAL_NAMES, label_map, rename_rows, row_names
 from unihema.training.data.curation.archives import OTHER_ARCHIVES, ArchiveError, ArchiveLimits, is_archive, unpack
 from unihema.training.data.curation.catalog import CatalogEntry
@@ -388,9 +389,11 @@ class _SplitWriter:
         if not lines:
             return
         table = io.StringIO()
-        writer = csv.DictWriter(table, ["file_name", *columns], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({"file_name": image, **values} for image, values in lines.items())
+        columns = tuple(columns)
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(map(table_text, ("file_name", *columns)))
+        for image, values in lines.items():
+            writer.writerow(table_text(value) for value in (image, *map(values.get, columns)))
         write_text(self.folder / name, table.getvalue())
 
     def _place(self, row: Row, place: str) -> str:

@@ -80,7 +80,7 @@ def read_coco(
     for key in ("images", "annotations", "categories"):
         if not isinstance(require(content, key, str(path)), list):
             raise DatasetError(f"{path}: '{key}' must be a list.")
-    names = _category_names(content["categories"], path, rename)
+    names = _category_names(content["categories"], path, rename, bad)
     _check_pixels(content["annotations"], path)
     classes = _without_groups(names, content, path, bad)
 
@@ -266,14 +266,17 @@ def _whole(value: Any) -> bool:
     return isinstance(value, float) and value.is_integer()
 
 
-def _category_names(categories: list[Any], path: Path, rename: Mapping[str, str]) -> dict[Any, str]:
+def _category_names(categories: list[Any], path: Path, rename: Mapping[str, str], bad: BadRows) -> dict[Any, str]:
     if not categories:
         raise DatasetError(f"{path}: no categories. List the annotated classes as {{'id', 'name'}}.")
     names: dict[Any, str] = {}
+    ids: dict[str, int | str] = {}
     for number, category in enumerate(categories):
         source = f"{path}: categories[{number}]"
         identifier = _identifier(category, "id", source)
         name = checked_label(require(category, "name", source), f"{source}.name")
+        if ids.setdefault(name, identifier) != identifier:
+            bad.note(f"{source}: {name} is also the category {shown(ids[name])}. Both are read as one class.")
         name = rename.get(name, name)
         if names.get(identifier, name) != name:
             raise DatasetError(

@@ -3,6 +3,7 @@
 What a file may hold is bounded: `LARGEST_TEXT` bytes of text, and fewer where a layout's files are small.
 """
 
+import codecs
 import csv
 import json
 import math
@@ -18,6 +19,7 @@ from typing import Any
 from unihema.errors import DatasetError, InputError
 from unihema.processing_unihema.image_io import IMAGE_SUFFIXES
 from unihema.processing_unihema.image_io import image_size as upright_size
+from unihema.results.export import table_text
 from unihema.training.data.rows import KNOWN_COLUMNS, BadRows, Row, column_name, shown
 
 
@@ -405,15 +407,23 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_text(path: Path, limit: int = LARGEST_TEXT) -> str:
-    """A text file.
+    """A text file in UTF-8, or in UTF-16 with a byte order mark, as Excel and PowerShell write it.
 
     Raises:
-        DatasetError: See [`read_bytes`]; or not UTF-8.
+        DatasetError: See [`read_bytes`]; or of another encoding.
     """
+    content = read_bytes(path, limit)
     try:
-        return read_bytes(path, limit).decode("utf-8-sig")
+        return content.decode(encoding_of(content))
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{path}: cannot be read as UTF-8 text ({error.reason} at byte {error.start}).") from error
+        raise DatasetError(
+            f"{path}: cannot be read as UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
+
+
+def encoding_of(content: bytes) -> str:
+    """UTF-8, or UTF-16 where a text begins with its byte order mark."""
+    return "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def read_json(path: Path) -> Any:
@@ -499,36 +509,53 @@ def read_table(path: Path, bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]
         DatasetError: Not a text file, no header, or a column named twice.
     """
     lines = read_text(path).splitlines()
-    header = lines[0] if lines else ""
-    delimiter = max(",;\t", key=header.count)
-    reader = csv.reader(lines, delimiter=delimiter)
+    first, delimiter = table_start(lines[:2])
+    reader = csv.reader(lines[first:], delimiter=delimiter)
+    source = f"{path}:{first + 1}"
     try:
         columns = [_column(name) for name in next(reader, [])]
     except csv.Error as error:
-        raise DatasetError(f"{path}:1: not a table row ({error}).") from error
+        raise DatasetError(f"{source}: not a table row ({error}).") from error
     if not any(columns):
-        raise DatasetError(f"{path}:1: a header line with the names of the columns is needed.")
+        raise DatasetError(f"{source}: a header line with the names of the columns is needed.")
     if len(set(columns)) != len(columns):
-        raise DatasetError(f"{path}:1: a column is named twice: {shown(columns)}.")
+        raise DatasetError(f"{source}: a column is named twice: {shown(columns)}.")
     while True:
         record = None
         with bad.collecting():
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                raise DatasetError(f"{path}:{reader.line_num}: not a table row ({error}).") from error
+                raise DatasetError(f"{path}:{first + reader.line_num}: not a table row ({error}).") from error
             if cells is None:
                 return
+            source = f"{path}:{first + reader.line_num}"
             if cells and len(cells) != len(columns):
-                raise DatasetError(f"{path}:{reader.line_num}: {len(cells)} cells, but {len(columns)} columns.")
-            record = {name: cell.strip() or None for name, cell in zip(columns, cells)} if any(cells) else None
+                raise DatasetError(f"{source}: {len(cells)} cells, but {len(columns)} columns.")
+            record = {name: from_table_text(cell) or None for name, cell in zip(columns, cells)} if any(cells) else None
         if record is not None:
-            yield f"{path}:{reader.line_num}", record
+            yield source, record
+
+
+def table_start(lines: Sequence[str]) -> tuple[int, str]:
+    """The header's place among the first lines of a table, and what stands between cells.
+
+    Excel writes what stands between cells into a line of its own, `sep=;`.
+    """
+    first = 1 if lines and lines[0].strip('" ').lower().startswith("sep=") else 0
+    header = lines[first] if len(lines) > first else ""
+    return first, max(",;\t", key=header.count)
+
+
+def from_table_text(cell: str) -> str:
+    """A cell without spaces around it, and without the apostrophe that [`table_text`] puts before what looks like a formula."""
+    text = cell.strip()
+    return text[1:] if text.startswith("'") and table_text(text[1:]) == text else text
 
 
 def _column(name: str) -> str:
     usual = column_name(name)
-    return usual if usual in KNOWN_COLUMNS else name.strip()
+    return usual if usual in KNOWN_COLUMNS else from_table_text(name)
 
 
 def require(record: Mapping[str, Any], key: str, source: str, *others: str) -> Any:

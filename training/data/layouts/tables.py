@@ -6,7 +6,16 @@ from typing import Any
 
 from unihema.errors import DatasetError
 from unihema.processing_unihema.class_names import short_name
-from unihema.training.data.layouts.files import DataFiles, ImageFinder, checked_label, image_size, read_table, require
+from unihema.training.data.layouts.files import (
+    DataFiles,
+    ImageFinder,
+    checked_label,
+    encoding_of,
+    image_size,
+    read_table,
+    require,
+    table_start,
+)
 from unihema.training.data.layouts.folders import class_of
 from unihema.training.data.rows import (
     IMAGE_COLUMNS,
@@ -42,12 +51,14 @@ def attribute_tables(folder: Path) -> list[Path]:
 
 def _names_images_and_labels(path: Path) -> bool:
     try:
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            header = file.readline(10_000)
+        with path.open("rb") as file:
+            beginning = file.read(20_000)
     except OSError:
         # Reading it says why.
         return True
-    cells = header.replace(";", ",").replace("\t", ",").split(",")
+    lines = beginning.decode(encoding_of(beginning), errors="replace").splitlines()
+    first, delimiter = table_start(lines[:2])
+    cells = lines[first].split(delimiter) if len(lines) > first else []
     columns = {column_name(cell.strip().strip('"')) for cell in cells}
     return bool(columns & set(IMAGE_COLUMNS) and columns & set(LABEL_COLUMNS))
 

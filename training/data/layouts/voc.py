@@ -3,7 +3,7 @@
 import xml.parsers.expat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from unihema.errors import DatasetError
 from unihema.training.data.layouts.files import (
@@ -56,11 +56,21 @@ def read_voc(folder: Path, dataset: str, rename: Mapping[str, str], bad: BadRows
     images = ImageFinder(folder)
     boxes = ClippedBoxes(bad)
     rows = []
+    renamed: list[str] = []
     for path in images.listing.named(".xml"):
         with bad.collecting():
             root = _parse(path)
             if root.name == "annotation":
-                rows.append(_read_file(path, root, images, boxes, dataset, rename, bad))
+                row = _read_file(path, root, images, boxes, dataset, rename, bad)
+                rows.append(row)
+                named = root.value("filename")
+                if named and PurePosixPath(named.replace("\\", "/")).stem not in (path.stem, Path(row["image"]).stem):
+                    renamed.append(f"{path}: <filename> is {shown(named)}")
+    if renamed:
+        bad.note(
+            f"{renamed[0]}, which is not there, so the image of this file's name is read; so in {len(renamed)} of "
+            f"{len(rows)} files."
+        )
     boxes.report()
     images.report(bad, rows, "annotates it")
     annotated = sorted({name for row in rows for name in row["objects"]["category"]})

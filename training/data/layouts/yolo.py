@@ -48,7 +48,8 @@ def read_yolo(folder: Path, dataset: str, rename: Mapping[str, str], bad: BadRow
         raise lists.missing()
     boxes = ClippedBoxes(bad)
     rows = []
-    used = set()
+    used: dict[Path, Path] = {}
+    shared: list[Path] = []
     # A folder without names is one error, not one an image.
     without: dict[Path, list[Path]] = {}
     for path in images.files:
@@ -58,15 +59,22 @@ def read_yolo(folder: Path, dataset: str, rename: Mapping[str, str], bad: BadRow
                 raise DatasetError(
                     f"{path}: no label file. Add an empty one if the image has no cells, or take it out."
                 )
-            used.add(labels)
+            if used.setdefault(labels, path) != path:
+                shared.append(path)
             try:
-                names = [rename.get(name, name) for name in lists.of(labels.parent)]
+                listed = lists.of(labels.parent)
+                names = [rename.get(name, name) for name in listed]
             except DatasetError as error:
                 others = without.setdefault(labels.parent, [])
                 others.append(path)
                 if len(others) == 1:
                     raise DatasetError(f"{error} No image of {labels.parent} can be read.") from error
                 continue
+            twice = next((name for name in listed if listed.count(name) > 1), None)
+            if twice is not None:
+                bad.note(
+                    f"{labels.parent}: the list of class names has {twice} twice. Both numbers are read as {twice}."
+                )
             size = image_size(str(path))
             objects = _read_labels(labels, names, size, boxes, bad)
             annotated = {"objects": objects, "annotated_classes": list(dict.fromkeys(names)), "size": size}
@@ -75,6 +83,12 @@ def read_yolo(folder: Path, dataset: str, rename: Mapping[str, str], bad: BadRow
         with bad.collecting():
             if path not in used and path.name not in NAME_LISTS and _has_boxes(path):
                 raise DatasetError(f"{path}: no image of this name. Put it there, or take the labels out.")
+    if shared:
+        labels = labels_of(shared[0], folder)
+        bad.note(
+            f"{labels}: the labels of {used[labels].name} and of {shared[0].name}. {len(shared)} images share their labels "
+            "with another, and each is read."
+        )
     boxes.report()
     images.report(bad)
     return rows
