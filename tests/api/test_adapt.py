@@ -205,6 +205,24 @@ def test_attributes_of_crops_that_the_base_lacks_are_read_and_said_to_be_lost(la
     assert "Not learned: granules." in caplog.text
 
 
+def test_what_is_said_of_the_data_is_said_once(lab, tmp_path, caplog):
+    root, _ = lab
+    shutil.copytree(root / "smears", tmp_path / "smears")
+    path = tmp_path / "smears" / "train" / "annotations.json"
+    content = json.loads(path.read_text())
+    gone = content["categories"][-1]
+    content["annotations"] = [cell for cell in content["annotations"] if cell["category_id"] != gone["id"]]
+    content["annotations"].append(content["annotations"][0] | {"id": 10**6})
+    path.write_text(json.dumps(content))
+    adapt(
+        root / "base", tmp_path / "smears", "detection", tmp_path / "run",
+        overrides=SHORT | {"data.image_sizes": {"detection": {"longest_edge": 64}}},
+    )  # fmt: skip
+    assert caplog.text.count("1 boxes that stand in their image already") == 1
+    (unseen,) = (message for message in caplog.messages if message.endswith("in the training data: not learned."))
+    assert gone["name"] in unseen
+
+
 def test_what_cannot_be_adapted_is_said(lab, tmp_path):
     root, _ = lab
     with pytest.raises(RunConfigError, match="Unknown task 'counting'; choose among detection, segmentation"):
@@ -217,6 +235,15 @@ def test_what_cannot_be_adapted_is_said(lab, tmp_path):
         find_base(tmp_path / "nothing" / "here")
     with pytest.raises(CheckpointError, match="lab/none: no such checkpoint folder, and not to be had from the Hub"):
         find_base("lab/none")
+    before = sorted((root / "base").iterdir())
+    again = ("adapt", root / "base", root / "smears", "--task", "detection", "-o", root / "base")
+    with pytest.raises(RunConfigError, match="is the base itself, which stays as it is. Name another folder"):
+        run(*again)
+    shutil.copytree(root / "base", tmp_path / "other")
+    with pytest.raises(RunConfigError, match="other holds model.safetensors of an earlier run"):
+        run(*again[:-1], tmp_path / "other")
+    assert sorted((root / "base").iterdir()) == before
+    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == [path.name for path in before]
     (tmp_path / "empty" / "train").mkdir(parents=True)
     with pytest.raises(DatasetError):
         adapt(root / "base", tmp_path / "empty", "detection", tmp_path / "run")

@@ -21,6 +21,7 @@ import math
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 from unihema.errors import DatasetError, InputError
@@ -53,6 +54,8 @@ PROVENANCE_KEYS = GROUP_KEYS | {"origin": ("origin", "microscope", "scanner")}
 IMAGE_COLUMNS = ("file_name", "img_name", "filename", "image", "path")
 LABEL_COLUMNS = ("label", "class")
 KNOWN_COLUMNS = {*IMAGE_COLUMNS, *LABEL_COLUMNS, *(key for keys in PROVENANCE_KEYS.values() for key in keys)}
+# Warnings that were given within [`said_once`].
+_said: ContextVar[set[str] | None] = ContextVar("said", default=None)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120
 
@@ -272,6 +275,28 @@ class BadRowsError(DatasetError):
         super().__init__(f"{text}\n{remedy}" if remedy else text)
 
 
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Within it a warning about data is given once, however often they are read."""
+    if _said.get() is not None:
+        yield
+        return
+    token = _said.set(set())
+    try:
+        yield
+    finally:
+        _said.reset(token)
+
+
+def warn(message: str) -> None:
+    """Logs a warning about data; see [`said_once`]."""
+    said = _said.get()
+    if said is None or message not in said:
+        logger.warning("%s", message)
+    if said is not None:
+        said.add(message)
+
+
 class BadRows:
     """Collects bad rows while a reader goes on with the next one.
 
@@ -300,7 +325,7 @@ class BadRows:
     def tell_notes(self) -> None:
         """Logs the notes as warnings."""
         for note in self.notes:
-            logger.warning("%s", note)
+            warn(note)
 
     def settle(self, on_invalid: OnInvalid) -> None:
         """Stops, or warns of each bad row and goes on. Notes are warnings.
@@ -318,4 +343,4 @@ class BadRows:
         if self.messages and on_invalid == "error":
             raise BadRowsError(self.messages, 'Correct this, or leave bad rows out (on_invalid="skip").')
         for message in self.messages:
-            logger.warning("%s Left out.", message)
+            warn(f"{message} Left out.")

@@ -641,7 +641,7 @@ def _stored(row: Row) -> dict[str, Any]:
 
 
 def _witnesses(rows: Sequence[Row]) -> list[Row]:
-    """The first row with each class, label, declaration of classes, attribute value and prompt."""
+    """The first row with each class, listed or boxed, and each label, declaration of classes, attribute value and prompt."""
     known: set[Any] = set()
     found = []
     for row in rows:
@@ -649,6 +649,7 @@ def _witnesses(rows: Sequence[Row]) -> list[Row]:
         if row.get("task") == "detection":
             declared = row.get("annotated_classes")
             facts.add(("declared", None if declared is None else tuple(declared)))
+            facts |= {("boxed", name) for name in row["objects"]["category"]}
             for attributes in row["objects"].get("morphology", ()):
                 facts |= {("attribute", *pair) for pair in attributes.items()}
         if not facts <= known:

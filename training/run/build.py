@@ -1,7 +1,6 @@
 """From data and settings to a model and its processor: rows, classes, initial weights, trained parts."""
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +16,7 @@ from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.adapters import attach_adapter
-from unihema.training.data.class_tree import as_known, known_parents, unify_names
+from unihema.training.data.class_tree import as_known, known_parents, row_names, unify_names
 from unihema.training.data.readers import load_folder
 from unihema.training.data.rows import (
     BadRows,
@@ -26,6 +25,7 @@ from unihema.training.data.rows import (
     class_names,
     morphology_schema,
     single_cell_names,
+    warn,
     witnesses,
 )
 from unihema.training.data.shards import joined
@@ -67,8 +67,6 @@ LITE0_BACKBONE: dict[str, Any] = {
     "out_indices": [2, 3, 4],
     "use_pretrained_backbone": False,
 }
-
-logger = logging.getLogger(__name__)
 
 BACKBONES_IN_MINUS_ONE_TO_ONE = ("efficientnet-lite0",)
 
@@ -166,6 +164,42 @@ def verified_rows(
     return first, second
 
 
+def warn_of_missing_classes(
+    model: Any, rows: Mapping[str, Sequence[Row]], val_rows: Mapping[str, Sequence[Row]]
+) -> None:
+    """Names classes of the data without an example: they are not learned, or not measured.
+
+    Args:
+        model ([`Trainable`]): The model; where it says which classes are coarser, an example of a finer one counts.
+        rows (`Mapping[str, Sequence[Row]]`): Task -> training rows.
+        val_rows (`Mapping[str, Sequence[Row]]`): Task -> validation rows.
+    """
+    parents = getattr(model.config, "label_parents", None) or {}
+    tasks = {"detection": ("box", model.config.class_names), "single_cell": ("crop", model.config.single_cell_labels)}
+    for task, (what, known) in tasks.items():
+        listed, taught = _listed_and_shown(as_known(rows.get(task, ()), known), parents)
+        if unseen := sorted(listed - taught):
+            warn(f"No {what} of {', '.join(unseen)} in the training data: not learned.")
+        if task in val_rows:
+            measured = _listed_and_shown(as_known(val_rows[task], known), parents)[1]
+            if unseen := sorted(taught - measured):
+                warn(f"No {what} of {', '.join(unseen)} in the validation data: neither measured nor calibrated.")
+
+
+def _listed_and_shown(rows: Sequence[Row], parents: Mapping[str, str]) -> tuple[set[str], set[str]]:
+    """Classes that the rows list, and those of which they have an example."""
+    listed: set[str] = set()
+    shown: set[str] = set()
+    for row in witnesses(rows):
+        listed.update(row_names(row))
+        shown.update([row["label"]] if row["task"] == "single_cell" else row["objects"]["category"])
+    for name in list(shown):
+        while name in parents and parents[name] not in shown:
+            name = parents[name]
+            shown.add(name)
+    return listed, shown & listed
+
+
 def check_val_names(model: Any, val_rows: dict[str, list[Row]]) -> None:
     """Checks that the model knows the names of the validation rows, which are needed only after an epoch.
 
@@ -237,10 +271,10 @@ def _check_checkpoint(folder: Path) -> None:
 def _warn_of_unknown_attributes(source: str, known: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> None:
     unknown = [name for name in morphology_schema(witnesses(rows.get("detection", ()))) if name not in known]
     if unknown:
-        logger.warning(
-            "Not learned: %s. %s has the attributes %s; only a new model, without initial checkpoint, takes those of the data.",
-            ", ".join(unknown), source, ", ".join(known) or "(none)",
-        )  # fmt: skip
+        warn(
+            f"Not learned: {', '.join(unknown)}. {source} has the attributes {', '.join(known) or '(none)'}; only a new model, "
+            "without initial checkpoint, takes those of the data."
+        )
 
 
 def _label_parents(config: DataConfig, names: list[str]) -> dict[str, str]:

@@ -27,7 +27,14 @@ from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.rows import Row
 from unihema.training.evaluation import evaluate_model, headline, write_report
 from unihema.training.run.batches import RunBatches
-from unihema.training.run.build import TrainedParts, check_val_names, training_rows, validation_rows, verified_rows
+from unihema.training.run.build import (
+    TrainedParts,
+    check_val_names,
+    training_rows,
+    validation_rows,
+    verified_rows,
+    warn_of_missing_classes,
+)
 from unihema.training.run.build import build as build_unihema
 from unihema.training.run.checkpoint import (
     Progress,
@@ -149,6 +156,7 @@ class _Run:
         self.rows, self.val_rows = verified_rows(config, rows, val_rows)
         model, self.processor = build(config, self.rows)
         check_val_names(model, self.val_rows)
+        warn_of_missing_classes(model, self.rows, self.val_rows)
         self.parts = TrainedParts(model, config.model.trained_parts)
         if self.accelerator.num_processes > 1:
             share_batch_norms(model)

@@ -10,15 +10,17 @@ from typing import Any
 
 from unihema.checkpoint_files import is_adapter
 from unihema.errors import CheckpointError, DatasetError, RunConfigError
+from unihema.files import real_path
 from unihema.hub_cards import is_repo_id
 from unihema.loading import available_tasks, load_model
 from unihema.training.adapters import WEIGHTS
 from unihema.training.data.class_tree import as_known, row_names
-from unihema.training.data.rows import Row, class_names, single_cell_names
+from unihema.training.data.rows import Row, class_names, said_once, single_cell_names
 from unihema.training.data.splits import image_groups
 from unihema.training.evaluation import HEADLINES, evaluate_model
 from unihema.training.evaluation.class_agnostic import class_agnostic_precision
 from unihema.training.run.build import build, load_rows, training_rows, validation_rows
+from unihema.training.run.checkpoint import check_unused_folder
 from unihema.training.run.config import (
     AdapterConfig,
     AugmentationSettings,
@@ -48,6 +50,7 @@ HELD_OUT_PART = 5
 FEW_IMAGES = {"stain": 0.25, "brightness": 0.2, "hue": 0.03, "blur": 0.2}
 
 
+@said_once()
 def adapt(
     base: str | Path,
     data: str | Path | Sequence[str | Path],
@@ -95,6 +98,13 @@ def adapt(
         ValueError: Labels that do not fit the data or the base.
     """
     folder, base_name = find_base(base)
+    if real_path(folder) == real_path(output_dir):
+        raise RunConfigError(
+            f"{output_dir} is the base itself, which stays as it is. Name another folder for the adapter."
+        )
+    if not resume:
+        # Before anything is measured and written beside it.
+        check_unused_folder(Path(output_dir))
     config = adapt_config(
         folder, [data] if isinstance(data, (str, Path)) else data, task, output_dir, labels=labels, method=method,
         start_from=start_from, base_name=base_name, overrides=overrides,

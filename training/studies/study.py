@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from unihema.errors import RunConfigError
 from unihema.files import exclusive, plain, write_json, write_text
+from unihema.training.data.rows import said_once
 from unihema.training.run.config import RunConfig, flat
 from unihema.training.run.distributed import is_main_process, wait_for_everyone
 
@@ -73,6 +74,7 @@ class Report:
     plots: Mapping[str, Plot] = field(default_factory=dict)
 
 
+@said_once()
 def run_study(
     folder: str | Path,
     name: str,

@@ -1,6 +1,7 @@
 """Mixing data sets that annotate different things: names, hierarchy, labels and figures."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.rows import class_names, single_cell_names
 from unihema.training.metrics.coarse_classes import with_coarser_names, with_coarser_truth
 from unihema.training.metrics.detection import mean_average_precision, score_matches
-from unihema.training.run.build import build, training_rows
+from unihema.training.run.build import build, training_rows, warn_of_missing_classes
 from unihema.training.run.config import DataConfig, ModelConfig, RunConfig
 
 
@@ -131,6 +132,33 @@ def test_a_model_trained_on_gets_the_hierarchy_of_its_own_names(tmp_path):
         assert loaded.denoising.config.ancestor_matrix == (
             None if parents == {} else [*[[False] * 3] * 2, [False, True, False]]
         )
+
+
+def test_classes_without_an_example_are_named(caplog):
+    config = SimpleNamespace(
+        class_names=["RBC", "WBC", "neutrophil", "platelet"],
+        single_cell_labels=["monocyte", "ig"],
+        label_parents={"neutrophil": "WBC"},
+    )
+    names = ["RBC", "WBC", "neutrophil", "platelet"]
+    rows = {
+        "detection": [field("RBC", annotated=names), field("Neutrophil", annotated=names)],
+        "single_cell": [crop("monocyte"), crop("ig")],
+    }
+    model = SimpleNamespace(config=config)
+    warn_of_missing_classes(model, rows, {})
+    # A neutrophil is an example of WBC, too.
+    assert caplog.messages == ["No box of platelet in the training data: not learned."]
+    caplog.clear()
+    val_rows = {"detection": [field("platelet", annotated=names)], "single_cell": [crop("Monocytes")]}
+    warn_of_missing_classes(model, rows, val_rows)
+    assert caplog.messages[1:] == [
+        "No box of RBC, WBC, neutrophil in the validation data: neither measured nor calibrated.",
+        "No crop of ig in the validation data: neither measured nor calibrated.",
+    ]
+    caplog.clear()
+    warn_of_missing_classes(model, {"single_cell": rows["single_cell"]}, {"single_cell": rows["single_cell"]})
+    assert caplog.messages == []
 
 
 def test_labels_say_which_classes_the_image_and_the_run_annotate():
