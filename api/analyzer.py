@@ -421,9 +421,15 @@ class Analyzer:
         return tuple(getattr(self.model, "adapters_in_use", ()))
 
     def _detect(self, request: Request, seen: "_SeenImages", results: list[SmearResult]) -> None:
-        from unihema.processing_unihema.post_processing import asked_classes, find_cells
+        from unihema.processing_unihema.post_processing import asked_classes, find_cells, misspelled_classes
 
         config = self.model.config
+        for name, meant in misspelled_classes(config, request.prompt).items():
+            hint = f" Did you mean {meant}?" if meant else ""
+            for result in results:
+                result.warnings.append(
+                    f"The prompt names {name!r}, which is no class of this checkpoint, so all classes are answered.{hint}"
+                )
         outputs = seen.outputs("detection")
         sizes = [(result.height, result.width) for result in results]
         found = find_cells(outputs, config, sizes, prompt=request.prompt, threshold=request.threshold)

@@ -266,6 +266,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: It cannot be read.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise InputError("not a regular file")
         if path.stat().st_size > MOST_JSON_BYTES:
             raise InputError(f"larger than {MOST_JSON_BYTES >> 20} MB")
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 import numpy
 from PIL import Image
 
-from unihema.errors import OutputError
+from unihema.errors import InputError, OutputError
 
 from .processing_unihema.image_io import IMAGE_SUFFIXES, image_size, read_image
 
@@ -131,7 +131,13 @@ def open_image(image: str | Path | Image.Image | numpy.ndarray) -> OpenedImage:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        InputError: Not a regular file: a pipe would be waited for, and a device has no end.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a regular file. Take it out.")
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -121,14 +121,25 @@ def choose_device(device: "str | torch.device | None" = None) -> "torch.device":
     except RuntimeError as error:
         raise DeviceError(f"device {device!r}: no such device; use cpu, cuda, cuda:0 or mps.") from error
     there = {
+        "cpu": True,
         "cuda": torch.cuda.device_count() > (chosen.index or 0),
         "mps": torch.backends.mps.is_available(),
     }
-    if not there.get(chosen.type, True):
+    if not there.get(chosen.type, _computes(chosen)):
         raise DeviceError(
             f"device {device!r}: not there on this machine; use cpu, or leave it out to take what there is."
         )
     return chosen
+
+
+def _computes(device: "torch.device") -> bool:
+    """Whether a device of another kind is there and holds numbers (the `meta` device does not)."""
+    import torch
+
+    try:
+        return float(torch.ones(1, device=device).sum()) == 1.0
+    except (RuntimeError, AssertionError, NotImplementedError):
+        return False
 
 
 def choose_dtype(dtype: "str | torch.dtype") -> "torch.dtype":

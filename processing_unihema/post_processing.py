@@ -1,5 +1,6 @@
 """Model outputs to results in pixels of the original image."""
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,24 @@ def asked_classes(config, prompt: str | Sequence[str] | None) -> torch.Tensor | 
     if not asked or not set(asked) <= set(known):
         return None
     return torch.tensor([name in asked for name in known])
+
+
+def misspelled_classes(config, prompt: str | Sequence[str] | None) -> dict[str, str | None]:
+    """Parts of a prompt that are no class, but were meant to be: they stand beside classes, or are much like one.
+
+    Args:
+        config (`UniHemaConfig`): With `class_names`.
+        prompt (`str` or `Sequence[str]`, *optional*): As for [`asked_classes`].
+
+    Returns:
+        `dict[str, str | None]`: Each with the class that it is most like, if any.
+    """
+    parts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+    names = [name.strip() for part in parts for name in part.split(",") if name.strip()]
+    known = {plain_name(name): name for name in config.class_names}
+    unknown = [name for name in names if plain_name(name) not in known]
+    like = {name: difflib.get_close_matches(plain_name(name), known, n=1, cutoff=0.8) for name in unknown}
+    return {name: known[like[name][0]] if like[name] else None for name in unknown if like[name] or unknown != names}
 
 
 def find_cells(

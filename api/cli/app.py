@@ -1,5 +1,6 @@
 """The commands together, and what a user sees when one of them fails."""
 
+import errno
 import os
 import sys
 
@@ -73,8 +74,11 @@ def main() -> None:
         from unihema.errors import UniHemaError
         from unihema.files import printable
 
-        if not isinstance(error, UniHemaError) or os.environ.get("UNIHEMA_DEBUG"):
+        # A disk may be full wherever something is written, the output of the command among it.
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if not (full or isinstance(error, UniHemaError)) or os.environ.get("UNIHEMA_DEBUG"):
             raise
+        text = "no space is left to write to. Make room, and repeat the command." if full else str(error)
         # Names of files and texts of servers may hold what a terminal obeys.
-        click.echo("\n".join(map(printable, f"unihema: {error}".split("\n"))), err=True)
+        click.echo("\n".join(map(printable, f"unihema: {text}".split("\n"))), err=True)
         sys.exit(2)

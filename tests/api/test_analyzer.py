@@ -124,6 +124,25 @@ def test_a_prompt_that_names_classes_limits_the_answer_to_them(loaded):
     assert {cell.score for cell in other.cells} != {cell.score for cell in loaded(image, ["detection"]).cells}
 
 
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (
+            "red blood cel",
+            ["'red blood cel', which is no class of this checkpoint, so all classes are answered. Did you mean"],
+        ),
+        (["platelet", "zebra"], ["'zebra', which is no class of this checkpoint, so all classes are answered."]),
+        ("platelet, neutrophyl", ["'neutrophyl'"]),
+        ("Platelets, neutrophils", []),
+        ("malaria", []),
+        (None, []),
+    ],
+)
+def test_a_prompt_that_misspells_a_class_is_said(loaded, prompt, said):
+    found = [text for text in loaded(noise(3), ["detection"], prompt=prompt).warnings if "no class" in text]
+    assert len(found) == len(said) and all(words in text for words, text in zip(said, found, strict=True))
+
+
 def test_one_question_has_one_answer_and_several_have_a_list(loaded):
     questions = ["What is it?", "The cell is ___."]
     answers = loaded.ask(noise(0), questions)
@@ -327,7 +346,7 @@ def test_a_device_or_dtype_that_there_is_not_is_named(checkpoint, monkeypatch):
         Analyzer.from_pretrained(checkpoint, device="nonsense")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for device in ("cuda", "cuda:0", torch.device("cuda"), "mps"):
+    for device in ("cuda", "cuda:0", torch.device("cuda"), "mps", "xpu", "meta"):
         with pytest.raises(UniHemaError, match="not there on this machine; use cpu, or leave it out"):
             Analyzer.from_pretrained(checkpoint, device=device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

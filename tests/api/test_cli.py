@@ -165,3 +165,17 @@ def test_train_then_evaluate(tmp_path):
     assert measured.returncode == 0, measured.stderr
     assert "single_cell (4 rows): accuracy" in measured.stdout
     assert json.loads((tmp_path / "report" / "metrics.json").read_text())["single_cell"]["rows"] == 4
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux'")
+def test_output_that_finds_no_space_is_one_line(checkpoint):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "unihema", "info", checkpoint],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=600,
+        )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["unihema: no space is left to write to. Make room, and repeat the command."]

@@ -16,7 +16,8 @@ from microscope_files import field, write_tiff
 from PIL import Image
 from tiny_checkpoint import save_tiny_checkpoint
 
-from unihema import Analyzer, OutputError
+from unihema import Analyzer, CheckpointError, OutputError
+from unihema.checkpoint_files import read_json
 from unihema.files import exclusive, find_images, write_atomically
 from unihema.results.export import table_text
 
@@ -317,6 +318,21 @@ def test_what_was_guessed_about_pixels_stands_in_result_and_table(analyzer, tmp_
     analyzer.analyze_files([path], tmp_path / "results")
     rows = list(csv.DictReader((tmp_path / "results" / "counts.csv").read_text().splitlines()))
     assert "Three gray pages are read as red, green and blue." in rows[0]["warnings"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_and_devices_are_not_waited_for(analyzer, tmp_path):
+    Image.fromarray(field()).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "endless.png").symlink_to("/dev/zero")
+    report = analyzer.analyze_files([tmp_path], tmp_path / "out", tasks=["single_cell"])
+    assert [Path(image).name for image in report.analysed] == ["a.png"]
+    assert report.failed == {
+        str(tmp_path / name): "not a regular file. Take it out." for name in ("endless.png", "pipe.png")
+    }
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match="config.json: not readable as JSON .not a regular file."):
+        read_json(tmp_path / "config.json")
 
 
 def test_links_in_a_circle_are_named_and_the_rest_goes_on(analyzer, tmp_path):
