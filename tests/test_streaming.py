@@ -1,7 +1,13 @@
 """Memory of data in shards, at a small size of `python -m benchmarks.speed.streaming`."""
 
+from pathlib import Path
+
+import pytest
+
 from benchmarks.speed import streaming
 
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux' /proc")
 
 # What ten times the data may add to the memory of a run, MiB; the data itself grows by some 60.
 BOUND = 12

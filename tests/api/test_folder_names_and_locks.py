@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -203,7 +202,7 @@ def test_a_second_run_is_refused_and_the_first_one_named(analyzer, tmp_path):
             analyzer.analyze_files([tmp_path / "a.png"], results)
         assert not (results / "results.json").exists()
     finally:
-        holder.send_signal(signal.SIGKILL)
+        holder.kill()
         holder.wait(timeout=600)
     # The system gives the lock of a killed process back.
     assert analyzer.analyze_files([tmp_path / "a.png"], results).images == 1

@@ -1,7 +1,6 @@
 """Training: it learns, resumes exactly, stops cleanly, and says what is wrong."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -49,7 +48,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(smears, tmp_path):
 
     def stop(line: dict) -> None:
         if line.get("step") == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     # The clock does not enter: the schedule of a run without a time limit hangs on its steps alone.
     with pytest.raises(TrainingInterrupted, match=r"Stopped at step 3.*same command goes on"):

@@ -19,6 +19,7 @@ from tiny_runs import TASKS, run_config
 
 PROGRAM = str(Path(__file__).with_name("run_process.py"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
+KILLS = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system sends processes no signals")
 # What differs between processes by design: dropout and the noise of denoising queries.
 WITHOUT_CHANCE = {
     **VERY_TINY,
@@ -123,11 +124,13 @@ def uninterrupted(smears, tmp_path_factory):
     return folder
 
 
+@KILLS
 @pytest.mark.parametrize("while_saving", [False, True], ids=["at_random", "while_saving"])
 def test_a_killed_run_ends_as_if_it_had_not_been(smears, uninterrupted, tmp_path, while_saving):
     check_killed(smears, uninterrupted, tmp_path, 0, while_saving)
 
 
+@KILLS
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 11))
 def test_ten_killed_runs_end_as_if_they_had_not_been(smears, uninterrupted, tmp_path, seed):
