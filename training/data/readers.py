@@ -419,9 +419,15 @@ def _each_image_once(rows: Any, bad: BadRows) -> Any:
     kept: dict[Any, Row] = {}
     merged: list[str] = []
     repeated: list[str] = []
+    contradicted: list[str] = []
+    answers: dict[tuple[str, str], str] = {}
     for number, row in enumerate(rows):
         one = row["task"] not in LANGUAGE_TASKS
         repeated += [row["file_name"]] * _drop_repeated_boxes(row)
+        if row["task"] == "question_answering":
+            asked = (os.path.realpath(row["image"]), row["question"])
+            if answers.setdefault(asked, row["answer"]) != row["answer"]:
+                contradicted.append(f"{shown(row['question'])} of {row['file_name']}")
         key = (
             row["task"],
             os.path.realpath(row["image"]) if one else number,
@@ -438,6 +444,11 @@ def _each_image_once(rows: Any, bad: BadRows) -> Any:
         bad.note(
             f"{rows[0]['dataset']}: {len(merged)} more entries for images that have one, such as {merged[0]}. Those of one image "
             "are read as one."
+        )
+    if contradicted:
+        bad.note(
+            f"{rows[0]['dataset']}: {len(contradicted)} questions have more than one answer for the same image, such as "
+            f"{contradicted[0]}. All are learned."
         )
     if repeated:
         bad.note(

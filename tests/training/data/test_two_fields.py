@@ -434,6 +434,26 @@ def test_a_folder_in_two_layouts_says_so(tmp_path):
     assert said(bad, "read as yolo; it could be voc as well, which is not read")
 
 
+def test_annotations_of_unknown_programs_beside_class_folders_are_said(tmp_path):
+    for number, name in enumerate(("a", "b")):
+        write_photograph(tmp_path / "monocyte" / f"{name}.png", number)
+    (tmp_path / "monocyte" / "a.json").write_text('{"shapes": [], "imagePath": "a.png"}')
+    (tmp_path / "monocyte" / "LICENCE.txt").write_text("MIT")
+    rows, bad = read(tmp_path)
+    assert len(rows) == 2 and said(bad, "1 files that are named like an image, such as monocyte/a.json")
+
+
+def test_questions_with_two_answers_are_counted(tmp_path, caplog):
+    write_photograph(tmp_path / "train" / "images" / "a.png")
+    asked = {"image": "images/a.png", "question": "What is it?"}
+    answers = ("A monocyte.", "A monocyte.", "A lymphocyte.")
+    write_lines(tmp_path / "train" / "qa.jsonl", *(asked | {"answer": answer} for answer in answers))
+    assert len(load_folder(tmp_path)["question_answering"]) == 3
+    assert (
+        "1 questions have more than one answer for the same image, such as 'What is it?' of images/a.png" in caplog.text
+    )
+
+
 def test_linked_folders_are_read(tmp_path):
     write_photograph(tmp_path / "elsewhere" / "b.png", 1)
     write_photograph(tmp_path / "set" / "monocyte" / "a.png", 2)

@@ -31,6 +31,13 @@ def read_class_folders(folder: Path, dataset: str, rename: Mapping[str, str], ba
             label = checked_label(label, str(path))
             rows.append(images.row(path, dataset, "single_cell") | {"label": rename.get(label, label)})
     images.report(bad)
+    stems = {path.with_suffix("") for path in images.files}
+    unread = [path for path in images.listing.named(".json", ".xml", ".txt") if path.with_suffix("") in stems]
+    if unread:
+        bad.note(
+            f"{folder}: read as class folders. {len(unread)} files that are named like an image, such as "
+            f"{images.relative(unread[0])}, are in no layout that is known, and are not read."
+        )
     return rows
 
 
