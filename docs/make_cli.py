@@ -28,6 +28,7 @@ result is one file, or a folder that appears whole (`export`, `convert`, `data p
 | 1 | some files could not be analysed or prepared, or `data check` found something; they are listed |
 | 2 | an error, in one line that names the input and the remedy |
 | 3 | stopped by Ctrl-C or a signal; a checkpoint is saved |
+| 130 | stopped by Ctrl-C elsewhere; what was finished is kept |
 """
 
 

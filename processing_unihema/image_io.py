@@ -35,6 +35,7 @@ SCALE_BAR = 0.05
 OVERSHOOT = 0.25
 
 _ORIENTATION = 0x0112
+_WIDTH, _HEIGHT = 256, 257
 _BITS, _COMPRESSION, _PHOTOMETRIC, _DESCRIPTION, _SAMPLES, _MAX_VALUE, _PLANAR = 258, 259, 262, 270, 277, 281, 284
 _PAGE_KIND, _SAMPLE_FORMAT, _MAX_SIGNED = 254, 339, 341
 _PHOTOMETRICS = {0: "gray, white is 0", 1: "gray", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "Lab"}
@@ -165,6 +166,10 @@ def image_size(image: "str | Path | bytes | Image.Image") -> tuple[int, int]:
     with _pil():
         exif = image.getexif() if _says_more_behind_its_pixels(image) else Image.Image.getexif(image)
         sideways = exif.get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    if sideways and image.format == "TIFF":
+        # Releases of PIL differ in whether the size of a TIFF that is not read yet is upright.
+        (width,), (height,) = _numbers(image, _WIDTH), _numbers(image, _HEIGHT)
+        return width, height
     return image.size if sideways else image.size[::-1]
 
 
@@ -540,8 +545,15 @@ def _pages(opened: Image.Image, notes: list[str]) -> list[int]:
         return [0]
     first = _Page(0, opened.size, opened.mode)
     description = _description(opened)
-    same = [0, *(page.number for page in _further_pages(opened) if page[1:] == first[1:])]
+    further = list(_further_pages(opened))
+    same = [0, *(page.number for page in further if page[1:] == first[1:])]
     _go_to(opened, 0)
+    largest = max((page.size for page in further), key=np.prod, default=first.size)
+    if np.prod(largest) > np.prod(first.size):
+        notes.append(
+            f"The file has a larger page ({largest[0]} x {largest[1]} pixels): only the first ({first.size[0]} x "
+            f"{first.size[1]}) is read."
+        )
     count = len(same)
     if count == 1:
         return [0]

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from typing import Any
 
 import click
 
@@ -24,6 +25,14 @@ SECTIONS = {
 
 class Commands(click.Group):
     """The commands under the headings of `SECTIONS`."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command that was named; Ctrl-C ends it with 128 + SIGINT, as shells have it, where click would say 1."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("\nunihema: stopped. The same command goes on where it was.", err=True)
+            raise click.exceptions.Exit(130) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max(map(len, self.commands))
@@ -63,7 +72,7 @@ for _commands in SECTIONS.values():
 
 def main() -> None:
     """Runs the command. Exit codes: 0 done; 1 some files could not be analysed; 2 an error, as one line that names the input and
-    the remedy; 3 stopped, a checkpoint saved. A fault of ours shows its traceback, also with exit code 1."""
+    the remedy; 3 stopped, a checkpoint saved; 130 stopped by Ctrl-C. A fault of ours shows its traceback, also with exit code 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

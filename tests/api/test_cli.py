@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -179,3 +180,16 @@ def test_output_that_finds_no_space_is_one_line(checkpoint):
         )
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["unihema: no space is left to write to. Make room, and repeat the command."]
+
+
+@pytest.mark.parametrize("arguments", [("predict", "nowhere", "a.png", "-o", "out"), ("data", "check", "nowhere")])
+def test_ctrl_c_is_one_line_and_an_exit_code_of_its_own(monkeypatch, tmp_path, arguments):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unihema.analyzer.Analyzer.from_pretrained", stop)
+    monkeypatch.setattr("unihema.training.data.curation.check.check_data", stop)
+    result = run_command(*arguments, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr.strip() == "unihema: stopped. The same command goes on where it was."
+    assert os.listdir(tmp_path) == []

@@ -9,7 +9,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from unihema.errors import InputTypeError, UnreadableImageError
-from unihema.processing_unihema.image_io import image_size, load_image, load_mask
+from unihema.files import open_image
+from unihema.processing_unihema.image_io import image_size, load_image, load_mask, read_image
 
 
 RGB = np.zeros((20, 30, 3), np.uint8) + np.array([200, 120, 40], np.uint8)
@@ -199,3 +200,33 @@ def test_the_size_of_a_png_is_known_without_decoding_it(tmp_path, place, monkeyp
     if place != "behind them":
         monkeypatch.setattr(PngImageFile, "load", lambda _: pytest.fail("decoded"))
     assert image_size(tmp_path / "a.png") == ((20, 30) if place == "nowhere" else (30, 20))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("JPEG", {}), ("PNG", {}), ("WEBP", {})],
+    ids=["TIFF", "TIFF, LZW", "JPEG", "PNG", "WEBP"],
+)
+def test_the_size_is_that_of_the_upright_image_read_or_not(tmp_path, kind, options, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "a", kind, exif=exif, **options)
+    upright = (30, 20) if orientation > 4 else (20, 30)
+    assert load_image(tmp_path / "a").size == upright[::-1]
+    assert image_size(tmp_path / "a") == upright
+    with Image.open(tmp_path / "a") as opened:
+        assert image_size(opened) == upright
+        opened.load()
+        assert image_size(opened) == upright
+    assert open_image(tmp_path / "a")[1:3] == upright[::-1]
+
+
+def test_a_page_larger_than_the_first_is_said(tmp_path):
+    pages = [Image.fromarray(np.zeros((height, 30, 3), np.uint8)) for height in (10, 40, 20)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    opened, notes = read_image(tmp_path / "a.tif")
+    assert opened.size == (30, 10)
+    assert notes == ["The file has a larger page (30 x 40 pixels): only the first (30 x 10) is read."]
+    pages[1].save(tmp_path / "a.tif", save_all=True, append_images=pages[::2])
+    assert read_image(tmp_path / "a.tif")[1] == []
