@@ -71,8 +71,11 @@ for _commands in SECTIONS.values():
 
 
 def main() -> None:
-    """Runs the command. Exit codes: 0 done; 1 some files could not be analysed; 2 an error, as one line that names the input and
-    the remedy; 3 stopped, a checkpoint saved; 130 stopped by Ctrl-C. A fault of ours shows its traceback, also with exit code 1."""
+    """Runs the command.
+
+    Exit codes: 0 done; 1 some files could not be analysed; 2 an error, as one line that names the input and the remedy; 3
+    stopped, a checkpoint saved; 130 stopped by Ctrl-C. A fault of ours shows its traceback, also with exit code 1.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
