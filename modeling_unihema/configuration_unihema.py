@@ -205,6 +205,11 @@ def _in_bounds(part: str, value: Any, least: float, most: float, why: str) -> No
         raise InputError(f"{part} is {shown} and must {allowed}: {why}.")
 
 
+def _number(key: Any) -> Any:
+    """A class's number that is written as text."""
+    return int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 10 else key
+
+
 def _checked_names(part: str, names: Any, most: int = MOST_CLASSES, least: int = 1) -> None:
     if not least <= len(names) <= most:
         raise InputError(f"{part} has {len(names)} names; {least} to {most} are allowed.")
@@ -463,8 +468,15 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
             raise InputError(
                 f"id2label numbers its {len(names)} classes from 0 without gaps, not as {str(names)[:80]}."
             )
-        _checked_names("id2label", list(names.values()))
-        _checked_names("single_cell_labels", self.single_cell_labels)
+        for part, listed in (("id2label", list(names.values())), ("single_cell_labels", self.single_cell_labels)):
+            _checked_names(part, listed)
+            twice = (
+                next((name for name in listed if listed.count(name) > 1), None)
+                if len(set(listed)) < len(listed)
+                else None
+            )
+            if twice is not None:
+                raise InputError(f"{part} has '{twice[:40]}' twice: results could not tell the two classes apart.")
         _checked_names("morphology", list(self.morphology), MOST_ATTRIBUTES, least=0)
         for attribute, values in self.morphology.items():
             if isinstance(values, str):
@@ -524,10 +536,20 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
 
         Args:
             config_dict (`dict[str, Any]`): What was saved.
-            **kwargs: Fields to change.
+            **kwargs: Fields to change. The numbers of `id2label` and `label2id` may be text, as in Transformers' examples.
+
+        Raises:
+            ValueError: `num_labels`, `id2label` and `label2id` contradict each other.
         """
         _no_foreign_kernels(config_dict)
         names, count = kwargs.get("id2label"), kwargs.get("num_labels")
+        if isinstance(names, Mapping):
+            kwargs["id2label"] = names = {_number(key): name for key, name in names.items()}
+            if count not in (None, len(names)):
+                raise InputError(f"num_labels={count}, but id2label has {len(names)} names.")
+            back = {name: _number(index) for name, index in (kwargs.get("label2id") or {}).items()}
+            if back and back != {name: index for index, name in names.items()}:
+                raise InputError(f"label2id {str(back)[:80]} is not the reverse of id2label {str(names)[:80]}.")
         if "transformers_version" in config_dict and not {"id2label", "num_labels"} & config_dict.keys():
             # Older checkpoints with LABEL_0 and LABEL_1, Transformers' default, were saved without their classes.
             config_dict = {**config_dict, "num_labels": 2}

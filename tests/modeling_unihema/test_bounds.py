@@ -68,6 +68,8 @@ def test_numbers_of_the_backbone(field):
         ({"id2label": {0: "a", 2: "b"}}, "id2label numbers its 2 classes from 0 without gaps"),
         ({"id2label": {0: "a" * (LONGEST_NAME + 1)}}, "id2label: a name is a text of 1 to 1000"),
         ({"id2label": {0: ""}}, "id2label: a name is a text"),
+        ({"id2label": {0: "a", 1: "b", 2: "a"}}, "id2label has 'a' twice"),
+        ({"single_cell_labels": ["a", "a"]}, "single_cell_labels has 'a' twice"),
         ({"id2label": {0: "cell\x1b[2J"}}, "id2label: the name .* has control characters"),
         ({"id2label": None, "num_labels": 10**12}, "num_labels"),
         ({"id2label": None, "num_labels": 0}, "num_labels"),

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from tiny_models import batch, lively, very_tiny_config
-from transformers import AutoModelForImageClassification, AutoModelForObjectDetection
+from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForObjectDetection
 
+from unihema.errors import InputError
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.modeling_unihema import (
     UniHemaForDetection,
@@ -55,6 +56,26 @@ def test_new_classes_for_the_single_cell(labels, auto, tmp_path):
     assert again.config.single_cell_labels == names
     with torch.no_grad():
         assert again(pixel_values=batch("single_cell")["pixel_values"]).logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize("loader", [AutoModelForObjectDetection, AutoModelForImageClassification])
+def test_classes_as_the_examples_of_transformers_name_them(loader, tmp_path):
+    """Numbers as text; the configuration apart, or with the weights."""
+    UniHemaForMultiTask(very_tiny_config()).save_pretrained(tmp_path / "full")
+    names = ["blast", "None", "7"]
+    labels = {"id2label": {str(i): name for i, name in enumerate(names)}, "num_labels": 3}
+    labels["label2id"] = {name: str(i) for i, name in enumerate(names)}
+    config = AutoConfig.from_pretrained(tmp_path / "full", finetuning_task="image-classification", **labels)
+    for given in (labels, {"config": config}):
+        model = loader.from_pretrained(tmp_path / "full", ignore_mismatched_sizes=True, **given)
+        assert model.config.id2label == dict(enumerate(names))
+        assert model.config.label2id == {name: i for i, name in enumerate(names)}
+        model.save_pretrained(tmp_path / "new")
+        assert loader.from_pretrained(tmp_path / "new").config.id2label == dict(enumerate(names))
+    with pytest.raises(InputError, match="num_labels=4, but id2label has 3 names"):
+        loader.from_pretrained(tmp_path / "full", **labels | {"num_labels": 4})
+    with pytest.raises(InputError, match="label2id .* is not the reverse of id2label"):
+        loader.from_pretrained(tmp_path / "full", **labels | {"label2id": {"blast": 1, "None": 0, "7": 2}})
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
