@@ -314,11 +314,27 @@ class UniHemaModel(UniHemaPreTrainedModel):
         if pixel_values is not None and image_features is not None:
             raise InputError("Give pixel_values or image_features, not both.")
 
+    @staticmethod
+    def _check_pixels(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> None:
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1] != 3 or not pixel_values.is_floating_point():
+            raise InputError(
+                f"pixel_values must be floats [B, 3, H, W], as the processor makes them, got {pixel_values.dtype} {shape}."
+            )
+        # A compiled or exported model would take the sizes for conditions.
+        if torch.compiler.is_compiling() or pixel_mask is None:
+            return
+        if tuple(pixel_mask.shape) != (shape[0], *shape[2:]):
+            raise InputError(
+                f"pixel_mask has shape {tuple(pixel_mask.shape)}, pixel_values {shape}: they are of other images."
+            )
+
     def _features(self, pixel_values, pixel_mask, image_features) -> UniHemaImageFeatures:
         """The given features, or the feature levels of the given images."""
         self._one_source(pixel_values, image_features)
         if image_features is not None:
             return image_features
+        self._check_pixels(pixel_values, pixel_mask)
         levels = self.visual_backbone(pixel_values, pixel_mask)
         return UniHemaImageFeatures(levels=levels, image_size=tuple(pixel_values.shape[-2:]))
 

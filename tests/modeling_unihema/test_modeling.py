@@ -189,6 +189,14 @@ def test_prompt_changes_the_detections(model):
         ({"task": "cloze", "input_ids": torch.ones(2, 17, dtype=torch.long), "attention_mask": None}, "at most 16"),
         ({"task": "cloze", "input_ids": torch.ones(3, 5, dtype=torch.long), "attention_mask": None}, "3 texts for 2"),
         ({"pixel_values": None}, "pixel_values is missing"),
+        (
+            {"pixel_values": torch.zeros(3, 64, 64)},
+            r"pixel_values must be floats \[B, 3, H, W\].* got torch.float32 \(3, 64, 64\)",
+        ),
+        ({"pixel_values": torch.zeros(2, 1, 64, 64)}, "pixel_values must be floats"),
+        ({"pixel_values": torch.zeros(2, 3, 64, 64, dtype=torch.uint8)}, "got torch.uint8"),
+        ({"pixel_mask": torch.ones(2, 32, 32)}, r"pixel_mask has shape \(2, 32, 32\), pixel_values \(2, 3, "),
+        ({"pixel_mask": torch.ones(1, 64, 96)}, "they are of other images"),
     ],
 )
 def test_bad_input_is_named(model, change, message):
