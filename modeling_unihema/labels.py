@@ -247,7 +247,7 @@ class CellTargets:
             labels (`Sequence[dict[str, torch.Tensor]]`): See `check_detection_labels`. Labels on the host are sent to the device
                 without waiting for it.
             num_labels (`int`): Classes of the model.
-            num_attributes (`int`): Attributes of the model.
+            num_attributes (`int`): Attributes of the model; 0 leaves them out.
             ancestors (`torch.Tensor`, *optional*): See `ancestors_of`.
             device (`torch.device`): Of the predictions.
         """
@@ -267,7 +267,7 @@ class CellTargets:
             targeted[row, :number] = is_target(image, ancestors)
             of_cells = class_targets(image, num_labels, ancestors)
             positive[row, :number], counted[row, :number] = (mask.float() for mask in of_cells)
-            if image.get("morphology") is not None:
+            if num_attributes and image.get("morphology") is not None:
                 morphology[row, :number] = image["morphology"]
             if image.get("annotated_classes") is not None:
                 annotated[row, 0] = image["annotated_classes"].float()
