@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from unihema.errors import RequestError
 from unihema.files import OpenedImage, open_image
 from unihema.loading import available_tasks, load_model, require_tasks
 from unihema.modeling_unihema.tasks import IMAGE_TASKS, TASK_TABLE, TASKS
-from unihema.results.smear_result import Cell, SmearResult
+from unihema.results.smear_result import CROWDED, Cell, SmearResult
 from unihema.version import __version__
 
 
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 
 # From this share of the queries on, cells were probably left without one.
-CROWDED = 0.95
+FULL = 0.95
+SMALLEST_TILE = 64
 
 
 class QueryCapWarning(UserWarning):
@@ -55,6 +56,8 @@ class Request:
         texts (`dict`): Task -> token ids and mask of its prompt `[1, L]`.
         question_texts (`tuple[dict]`): The same of each question.
         prompts (`dict`): Task -> what its prompt gives the queries, of one image.
+        tiles (`str` or `int`): `"auto"`, `"off"`, or the longer edge of a tile in pixels of the image.
+        um_per_pixel (`float`, *optional*): Size of a pixel of the images, in micrometres.
     """
 
     tasks: tuple[str, ...]
@@ -64,6 +67,8 @@ class Request:
     texts: dict[str, dict[str, "torch.Tensor"]] = field(default_factory=dict)
     question_texts: tuple[dict[str, "torch.Tensor"], ...] = ()
     prompts: dict[str, "UniHemaPromptFeatures"] = field(default_factory=dict)
+    tiles: str | int = "auto"
+    um_per_pixel: float | None = None
 
 
 class Analyzer:
@@ -198,6 +203,8 @@ class Analyzer:
         prompt: str | Sequence[str] | None = None,
         questions: str | Sequence[str] = (),
         threshold: float | None = None,
+        tiles: str | int = "auto",
+        um_per_pixel: float | None = None,
     ) -> SmearResult:
         """Analyses one image.
 
@@ -210,6 +217,11 @@ class Analyzer:
             questions (`Sequence[str]`): Questions about the image, or sentences with blanks (`___`) to fill in.
             threshold (`float`, *optional*): Smallest detection score for all classes, instead of the checkpoint's calibrated
                 one for each class.
+            tiles (`str` or `int`): A wide field, and one whose cells are larger or smaller than those that the checkpoint
+                knows, is seen in overlapping tiles at the scale of its training with `"auto"`; no image is with `"off"`. A
+                number is the longer edge of a tile in pixels of the image.
+            um_per_pixel (`float`, *optional*): Size of a pixel in micrometres, where it is known; the scale follows from it
+                instead of from the red cells that are found.
 
         Returns:
             [`SmearResult`]: Coordinates in pixels of the image as it stands in its file.
@@ -219,7 +231,7 @@ class Analyzer:
             CheckpointError: The checkpoint lacks a head.
             RequestError: Unknown task, a threshold outside 0..1, or a question longer than the limit.
         """
-        return self.analyze_images([image], tasks, prompt, questions, threshold)[0]
+        return self.analyze_images([image], tasks, prompt, questions, threshold, tiles, um_per_pixel)[0]
 
     def ask(
         self, image: "str | Path | Image.Image | numpy.ndarray", questions: str | Sequence[str]
@@ -249,17 +261,19 @@ class Analyzer:
         prompt: str | Sequence[str] | None = None,
         questions: str | Sequence[str] = (),
         threshold: float | None = None,
+        tiles: str | int = "auto",
+        um_per_pixel: float | None = None,
     ) -> list[SmearResult]:
         """Analyses several images at once; each has the result it has alone, up to float rounding.
 
         Args:
             images (`Sequence`): Images, best of one size: they are padded to the largest.
-            tasks, prompt, questions, threshold: As for a single image.
+            tasks, prompt, questions, threshold, tiles, um_per_pixel: As for a single image.
 
         Returns:
             `list[SmearResult]`: One for each image.
         """
-        return self.run(self.request(tasks, prompt, questions, threshold), images)
+        return self.run(self.request(tasks, prompt, questions, threshold, tiles, um_per_pixel), images)
 
     def analyze_files(
         self,
@@ -273,6 +287,8 @@ class Analyzer:
         overwrite: bool = False,
         batch_size: int = 1,
         on_image: Callable[[int, int, Path, SmearResult | str | None], None] | None = None,
+        tiles: str | int = "auto",
+        um_per_pixel: float | None = None,
     ) -> "BatchReport":
         """Analyses files, folders and glob patterns into a results folder.
 
@@ -282,7 +298,7 @@ class Analyzer:
         Args:
             inputs (`Sequence[str | Path]`): Image files, folders (with subfolders) and glob patterns.
             output (`str` or `Path`): Folder for the results; made when missing.
-            tasks, prompt, questions, threshold: As for a single image.
+            tasks, prompt, questions, threshold, tiles, um_per_pixel: As for a single image.
             geojson (`bool`): Also write a GeoJSON file for QuPath for each image.
             overwrite (`bool`): Analyse every image again, whatever the folder was written with.
             batch_size (`int`): Images of one size that are analysed together: faster on a GPU, with the same results up to
@@ -302,7 +318,14 @@ class Analyzer:
         from unihema.result_folder import analyze_into
 
         return analyze_into(
-            output, self, inputs, (tasks, prompt, questions, threshold), geojson, overwrite, batch_size, on_image
+            output,
+            self,
+            inputs,
+            (tasks, prompt, questions, threshold, tiles, um_per_pixel),
+            geojson,
+            overwrite,
+            batch_size,
+            on_image,
         )
 
     def request(
@@ -311,11 +334,13 @@ class Analyzer:
         prompt: str | Sequence[str] | None = None,
         questions: str | Sequence[str] = (),
         threshold: float | None = None,
+        tiles: str | int = "auto",
+        um_per_pixel: float | None = None,
     ) -> Request:
         """Checks, before any image is opened, that the checkpoint can do what is asked, and reads the texts.
 
         Args:
-            tasks, prompt, questions, threshold: As for a single image.
+            tasks, prompt, questions, threshold, tiles, um_per_pixel: As for a single image.
 
         Returns:
             [`Request`]: To be given to [`Analyzer.run`], as long as the weights stay what they are.
@@ -338,6 +363,12 @@ class Analyzer:
             raise RequestError("Nothing to do: this checkpoint only answers questions, and no question was given.")
         if threshold is not None and not 0 <= threshold <= 1:
             raise RequestError(f"The threshold must lie in 0..1, got {threshold}.")
+        if tiles not in ("auto", "off") and not (type(tiles) is int and tiles >= SMALLEST_TILE):
+            raise RequestError(f"tiles must be auto, off, or an edge of {SMALLEST_TILE} pixels or more, got {tiles!r}.")
+        if um_per_pixel is not None and not 0.001 <= um_per_pixel <= 100:
+            raise RequestError(f"A pixel is 0.001 to 100 micrometres wide, got {um_per_pixel}.")
+        if um_per_pixel is not None and self.model.config.trained.red_cell_diameter is None:
+            raise RequestError("This checkpoint does not say how large its cells are, so micrometres tell it nothing.")
         require_tasks(self.model, [*tasks, *dict.fromkeys(map(_language_task, questions))])
         tasks = tuple(task for task in IMAGE_TASKS if task in tasks)
         asked = {
@@ -355,7 +386,7 @@ class Analyzer:
             with torch.inference_mode():
                 prompts = {task: self.model.get_prompt_features(**texts[task], task=task) for task in asked}
         kept = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
-        return Request(tasks, kept, questions, threshold, texts, question_texts, prompts)
+        return Request(tasks, kept, questions, threshold, texts, question_texts, prompts, tiles, um_per_pixel)
 
     def _tokens(self, text: str | Sequence[str] | None, task: str) -> "dict[str, torch.Tensor]":
         return dict(self.processor(text=text, task=task).to(self.model.device))
@@ -376,11 +407,21 @@ class Analyzer:
             UnreadableImageError: An image cannot be read.
             RequestError: The model was put into training mode.
         """
-        import torch
-
         if self.model.training:
             raise RequestError("The model is in training mode: call model.eval() before analysing.")
         opened = [image if isinstance(image, OpenedImage) else open_image(image) for image in images]
+        results = self._look(request, opened)
+        for image, result in zip(opened, results, strict=True):
+            self._look_closer(request, image, result)
+            for text in result.warnings:
+                if CROWDED in text:
+                    warnings.warn(f"{result.image or 'image'}: {text}", QueryCapWarning, stacklevel=3)
+        return results
+
+    def _look(self, request: Request, opened: Sequence[OpenedImage]) -> list[SmearResult]:
+        """What is seen of whole images."""
+        import torch
+
         results = [
             SmearResult(image.width, image.height, image=image.name, warnings=list(image.notes)) for image in opened
         ]
@@ -398,6 +439,26 @@ class Analyzer:
                 for result, answer in zip(results, self._answers(question, tokens, seen), strict=True):
                     result.answers.append({"question": question, "answer": answer})
         return results
+
+    def _look_closer(self, request: Request, image: OpenedImage, result: SmearResult) -> None:
+        """Sees an image in tiles where the request, or the size of its cells, says so."""
+        tasks = tuple(task for task in request.tasks if task in ("detection", "segmentation"))
+        edge = self.processor.image_processor.task_sizes["detection"].get("longest_edge")
+        if request.tiles == "off" or "detection" not in tasks or not edge:
+            return
+        from unihema.inference.tiles import KnownSize, see_in_tiles
+
+        alone = replace(request, tasks=tasks, questions=(), question_texts=())
+        diameters = self.model.config.trained.red_cell_diameter
+        see_in_tiles(
+            image.pixels,
+            result,
+            lambda parts: self._look(alone, [OpenedImage(part, *part.size, None) for part in parts]),
+            edge,
+            None if diameters is None else KnownSize(*diameters),
+            request.tiles,
+            request.um_per_pixel,
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves model and processor, with the reference of the images they were trained on.
@@ -615,13 +676,11 @@ def _warn_if_crowded(logits: "torch.Tensor", thresholds: Sequence[float], result
     best = logits.float().sigmoid().max(-1)
     used = int((best.values > best.values.new_tensor(thresholds)[best.indices]).sum())
     queries = len(logits)
-    if used >= CROWDED * queries:
-        message = (
-            f"{used} of {queries} queries found a cell: there are probably more cells than queries, and the counts are "
-            "too low. Cut the image into smaller fields."
+    if used >= FULL * queries:
+        result.warnings.append(
+            f"{used} of {queries} {CROWDED}: there are probably more cells than queries, and the counts are too low. Give "
+            "smaller tiles."
         )
-        result.warnings.append(message)
-        warnings.warn(f"{result.image or 'image'}: {message}", QueryCapWarning, stacklevel=6)
 
 
 __all__ = [

@@ -89,7 +89,7 @@ def analyze_into(
         output (`str` or `Path`): The results folder.
         analyzer ([`Analyzer`]): Analyses.
         inputs (`Sequence[str | Path]`): Image files, folders and glob patterns.
-        request (`tuple`): Tasks, prompt, questions and threshold.
+        request (`tuple`): Tasks, prompt, questions, threshold, tiles and size of a pixel.
         geojson, overwrite, batch_size, on_image: As there.
 
     Returns:
@@ -137,6 +137,8 @@ def _settings(analyzer: "Analyzer", request: "Request", geojson: bool) -> dict[s
         "prompt": request.prompt if isinstance(request.prompt, str | None) else list(request.prompt),
         "questions": list(request.questions),
         "threshold": request.threshold,
+        "tiles": request.tiles,
+        "um_per_pixel": request.um_per_pixel,
         "image_sizes": {task: dict(processor.task_sizes[task]) for task in request.tasks},
         "geojson": geojson,
     }

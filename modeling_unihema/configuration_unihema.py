@@ -180,12 +180,15 @@ class TrainingResults:
         detection_thresholds (`dict[str, float]`): Calibrated operating threshold of each detection class.
         segmentation_threshold (`float`): Probability above which a pixel belongs to the mask.
         segmentation_label (`str`): What the default segmentation prompt names.
+        red_cell_diameter (`list[float]`, *optional*): Diameter of red cells in pixels of the model's input for detection: 5 %,
+            50 % and 95 % of the training fields have a median below. By it an image is seen at the scale of the training.
     """
 
     tasks: list[str] | None = None
     detection_thresholds: dict[str, float | int] = dataclasses.field(default_factory=dict)
     segmentation_threshold: float | int = 0.5
     segmentation_label: str = "white blood cell"
+    red_cell_diameter: list[float | int] | None = None
 
 
 def _in_bounds(part: str, value: Any, least: float, most: float, why: str) -> None:
@@ -490,6 +493,11 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         }
         for name, threshold in thresholds.items():
             _in_bounds(f"trained: the threshold of '{name[:40]}'", threshold, 0, 1, "it is compared with a score")
+        diameters = self.trained.red_cell_diameter
+        if diameters is not None:
+            _in_bounds("trained.red_cell_diameter", diameters, 1, 1e4, "it is a size in pixels")
+            if len(diameters) != 3 or sorted(diameters) != list(diameters):
+                raise InputError(f"trained.red_cell_diameter is {diameters} and must be three sizes, ascending.")
         for part in ("loss_weights", "matching_weights"):
             for name, weight in getattr(self, part).items():
                 _in_bounds(f"{part}.{name}", weight, 0, 1e4, _WEIGHT)

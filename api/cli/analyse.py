@@ -28,6 +28,14 @@ DEMO_QUESTIONS = (
 )
 
 
+def _tiles(context: click.Context, parameter: click.Parameter, value: str) -> str | int:
+    if value in ("auto", "off"):
+        return value
+    if not value.isascii() or not value.isdigit():
+        raise click.BadParameter(f"{value!r} is neither auto nor off, nor a number of pixels.")
+    return int(value)
+
+
 @click.command()
 @click.argument("checkpoint")
 @click.argument("images", nargs=-1, required=True)
@@ -36,6 +44,13 @@ DEMO_QUESTIONS = (
 @click.option("--prompt", help="Class names, or a disease, to look for.")
 @click.option("--question", "-q", "questions", multiple=True, help="Question about each image; may be repeated.")
 @click.option("--threshold", type=float, help="Smallest score; the checkpoint's calibrated ones by default.")
+@click.option(
+    "--tiles", default="auto", show_default=True, metavar="auto|off|PIXELS", callback=_tiles,
+    help="Longer edge of the tiles in which an image is seen; by the size of its cells, or whole.",
+)  # fmt: skip
+@click.option(
+    "--um-per-pixel", type=float, help="Size of a pixel in micrometres; by the red cells that are found otherwise."
+)
 @click.option("--geojson", is_flag=True, help="Also write GeoJSON for QuPath.")
 @image_size_option
 @batch_size_option
@@ -50,6 +65,8 @@ def predict(
     prompt: str | None,
     questions: tuple[str, ...],
     threshold: float | None,
+    tiles: str | int,
+    um_per_pixel: float | None,
     geojson: bool,
     image_sizes: Sequence[tuple[str | None, int]],
     batch_sizes: Sequence[tuple[str | None, int]],
@@ -101,6 +118,8 @@ def predict(
             overwrite=overwrite,
             batch_size=batch_size,
             on_image=on_image,
+            tiles=tiles,
+            um_per_pixel=um_per_pixel,
         )
     finally:
         bar.close()

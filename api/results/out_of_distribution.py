@@ -24,7 +24,7 @@ from unihema.checkpoint_files import REFERENCE_FILE
 from unihema.errors import CheckpointError, InputError
 from unihema.files import write_atomically
 from unihema.modeling_unihema.outputs import UniHemaImageFeatures
-from unihema.results.smear_result import SmearResult
+from unihema.results.smear_result import OTHER_SIZE, SmearResult
 
 
 # Variance of the Laplacian as part of the variance of the grey values; mean grey value, 0..255; share of burnt-out pixels.
@@ -379,7 +379,7 @@ def _size_warnings(result: SmearResult, known: dict[str, tuple[float, float]], s
         if kind:
             usual = 32 * max(1, round(edge * (low * high) ** 0.5 / size / 32))
             found.append(
-                f"{label} cells are {kind} for the model than those it was trained on (median {size:.0f} pixels, trained on "
+                f"{label} cells are {kind} {OTHER_SIZE} (median {size:.0f} pixels, trained on "
                 f"{low:.0f} to {high:.0f}): check the magnification. The image's longer side is {edge:.0f} pixels for the "
                 f"model; at {usual} its cells would be of the usual size (--image-size detection={usual})."
             )

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 
 FORMAT = 1
+# Words of the warning that a field has about as many cells as the model has queries.
+CROWDED = "queries found a cell"
+# Words of the warning that cells are not of the size that the model was trained on.
+OTHER_SIZE = "for the model than those it was trained on"
 
 
 @dataclass
@@ -109,6 +113,9 @@ class SmearResult:
         out_of_distribution (`dict`, *optional*): How far the image is from those the model was trained on: {"distance" to the
             most similar data set, "limit" below which 99 % of its validation images are, "nearest": its name}. Of a
             checkpoint with a reference (`unihema reference`).
+        tiling (`dict`, *optional*): How the image was seen in tiles: their number `tiles`, their size `tile` (width and height)
+            in pixels of the image, `scale` (pixels of the image for one of the model's input), `scale_source` (where that
+            comes from) and `um_per_pixel`, measured by red cells where none was given. `None`: it was seen whole.
         warnings (`list[str]`): What a reader of the counts must know, such as a reached query cap.
         provenance (`dict`): Versions, checkpoint, SHA-256 of the weights, thresholds and settings.
     """
@@ -124,6 +131,7 @@ class SmearResult:
     single_cell: dict[str, Any] | None = None
     answers: list[dict[str, str]] = field(default_factory=list)
     out_of_distribution: dict[str, Any] | None = None
+    tiling: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -171,6 +179,7 @@ class SmearResult:
             "single_cell": self.single_cell,
             "answers": self.answers,
             "out_of_distribution": self.out_of_distribution,
+            "tiling": self.tiling,
             "warnings": self.warnings,
             "provenance": self.provenance,
         }

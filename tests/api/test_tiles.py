@@ -1,0 +1,248 @@
+"""Tiles: each cell once, at the scale that the model knows. A detector of drawn discs tells the truth; the checkpoint that comes
+with the package sees real fields."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from unihema import Analyzer
+from unihema.errors import RequestError
+from unihema.inference.tiles import KnownSize, lay_tiles, see_in_tiles
+from unihema.results.smear_result import CROWDED, Cell, SmearResult
+from unihema.shipped import copy_examples, lay_down_checkpoint
+from unihema.training.run.build import red_cell_diameter
+
+
+EDGE, KNOWN = 320, KnownSize(47.0, 62.0, 77.0)
+BACKGROUND = 240
+
+
+def discs(
+    width: int, height: int, diameter: float, share: float = 0.25, seed: int = 0
+) -> tuple[Image.Image, np.ndarray]:
+    """An image of discs that do not touch each other, and their centres."""
+    rng = np.random.default_rng(seed)
+    image = Image.new("L", (width, height), BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    step = diameter * math.sqrt(math.pi / 4 / share)
+    centres = []
+    for y in np.arange(step / 2, height - diameter / 2, step):
+        for x in np.arange(step / 2, width - diameter / 2, step):
+            x_there, y_there = (float(np.round(v + rng.uniform(-1, 1) * (step - diameter) / 2.2)) for v in (x, y))
+            centres.append((x_there, y_there))
+            draw.ellipse(
+                [x_there - diameter / 2, y_there - diameter / 2, x_there + diameter / 2, y_there + diameter / 2], 0
+            )
+    return image.convert("RGB"), np.array(centres)
+
+
+class Detector:
+    """Finds discs, but only of about the size that it knows in its input."""
+
+    def __init__(self, known: KnownSize = KNOWN, cap: int = 200):
+        self.known, self.cap, self.looks = known, cap, 0
+
+    def __call__(self, images: list[Image.Image]) -> list[SmearResult]:
+        self.looks += len(images)
+        return [self.look(image) for image in images]
+
+    def look(self, image: Image.Image) -> SmearResult:
+        result = SmearResult(*image.size, classes=["RBC"])
+        labels, _ = ndimage.label(np.asarray(image.convert("L")) < BACKGROUND / 2)
+        for rows, columns in ndimage.find_objects(labels):
+            box = (columns.start, rows.start, columns.stop, rows.stop)
+            longer = max(box[2] - box[0], box[3] - box[1]) * EDGE / max(image.size)
+            if 0.75 * self.known.low <= longer <= 1.3 * self.known.high and len(result.cells) < self.cap:
+                result.cells.append(Cell(len(result.cells) + 1, box, "RBC", 0.9))
+        result.mask = (labels > 0).astype(np.uint8)
+        if len(result.cells) >= self.cap:
+            result.warnings.append(f"{self.cap} of {self.cap} {CROWDED}")
+        return result
+
+
+def seen(image: Image.Image, **options) -> tuple[SmearResult, Detector]:
+    detector = Detector()
+    (result,) = detector([image])
+    see_in_tiles(image, result, detector, EDGE, KNOWN, **options)
+    return result, detector
+
+
+def matched(result: SmearResult, centres: np.ndarray, within: float) -> int:
+    """How many true centres have exactly one found cell near them."""
+    found = np.array([cell.center for cell in result.cells]).reshape(-1, 2)
+    near = np.hypot(*(found[None] - centres[:, None]).transpose(2, 0, 1)) < within
+    return int((near.sum(1) == 1).sum())
+
+
+@pytest.mark.parametrize("size", [(640, 480), (641, 480), (2000, 700), (100, 3000), (5000, 4999), (639, 100)])
+@pytest.mark.parametrize("margin", [0, 60])
+def test_cores_cover_the_image_once_and_tiles_reach_beyond_them(size, margin):
+    width, height = size
+    tiles = lay_tiles(width, height, 640, 480, margin)
+    covered = np.zeros((height, width), dtype=np.uint8)
+    for tile in tiles:
+        left, top, right, bottom = tile.core
+        covered[top:bottom, left:right] += 1
+        assert (tile.box[2] - tile.box[0], tile.box[3] - tile.box[1]) == (640, 480)
+        assert tile.box[0] <= left or left == 0
+        for edge, core, limit in ((tile.box[0], left, 0), (tile.box[1], top, 0)):
+            assert core == limit or core - edge >= margin
+        for edge, core, limit in ((tile.box[2], right, width), (tile.box[3], bottom, height)):
+            assert core == limit or edge - core >= margin
+    assert (covered == 1).all()
+
+
+# Pixels of a disc, from fields that are far too wide for one look to those of another magnification.
+@pytest.mark.parametrize(
+    "size,diameter", [((2560, 1920), 110), ((1280, 480), 100), ((480, 1600), 90), ((3000, 3000), 60)]
+)
+def test_every_cell_of_a_wide_field_is_counted_once(size, diameter):
+    image, centres = discs(*size, diameter)
+    result, _ = seen(image)
+    assert result.tiling["scale_source"] == "estimated from the red cells that are found"
+    assert matched(result, centres, diameter / 4) == len(centres) == len(result.cells)
+    assert [cell.id for cell in result.cells] == list(range(1, len(centres) + 1))
+    assert (result.mask == (np.asarray(image.convert("L")) < BACKGROUND / 2)).all()
+    assert any(f"Seen in {result.tiling['tiles']} tiles" in text for text in result.warnings)
+    # Where the model's input has the disc at a size of its training.
+    assert KNOWN.low <= diameter / result.tiling["scale"] <= KNOWN.high
+
+
+@pytest.mark.parametrize("diameter", [96, 120, 150])
+def test_a_usual_field_is_seen_once(diameter):
+    image, centres = discs(640, 480, diameter, share=0.6)
+    result, detector = seen(image)
+    assert result.tiling is None and detector.looks == 1 and not result.warnings
+    assert len(result.cells) == len(centres)
+
+
+def test_cells_that_are_too_large_are_seen_from_further_away():
+    image, centres = discs(640, 480, 178, share=0.66)
+    result, _ = seen(image)
+    assert result.tiling["tiles"] == 1 and result.tiling["tile"][0] > 640
+    assert matched(result, centres, 40) == len(centres) == len(result.cells)
+
+
+def test_given_micrometres_decide_without_a_search():
+    image, centres = discs(1600, 1200, 72)
+    # 7.2 micrometres a red cell.
+    result, detector = seen(image, um_per_pixel=0.1)
+    assert result.tiling["um_per_pixel"] == 0.1 and detector.looks == 1 + result.tiling["tiles"]
+    assert result.tiling["scale"] == pytest.approx(72 / KNOWN.usual)
+    assert matched(result, centres, 18) == len(centres) == len(result.cells)
+    usual, detector = seen(discs(640, 480, 124)[0], um_per_pixel=7.2 / 124)
+    assert usual.tiling is None and detector.looks == 1
+
+
+def test_given_tiles_are_taken_also_without_a_known_size():
+    image, centres = discs(1600, 1200, 110)
+    detector = Detector()
+    (result,) = detector([image])
+    see_in_tiles(image, result, detector, EDGE, None, tiles=640)
+    assert result.tiling["tile"] == [640, 480] and "um_per_pixel" not in result.tiling
+    assert matched(result, centres, 25) == len(centres) == len(result.cells)
+
+
+def test_a_reduced_image_gives_pixels_of_its_file():
+    image, centres = discs(1280, 960, 55)
+    detector = Detector()
+    (result,) = detector([image])
+    result.width, result.height = 2560, 1920
+    for cell in result.cells:
+        cell.box = tuple(2 * value for value in cell.box)
+    see_in_tiles(image, result, detector, EDGE, KNOWN)
+    assert matched(result, 2 * centres, 25) == len(centres)
+
+
+def test_tiles_with_more_cells_than_queries_are_said():
+    image, _ = discs(1600, 1200, 110)
+    detector = Detector(cap=3)
+    (result,) = detector([image])
+    see_in_tiles(image, result, detector, EDGE, KNOWN, tiles=640)
+    assert any(CROWDED in text and "Give smaller tiles" in text for text in result.warnings)
+
+
+def test_white_cells_of_the_whole_field_keep_their_type():
+    image, _ = discs(2560, 1920, 110)
+    detector = Detector()
+    (result,) = detector([image])
+    result.cells = [
+        Cell(1, (1000, 800, 1220, 1020), "neutrophil", 0.3),
+        # As large as no white cell is, and no white cell at all.
+        Cell(2, (0, 0, 1200, 900), "lymphocyte", 0.9),
+        Cell(3, (300, 300, 520, 520), "RBC", 0.9),
+    ]
+    see_in_tiles(image, result, detector, EDGE, KNOWN)
+    assert [cell.label for cell in result.cells if cell.label != "RBC"] == ["neutrophil"]
+    assert all(cell.box[2] - cell.box[0] < 150 for cell in result.cells if cell.label == "RBC")
+
+
+def test_an_empty_field_stays_empty():
+    result, _ = seen(Image.new("RGB", (2000, 1500), "white"))
+    assert result.cells == [] and result.tiling is None
+
+
+# The checkpoint that comes with the package
+
+
+@pytest.fixture(scope="module")
+def analyzer(tmp_path_factory):
+    return Analyzer.from_pretrained(lay_down_checkpoint(tmp_path_factory.mktemp("shipped") / "unihema"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def field(tmp_path_factory):
+    copy_examples(tmp_path_factory.mktemp("examples"))
+    return Image.open(tmp_path_factory.getbasetemp() / "examples0" / "field_1.jpg").convert("RGB")
+
+
+def test_fields_side_by_side_have_the_cells_of_both(analyzer, field):
+    alone = analyzer(field, ["detection"])
+    assert alone.tiling is None
+    wide = Image.new("RGB", (2 * field.width, 2 * field.height))
+    for x in range(2):
+        for y in range(2):
+            wide.paste(field, (x * field.width, y * field.height))
+    whole = analyzer(wide, ["detection"], tiles="off")
+    result = analyzer(wide, ["detection", "segmentation"])
+    assert result.mask.shape == (wide.height, wide.width)
+    assert abs(len(result.cells) - 4 * len(alone.cells)) <= 0.15 * 4 * len(alone.cells)
+    assert abs(len(result.cells) - 4 * len(alone.cells)) < abs(len(whole.cells) - 4 * len(alone.cells))
+    again = SmearResult.from_dict(result.to_dict())
+    assert again.tiling == result.tiling and again.counts == result.counts
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        ({"tiles": 10}, "64 pixels or more, got 10"),
+        ({"tiles": "small"}, "auto, off, or an edge"),
+        ({"tiles": True}, "auto, off, or an edge"),
+        ({"um_per_pixel": 0}, "0.001 to 100 micrometres"),
+        ({"um_per_pixel": math.nan}, "0.001 to 100 micrometres"),
+    ],
+)
+def test_tiles_that_cannot_be(analyzer, field, options, words):
+    with pytest.raises(RequestError, match=words):
+        analyzer(field, **options)
+
+
+def test_micrometres_tell_nothing_to_a_checkpoint_without_a_size(analyzer, field, monkeypatch):
+    monkeypatch.setattr(analyzer.model.config.trained, "red_cell_diameter", None)
+    with pytest.raises(RequestError, match="does not say how large its cells are"):
+        analyzer(field, um_per_pixel=0.1)
+    assert analyzer(field).tiling is None
+
+
+def test_a_training_run_writes_down_how_large_its_red_cells_are():
+    def row(diameter, cells=6):
+        boxes = [[0.0, 0.0, diameter, diameter]] * cells
+        return {"objects": {"bbox": boxes, "category": ["RBC"] * cells}, "size": (640, 480)}
+
+    rows = [row(100.0 + number) for number in range(11)]
+    assert red_cell_diameter(rows, 320) == [50.25, 52.5, 54.75]
+    assert red_cell_diameter([*rows, row(900, cells=4)], 320) == [50.25, 52.5, 54.75]
+    assert red_cell_diameter(rows[:9], 320) is None and red_cell_diameter(rows, None) is None
