@@ -415,7 +415,7 @@ class Analyzer:
             self._look_closer(request, image, result)
             for text in result.warnings:
                 if CROWDED in text:
-                    warnings.warn(f"{result.image or 'image'}: {text}", QueryCapWarning, stacklevel=3)
+                    warnings.warn(f"{result.image or 'image'}: {text}", QueryCapWarning, stacklevel=4)
         return results
 
     def _look(self, request: Request, opened: Sequence[OpenedImage]) -> list[SmearResult]:
