@@ -150,10 +150,7 @@ class UniHemaImageProcessor(ProcessorWithCode, TorchvisionBackend):
             raise InputError("do_center_crop would cut cells off: give the part of the image to look at instead.")
         if options["data_format"] not in (None, ChannelDimension.FIRST):
             raise InputError(f"pixel_values are channels_first, not {options['data_format']}.")
-        for name in ("image_mean", "image_std"):
-            value = options[name]
-            options[name] = (float(value),) * 3 if np.ndim(value) == 0 else tuple(value)
-
+        mean, std = (_of_channels(options[name]) for name in ("image_mean", "image_std"))
         device = options["device"]
         prepared, mask_maps, labels = [], [], []
         for index, image in enumerate(images):
@@ -168,8 +165,8 @@ class UniHemaImageProcessor(ProcessorWithCode, TorchvisionBackend):
                 options["do_rescale"],
                 float(options["rescale_factor"]),
                 options["do_normalize"],
-                options["image_mean"],
-                options["image_std"],
+                mean,
+                std,
             )
             prepared.append(pixels)
             if annotations is not None:
@@ -194,6 +191,27 @@ class UniHemaImageProcessor(ProcessorWithCode, TorchvisionBackend):
             )
         return BatchFeature(data)
 
+    def normalise(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor) -> torch.Tensor:
+        """What a call makes of pixels, for a batch that was left in bytes (`do_rescale=False, do_normalize=False`) since these
+        take a quarter of the memory on the way to the device.
+
+        Args:
+            pixel_values (`torch.Tensor`): uint8 `[B, 3, H, W]`.
+            pixel_mask (`torch.Tensor`): `[B, H, W]`, 1 on the image.
+
+        Returns:
+            `torch.Tensor`: float32 `[B, 3, H, W]` on the same device, 0 on padding.
+        """
+        pixels = self.rescale_and_normalize(
+            pixel_values,
+            self.do_rescale,
+            float(self.rescale_factor),
+            self.do_normalize,
+            _of_channels(self.image_mean),
+            _of_channels(self.image_std),
+        )
+        return pixels.float() * pixel_mask[:, None]
+
     def scale(self, size: tuple[int, int], task: str = "detection") -> float:
         """Pixels that the model sees for each pixel of an image.
 
@@ -202,6 +220,14 @@ class UniHemaImageProcessor(ProcessorWithCode, TorchvisionBackend):
             task (`str`): One of the five tasks.
         """
         return max(_fitted_size(size, self.task_sizes[task])) / max(size) if self.do_resize else 1.0
+
+    def reduced(self, pixels: torch.Tensor, task: str = "detection") -> torch.Tensor:
+        """Pixels `[3, H, W]` at the size at which the model sees them, resized as a call would, if that is the smaller one."""
+        size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
+        target = _fitted_size(size, self.task_sizes[task]) if self.do_resize else size
+        if target[0] * target[1] >= size[0] * size[1]:
+            return pixels
+        return self._resized(pixels, target, self.resample, None)
 
     def _resized(
         self, pixels: torch.Tensor, target: tuple[int, int], resample: PILImageResampling, device
@@ -254,6 +280,10 @@ UniHemaImageProcessor.register_for_auto_class()
 def _check_count(name: str, values: Sequence, images: Sequence) -> None:
     if len(values) != len(images):
         raise InputError(f"{len(values)} {name} for {len(images)} images: give one for each image.")
+
+
+def _of_channels(value) -> tuple[float, ...]:
+    return (float(value),) * 3 if np.ndim(value) == 0 else tuple(value)
 
 
 def image_list(images) -> list:

@@ -34,6 +34,8 @@ HOW_TO_TRAIN = (
     "optimisation.time_limit_minutes",
     "optimisation.learning_rate",
     "optimisation.mixed_precision",
+    "optimisation.device",
+    "optimisation.compile",
 )
 
 

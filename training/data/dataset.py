@@ -2,24 +2,29 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as F
 
 from unihema.errors import DatasetError, InputError
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
-from unihema.processing_unihema.image_io import load_image
+from unihema.processing_unihema.image_io import MAX_PIXELS, image_size, load_image
 from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng, drawn_scale
 from unihema.training.data.class_tree import as_known, with_covered_parents
+from unihema.training.data.image_cache import ImageCache
 from unihema.training.data.layouts.masks import read_mask
 from unihema.training.data.rows import Row, check_rows, same_shape, witnesses
 from unihema.training.data.shards import LazyRows, StoredFile, largest_group, one_cell_samples, rows_by_sample
 
 
-CACHE_BYTES = 2_000_000_000
+# An image of which no view needs more than this share of its sides is reduced once, before its views: large photographs take
+# most of their time otherwise.
+REDUCED_BELOW = 0.7
 # Share of training images that are asked for all classes, although their data set annotates only some. `unihema predict`
 # does so without a prompt, which would otherwise be new to a model of several data sets.
 DEFAULT_PROMPT_SHARE = 0.5
@@ -47,12 +52,14 @@ class SmearDataset(Dataset):
         seed (`int`): Of views and drawn questions.
         questions_per_image (`int`): Questions of a language sample.
         evaluation (`bool`): No random views; batches have `target_sizes`, `file_names`, `row_indices` and raw texts.
-        cache_images (`bool`): Keep decoded images in memory, up to `CACHE_BYTES` (each loader process has its own).
+        cache ([`ImageCache`], *optional*): Keeps decoded images that come from files of their own.
         text_only (`bool`): A language task without its images; they are not read.
         label_parents (`Mapping[str, str]`, *optional*): Class -> coarser class; in training, a set that annotates the kinds of
             a coarser class has annotated that class too, see `with_covered_parents`.
         name_classes (`bool`): In evaluation, ask detection for the classes that the row's data set annotates, instead of the
             processor's default prompt.
+        pixels_as_bytes (`bool`): Batches have `pixel_values` in uint8, which [`UniHemaImageProcessor.normalise`] makes on the
+            device what the model sees: a quarter of the memory on the way there.
 
     Raises:
         DatasetError: No rows, rows of another task, or names that are not listed.
@@ -70,10 +77,11 @@ class SmearDataset(Dataset):
         seed: int = 0,
         questions_per_image: int = 1,
         evaluation: bool = False,
-        cache_images: bool = False,
+        cache: ImageCache | None = None,
         text_only: bool = False,
         label_parents: Mapping[str, str] | None = None,
         name_classes: bool = False,
+        pixels_as_bytes: bool = False,
     ):
         if not len(rows):
             raise DatasetError(f"No rows for {task}: check the folder and the split.")
@@ -98,8 +106,8 @@ class SmearDataset(Dataset):
         self.evaluation = evaluation
         self.default_prompt_share = DEFAULT_PROMPT_SHARE if not evaluation else 0.0 if name_classes else 1.0
         self.epoch = 0
-        self._cache: dict[str, torch.Tensor] | None = {} if cache_images else None
-        self._cached_bytes = 0
+        self.cache = cache
+        self.pixels_as_bytes = pixels_as_bytes
         self.text_only = text_only and task in LANGUAGE_TASKS
         self._groups = self._group_rows(questions_per_image)
         self.label_parents = dict(label_parents or {})
@@ -177,8 +185,7 @@ class SmearDataset(Dataset):
                 "file_name": row["file_name"],
                 **self._question_texts(indices),
             }
-        image = self._image(row["image"])
-        height, width = image.shape[-2:]
+        image, (height, width) = self._image(row)
         sample: dict[str, Any] = {
             "index": index,
             "row_indices": indices,
@@ -186,10 +193,15 @@ class SmearDataset(Dataset):
             "original_size": (height, width),
         }
         boxes = self._boxes(row, width, height) if self.task == "detection" else None
-        mask = self._mask(row, width, height) if self.task == "segmentation" else None
+        if boxes is not None and tuple(image.shape[-2:]) != (height, width):
+            boxes *= torch.tensor([image.shape[-1] / width, image.shape[-2] / height]).repeat(2)
+        mask = self._mask(row, width, height, tuple(image.shape[-2:])) if self.task == "segmentation" else None
         kept = range(len(boxes)) if boxes is not None else ()
         if self.augmentation is not None:
-            image, boxes, kept, mask = augment(image, self._views_of(row), rng, boxes, mask)
+            task, views = self._seen_as(row)
+            # Where the batch is to have a scale of its own, its size is not known here.
+            reduce = partial(self.processor.image_processor.reduced, task=task) if not views.scale else None
+            image, boxes, kept, mask = augment(image, views, rng, boxes, mask, reduce)
             kept = kept.tolist()
             sample["scale"] = drawn_scale(self.augmentation, rng)
         sample["image"] = image
@@ -222,16 +234,52 @@ class SmearDataset(Dataset):
             "answers": [self.rows[index][answered] for index in indices],
         }
 
-    def _image(self, source: Any) -> torch.Tensor:
-        if self._cache is not None and isinstance(source, str) and source in self._cache:
-            return self._cache[source]
-        pixels = np.asarray(load_image(source.opened() if isinstance(source, StoredFile) else source))
-        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        keep = self._cache is not None and isinstance(source, str) and not isinstance(source, StoredFile)
-        if keep and self._cached_bytes + image.numel() <= CACHE_BYTES:
-            self._cache[source] = image
-            self._cached_bytes += image.numel()
-        return image
+    def _image(self, row: Row) -> tuple[torch.Tensor, tuple[int, int]]:
+        """The image uint8 `[3, h, w]`, reduced where no view needs all of it, and the height and width it was opened with."""
+        source = row["image"]
+        if self.cache is None or not isinstance(source, str) or isinstance(source, StoredFile):
+            pixels, size = self._decoded(row)
+        else:
+            # All that the reduction hangs on.
+            task, views = self._seen_as(row)
+            sizes = self.processor.image_processor.task_sizes[task]
+            rule = repr((sorted(sizes.items()), views and (views.zoom > 0, views.zoom_min, views.scale)))
+            pixels, size = self.cache.load(source, rule, lambda: self._decoded(row))
+        return torch.from_numpy(pixels), size
+
+    def _decoded(self, row: Row) -> tuple[np.ndarray, tuple[int, int]]:
+        source = row["image"]
+        most, size = MAX_PIXELS, None
+        recorded = row.get("size")
+        small = recorded is not None and self._needed_share(row, recorded[::-1]) == 1
+        if not small and not isinstance(source, StoredFile) and str(source).lower().endswith((".jpg", ".jpeg")):
+            # JPEG decodes straight to a smaller size. What is averaged before the bits in use are known would look otherwise.
+            size = image_size(source)
+            share = self._needed_share(row, size)
+            if share < 1:
+                most = min(most, max(1, int(4 * share**2 * size[0] * size[1])))
+        opened = load_image(source.opened() if isinstance(source, StoredFile) else source, max_pixels=most)
+        pixels = np.ascontiguousarray(np.asarray(opened).transpose(2, 0, 1))
+        size = pixels.shape[-2:] if size is None or most == MAX_PIXELS else size
+        share = self._needed_share(row, size)
+        if share < 1:
+            target = [max(1, round(side * share)) for side in size]
+            pixels = F.resize(torch.from_numpy(pixels), target, antialias=True).contiguous().numpy()
+        return pixels, (int(size[0]), int(size[1]))
+
+    def _seen_as(self, row: Row) -> tuple[str, AugmentationConfig | None]:
+        """The task by whose size the model sees an image, and its views."""
+        task = "single_cell" if row.get("from_attributes") else self.task
+        return task, None if self.augmentation is None else self._views_of(row)
+
+    def _needed_share(self, row: Row, size: tuple[int, int]) -> float:
+        """Share of an image's sides that its closest view needs; 1 where that is most of them, and without views."""
+        task, views = self._seen_as(row)
+        if views is None:
+            return 1.0
+        closest = (1 + views.scale) / (views.zoom_min if views.zoom else 1.0)
+        share = self.processor.image_processor.scale(size, task) * closest
+        return share if share < REDUCED_BELOW else 1.0
 
     def _boxes(self, row: Row, width: int, height: int) -> torch.Tensor:
         boxes = torch.tensor(row["objects"]["bbox"], dtype=torch.float32).reshape(-1, 4)
@@ -246,15 +294,15 @@ class SmearDataset(Dataset):
             boxes = boxes * (width / recorded[0])
         return boxes
 
-    def _mask(self, row: Row, width: int, height: int) -> torch.Tensor:
+    def _mask(self, row: Row, width: int, height: int, kept: tuple[int, int]) -> torch.Tensor:
         mask = read_mask(row["mask"])
-        if mask.shape != (height, width):
+        if mask.shape != kept:
             if not same_shape(mask.shape[::-1], (width, height)):
                 raise DatasetError(
                     f"{row['dataset']}: {row['file_name']} has {width}x{height} pixels, but its mask "
                     f"{mask.shape[1]}x{mask.shape[0]}. They must show the same field."
                 )
-            mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+            mask = np.asarray(Image.fromarray(mask).resize(kept[::-1], Image.Resampling.NEAREST))
         return torch.from_numpy(np.array(mask))
 
     def _annotations(self, row: Row, boxes: torch.Tensor, kept: Sequence[int], index: int) -> dict[str, Any]:
@@ -283,6 +331,8 @@ class SmearDataset(Dataset):
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Samples to a batch: the processor's tensors, `labels` and `task`; in evaluation the raw truth as well."""
         inputs: dict[str, Any] = {"task": self.task, "return_tensors": "pt"}
+        if self.pixels_as_bytes and not self.text_only:
+            inputs |= {"do_rescale": False, "do_normalize": False}
         if not self.text_only:
             inputs["images"] = [sample["image"] for sample in samples]
         if self.task == "detection":

@@ -1,14 +1,24 @@
-"""The batches of a run: the mix of tasks, shared out between processes, from any point of any epoch."""
+"""The batches of a run: the mix of tasks, shared out between processes, from any point of any epoch, and their way to the device.
 
-from collections.abc import Iterator, Mapping
+Between processes each tensor costs a file and a message, and to a GPU a copy, whatever its size. So a batch travels in few and
+small ones: pixels as bytes, masks as the sizes of their images, the labels of all images end to end.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from unihema.processing_unihema.image_processing_unihema import UniHemaImageProcessor
 from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.mixing import MixedSmears, TaskMixer
 from unihema.training.run.config import DataConfig
+
+
+# Names of what stands for masks and shapes on the way.
+SIZES, PARTS = "image_sizes", "label_parts"
 
 
 class ProcessShare(Sampler[list[Any]]):
@@ -48,6 +58,8 @@ class RunBatches:
         process (`int`): Number of this process.
         processes (`int`): How many there are.
         pin_memory (`bool`): For an accelerator.
+        count (`Callable[[str, Any], dict[str, int]]`, *optional*): Gives of task and labels what is put beside each batch under
+            `loss_items`.
     """
 
     def __init__(
@@ -58,7 +70,9 @@ class RunBatches:
         process: int = 0,
         processes: int = 1,
         pin_memory: bool = False,
+        count: Callable[[str, Any], dict[str, int]] | None = None,
     ):
+        self.count = count
         self.mixed = MixedSmears(datasets)
         self.mixer = TaskMixer(
             {task: len(data) for task, data in datasets.items()},
@@ -88,10 +102,12 @@ class RunBatches:
     def _collate(self, samples: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
         batch = self.mixed.collate(samples)
         batch["file_names"] = [sample["file_name"] for _, sample in samples]
-        return batch
+        if self.count is not None:
+            batch["loss_items"] = self.count(batch["task"], batch["labels"])
+        return pack(batch)
 
     def stream(self, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Number within the run and content of every batch from `start` on."""
+        """Number within the run and content, for [`unpack`], of every batch from `start` on."""
         epoch, first = divmod(start, self.per_epoch)
         number = start
         while True:
@@ -100,3 +116,78 @@ class RunBatches:
                 yield number, batch
                 number += 1
             epoch, first = epoch + 1, 0
+
+    def close(self) -> None:
+        """Ends the workers, once no stream is read any more."""
+        self.loader = None
+
+
+def pack(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of [`SmearDataset`] for its way between processes and to the device; [`unpack`] undoes it.
+
+    Args:
+        batch (`dict[str, Any]`): As `SmearDataset.collate` gives it.
+    """
+    packed = dict(batch)
+    if "pixel_mask" in packed:
+        mask = packed.pop("pixel_mask")
+        # 1 on the image, at the upper left.
+        packed[SIZES] = torch.stack((mask[:, :, 0].sum(1), mask[:, 0].sum(1)), 1)
+    labels = packed.get("labels")
+    if isinstance(labels, list):
+        names = dict.fromkeys(name for image in labels for name in image)
+        # Image by image the shape of each label, or None where it has none.
+        packed[PARTS] = {
+            name: [tuple(image[name].shape) if name in image else None for image in labels] for name in names
+        }
+        packed["labels"] = {
+            name: torch.cat([image[name].flatten() for image in labels if name in image]) for name in names
+        }
+    elif batch.get("task") == "segmentation":
+        # 0, 1 and -100.
+        packed["labels"] = labels.to(torch.int8)
+    return packed
+
+
+def unpack(packed: dict[str, Any], device: torch.device, image_processor: UniHemaImageProcessor) -> dict[str, Any]:
+    """A batch as the model takes it, on its device; the host waits for nothing if the batch lies in pinned memory.
+
+    Args:
+        packed (`dict[str, Any]`): Of [`pack`].
+        device (`torch.device`): Where the model is.
+        image_processor ([`UniHemaImageProcessor`]): Makes of bytes what the model sees.
+    """
+    parts = packed.get(PARTS)
+    batch = {name: _moved(value, device) for name, value in packed.items() if name not in (PARTS, SIZES)}
+    if parts is not None:
+        batch["labels"] = _images_of(batch["labels"], parts)
+    elif batch.get("task") == "segmentation":
+        batch["labels"] = batch["labels"].long()
+    if SIZES in packed:
+        sizes, (height, width) = _moved(packed[SIZES], device), packed["pixel_values"].shape[-2:]
+        rows, columns = (torch.arange(side, device=device) for side in (height, width))
+        mask = (rows[:, None] < sizes[:, :1, None]) & (columns < sizes[:, 1:, None])
+        batch["pixel_mask"] = mask.long()
+    if "pixel_values" in batch and batch["pixel_values"].dtype == torch.uint8:
+        batch["pixel_values"] = image_processor.normalise(batch["pixel_values"], batch["pixel_mask"])
+    return batch
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {name: _moved(inner, device) for name, inner in value.items()}
+    return value
+
+
+def _images_of(
+    flat: Mapping[str, torch.Tensor], parts: Mapping[str, Sequence[tuple[int, ...] | None]]
+) -> list[dict[str, torch.Tensor]]:
+    images: list[dict[str, torch.Tensor]] = [{} for _ in next(iter(parts.values()))]
+    for name, shapes in parts.items():
+        there = [(image, shape) for image, shape in zip(images, shapes, strict=True) if shape is not None]
+        pieces = flat[name].split([math.prod(shape) for _, shape in there])
+        for (image, shape), piece in zip(there, pieces, strict=True):
+            image[name] = piece.view(shape)
+    return images

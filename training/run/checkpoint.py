@@ -13,7 +13,7 @@ from unihema.errors import FileMissingError, RunConfigError
 from unihema.files import write_json
 from unihema.hub_cards.data_record import RECORD_FILE
 from unihema.training.adapters import CONFIG, load_adapter_weights, save_adapter
-from unihema.training.run.config import RunConfig
+from unihema.training.run.config import MEANS, RunConfig
 
 
 PROGRESS_FILE = "progress.json"
@@ -21,7 +21,7 @@ PROGRESS_FILE = "progress.json"
 _WEIGHTS = "*model*.safetensors"
 # How long a run goes on, and what it writes, may change on resuming.
 LIMITS = ("optimisation.epochs", "optimisation.max_steps", "optimisation.time_limit_minutes")
-FREE_SETTINGS = ("output_dir", "logging.", *LIMITS, "optimisation.device", "data.workers", "data.cache_images")
+FREE_SETTINGS = ("output_dir", "logging.", *LIMITS, *MEANS)
 
 
 @dataclass

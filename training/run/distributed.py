@@ -1,6 +1,7 @@
 """Device, precision and processes of a run, through Accelerate; and BatchNorm over the whole batch that processes share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def make_accelerator(
         folder (`str` or `Path`, *optional*): Where they write.
 
     Raises:
-        RunConfigError: A tracker that Accelerate does not know or that is not installed.
+        RunConfigError: A GPU that PyTorch does not see. A tracker that Accelerate does not know or that is not installed.
     """
 
     def make() -> Accelerator:
@@ -47,6 +48,10 @@ def make_accelerator(
             ],
         )
 
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise RunConfigError(
+            "optimisation.device='cuda': PyTorch sees no GPU. Install a PyTorch with CUDA and a driver, or train on 'cpu'."
+        )
     found = [tracker.value for tracker in get_available_trackers()]
     if missing := [name for name in trackers if name not in found]:
         raise RunConfigError(
@@ -63,6 +68,49 @@ def make_accelerator(
         # Private: Accelerate has no public way to forget it.
         state._reset_state(reset_partial_state=True)  # noqa: SLF001
         return make()
+
+
+@contextmanager
+def matrix_products(tf32: bool | None, device: torch.device) -> Iterator[None]:
+    """Within, float32 matrix products and convolutions on a GPU use TF32, or do not.
+
+    Args:
+        tf32 (`bool`, *optional*): Which; as PyTorch is set where not given.
+        device (`torch.device`): Where they are computed. On a CPU nothing is set.
+    """
+    if tf32 is None or device.type != "cuda":
+        yield
+        return
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+class Agreement:
+    """What all processes of a run agree on, over their hosts: no device is waited for.
+
+    Args:
+        processes (`int`): How many there are.
+    """
+
+    def __init__(self, processes: int):
+        self.processes = processes
+        # GPUs talk through NCCL, which knows no tensors of the host.
+        apart = processes > 1 and torch.distributed.get_backend() != "gloo"
+        self.group = torch.distributed.new_group(backend="gloo", timeout=EVALUATION_LIMIT) if apart else None
+
+    def largest(self, *values: float) -> list[float]:
+        """The largest of each value among the processes, which must stop, fail and slow down together."""
+        if self.processes == 1:
+            return list(values)
+        own = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(own, torch.distributed.ReduceOp.MAX, self.group)
+        return own.tolist()
 
 
 def is_main_process() -> bool:

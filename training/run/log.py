@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,16 @@ class RunLog:
         self.path = path
         self.callbacks = callbacks
         self.active = active
-        self._losses: dict[str, list[torch.Tensor]] = {}
+        self._losses: dict[str, list[float]] = {}
         self._images = 0
         self._since = time.monotonic()
 
-    def add(self, task: str, loss: torch.Tensor, images: int = 0) -> None:
-        """Takes in the loss of a batch of so many images; nothing waits for the device."""
-        self._losses.setdefault(task, []).append(loss.detach())
+    def add(self, task: str, loss: float) -> None:
+        """Takes in the loss of a batch."""
+        self._losses.setdefault(task, []).append(loss)
+
+    def count_images(self, images: int) -> None:
+        """Takes in how many images a step had."""
         self._images += images
 
     def images_per_second(self) -> float:
@@ -44,8 +48,7 @@ class RunLog:
     def take_means(self) -> dict[str, dict[str, Any]]:
         """Mean loss and batches of each task since the last call."""
         means = {
-            task: {"loss": float(torch.stack(losses).float().mean()), "batches": len(losses)}
-            for task, losses in self._losses.items()
+            task: {"loss": sum(losses) / len(losses), "batches": len(losses)} for task, losses in self._losses.items()
         }
         self._losses.clear()
         return means
@@ -73,6 +76,51 @@ class RunLog:
                 keep = False
             kept += [line + "\n"] if keep else []
         write_text(self.path, "".join(kept))
+
+
+class Waiting:
+    """What the steps of a run spend their time on: waiting for data, computing on the processor, waiting for the card.
+
+    On a CPU the model computes on the processor; beside a GPU the processor only tells it what to do.
+    """
+
+    NAMES = ("data", "processor", "card")
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(self.NAMES, 0.0)
+        self._last = dict(self.seconds)
+        self._inner = 0.0
+
+    @contextmanager
+    def on(self, name: str) -> Iterator[None]:
+        """Counts the time within; where it is in another's, it counts as this alone."""
+        outer, self._inner = self._inner, 0.0
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            passed = time.perf_counter() - start
+            self.seconds[name] += passed - self._inner
+            self._inner = outer + passed
+
+    def since_last(self) -> dict[str, float]:
+        """Seconds of each since the last call."""
+        passed = {name: self.seconds[name] - self._last[name] for name in self.NAMES}
+        self._last = dict(self.seconds)
+        return passed
+
+    def shares(self) -> dict[str, dict[str, float]]:
+        """Seconds and per cent of each."""
+        total = sum(self.seconds.values()) or 1.0
+        return {
+            name: {"seconds": round(value, 3), "percent": round(100 * value / total, 1)}
+            for name, value in self.seconds.items()
+        }
+
+
+def peak_gigabytes(device: torch.device) -> float | None:
+    """The most memory of a GPU that tensors of this process took since it began; `None` of a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
 
 
 def tracker_callback(accelerator: Any, config: RunConfig) -> Callable[[dict], None]:

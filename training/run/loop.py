@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from tqdm.auto import tqdm
 
-from unihema.errors import NotFiniteError, TrainingError, TrainingInterrupted
+from unihema.errors import NotFiniteError, RunConfigError, TrainingError, TrainingInterrupted
 from unihema.files import exclusive, write_json, write_text
 from unihema.hub_cards import checkpoint_card
 from unihema.hub_cards.data_record import RECORD_FILE
@@ -24,9 +25,10 @@ from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.data.data_record import data_record
 from unihema.training.data.dataset import SmearDataset
+from unihema.training.data.image_cache import ImageCache
 from unihema.training.data.rows import Row
 from unihema.training.evaluation import evaluate_model, headline, write_report
-from unihema.training.run.batches import RunBatches
+from unihema.training.run.batches import RunBatches, unpack
 from unihema.training.run.build import (
     TrainedParts,
     check_val_names,
@@ -48,14 +50,15 @@ from unihema.training.run.checkpoint import (
     save_trained,
 )
 from unihema.training.run.config import RunConfig
-from unihema.training.run.distributed import make_accelerator, share_batch_norms
-from unihema.training.run.log import RunLog, tracker_callback
+from unihema.training.run.distributed import Agreement, make_accelerator, matrix_products, share_batch_norms
+from unihema.training.run.log import RunLog, Waiting, peak_gigabytes, tracker_callback
 from unihema.training.run.optimizer import ExponentialMovingAverage, ProgressSchedule, make_optimizer
 
 
 DEFAULT_EPOCHS = 24
 # What is left of a run whose loss was no number.
 DIVERGED_FILE = "diverged.json"
+CACHE_FOLDER = "image_cache"
 
 
 class Trainable(Protocol):
@@ -155,6 +158,8 @@ class _Run:
         val_rows = validation_rows(config, config.data.evaluation_tasks or rows)
         self.rows, self.val_rows = verified_rows(config, rows, val_rows)
         model, self.processor = build(config, self.rows)
+        if self.settings.gradient_checkpointing:
+            _checkpoint_gradients(model)
         check_val_names(model, self.val_rows)
         warn_of_missing_classes(model, self.rows, self.val_rows)
         self.parts = TrainedParts(model, config.model.trained_parts)
@@ -163,8 +168,14 @@ class _Run:
         if self.accelerator.process_index:
             # Weights start alike in every process; noise and dropout need not be the same.
             set_seed(self.settings.seed + self.accelerator.process_index)
+        self.agreement = Agreement(self.accelerator.num_processes)
+        self.cache: ImageCache | None = None
         self.batches = self._make_batches(model.config)
         self.ema = None
+        # The optimizer is chosen by the device of the weights.
+        model.to(self.accelerator.device)
+        if self.settings.compile:
+            _compile(model)
         optimizer = make_optimizer(model, self.settings)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = ProgressSchedule(self.optimizer, self.settings)
@@ -187,8 +198,14 @@ class _Run:
             config.save(self.folder)
         self.stopped_by: int | None = None
         self.files: list[str] = []
+        self.waiting = Waiting()
+        self.images = 0
 
     def _make_batches(self, model_config) -> RunBatches:
+        data = self.config.data
+        if data.cache_images:
+            writers = max(1, data.workers) * self.accelerator.num_processes
+            self.cache = ImageCache(self.folder / CACHE_FOLDER, data.cache_gigabytes * 1e9, writers)
         datasets = {
             task: SmearDataset(
                 rows,
@@ -200,9 +217,10 @@ class _Run:
                 morphology=model_config.morphology,
                 seed=self.settings.seed,
                 questions_per_image=self.config.data.questions_per_image,
-                cache_images=self.config.data.cache_images,
+                cache=self.cache,
                 text_only=self.config.data.text_only,
                 label_parents=model_config.label_parents,
+                pixels_as_bytes=True,
             )
             for task, rows in self.rows.items()
         }
@@ -213,6 +231,8 @@ class _Run:
             self.accelerator.process_index,
             self.accelerator.num_processes,
             pin_memory=self.accelerator.device.type == "cuda",
+            # A single batch counts for itself.
+            count=partial(count_loss_items, config=model_config) if self.settings.accumulation > 1 else None,
         )
 
     def _plain(self):
@@ -264,13 +284,6 @@ class _Run:
         self.stopped_by = number
         self._say("Stopping after this step, with a checkpoint; once more stops at once.")
 
-    def _agree(self, *values: float) -> list[float]:
-        """The largest of each value among the processes, which must stop, fail and slow down together."""
-        if self.accelerator.num_processes == 1:
-            return list(values)
-        own = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
-        return self.accelerator.gather(own[None]).amax(0).tolist()
-
     def _train(self) -> None:
         logging = self.config.logging
         last_save = clock = time.monotonic()
@@ -285,14 +298,18 @@ class _Run:
         with bar:
             stream = self.batches.stream(self.progress.batch)
             while self._fraction_done() < 1 and not self._waited_enough():
-                batches = [batch for _, batch in islice(stream, self.settings.accumulation)]
-                self._step(batches, bar)
+                with self.waiting.on("data"):
+                    batches = [batch for _, batch in islice(stream, self.settings.accumulation)]
+                with self.waiting.on("processor"), matrix_products(self.settings.tf32, self.accelerator.device):
+                    self._step(batches, bar)
                 self.progress.batch += len(batches)
                 self._end_of_epoch(self.progress.batch // self.batches.per_epoch)
                 now = time.monotonic()
                 seconds = self.progress.seconds + now - clock
                 since_save, clock = now - last_save, now
-                stop, self.progress.seconds, since_save = self._agree(self.stopped_by is not None, seconds, since_save)
+                stop, self.progress.seconds, since_save = self.agreement.largest(
+                    self.stopped_by is not None, seconds, since_save
+                )
                 if stop:
                     path = save_checkpoint(self.folder, self.accelerator, self.progress, logging.keep_checkpoints)
                     raise TrainingInterrupted(
@@ -304,57 +321,104 @@ class _Run:
                 if due:
                     save_checkpoint(self.folder, self.accelerator, self.progress, logging.keep_checkpoints)
                     last_save = clock = time.monotonic()
+            stream.close()
+        self.batches.close()
+        self._say_what_was_waited_for()
+
+    def _say_what_was_waited_for(self) -> None:
+        """What would make the run faster, in the log and on the screen; of a run that was resumed, since then."""
+        shares, seconds = self.waiting.shares(), sum(self.waiting.seconds.values())
+        if not seconds:
+            return
+        images = self.images * self.accelerator.num_processes
+        line = {"event": "end", "step": self.progress.step, "seconds": seconds, "images": images, "waited": shares}
+        line |= {"images_per_second": images / seconds, "peak_gigabytes": peak_gigabytes(self.accelerator.device)}
+        self.log.write(line)
+        words = ", ".join(f"{name} {of['seconds']:.1f} s ({of['percent']:.0f} %)" for name, of in shares.items())
+        self._say(f"{images / seconds:.1f} images a second. Waited for: {words}.")
 
     def _step(self, batches: Sequence[dict[str, Any]], bar: tqdm) -> None:
-        """One step of the optimizer, on all batches that are accumulated for it."""
+        """One step of the optimizer, on all batches that are accumulated for it. The device is waited for once, before it."""
         progress, counts = self.progress, self._counts(batches)
-        self.files = []
+        self.files = [name for batch in batches for name in batch["file_names"]]
+        self.images += len(self.files)
+        logged = (progress.step + 1) % self.config.logging.log_every == 0 or progress.step == 0
         rate = self.schedule.set(progress.step, self._fraction_done())
+        tasks: list[str] = []
+        losses: list[torch.Tensor] = []
         for batch in batches:
-            task, files = batch.pop("task"), batch.pop("file_names")
-            self.files += files
+            task = batch.pop("task")
+            batch.pop("file_names")
             with self.accelerator.accumulate(self.model):
                 output, problem = self._forward(task, batch | counts.get(task, {}))
-                if self._agree(problem is not None)[0]:
+                if self.agreement.largest(problem is not None)[0]:
                     self._diverged(problem or "another process has met a loss that is not finite")
                 loss = output.loss * self.settings.loss_weights.get(task, 1.0)
+                tasks.append(task)
+                losses.append(loss.detach())
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
-                    # Without clipping this only measures. Such a step would spoil the weights, and the next checkpoint.
+                    # Without clipping this only measures.
                     limit = self.settings.gradient_clipping or math.inf
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-                    if not math.isfinite(norm):
-                        self._diverged(f"the gradient of the {task} loss is {float(norm)}")
+                    # Each process has the loss of its part of the batch only; the terms are those of the first.
+                    terms = dict(getattr(output, "loss_dict", None) or {}) if logged else {}
+                    whole = [self.accelerator.reduce(losses[-1], reduction="mean")] if logged else []
+                    read = self._read([*losses, norm, *whole, *terms.values()])
+                    self._check_finite(tasks, read)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            self.log.add(task, loss, len(files))
+        for number, task in enumerate(tasks):
+            self.log.add(task, read[number])
+        self.log.count_images(len(self.files))
         progress.step += 1
         if self.ema is not None:
             self.ema.update(self._plain())
         bar.update(1)
-        if progress.step % self.config.logging.log_every == 0 or progress.step == 1:
-            # Each process has the loss of its part of the batch only; the terms below are those of the first.
-            whole = self.accelerator.reduce(loss.detach(), reduction="mean")
-            rate_of_images = self.log.images_per_second() * self.accelerator.num_processes
-            means = self.log.take_means()
-            shown = {name: f"{mean['loss']:.3f}" for name, mean in means.items()}
-            shown |= {"img/s": f"{rate_of_images:.1f}", "done": f"{self._fraction_done():.0%}"}
-            bar.set_postfix(shown, refresh=False)
-            self.log.write(
-                {
-                    "event": "step",
-                    "step": progress.step,
-                    "epoch": round(progress.batch / self.batches.per_epoch, 3),
-                    "task": task,
-                    "loss": whole.item(),
-                    "learning_rate": rate,
-                    "seconds": progress.seconds,
-                    "images_per_second": rate_of_images,
-                    "losses": getattr(output, "loss_dict", None),
-                    # Every task of a mix, since the line before.
-                    "means": means,
-                }
-            )
+        if logged:
+            shown_loss, *values = read[len(tasks) + 1 :]
+            self._log_step(bar, tasks[-1], shown_loss, rate, dict(zip(terms, values, strict=True)) or None)
+
+    def _read(self, values: Sequence[Any]) -> list[float]:
+        """Scalars of the device, in one copy."""
+        with self.waiting.on("card"):
+            scalars = [torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device) for value in values]
+            return torch.stack([scalar.detach().reshape(()) for scalar in scalars]).tolist()
+
+    def _check_finite(self, tasks: Sequence[str], read: Sequence[float]) -> None:
+        """A step whose loss or gradient is no number would spoil the weights, and the next checkpoint."""
+        problems = [f"the {task} loss is {loss}" for task, loss in zip(tasks, read) if not math.isfinite(loss)]
+        norm = read[len(tasks)]
+        if not problems and not math.isfinite(norm):
+            problems = [f"the gradient of the {tasks[-1]} loss is {norm}"]
+        if problems:
+            self._diverged(problems[0])
+
+    def _log_step(self, bar: tqdm, task: str, loss: float, rate: float, terms: dict[str, float] | None) -> None:
+        progress = self.progress
+        rate_of_images = self.log.images_per_second() * self.accelerator.num_processes
+        means = self.log.take_means()
+        shown = {name: f"{mean['loss']:.3f}" for name, mean in means.items()}
+        shown |= {"img/s": f"{rate_of_images:.1f}", "done": f"{self._fraction_done():.0%}"}
+        bar.set_postfix(shown, refresh=False)
+        self.log.write(
+            {
+                "event": "step",
+                "step": progress.step,
+                "epoch": round(progress.batch / self.batches.per_epoch, 3),
+                "task": task,
+                "loss": loss,
+                "learning_rate": rate,
+                "seconds": progress.seconds,
+                "images_per_second": rate_of_images,
+                # Seconds, since the line before.
+                "waited": self.waiting.since_last(),
+                "peak_gigabytes": peak_gigabytes(self.accelerator.device),
+                "losses": terms,
+                # Every task of a mix, since the line before.
+                "means": means,
+            }
+        )
 
     def _counts(self, batches: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Task -> what the losses of its accumulated batches divide by, so that a step learns what it would from one large batch
@@ -364,8 +428,7 @@ class _Run:
             return {}
         totals: dict[tuple[str, str], int] = {}
         for batch in batches:
-            found = count_loss_items(batch["task"], batch["labels"], self._plain().config)
-            for name, count in found.items():
+            for name, count in batch.pop("loss_items").items():
                 totals[batch["task"], name] = totals.get((batch["task"], name), 0) + count
         # All processes have the same tasks in the same order.
         means = average_over_processes(*totals.values(), device=self.accelerator.device)
@@ -377,13 +440,12 @@ class _Run:
         return {task: {"num_items_in_batch": of_task} for task, of_task in counts.items()}
 
     def _forward(self, task: str, batch: dict[str, Any]) -> tuple[Any, str | None]:
-        """The output, or what is wrong with its loss."""
+        """The output, or what is wrong with its predictions."""
         try:
-            output = self.model(task=task, **self._on_device(batch))
+            batch = unpack({"task": task, **batch}, self.accelerator.device, self.processor.image_processor)
+            return self.model(**batch), None
         except NotFiniteError as error:
             return None, f"the {task} loss is nan ({error})"
-        value = float(output.loss.detach())
-        return output, None if math.isfinite(value) else f"the {task} loss is {value}"
 
     def _diverged(self, problem: str) -> None:
         """Keeps what is sound, writes down what happened, and stops."""
@@ -405,11 +467,6 @@ class _Run:
             "the learning rate, or train without mixed precision."
         )
 
-    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        from accelerate.utils import send_to_device
-
-        return send_to_device(batch, self.accelerator.device)
-
     def _averaged(self):
         return self.ema.applied(self._plain()) if self.ema is not None else nullcontext()
 
@@ -430,19 +487,19 @@ class _Run:
             self.log.write({"event": "evaluation", "epoch": epoch, "step": self.progress.step, **report})
             self._say(f"epoch {epoch}: {text}")
         self.accelerator.wait_for_everyone()
-        self.progress.waited = int(self._agree(self.progress.waited)[0])
+        self.progress.waited = int(self.agreement.largest(self.progress.waited)[0])
         self.parts.train(self._plain())
 
     def _evaluate(self, samples: int | None) -> dict[str, Any]:
-        progress = self.config.logging.progress
-        return evaluate_model(
-            self._plain(),
-            self.processor,
-            self.val_rows,
-            max_samples=samples,
-            progress=progress,
-            text_only=self.config.data.text_only,
-        )
+        with _not_compiled():
+            return evaluate_model(
+                self._plain(),
+                self.processor,
+                self.val_rows,
+                max_samples=samples,
+                progress=self.config.logging.progress,
+                text_only=self.config.data.text_only,
+            )
 
     def _finish(self) -> dict[str, Any]:
         logging = self.config.logging
@@ -455,16 +512,19 @@ class _Run:
                 if logging.keep_best and self.progress.best is not None:
                     model = load_trained(model, self.folder / "best")
                 if self.val_rows:
-                    report = evaluate_model(
-                        model.eval(),
-                        self.processor,
-                        self.val_rows,
-                        max_samples=logging.final_samples,
-                        progress=logging.progress,
-                        calibrate=True,
-                        text_only=self.config.data.text_only,
-                    )
+                    with _not_compiled():
+                        report = evaluate_model(
+                            model.eval(),
+                            self.processor,
+                            self.val_rows,
+                            max_samples=logging.final_samples,
+                            progress=logging.progress,
+                            calibrate=True,
+                            text_only=self.config.data.text_only,
+                        )
                 self._save(model, report)
+            if self.cache is not None:
+                self.cache.clear()
         self.accelerator.wait_for_everyone()
         return report
 
@@ -483,6 +543,26 @@ class _Run:
         # Last: by this file a finished run is known.
         write_json(self.folder / RECORD_FILE, asdict(record))
         self._say(f"Saved {self.folder}. {headline(report)[1]}".strip())
+
+
+def _checkpoint_gradients(model: Any) -> None:
+    try:
+        model.gradient_checkpointing_enable()
+    except (AttributeError, ValueError) as error:
+        raise RunConfigError(f"optimisation.gradient_checkpointing: {type(model).__name__} cannot do that.") from error
+
+
+def _compile(model: Any) -> None:
+    """Compiles a model in place, by its own choice of parts where it has one."""
+    if hasattr(model, "compile_parts"):
+        model.compile_parts()
+    else:
+        model.compile(dynamic=True)
+
+
+def _not_compiled() -> Any:
+    """Within, nothing compiled is used: evaluation has images of other sizes, and figures that do not hang on it."""
+    return torch.compiler.set_stance("force_eager")
 
 
 __all__ = ["Build", "Trainable", "train"]

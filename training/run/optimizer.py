@@ -16,7 +16,7 @@ BACKBONE = "visual_backbone"
 
 
 def make_optimizer(model: nn.Module, config: OptimisationConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters.
+    """AdamW over the trainable parameters, fused where these are on a GPU.
 
     Groups differ in learning rate (backbone, and names listed in `learning_rate_multipliers`; several factors
     multiply) and in weight decay (none for norms and biases, which have one dimension). A factor of 0 freezes its
@@ -53,7 +53,11 @@ def make_optimizer(model: nn.Module, config: OptimisationConfig) -> torch.optim.
         raise RunConfigError(f"optimisation.learning_rate_multipliers: no parameter has '{unused.pop()}' in its name.")
     if not groups:
         raise RunConfigError("Nothing to train: every parameter is frozen.")
-    return torch.optim.AdamW(list(groups.values()), lr=config.learning_rate, betas=tuple(config.betas))
+    # One kernel for all of them; on a CPU results stay those of earlier runs.
+    on_gpu = all(parameter.device.type == "cuda" for group in groups.values() for parameter in group["params"])
+    return torch.optim.AdamW(
+        list(groups.values()), lr=config.learning_rate, betas=tuple(config.betas), fused=on_gpu or None
+    )
 
 
 class ProgressSchedule:

@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 from unihema.errors import RunConfigError
 from unihema.files import exclusive, plain, write_json, write_text
 from unihema.training.data.rows import said_once
-from unihema.training.run.config import RunConfig, flat
+from unihema.training.run.config import MEANS, RunConfig, flat
 from unihema.training.run.distributed import is_main_process, wait_for_everyone
 
 
-# Of a training run: what it writes, where it computes, and how it loads images. No figure depends on these.
-_DECIDE_NOTHING = ("output_dir", "provenance", "optimisation.device", "data.workers", "data.cache_images", "logging.")
+# Of a training run: what it writes, and how it computes. No figure depends on these.
+_DECIDE_NOTHING = ("output_dir", "provenance", "logging.", *MEANS)
 _DECIDE_YET = ("logging.evaluate_every", "logging.evaluation_samples", "logging.final_samples", "logging.keep_best")
 
 

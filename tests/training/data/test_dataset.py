@@ -11,6 +11,7 @@ from unihema.errors import DatasetError
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.data.augmentation import AugmentationConfig
 from unihema.training.data.dataset import SmearDataset
+from unihema.training.data.image_cache import ImageCache
 from unihema.training.data.layouts.masks import read_mask
 from unihema.training.data.mixing import MixedSmears, TaskMixer
 
@@ -188,7 +189,8 @@ def test_cache_gives_the_same_and_stays_untouched(processor, tmp_path):
     picture().save(path)
     rows = [detection_row() | {"image": str(path)}]
     plain = SmearDataset(rows, processor, "detection", AugmentationConfig(), class_names=CLASSES)
-    cached = SmearDataset(rows, processor, "detection", AugmentationConfig(), class_names=CLASSES, cache_images=True)
+    names = {"class_names": CLASSES, "cache": ImageCache(tmp_path / "cache", 1e9)}
+    cached = SmearDataset(rows, processor, "detection", AugmentationConfig(), **names)
     for epoch in range(4):
         cached.collate([cached[0, epoch]])
         assert torch.equal(plain[0, epoch]["image"], cached[0, epoch]["image"])

@@ -197,8 +197,8 @@ def test_mixed_precision_trains_and_what_is_saved_is_measured_in_full(smears, tm
 def test_the_log_has_every_task_of_the_mix(smears, tmp_path):
     changes = {"logging.log_every": 6, "data.steps_per_epoch": 6, "data.temperature": 0.0}
     train(run_config(smears, tmp_path / "run", **UNMEASURED, **changes))
-    first, second = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert first["step"] == 1
+    first, second, end = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert first["step"] == 1 and end["event"] == "end"
     assert sum(entry["batches"] for entry in second["means"].values()) == 5
     assert {first["task"], *second["means"]} == set(TASKS)
 
@@ -248,6 +248,7 @@ def test_a_time_limit_ends_the_run_with_an_annealed_rate(smears, tmp_path):
     )
     train(config)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["event"] == "step"]
     assert lines[-1]["learning_rate"] < 0.5 * max(line["learning_rate"] for line in lines)
 
 

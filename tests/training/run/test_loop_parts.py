@@ -156,8 +156,8 @@ def test_scores_of_evaluations_are_counted_and_nan_is_never_the_best():
 def test_the_log_forgets_what_is_done_again(tmp_path):
     lines = []
     log = RunLog(tmp_path / "log.jsonl", [lines.append])
-    log.add("cloze", torch.tensor(1.0))
-    log.add("cloze", torch.tensor(3.0))
+    log.add("cloze", 1.0)
+    log.add("cloze", 3.0)
     log.write({"step": 1, "means": log.take_means()})
     log.write({"step": 2, "loss": float("nan")})
     assert lines == [{"step": 1, "means": {"cloze": {"loss": 2.0, "batches": 2}}}, {"step": 2, "loss": None}]
