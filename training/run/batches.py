@@ -149,28 +149,41 @@ def pack(batch: dict[str, Any]) -> dict[str, Any]:
     return packed
 
 
-def unpack(packed: dict[str, Any], device: torch.device, image_processor: UniHemaImageProcessor) -> dict[str, Any]:
-    """A batch as the model takes it, on its device; the host waits for nothing if the batch lies in pinned memory.
+def unpack(
+    packed: dict[str, Any], device: torch.device, image_processor: UniHemaImageProcessor, truth_on_host: bool = False
+) -> dict[str, Any]:
+    """A batch as the model takes it; the host waits for nothing if the batch lies in pinned memory.
 
     Args:
         packed (`dict[str, Any]`): Of [`pack`].
-        device (`torch.device`): Where the model is.
+        device (`torch.device`): Where the model is, and all tensors will be.
         image_processor ([`UniHemaImageProcessor`]): Makes of bytes what the model sees.
+        truth_on_host (`bool`): Leave out of that the labels, and the mask of padding, which is left out where there is none: our
+            models read them, and would wait for what the device has.
     """
-    parts = packed.get(PARTS)
-    batch = {name: _moved(value, device) for name, value in packed.items() if name not in (PARTS, SIZES)}
-    if parts is not None:
-        batch["labels"] = _images_of(batch["labels"], parts)
-    elif batch.get("task") == "segmentation":
-        batch["labels"] = batch["labels"].long()
-    if SIZES in packed:
-        sizes, (height, width) = _moved(packed[SIZES], device), packed["pixel_values"].shape[-2:]
-        rows, columns = (torch.arange(side, device=device) for side in (height, width))
-        mask = (rows[:, None] < sizes[:, :1, None]) & (columns < sizes[:, 1:, None])
-        batch["pixel_mask"] = mask.long()
-    if "pixel_values" in batch and batch["pixel_values"].dtype == torch.uint8:
-        batch["pixel_values"] = image_processor.normalise(batch["pixel_values"], batch["pixel_mask"])
+    parts, sizes = packed.get(PARTS), packed.get(SIZES)
+    here = {name: value for name, value in packed.items() if name not in (PARTS, SIZES, "labels")}
+    batch = {name: _moved(value, device) for name, value in here.items()}
+    if "labels" in packed:
+        labels = packed["labels"] if truth_on_host else _moved(packed["labels"], device)
+        batch["labels"] = labels if parts is None else _images_of(labels, parts)
+        if batch.get("task") == "segmentation" and not truth_on_host:
+            batch["labels"] = labels.long()
+    if sizes is not None:
+        height, width = packed["pixel_values"].shape[-2:]
+        mask = _mask(_moved(sizes, device), height, width)
+        if batch["pixel_values"].dtype == torch.uint8:
+            batch["pixel_values"] = image_processor.normalise(batch["pixel_values"], mask)
+        if not truth_on_host:
+            batch["pixel_mask"] = mask
+        elif any(size != [height, width] for size in sizes.tolist()):
+            batch["pixel_mask"] = _mask(sizes, height, width)
     return batch
+
+
+def _mask(sizes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    rows, columns = (torch.arange(side, device=sizes.device) for side in (height, width))
+    return ((rows[:, None] < sizes[:, :1, None]) & (columns < sizes[:, 1:, None])).long()
 
 
 def _moved(value: Any, device: torch.device) -> Any:

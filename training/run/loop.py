@@ -22,6 +22,7 @@ from unihema.hub_cards import checkpoint_card
 from unihema.hub_cards.data_record import RECORD_FILE
 from unihema.modeling_unihema.losses import average_over_processes, count_loss_items
 from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
+from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.data.data_record import data_record
 from unihema.training.data.dataset import SmearDataset
@@ -53,6 +54,7 @@ from unihema.training.run.config import RunConfig
 from unihema.training.run.distributed import Agreement, make_accelerator, matrix_products, share_batch_norms
 from unihema.training.run.log import RunLog, Waiting, peak_gigabytes, tracker_callback
 from unihema.training.run.optimizer import ExponentialMovingAverage, ProgressSchedule, make_optimizer
+from unihema.training.run.precision import with_half_weights
 
 
 DEFAULT_EPOCHS = 24
@@ -198,6 +200,13 @@ class _Run:
             config.save(self.folder)
         self.stopped_by: int | None = None
         self.files: list[str] = []
+        # Autocast casts a weight at every use. Compiled, and computed again in the backward pass, weights are cast there.
+        self.casts_weights = (
+            self.accelerator.device.type == "cuda"
+            and self.accelerator.num_processes == 1
+            and self.settings.mixed_precision == "bf16"
+            and not (self.settings.compile or self.settings.gradient_checkpointing)
+        )
         self.waiting = Waiting()
         self.images = 0
 
@@ -442,10 +451,21 @@ class _Run:
     def _forward(self, task: str, batch: dict[str, Any]) -> tuple[Any, str | None]:
         """The output, or what is wrong with its predictions."""
         try:
-            batch = unpack({"task": task, **batch}, self.accelerator.device, self.processor.image_processor)
-            return self.model(**batch), None
+            return self._call(task, batch), None
         except NotFiniteError as error:
             return None, f"the {task} loss is nan ({error})"
+
+    def _call(self, task: str, packed: dict[str, Any]) -> Any:
+        device, model = self.accelerator.device, self._plain()
+        ours = isinstance(model, UniHemaPreTrainedModel)
+        batch = unpack({"task": task, **packed}, device, self.processor.image_processor, truth_on_host=ours)
+        if ours and task in LANGUAGE_TASKS:
+            # What the decoder reads is made of the labels.
+            inputs = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+            batch["decoder_input_ids"] = inputs.to(device, non_blocking=True)
+        if self.casts_weights:
+            return with_half_weights(self.model, torch.bfloat16, batch)
+        return self.model(**batch)
 
     def _diverged(self, problem: str) -> None:
         """Keeps what is sound, writes down what happened, and stops."""

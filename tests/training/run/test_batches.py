@@ -63,6 +63,25 @@ def test_a_batch_arrives_as_the_processor_made_it(datasets, task):
         assert found.keys() == expected.keys() and found.keys() >= {"labels", "pixel_values", "pixel_mask"}
         assert found.pop("task") == expected.pop("task") == task
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        on_host = unpack(packed, CPU, of_bytes.processor.image_processor, truth_on_host=True)
+        if bool(expected["pixel_mask"].all()):
+            assert on_host.pop("pixel_mask", None) is None
+            expected.pop("pixel_mask")
+        assert on_host.pop("task") == task
+        torch.testing.assert_close(on_host, expected, rtol=0, atol=1e-6, check_dtype=task != "segmentation")
+
+
+@pytest.mark.parametrize("truth_on_host", [False, True])
+def test_nothing_is_read_back_from_the_device(datasets, truth_on_host):
+    """A meta tensor has no values: reading one is an error."""
+    for task in TASKS:
+        data = datasets[task][0]
+        packed, device = pack(data.collate([data[0, 1], data[1, 1]])), torch.device("meta")
+        batch = unpack(packed, device, data.processor.image_processor, truth_on_host)
+        assert batch["pixel_values"].device == device and batch["pixel_values"].dtype == torch.float32
+        truth = tensors(batch["labels"])
+        assert {each.device for each in truth} == {torch.device("cpu") if truth_on_host else device}
+        assert batch.get("pixel_mask", truth[0]).device == truth[0].device
 
 
 def test_images_without_cells_arrive_without(datasets):
