@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic, and that what they compare computes the same."""
 
+import copy
 import json
 import math
 import subprocess
@@ -8,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
+from tiny_models import HEADS, VERY_TINY, very_tiny_config
 
 from benchmarks.measuring import interleaved
-from benchmarks.speed import attention, detection, models, tasks, throughput, training_step
+from benchmarks.speed import attention, detection, gpu, models, tasks, throughput, training_step
+from benchmarks.speed.__main__ import bench
 from benchmarks.speed.report import growth_plot, page
 from unihema.training.studies.study import save_plot
 
@@ -59,6 +63,45 @@ def test_throughput_is_measured_on_every_field():
         "a field with detection and segmentation by Analyzer, no files written",
     ]
     assert rows[0]["times faster"] == 1 and all(row["fields"] == 1 and row["fields a second"] > 0 for row in rows)
+
+
+def test_what_a_gpu_is_measured_on_runs_anywhere(monkeypatch):
+    """The same code, at the smallest size, on the CPU; compiling is what `torch.compile` is tested for elsewhere."""
+    text = {**VERY_TINY["text_config"], "vocab_size": 1536}
+    small = HEADS["detection"](very_tiny_config(text_config=text, fusion_queries=64))
+    monkeypatch.setattr(models, "LABELS", small.config.num_labels)
+    monkeypatch.setattr(models, "unihema", lambda *_, **__: copy.deepcopy(small))
+    monkeypatch.setattr(models, "deformable_detr", lambda: copy.deepcopy(small))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    scale = gpu.Scale(
+        "tiny", (64, 96), images=2, cells=3, rounds=1, warm=0, fields=4, field_size=(64, 96), steps=2, batch=2
+    )
+    rows = list(gpu.measure("cpu", scale))
+    assert [row["asked"] for row in rows if row["asked"]] == [
+        "60",
+        "30",
+        "12",
+        "5",
+        "300",
+        "300",
+        "20",
+        "150",
+        "45",
+        "220",
+    ]
+    assert all(row["ours"] > 0 for row in rows if row["unit"] != "%") and sum(bool(row["peer"]) for row in rows) == 4
+    text = page({"machine": MACHINE, "gpu": rows, "gpu machine": gpu.machine(torch.device("cpu"))}, {})
+    assert "## On a GPU" in text and "| its first 2 steps" in text and "Not measured" not in text
+    scale.seconds = -1.0
+    assert {row["unit"] for row in gpu.measure("cpu", scale)} == {"not measured: out of time"}
+
+
+def test_without_a_gpu_the_page_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "speed.json").write_text(json.dumps({"machine": MACHINE}))
+    result = CliRunner().invoke(bench, ["--output", str(tmp_path), "--section", "gpu"])
+    assert result.exit_code == 0 and "No CUDA device" in result.output
+    assert "Not measured: no CUDA device was at hand" in (tmp_path / "speed.md").read_text()
 
 
 def test_every_task_is_timed_and_second_ones_beside_the_first(monkeypatch):

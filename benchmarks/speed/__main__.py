@@ -10,13 +10,14 @@ import torch
 import transformers
 
 from benchmarks.measuring import gemm_rate, processor_name
-from benchmarks.speed import attention, detection, tasks, throughput, training_step
+from benchmarks.speed import attention, detection, gpu, tasks, throughput, training_step
 from benchmarks.speed.report import growth_plot, page
 from unihema.files import write_text
 from unihema.training.studies.study import save_plot
 
 
 SIZES = [(512, 512), (800, 1066)]
+GPU = "gpu"
 
 
 @click.command()
@@ -29,9 +30,15 @@ SIZES = [(512, 512), (800, 1066)]
 )
 @click.option("--section", multiple=True, help="Measure only these again; the others stay as they are in the JSON.")
 def bench(output: Path, rounds: int, compiled: bool, section: tuple[str, ...]) -> None:
-    """Measure UniHema beside its peers; a section that is done is written at once."""
+    """Measure UniHema beside its peers; a section that is done is written at once. The section gpu needs a CUDA device."""
     record = output / "speed.json"
     results = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if not section or GPU in section:
+        _measure_gpu(record, results)
+    if section == (GPU,) and "machine" in results:
+        write_text(output / "speed.md", [page(results, detection.exponents(results.get("growth", [])))])
+        click.echo(f"{output / 'speed.md'}")
+        return
     rate = gemm_rate()
     machine = {
         "processor": processor_name(),
@@ -64,6 +71,18 @@ def bench(output: Path, rounds: int, compiled: bool, section: tuple[str, ...]) -
         save_plot(output / "growth.png", growth_plot(results["growth"]))
     write_text(output / "speed.md", [page(results, exponents)])
     click.echo(f"{output / 'speed.md'}")
+
+
+def _measure_gpu(record: Path, results: dict) -> None:
+    """Measures the section on the first GPU, and writes it row by row; without one the section stays as it is."""
+    if not torch.cuda.is_available():
+        click.echo("No CUDA device: the section gpu is not measured.")
+        return
+    results[GPU], results["gpu machine"] = [], gpu.machine(torch.device("cuda"))
+    for row in gpu.measure("cuda"):
+        click.echo(f"{row['case']}: {row['ours']} {row['unit']}" + (f", peer {row['peer']}" if row["peer"] else ""))
+        results[GPU].append(row)
+        write_text(record, [json.dumps(results, indent=1), "\n"])
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ class _Run:
         # The optimizer is chosen by the device of the weights.
         model.to(self.accelerator.device)
         if self.settings.compile:
-            _compile(model)
+            compile_for_training(model)
         optimizer = make_optimizer(model, self.settings)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = ProgressSchedule(self.optimizer, self.settings)
@@ -572,8 +572,12 @@ def _checkpoint_gradients(model: Any) -> None:
         raise RunConfigError(f"optimisation.gradient_checkpointing: {type(model).__name__} cannot do that.") from error
 
 
-def _compile(model: Any) -> None:
-    """Compiles a model in place, by its own choice of parts where it has one."""
+def compile_for_training(model: Any) -> None:
+    """Compiles a model in place, by its own choice of parts where it has one.
+
+    Args:
+        model (`nn.Module`): Its `compile_parts` is called; without one all of it is compiled, for any size.
+    """
     if hasattr(model, "compile_parts"):
         model.compile_parts()
     else:
@@ -585,4 +589,4 @@ def _not_compiled() -> Any:
     return torch.compiler.set_stance("force_eager")
 
 
-__all__ = ["Build", "Trainable", "train"]
+__all__ = ["Build", "Trainable", "compile_for_training", "train"]

@@ -127,7 +127,7 @@ def test_compiling_is_asked_of_the_model_and_evaluation_runs_as_it_is(smears, tm
     assert asked == ["parts", "evaluated"] and stances == ["force_eager"]
     whole = torch.nn.Linear(2, 2)
     monkeypatch.setattr(whole, "compile", lambda **options: asked.append(options))
-    loop._compile(whole)
+    loop.compile_for_training(whole)
     assert asked[-1] == {"dynamic": True}
 
 
