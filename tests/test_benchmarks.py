@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from tiny_models import HEADS, VERY_TINY, very_tiny_config
 
 from benchmarks.measuring import interleaved
-from benchmarks.speed import attention, detection, gpu, models, tasks, throughput, training_step
+from benchmarks.speed import attention, data, detection, gpu, models, tasks, throughput, training_step
 from benchmarks.speed.__main__ import bench
 from benchmarks.speed.report import growth_plot, page
 from unihema.training.studies.study import save_plot
@@ -94,6 +94,14 @@ def test_what_a_gpu_is_measured_on_runs_anywhere(monkeypatch):
     assert "## On a GPU" in text and "| its first 2 steps" in text and "Not measured" not in text
     scale.seconds = -1.0
     assert {row["unit"] for row in gpu.measure("cpu", scale)} == {"not measured: out of time"}
+
+
+def test_data_are_made_ready_without_and_with_kept_images(monkeypatch):
+    monkeypatch.setattr(data, "FIELDS", (((48, 64), 2),))
+    rows = data.measure(rounds=1)
+    assert [row["images"] for row in rows] == ["decoded each time", "kept"] and all(row["ms"] > 0 for row in rows)
+    # Two images of 480 x 640 or, turned, 640 x 480 in a batch, a byte for each channel.
+    assert 0.9 < rows[0]["MB an image"] < 1.3
 
 
 def test_without_a_gpu_the_page_says_so(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from benchmarks.measuring import gemm_rate, processor_name
-from benchmarks.speed import attention, detection, gpu, tasks, throughput, training_step
+from benchmarks.speed import attention, data, detection, gpu, tasks, throughput, training_step
 from benchmarks.speed.report import growth_plot, page
 from unihema.files import write_text
 from unihema.training.studies.study import save_plot
@@ -50,6 +50,7 @@ def bench(output: Path, rounds: int, compiled: bool, section: tuple[str, ...]) -
     if not section or "machine" not in results:
         results["machine"], results["again"] = machine, {}
     sections: dict[str, Callable[[], list[dict]]] = {
+        "data": lambda: data.measure(rounds),
         "loss": lambda: training_step.loss(rounds),
         "tasks": lambda: tasks.measure(SIZES[0], rounds),
         "throughput": lambda: throughput.measure(24, rounds),

@@ -203,7 +203,7 @@ def training_run(device: torch.device, scale: Scale) -> Iterator[dict[str, Any]]
         work = Path(temporary)
         checkpoint = lay_down_checkpoint(work / "checkpoint")
         names = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["id2label"]
-        fields = _folder_of_fields(work / "fields", scale, sorted(names.values())[:3])
+        fields = folder_of_painted_fields(work / "fields", scale, sorted(names.values())[:3])
         first = min(20, scale.steps)
         config = RunConfig(
             output_dir=str(work / "run"),
@@ -246,7 +246,7 @@ def folder_of_fields(device: torch.device, scale: Scale) -> Iterator[dict[str, A
     """`unihema predict` with boxes and masks over a folder, all files written."""
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        fields = _folder_of_fields(work / "fields", scale, ["RBC"]) / "images"
+        fields = folder_of_painted_fields(work / "fields", scale, ["RBC"]) / "images"
         analyzer = Analyzer.from_pretrained(lay_down_checkpoint(work / "checkpoint"), device=device)
         paths = sorted(fields.iterdir())
         warm, rest = paths[: scale.images], paths[scale.images :]
@@ -293,8 +293,14 @@ def _field(size: tuple[int, int], seed: int, cells: int = 40) -> tuple[Image.Ima
     return picture, boxes
 
 
-def _folder_of_fields(folder: Path, scale: Scale, names: list[str]) -> Path:
-    """A data folder of fields in COCO's layout."""
+def folder_of_painted_fields(folder: Path, scale: Scale, names: list[str]) -> Path:
+    """A data folder of fields in COCO's layout.
+
+    Args:
+        folder (`Path`): A new folder.
+        scale ([`Scale`]): `fields` and `field_size`.
+        names (`list[str]`): Classes of the cells, in turn.
+    """
     (folder / "images").mkdir(parents=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []

@@ -14,6 +14,7 @@ TITLES = {
     "throughput": "A folder of fields, tiny preset",
     "step": "A training step",
     "loss": "The detection loss alone",
+    "data": "Training images made ready",
     "memory": "Largest resident memory",
 }
 
@@ -21,6 +22,8 @@ NOTES = {
     "tasks": "Everything is every part once, the image looked at once. Answers have 32 tokens, each a pass of the text decoder. "
     "A second task or question is given the features of the image (`image_features=`). Models of ours are prepared with "
     "`prepare_for_inference`, but for the row that says otherwise.",
+    "data": "Painted fields as JPEG, decoded, changed by the default views and collated at 640 pixels in batches of 16, by one "
+    "thread. Kept images are those of `data.cache_images`.",
     "detection": "Models of ours are prepared with `prepare_for_inference`.",
 }
 
