@@ -5,6 +5,7 @@ import difflib
 import importlib.metadata
 import json
 import platform
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -168,7 +169,7 @@ class OptimisationConfig:
         ema_decay (`float`, *optional*): Keep an exponential moving average of the weights, evaluate and save that.
         ema_warmup (`float`): The decay at step t is at most (1 + t) / (`ema_warmup` + t).
         seed (`int`): Of everything random.
-        device (`"auto"`, `"cpu"` or `"cuda"`): Where to train.
+        device (`str`): Device, such as cpu or cuda:0; the first GPU by default.
         compile (`bool`): Compile the model with `torch.compile`, for training only: minutes at the start, faster steps on a GPU.
         gradient_checkpointing (`bool`): Compute layers again in the backward pass instead of keeping what they gave: less
             memory, more time.
@@ -197,7 +198,7 @@ class OptimisationConfig:
     ema_decay: float | None = None
     ema_warmup: float = 10.0
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     compile: bool = False
     gradient_checkpointing: bool = False
     tf32: bool | None = None
@@ -408,6 +409,10 @@ class RunConfig:
                 raise RunConfigError(f"{dotted}={value} must be above 0.")
         if self.data.cache_gigabytes < 0:
             raise RunConfigError(f"data.cache_gigabytes={self.data.cache_gigabytes} must not be negative.")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.optimisation.device):
+            raise RunConfigError(
+                f"optimisation.device={self.optimisation.device!r} must be auto, cpu, cuda, or cuda:0 and so on."
+            )
         decay = self.optimisation.ema_decay
         if decay is not None and not 0 < decay < 1:
             raise RunConfigError(f"optimisation.ema_decay={decay} must lie between 0 and 1, such as 0.999.")

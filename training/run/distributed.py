@@ -48,10 +48,16 @@ def make_accelerator(
             ],
         )
 
-    if settings.device == "cuda" and not torch.cuda.is_available():
+    kind, _, number = settings.device.partition(":")
+    there = torch.cuda.device_count()
+    if kind == "cuda" and int(number or 0) >= there:
         raise RunConfigError(
-            "optimisation.device='cuda': PyTorch sees no GPU. Install a PyTorch with CUDA and a driver, or train on 'cpu'."
+            f"optimisation.device={settings.device!r}: PyTorch sees {there} GPUs. Install a PyTorch with CUDA and a driver, or "
+            "train on 'cpu'."
         )
+    if number:
+        # Accelerate takes the current one, and with several processes a GPU for each.
+        torch.cuda.set_device(int(number))
     found = [tracker.value for tracker in get_available_trackers()]
     if missing := [name for name in trackers if name not in found]:
         raise RunConfigError(

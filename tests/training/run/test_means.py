@@ -132,9 +132,11 @@ def test_compiling_is_asked_of_the_model_and_evaluation_runs_as_it_is(smears, tm
 
 
 def test_what_cannot_be_is_said(smears, tmp_path):
-    if not torch.cuda.is_available():
-        with pytest.raises(RunConfigError, match="PyTorch sees no GPU.*train on 'cpu'"):
-            train(run_config(smears, tmp_path / "run", **{"optimisation.device": "cuda"}))
+    there = torch.cuda.device_count()
+    with pytest.raises(RunConfigError, match=f"device='cuda:{there}': PyTorch sees {there} GPUs.*train on 'cpu'"):
+        train(run_config(smears, tmp_path / "run", **{"optimisation.device": f"cuda:{there}"}))
+    with pytest.raises(RunConfigError, match="device='gpu' must be auto, cpu, cuda, or cuda:0"):
+        train(run_config(smears, tmp_path / "run", **{"optimisation.device": "gpu"}))
     with pytest.raises(RunConfigError, match="gradient_checkpointing: Linear cannot do that"):
         loop._checkpoint_gradients(torch.nn.Linear(2, 2))
     with pytest.raises(RunConfigError, match="data.cache_gigabytes=-1.0 must not be negative"):
