@@ -60,6 +60,7 @@ class SmearDataset(Dataset):
             processor's default prompt.
         pixels_as_bytes (`bool`): Batches have `pixel_values` in uint8, which [`UniHemaImageProcessor.normalise`] makes on the
             device what the model sees: a quarter of the memory on the way there.
+        pad_multiple (`int`, *optional*): Padded sides are multiples of this, instead of the processor's own.
 
     Raises:
         DatasetError: No rows, rows of another task, or names that are not listed.
@@ -82,6 +83,7 @@ class SmearDataset(Dataset):
         label_parents: Mapping[str, str] | None = None,
         name_classes: bool = False,
         pixels_as_bytes: bool = False,
+        pad_multiple: int | None = None,
     ):
         if not len(rows):
             raise DatasetError(f"No rows for {task}: check the folder and the split.")
@@ -108,6 +110,7 @@ class SmearDataset(Dataset):
         self.epoch = 0
         self.cache = cache
         self.pixels_as_bytes = pixels_as_bytes
+        self.pad_multiple = pad_multiple
         self.text_only = text_only and task in LANGUAGE_TASKS
         self._groups = self._group_rows(questions_per_image)
         self.label_parents = dict(label_parents or {})
@@ -333,6 +336,8 @@ class SmearDataset(Dataset):
         inputs: dict[str, Any] = {"task": self.task, "return_tensors": "pt"}
         if self.pixels_as_bytes and not self.text_only:
             inputs |= {"do_rescale": False, "do_normalize": False}
+        if self.pad_multiple is not None and not self.text_only:
+            inputs["pad_multiple"] = self.pad_multiple
         if not self.text_only:
             inputs["images"] = [sample["image"] for sample in samples]
         if self.task == "detection":

@@ -61,6 +61,8 @@ DEFAULT_EPOCHS = 24
 # What is left of a run whose loss was no number.
 DIVERGED_FILE = "diverged.json"
 CACHE_FOLDER = "image_cache"
+# A compiled model is compiled anew for each size of a batch, so there are few: padding costs less, and changes no result.
+COMPILED_SIDES = 128
 
 
 class Trainable(Protocol):
@@ -230,6 +232,7 @@ class _Run:
                 text_only=self.config.data.text_only,
                 label_parents=model_config.label_parents,
                 pixels_as_bytes=True,
+                pad_multiple=COMPILED_SIDES if self.settings.compile else None,
             )
             for task, rows in self.rows.items()
         }

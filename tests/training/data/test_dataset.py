@@ -110,6 +110,13 @@ def test_crowds_are_no_targets_in_training(processor):
     assert evaluation.collate([evaluation[0]])["labels"][0]["iscrowd"].tolist() == [1, 0]
 
 
+def test_sides_are_padded_to_what_is_asked(processor):
+    data = SmearDataset([detection_row()], processor, "detection", class_names=CLASSES, pad_multiple=128)
+    batch, plain = data.collate([data[0]]), SmearDataset([detection_row()], processor, "detection", class_names=CLASSES)
+    assert batch["pixel_values"].shape == (1, 3, 128, 128) and int(batch["pixel_mask"].sum()) == 96 * 72
+    torch.testing.assert_close(batch["labels"], plain.collate([plain[0]])["labels"], rtol=0, atol=0)
+
+
 def test_segmentation_batch(processor):
     mask = np.zeros((72, 96), np.uint8)
     mask[10:30, 20:50] = 2
