@@ -403,8 +403,8 @@ class _Run:
         norm = read[len(tasks)]
         if not problems and not math.isfinite(norm):
             problems = [f"the gradient of the {tasks[-1]} loss is {norm}"]
-        if problems:
-            self._diverged(problems[0])
+        if self.agreement.largest(bool(problems))[0]:
+            self._diverged(problems[0] if problems else "another process has met a loss that is not finite")
 
     def _log_step(self, bar: tqdm, task: str, loss: float, rate: float, terms: dict[str, float] | None) -> None:
         progress = self.progress
