@@ -313,7 +313,9 @@ class _Run:
                 with self.waiting.on("data"):
                     batches = [batch for _, batch in islice(stream, self.settings.accumulation)]
                 with self.waiting.on("processor"), matrix_products(self.settings.tf32, self.accelerator.device):
-                    self._step(batches, bar)
+                    to_log = self._step(batches, bar)
+                if to_log is not None:
+                    self._log_step(bar, to_log)
                 self.progress.batch += len(batches)
                 self._end_of_epoch(self.progress.batch // self.batches.per_epoch)
                 now = time.monotonic()
@@ -349,8 +351,11 @@ class _Run:
         words = ", ".join(f"{name} {of['seconds']:.1f} s ({of['percent']:.0f} %)" for name, of in shares.items())
         self._say(f"{images / seconds:.1f} images a second. Waited for: {words}.")
 
-    def _step(self, batches: Sequence[dict[str, Any]], bar: tqdm) -> None:
-        """One step of the optimizer, on all batches that are accumulated for it. The device is waited for once, before it."""
+    def _step(self, batches: Sequence[dict[str, Any]], bar: tqdm) -> dict[str, Any] | None:
+        """One step of the optimizer, on all batches that are accumulated for it. The device is waited for once, before it.
+
+        Gives what the log says of it, where it has a line.
+        """
         progress, counts = self.progress, self._counts(batches)
         self.files = [name for batch in batches for name in batch["file_names"]]
         self.images += len(self.files)
@@ -387,9 +392,11 @@ class _Run:
         if self.ema is not None:
             self.ema.update(self._plain())
         bar.update(1)
-        if logged:
-            shown_loss, *values = read[len(tasks) + 1 :]
-            self._log_step(bar, tasks[-1], shown_loss, rate, dict(zip(terms, values, strict=True)) or None)
+        if not logged:
+            return None
+        whole_loss, *values = read[len(tasks) + 1 :]
+        terms = dict(zip(terms, values, strict=True)) or None
+        return {"task": tasks[-1], "loss": whole_loss, "learning_rate": rate, "losses": terms}
 
     def _read(self, values: Sequence[Any]) -> list[float]:
         """Scalars of the device, in one copy."""
@@ -406,7 +413,7 @@ class _Run:
         if self.agreement.largest(bool(problems))[0]:
             self._diverged(problems[0] if problems else "another process has met a loss that is not finite")
 
-    def _log_step(self, bar: tqdm, task: str, loss: float, rate: float, terms: dict[str, float] | None) -> None:
+    def _log_step(self, bar: tqdm, figures: dict[str, Any]) -> None:
         progress = self.progress
         rate_of_images = self.log.images_per_second() * self.accelerator.num_processes
         means = self.log.take_means()
@@ -418,15 +425,12 @@ class _Run:
                 "event": "step",
                 "step": progress.step,
                 "epoch": round(progress.batch / self.batches.per_epoch, 3),
-                "task": task,
-                "loss": loss,
-                "learning_rate": rate,
+                **figures,
                 "seconds": progress.seconds,
                 "images_per_second": rate_of_images,
                 # Seconds, since the line before.
                 "waited": self.waiting.since_last(),
                 "peak_gigabytes": peak_gigabytes(self.accelerator.device),
-                "losses": terms,
                 # Every task of a mix, since the line before.
                 "means": means,
             }
