@@ -574,7 +574,8 @@ class _Run:
 
 def _checkpoint_gradients(model: Any) -> None:
     try:
-        model.gradient_checkpointing_enable()
+        # Newer releases of Transformers have another name for it.
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     except (AttributeError, ValueError) as error:
         raise RunConfigError(f"optimisation.gradient_checkpointing: {type(model).__name__} cannot do that.") from error
 
