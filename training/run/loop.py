@@ -22,7 +22,6 @@ from unihema.hub_cards import checkpoint_card
 from unihema.hub_cards.data_record import RECORD_FILE
 from unihema.modeling_unihema.losses import average_over_processes, count_loss_items
 from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
-from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.data.data_record import data_record
 from unihema.training.data.dataset import SmearDataset
@@ -182,6 +181,9 @@ class _Run:
             compile_for_training(model)
         optimizer = make_optimizer(model, self.settings)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if self.accelerator.device.type == "cuda" and isinstance(model, UniHemaPreTrainedModel):
+            # As its maps are, so that no convolution turns its weights around.
+            model.base_model.visual_backbone.backbone.to(memory_format=torch.channels_last)
         self.schedule = ProgressSchedule(self.optimizer, self.settings)
         if self.settings.ema_decay is not None:
             self.ema = ExponentialMovingAverage(self._plain(), self.settings.ema_decay, self.settings.ema_warmup)
@@ -463,13 +465,10 @@ class _Run:
             return None, f"the {task} loss is nan ({error})"
 
     def _call(self, task: str, packed: dict[str, Any]) -> Any:
-        device, model = self.accelerator.device, self._plain()
-        ours = isinstance(model, UniHemaPreTrainedModel)
-        batch = unpack({"task": task, **packed}, device, self.processor.image_processor, truth_on_host=ours)
-        if ours and task in LANGUAGE_TASKS:
-            # What the decoder reads is made of the labels.
-            inputs = model.prepare_decoder_input_ids_from_labels(batch["labels"])
-            batch["decoder_input_ids"] = inputs.to(device, non_blocking=True)
+        ours = isinstance(self._plain(), UniHemaPreTrainedModel)
+        batch = unpack(
+            {"task": task, **packed}, self.accelerator.device, self.processor.image_processor, truth_on_host=ours
+        )
         if self.casts_weights:
             return with_half_weights(self.model, torch.bfloat16, batch)
         return self.model(**batch)
