@@ -446,7 +446,7 @@ class Analyzer:
         edge = self.processor.image_processor.task_sizes["detection"].get("longest_edge")
         if request.tiles == "off" or "detection" not in tasks or not edge:
             return
-        from unihema.inference.tiles import KnownSize, see_in_tiles
+        from unihema.results.tiles import KnownSize, see_in_tiles
 
         alone = replace(request, tasks=tasks, questions=(), question_texts=())
         diameters = self.model.config.trained.red_cell_diameter

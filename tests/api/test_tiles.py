@@ -10,8 +10,8 @@ from scipy import ndimage
 
 from unihema import Analyzer
 from unihema.errors import RequestError
-from unihema.inference.tiles import KnownSize, lay_tiles, see_in_tiles
 from unihema.results.smear_result import CROWDED, Cell, SmearResult
+from unihema.results.tiles import KnownSize, lay_tiles, see_in_tiles
 from unihema.shipped import copy_examples, lay_down_checkpoint
 from unihema.training.run.build import red_cell_diameter
 
