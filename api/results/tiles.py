@@ -32,6 +32,8 @@ PLACES = ((0.5, 0.5), (0.25, 0.3), (0.75, 0.7))
 MORE_OF_SMALL, MORE = 1.1, 1.5
 # Parts of an image that are looked at for its scale are smaller by this factor each time, down to this share of the input's edge.
 STEP, SMALLEST_PART = math.sqrt(2), 0.4
+# A picture whose longer edge is less than this many of the input's has its scale not searched where few red cells are found.
+SMALL_PICTURE = 1.5
 TILES_AT_ONCE = 4
 # An image is seen whole where that differs by less than this factor from the scale that it should have.
 SAME_SCALE = 1.15
@@ -326,6 +328,9 @@ def find_scale(
         return None
     if number >= FEW and diameter > known.high * ABOVE:
         return longer / edge * diameter / known.usual
+    if number < FEW and longer < SMALL_PICTURE * edge:
+        # A crop of a cell or a small field. Nothing says that its scale is another.
+        return None
     # Cells that are plainly too small speak for another scale by themselves.
     needed = (MORE_OF_SMALL if number >= FEW else MORE) * number / (image.width * image.height)
     closer = int(math.log(longer / (SMALLEST_PART * edge), STEP))

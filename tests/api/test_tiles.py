@@ -180,6 +180,13 @@ def test_white_cells_of_the_whole_field_keep_their_type():
     assert all(cell.box[2] - cell.box[0] < 150 for cell in result.cells if cell.label == "RBC")
 
 
+def test_a_crop_of_a_cell_is_seen_once():
+    image = Image.new("RGB", (360, 363), "white")
+    ImageDraw.Draw(image).ellipse([100, 100, 260, 260], "purple")
+    result, detector = seen(image)
+    assert result.tiling is None and detector.looks == 1
+
+
 def test_an_empty_field_stays_empty():
     result, _ = seen(Image.new("RGB", (2000, 1500), "white"))
     assert result.cells == [] and result.tiling is None
