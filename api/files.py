@@ -199,10 +199,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        place = os.path.abspath(path.parent)
-        if place not in _cleaned:
-            _cleaned.add(place)
-            _remove_partials(path.parent)
+        _clean(path.parent)
         prefix = f"{_PARTIAL}{os.getpid()}-"
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".partial")
         try:
@@ -270,7 +267,63 @@ def shortened(text: object, most: int = 300) -> str:
 
 
 @contextmanager
-def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
+def scratch_folder(within: Path | None = None) -> Iterator[Path]:
+    """A new folder for files that are being written by their path, which is gone afterwards.
+
+    What killed processes left of theirs is removed by the next one on this machine.
+
+    Args:
+        within (`Path`, *optional*): Where, for files that are moved to their place when they are complete. The system's
+            folder of temporary files by default.
+
+    Raises:
+        OutputError: The folder cannot be made.
+    """
+    place = Path(tempfile.gettempdir()) if within is None else within
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        _clean(place)
+        folder = tempfile.mkdtemp(dir=place, prefix=f"{_PARTIAL}{os.getpid()}-", suffix=".partial")
+        if within is not None:
+            # Made for its owner's eyes only.
+            os.chmod(folder, 0o777 & ~_umask())
+    except OSError as error:
+        raise OutputError(f"{place}: cannot be written ({error.strerror or error}).") from error
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which becomes `folder` when it is complete.
+
+    It lies in `.NAME.partial` beside `folder`, with all that a killed run left there removed. Whether `folder` may be replaced
+    is asked within, where no other run writes it.
+
+    Args:
+        folder (`Path`): The folder; not there at the end, or empty. The folders above it are made when missing.
+
+    Raises:
+        OutputError: Another run is writing the same folder, which is named; or it cannot be written.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    with exclusive(partial, temporary=True):
+        _empty(partial)
+        whole = partial / folder.name
+        whole.mkdir()
+        try:
+            yield whole
+            if folder.is_dir():
+                folder.rmdir()
+            os.replace(whole, folder)
+        finally:
+            _empty(partial)
+
+
+@contextmanager
+def exclusive(folder: Path, subfolders: Sequence[str] = (), temporary: bool = False) -> Iterator[None]:
     """Keeps other runs out of a folder, and removes what killed ones left of files they were writing.
 
     The system gives the lock back when a process ends, however it ends. Within a run it may be asked for again.
@@ -278,6 +331,7 @@ def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
     Args:
         folder (`Path`): The folder that is written to; made when missing.
         subfolders (`Sequence[str]`): Its folders that are written to as well.
+        temporary (`bool`): Remove the folder afterwards if nothing is in it, also when it was there before.
 
     Raises:
         OutputError: Another run is writing there, which is named; or the folder cannot be written.
@@ -289,7 +343,7 @@ def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
     if lock.is_locked:
         yield
         return
-    made = not folder.exists()
+    made = temporary or not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -310,6 +364,9 @@ def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
     finally:
         with suppress(OSError):
             owner.unlink(missing_ok=True)
+        if os.name == "nt":
+            # An open file cannot be deleted there. One that another run has opened meanwhile cannot either.
+            lock.release()
         with suppress(OSError):
             # Nothing was written, so the folder is not left behind either.
             if made and os.listdir(folder) == [_LOCK]:
@@ -322,6 +379,11 @@ def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
                 folder.rmdir()
 
 
+def contents(folder: Path) -> list[Path]:
+    """What is in a folder, without the files by which [`exclusive`] keeps other runs out."""
+    return sorted(path for path in folder.iterdir() if path.name not in (_LOCK, _OWNER))
+
+
 def empty_folder(folder: Path) -> None:
     """Deletes what is in a folder.
 
@@ -332,11 +394,27 @@ def empty_folder(folder: Path) -> None:
         OutputError: Another run is writing there.
     """
     with exclusive(folder):
-        for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != _LOCK:
-                path.unlink()
+        _empty(folder)
+
+
+def _empty(folder: Path) -> None:
+    for path in contents(folder):
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _clean(folder: Path) -> None:
+    """Removes, once for each folder, what killed processes were writing there."""
+    place = os.path.abspath(folder)
+    if place not in _cleaned:
+        _cleaned.add(place)
+        _remove_partials(folder)
 
 
 def _remove_partials(folder: Path, alone: bool = False) -> None:
@@ -345,7 +423,7 @@ def _remove_partials(folder: Path, alone: bool = False) -> None:
         process = re.fullmatch(rf"{re.escape(_PARTIAL)}(\d+)-\w+\.partial", partial.name)
         if alone or (process and not _is_running(int(process[1]))):
             with suppress(OSError):
-                partial.unlink()
+                _delete(partial)
 
 
 def _is_running(process: int) -> bool:
@@ -381,6 +459,7 @@ def _umask() -> int:
 __all__ = [
     "OpenedImage",
     "claim_folder",
+    "contents",
     "empty_folder",
     "exclusive",
     "find_images",
@@ -388,8 +467,10 @@ __all__ = [
     "plain",
     "printable",
     "real_path",
+    "scratch_folder",
     "sha256",
     "shortened",
+    "whole_folder",
     "write_atomically",
     "write_json",
     "write_text",

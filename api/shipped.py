@@ -1,6 +1,5 @@
 """The checkpoint and the example smears that come with the package: from installation to results without any download."""
 
-import os
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from unihema.errors import FileThereError
 
 from .checkpoint_files import fingerprint
-from .files import sha256
+from .files import sha256, whole_folder
 
 
 CHECKPOINT, EXAMPLES = "checkpoint", "examples"
@@ -35,13 +34,10 @@ def lay_down_checkpoint(folder: str | Path = "unihema", replace: bool = False) -
             f"{folder} is there already and holds something else. Name another folder, or replace it (--overwrite, or "
             "replace=True)."
         )
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, partial)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    with whole_folder(folder) as whole:
+        shutil.copytree(source, whole, dirs_exist_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
     return folder
 
 

@@ -160,7 +160,7 @@ def _start_anew(folder: Path, made: Iterable[str], run: "RunConfig") -> None:
     """
     from accelerate import PartialState
 
-    from unihema.files import empty_folder, real_path
+    from unihema.files import contents, empty_folder, real_path
 
     whole = real_path(folder)
     read = [Path(path) for path in (".", *run.data.folders, run.model.initial_checkpoint) if path]
@@ -169,8 +169,7 @@ def _start_anew(folder: Path, made: Iterable[str], run: "RunConfig") -> None:
         raise click.UsageError(f"--overwrite would delete {real_path(within[0])} with {folder}: name another --output.")
     state = PartialState(cpu=run.optimisation.device == "cpu")
     if state.is_main_process and folder.exists():
-        others = [path for path in folder.iterdir() if not path.name.startswith(".unihema")]
-        if others and not any((folder / name).exists() for name in made):
+        if contents(folder) and not any((folder / name).exists() for name in made):
             raise click.UsageError(
                 f"--overwrite: {folder} holds something else than an earlier run, and is not deleted. Name another --output."
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unihema.errors import FileMissingError, RunConfigError
-from unihema.files import write_json
+from unihema.files import scratch_folder, write_json
 from unihema.hub_cards.data_record import RECORD_FILE
 from unihema.training.adapters import CONFIG, load_adapter_weights, save_adapter
 from unihema.training.run.config import RunConfig
@@ -75,7 +75,8 @@ def save_checkpoint(folder: str | Path, accelerator, progress: Progress, keep: i
     """
     checkpoints = Path(folder) / "checkpoints"
     path = checkpoints / f"step-{progress.step:08d}"
-    partial = checkpoints / f".{path.name}.partial"
+    # One name in every process; what a killed run left of it is removed with its other files.
+    partial = checkpoints / f".unihema-{path.name}.partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -93,16 +94,6 @@ def save_checkpoint(folder: str | Path, accelerator, progress: Progress, keep: i
             shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
     return path
-
-
-def remove_leftovers(folder: str | Path) -> None:
-    """Removes what a killed run was writing; no other run may be writing there.
-
-    Args:
-        folder (`str` or `Path`): The run's folder.
-    """
-    for partial in (Path(folder) / ".partial", *(Path(folder) / "checkpoints").glob(".step-*.partial")):
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def last_checkpoint(folder: str | Path) -> tuple[Path, Progress] | None:
@@ -139,10 +130,7 @@ def save_trained(model, processor, folder: str | Path) -> None:
         folder (`str` or `Path`): Where.
     """
     folder = Path(folder)
-    partial = folder / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with scratch_folder(folder) as partial:
         if getattr(model, "peft_config", None):
             save_adapter(model, partial)
         else:
@@ -155,8 +143,6 @@ def save_trained(model, processor, folder: str | Path) -> None:
         # The configuration goes last: a folder that has one is a model.
         for file in sorted(partial.iterdir(), key=lambda file: file.name in ("config.json", CONFIG)):
             os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_trained(model, folder: str | Path):
