@@ -380,26 +380,39 @@ def exclusive(folder: Path, subfolders: Sequence[str] = (), temporary: bool = Fa
 
 
 def contents(folder: Path) -> list[Path]:
-    """What is in a folder, without the files by which [`exclusive`] keeps other runs out."""
-    return sorted(path for path in folder.iterdir() if path.name not in (_LOCK, _OWNER))
+    """What is in a folder, without the files by which [`exclusive`] keeps other runs out, and what these were writing."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".unihema"))
 
 
-def empty_folder(folder: Path) -> None:
-    """Deletes what is in a folder.
+def empty_folder(folder: Path, last: Sequence[str] = ()) -> None:
+    """Deletes what is in a folder. Nothing in it is ever half there.
 
     Args:
         folder (`Path`): The folder; it stays.
+        last (`Sequence[str]`): What goes after all else: by these names it is known what the folder was.
 
     Raises:
         OutputError: Another run is writing there.
     """
     with exclusive(folder):
-        _empty(folder)
+        for path in sorted(contents(folder), key=lambda path: path.name in last):
+            remove_whole(path)
+
+
+def remove_whole(path: Path) -> None:
+    """Deletes a file or folder that nobody shall meet half deleted; what a killed process left of it, the next run removes.
+
+    Args:
+        path (`Path`): The file or folder.
+    """
+    with scratch_folder(path.parent) as scratch:
+        os.replace(path, scratch / path.name)
 
 
 def _empty(folder: Path) -> None:
-    for path in contents(folder):
-        _delete(path)
+    for path in folder.iterdir():
+        if path.name not in (_LOCK, _OWNER):
+            _delete(path)
 
 
 def _delete(path: Path) -> None:
@@ -467,6 +480,7 @@ __all__ = [
     "plain",
     "printable",
     "real_path",
+    "remove_whole",
     "scratch_folder",
     "sha256",
     "shortened",

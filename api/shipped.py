@@ -7,7 +7,7 @@ from pathlib import Path
 from unihema.errors import FileThereError
 
 from .checkpoint_files import fingerprint
-from .files import sha256, whole_folder
+from .files import remove_whole, sha256, whole_folder
 
 
 CHECKPOINT, EXAMPLES = "checkpoint", "examples"
@@ -37,7 +37,7 @@ def lay_down_checkpoint(folder: str | Path = "unihema", replace: bool = False) -
     with whole_folder(folder) as whole:
         shutil.copytree(source, whole, dirs_exist_ok=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            remove_whole(folder)
     return folder
 
 

@@ -154,4 +154,4 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-__all__ = ["Course", "killed_and_resumed", "moment", "undisturbed", "weights"]
+__all__ = ["Course", "is_killed", "killed_and_resumed", "moment", "undisturbed", "weights"]

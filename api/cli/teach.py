@@ -1,6 +1,6 @@
 """Commands that teach: `train`, at once or by a recipe of several runs, and `adapt`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,12 +146,12 @@ def _settings_of(config: Path | None) -> "Mix":
     return Mix(RunConfig.load(config))
 
 
-def _start_anew(folder: Path, made: Iterable[str], run: "RunConfig") -> None:
+def _start_anew(folder: Path, made: Sequence[str], run: "RunConfig") -> None:
     """Empties a folder that an earlier call of the command has left.
 
     Args:
         folder (`Path`): The folder.
-        made (`Iterable[str]`): Names that such a folder has, one of them at least.
+        made (`Sequence[str]`): Names that such a folder has, one of them at least.
         run ([`RunConfig`]): What it reads is not deleted.
 
     Raises:
@@ -173,7 +173,7 @@ def _start_anew(folder: Path, made: Iterable[str], run: "RunConfig") -> None:
             raise click.UsageError(
                 f"--overwrite: {folder} holds something else than an earlier run, and is not deleted. Name another --output."
             )
-        empty_folder(folder)
+        empty_folder(folder, last=[Path(name).parts[0] for name in made])
     state.wait_for_everyone()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from command import run_command
 from data_folders import write_photograph
-from killing import killed_and_resumed, moment, undisturbed
+from killing import is_killed, killed_and_resumed, moment, undisturbed
 from local_hub import TOKEN, LocalHub
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_runs import run_config
@@ -24,6 +24,7 @@ from unihema import files
 from unihema.hub_cards import folder_card
 from unihema.training.data.synthetic.cells import CLASSES
 from unihema.training.data.synthetic.folder import write_synthetic
+from unihema.training.run import loop
 
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is copied")
@@ -200,6 +201,32 @@ def test_a_killed_push_is_one_commit_of_all_files(given, hub, temporary, tmp_pat
     assert os.listdir(temporary) == [] and sorted(os.listdir(given / "checkpoint")) == sorted(
         path.name for path in (given / "checkpoint").iterdir() if not path.name.startswith(".")
     )
+
+
+def test_a_killed_overwriting_can_be_repeated(given, tmp_path, monkeypatch):
+    """Whatever is left of an earlier run is known for one until nothing is left."""
+    begun = tmp_path / "begun"
+    for name in ("best/model.safetensors", "run_config.json", "zz"):
+        (begun / name).parent.mkdir(parents=True, exist_ok=True)
+        (begun / name).write_text("{}")
+    monkeypatch.setattr(loop, "train", lambda *arguments, **options: {})
+
+    def anew(folder: Path) -> None:
+        as_a_new_process(
+            lambda: command("train", "--config", given / "run" / "run_config.json", "-o", folder, "--overwrite"),
+            monkeypatch,
+        )
+
+    shutil.copytree(begun, tmp_path / "whole")
+    whole = undisturbed(lambda: anew(tmp_path / "whole"))
+    left = set()
+    for number in range(1, whole.moments + 1):
+        folder = Path(shutil.copytree(begun, tmp_path / str(number)))
+        assert is_killed(lambda folder=folder: anew(folder), number, 0.0)
+        left.add(tuple(sorted(path.name for path in files.contents(folder))))
+        anew(folder)
+        assert os.listdir(folder) == os.listdir(tmp_path / "whole") == [".unihema.lock"]
+    assert left == {("best", "run_config.json", "zz"), ("run_config.json", "zz"), ("run_config.json",), ()}
 
 
 def seed() -> int:

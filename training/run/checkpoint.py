@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unihema.errors import FileMissingError, RunConfigError
-from unihema.files import scratch_folder, write_json
+from unihema.files import remove_whole, scratch_folder, write_json
 from unihema.hub_cards.data_record import RECORD_FILE
 from unihema.training.adapters import CONFIG, load_adapter_weights, save_adapter
 from unihema.training.run.config import RunConfig
@@ -87,11 +87,12 @@ def save_checkpoint(folder: str | Path, accelerator, progress: Progress, keep: i
     if accelerator.is_main_process:
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         write_json(partial / PROGRESS_FILE, {**asdict(progress), "files": sizes})
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            remove_whole(path)
         os.replace(partial, path)
         # Damaged ones do not count, or they would push a whole one out.
         for old in [other for other in _step_folders(folder) if _read(other)[1] is None][:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_whole(old)
     accelerator.wait_for_everyone()
     return path
 
