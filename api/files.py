@@ -197,7 +197,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises:
         OutputError: The file cannot be written; nothing is left of it, and what was there before is still there.
     """
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _clean(path.parent)
         prefix = f"{_PARTIAL}{os.getpid()}-"
@@ -212,8 +212,6 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 
 def write_text(path: str | Path, text: str | Iterable[str]) -> None:
@@ -280,15 +278,13 @@ def scratch_folder(within: Path | None = None) -> Iterator[Path]:
         OutputError: The folder cannot be made.
     """
     place = Path(tempfile.gettempdir()) if within is None else within
-    try:
+    with _writing(place):
         place.mkdir(parents=True, exist_ok=True)
         _clean(place)
         folder = tempfile.mkdtemp(dir=place, prefix=f"{_PARTIAL}{os.getpid()}-", suffix=".partial")
         if within is not None:
             # Made for its owner's eyes only.
             os.chmod(folder, 0o777 & ~_umask())
-    except OSError as error:
-        raise OutputError(f"{place}: cannot be written ({error.strerror or error}).") from error
     try:
         yield Path(folder)
     finally:
@@ -308,18 +304,22 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises:
         OutputError: Another run is writing the same folder, which is named; or it cannot be written.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    place = Path(os.path.abspath(folder))
+    partial = place.parent / f".{place.name}.partial"
+    whole = partial / (place.name or "root")
     with exclusive(partial, temporary=True):
-        _empty(partial)
-        whole = partial / folder.name
-        whole.mkdir()
         try:
+            with _writing(folder):
+                _empty(partial)
+                whole.mkdir()
             yield whole
-            if folder.is_dir():
-                folder.rmdir()
-            os.replace(whole, folder)
+            with _writing(folder):
+                if folder.is_dir():
+                    folder.rmdir()
+                os.replace(whole, folder)
         finally:
-            _empty(partial)
+            with suppress(OSError):
+                _empty(partial)
 
 
 @contextmanager
@@ -404,9 +404,21 @@ def remove_whole(path: Path) -> None:
 
     Args:
         path (`Path`): The file or folder.
+
+    Raises:
+        OutputError: It cannot be deleted.
     """
-    with scratch_folder(path.parent) as scratch:
+    with scratch_folder(path.parent) as scratch, _writing(path):
         os.replace(path, scratch / path.name)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Errors of the system as one that names what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 
 def _empty(folder: Path) -> None:
