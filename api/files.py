@@ -296,7 +296,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder to write into, which becomes `folder` when it is complete.
 
     It lies in `.NAME.partial` beside `folder`, with all that a killed run left there removed. Whether `folder` may be replaced
-    is asked within, where no other run writes it.
+    is asked within, where no other run writes it; nothing replaces it if the new folder is deleted.
 
     Args:
         folder (`Path`): The folder; not there at the end, or empty. The folders above it are made when missing.
@@ -314,9 +314,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
                 whole.mkdir()
             yield whole
             with _writing(folder):
-                if folder.is_dir():
-                    folder.rmdir()
-                os.replace(whole, folder)
+                if whole.is_dir():
+                    if folder.is_dir():
+                        folder.rmdir()
+                    os.replace(whole, folder)
         finally:
             with suppress(OSError):
                 _empty(partial)

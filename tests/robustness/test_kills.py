@@ -132,11 +132,15 @@ def shard(given: Path, folder: Path) -> None:
     command("data", "shard", given / "smears", "-o", folder, "--shard-samples", 2)
 
 
+def demo(given: Path, folder: Path) -> None:
+    command("demo", folder, "--files-only")
+
+
 def synthesise(given: Path, folder: Path) -> None:
     write_synthetic(folder, 2, 1, crops_per_field=2, width=224, height=168, crop_size=96, progress=False)
 
 
-COMMANDS = {each.__name__: each for each in (predict, train, adapt, evaluate, prepare, shard, synthesise)}
+COMMANDS = {each.__name__: each for each in (predict, train, adapt, evaluate, prepare, shard, demo, synthesise)}
 kills = pytest.mark.parametrize("kills", [FEW, pytest.param(MANY, marks=pytest.mark.slow, id="many")])
 
 
