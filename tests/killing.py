@@ -5,12 +5,15 @@ import random
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tqdm import auto, std
 
 
 # What changes a file system, by the names of Python's audit events.
@@ -96,6 +99,9 @@ def is_killed(work: Callable[[], Any], number: int | None, seconds: float) -> bo
                     os.kill(os.getpid(), signal.SIGKILL)
                 os.write(writer, b".")
 
+        for bars in (std.tqdm, auto.tqdm):
+            # Theirs is shared with the process that was copied, where one that is killed with it would stop all others.
+            bars.set_lock(threading.RLock())
         try:
             with _moments(tick):
                 work()
