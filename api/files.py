@@ -365,9 +365,6 @@ def exclusive(folder: Path, subfolders: Sequence[str] = (), temporary: bool = Fa
     finally:
         with suppress(OSError):
             owner.unlink(missing_ok=True)
-        if os.name == "nt":
-            # An open file cannot be deleted there. One that another run has opened meanwhile cannot either.
-            lock.release()
         with suppress(OSError):
             # Nothing was written, so the folder is not left behind either.
             if made and os.listdir(folder) == [_LOCK]:

@@ -35,9 +35,9 @@ QUESTIONS = ("Which cell is this?", "The nucleus is ___.")
 def test_a_few_seconds(tmp_path):
     images = [
         write_photograph(tmp_path / f"{number}.png", number, (60 + 50 * number, 120 - 20 * number))
-        for number in range(4)
+        for number in range(2)
     ]
-    check(save_tiny_checkpoint(tmp_path / "checkpoint"), images, tmp_path, 2.0)
+    check(save_tiny_checkpoint(tmp_path / "checkpoint"), images, tmp_path, 1.0)
 
 
 @pytest.mark.slow
