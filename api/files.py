@@ -197,12 +197,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises:
         OutputError: The file cannot be written; nothing is left of it, and what was there before is still there.
     """
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        place = os.path.abspath(path.parent)
-        if place not in _cleaned:
-            _cleaned.add(place)
-            _remove_partials(path.parent)
+        _clean(path.parent)
         prefix = f"{_PARTIAL}{os.getpid()}-"
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".partial")
         try:
@@ -215,8 +212,6 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 
 def write_text(path: str | Path, text: str | Iterable[str]) -> None:
@@ -270,7 +265,66 @@ def shortened(text: object, most: int = 300) -> str:
 
 
 @contextmanager
-def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
+def scratch_folder(within: Path | None = None) -> Iterator[Path]:
+    """A new folder for files that are being written by their path, which is gone afterwards.
+
+    What killed processes left of theirs is removed by the next one on this machine.
+
+    Args:
+        within (`Path`, *optional*): Where, for files that are moved to their place when they are complete. The system's
+            folder of temporary files by default.
+
+    Raises:
+        OutputError: The folder cannot be made.
+    """
+    place = Path(tempfile.gettempdir()) if within is None else within
+    with _writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+        _clean(place)
+        folder = tempfile.mkdtemp(dir=place, prefix=f"{_PARTIAL}{os.getpid()}-", suffix=".partial")
+        if within is not None:
+            # Made for its owner's eyes only.
+            os.chmod(folder, 0o777 & ~_umask())
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which becomes `folder` when it is complete.
+
+    It lies in `.NAME.partial` beside `folder`, with all that a killed run left there removed. Whether `folder` may be replaced
+    is asked within, where no other run writes it; nothing replaces it if the new folder is deleted.
+
+    Args:
+        folder (`Path`): The folder; not there at the end, or empty. The folders above it are made when missing.
+
+    Raises:
+        OutputError: Another run is writing the same folder, which is named; or it cannot be written.
+    """
+    place = Path(os.path.abspath(folder))
+    partial = place.parent / f".{place.name}.partial"
+    whole = partial / (place.name or "root")
+    with exclusive(partial, temporary=True):
+        try:
+            with _writing(folder):
+                _empty(partial)
+                whole.mkdir()
+            yield whole
+            with _writing(folder):
+                if whole.is_dir():
+                    if folder.is_dir():
+                        folder.rmdir()
+                    os.replace(whole, folder)
+        finally:
+            with suppress(OSError):
+                _empty(partial)
+
+
+@contextmanager
+def exclusive(folder: Path, subfolders: Sequence[str] = (), temporary: bool = False) -> Iterator[None]:
     """Keeps other runs out of a folder, and removes what killed ones left of files they were writing.
 
     The system gives the lock back when a process ends, however it ends. Within a run it may be asked for again.
@@ -278,6 +332,7 @@ def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
     Args:
         folder (`Path`): The folder that is written to; made when missing.
         subfolders (`Sequence[str]`): Its folders that are written to as well.
+        temporary (`bool`): Remove the folder afterwards if nothing is in it, also when it was there before.
 
     Raises:
         OutputError: Another run is writing there, which is named; or the folder cannot be written.
@@ -289,7 +344,7 @@ def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
     if lock.is_locked:
         yield
         return
-    made = not folder.exists()
+    made = temporary or not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -322,21 +377,67 @@ def exclusive(folder: Path, subfolders: Sequence[str] = ()) -> Iterator[None]:
                 folder.rmdir()
 
 
-def empty_folder(folder: Path) -> None:
-    """Deletes what is in a folder.
+def contents(folder: Path) -> list[Path]:
+    """What is in a folder, without the files by which [`exclusive`] keeps other runs out, and what these were writing."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".unihema"))
+
+
+def empty_folder(folder: Path, last: Sequence[str] = ()) -> None:
+    """Deletes what is in a folder. Nothing in it is ever half there.
 
     Args:
         folder (`Path`): The folder; it stays.
+        last (`Sequence[str]`): What goes after all else: by these names it is known what the folder was.
 
     Raises:
         OutputError: Another run is writing there.
     """
     with exclusive(folder):
-        for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != _LOCK:
-                path.unlink()
+        for path in sorted(contents(folder), key=lambda path: path.name in last):
+            remove_whole(path)
+
+
+def remove_whole(path: Path) -> None:
+    """Deletes a file or folder that nobody shall meet half deleted; what a killed process left of it, the next run removes.
+
+    Args:
+        path (`Path`): The file or folder.
+
+    Raises:
+        OutputError: It cannot be deleted.
+    """
+    with scratch_folder(path.parent) as scratch, _writing(path):
+        os.replace(path, scratch / path.name)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Errors of the system as one that names what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name not in (_LOCK, _OWNER):
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _clean(folder: Path) -> None:
+    """Removes, once for each folder, what killed processes were writing there."""
+    place = os.path.abspath(folder)
+    if place not in _cleaned:
+        _cleaned.add(place)
+        _remove_partials(folder)
 
 
 def _remove_partials(folder: Path, alone: bool = False) -> None:
@@ -345,7 +446,7 @@ def _remove_partials(folder: Path, alone: bool = False) -> None:
         process = re.fullmatch(rf"{re.escape(_PARTIAL)}(\d+)-\w+\.partial", partial.name)
         if alone or (process and not _is_running(int(process[1]))):
             with suppress(OSError):
-                partial.unlink()
+                _delete(partial)
 
 
 def _is_running(process: int) -> bool:
@@ -381,6 +482,7 @@ def _umask() -> int:
 __all__ = [
     "OpenedImage",
     "claim_folder",
+    "contents",
     "empty_folder",
     "exclusive",
     "find_images",
@@ -388,8 +490,11 @@ __all__ = [
     "plain",
     "printable",
     "real_path",
+    "remove_whole",
+    "scratch_folder",
     "sha256",
     "shortened",
+    "whole_folder",
     "write_atomically",
     "write_json",
     "write_text",

@@ -1,7 +1,6 @@
 """The detection or single-cell path of a checkpoint as one ONNX file."""
 
 import importlib
-import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from unihema.errors import InputError
-from unihema.files import write_atomically
+from unihema.files import scratch_folder, write_atomically
 from unihema.inference.onnx import (
     METADATA_FILES,
     METADATA_PREFIX,
@@ -122,10 +121,10 @@ def _trace(model: "UniHemaPreTrainedModel", task: str) -> torch.onnx.ONNXProgram
 def _metadata(model: "UniHemaPreTrainedModel", processor: "UniHemaProcessor", task: str) -> dict[str, str]:
     # An image alone needs no padding, and the file has no mask to tell padding from image.
     processor.image_processor.pad_multiple = 1
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         model.config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        files = {name: (Path(folder) / name).read_text(encoding="utf-8") for name in METADATA_FILES}
+        files = {name: (folder / name).read_text(encoding="utf-8") for name in METADATA_FILES}
     return {METADATA_TASK: task} | {METADATA_PREFIX + name: text for name, text in files.items()}
 
 

@@ -1,14 +1,14 @@
 """The checkpoint and the example smears that come with the package: from installation to results without any download."""
 
-import os
 import shutil
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
-from unihema.errors import FileThereError
+from unihema.errors import FileThereError, OutputError
 
 from .checkpoint_files import fingerprint
-from .files import sha256
+from .files import remove_whole, sha256, whole_folder
 
 
 CHECKPOINT, EXAMPLES = "checkpoint", "examples"
@@ -29,19 +29,19 @@ def lay_down_checkpoint(folder: str | Path = "unihema", replace: bool = False) -
     """
     source, folder = _shipped(CHECKPOINT), Path(folder)
     if folder.exists() and not replace:
-        if _holds(folder, source):
-            return folder
-        raise FileThereError(
-            f"{folder} is there already and holds something else. Name another folder, or replace it (--overwrite, or "
-            "replace=True)."
-        )
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, partial)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+        if not _holds(folder, source):
+            raise FileThereError(
+                f"{folder} is there already and holds something else. Name another folder, or replace it (--overwrite, or "
+                "replace=True)."
+            )
+        # What a killed call has left; not where nothing can be written, or another call is at it.
+        with suppress(OutputError), whole_folder(folder) as whole:
+            whole.rmdir()
+        return folder
+    with whole_folder(folder) as whole:
+        shutil.copytree(source, whole, dirs_exist_ok=True)
+        if folder.exists():
+            remove_whole(folder)
     return folder
 
 

@@ -3,21 +3,19 @@
 import json
 import random
 import re
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from huggingface_hub import CommitInfo, HfApi, constants, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
 from unihema.checkpoint_files import ADAPTER_CONFIG, REFERENCE_FILE, adapter_files, checkpoint_files, read_json
 from unihema.errors import CardError, CheckpointError, InputError, PushError
+from unihema.files import scratch_folder
 from unihema.hub import bounded_hub, hidden, seconds_to_wait
 from unihema.modeling_unihema.remote_code import code_files
 
@@ -212,25 +210,24 @@ def push_folder(
     if revision is not None and not revision.startswith("refs/"):
         _call(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id, token)
 
-    def upload(listed: str) -> CommitInfo:
+    def upload() -> CommitInfo:
         # Anew on every try: what has arrived meanwhile is asked for again.
         head = api.repo_info(repo_id, revision=revision)
         there = [file.rfilename for file in head.siblings or ()]
-        earlier = [escape(name) for name in there if _WEIGHTS.fullmatch(name) and name not in plan.files]
-        return api.upload_folder(
+        earlier = [name for name in there if _WEIGHTS.fullmatch(name) and name not in plan.files]
+        return api.create_commit(
             repo_id=repo_id,
-            folder_path=listed,
+            # The listed files alone: nothing else can go up, whatever lies beside them.
+            operations=[
+                *(CommitOperationDelete(name) for name in earlier),
+                *(CommitOperationAdd(name, content) for name, content in plan.files.items()),
+            ],
             commit_message=commit_message or f"Upload {plan.kind}",
             revision=revision,
             parent_commit=head.sha,
-            delete_patterns=earlier or None,
         )
 
-    # A folder of the listed files alone: nothing else can go up, whatever lies beside them.
-    with tempfile.TemporaryDirectory() as listed:
-        for name, content in plan.files.items():
-            _place(content, Path(listed) / name)
-        done = _call(lambda: upload(listed), repo_id, token)
+    done = _call(upload, repo_id, token)
     return PushResult(f"{api.endpoint}/{repo_id}", done.oid, is_private, plan)
 
 
@@ -264,11 +261,11 @@ def push_to_hub(
         CardError: A card that may not be published.
         PushError: The Hub refused, or the connection broke off.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         model.save_pretrained(folder, **({} if hasattr(model, "peft_config") else {"max_shard_size": max_shard_size}))
         if processor is not None:
             processor.save_pretrained(folder)
-        (Path(folder) / CARD_FILE).write_text(card, encoding="utf-8")
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
         return push_folder(folder, repo_id, **options)
 
 
@@ -297,17 +294,6 @@ def _card(folder: Path, repo_id: str, base_model: str | None) -> str:
     if stale:
         raise CardError(f"{path}: {stale}. Write the card anew with `unihema card`.")
     return for_repo(text, repo_id)
-
-
-def _place(content: Path | bytes, path: Path) -> None:
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-        return
-    try:
-        path.symlink_to(content.resolve())
-    except OSError:
-        # Windows lets only some users make links.
-        shutil.copyfile(content, path)
 
 
 def _call(call: Callable[[], Result], repo_id: str, token: str | None) -> Result:

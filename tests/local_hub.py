@@ -121,7 +121,12 @@ class _Handler(BaseHTTPRequestHandler):
             failure.times -= 1
             if failure.status is None:
                 return self._cut()
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length)
+        if len(body) < length:
+            # The client has died in the middle of it.
+            self.close_connection = True
+            return None
         if failure is not None:
             return self._json({"error": "as the test asked for"}, failure.status, **failure.headers)
         open_to_all = path == "/api/validate-yaml" or path.startswith("/storage/")

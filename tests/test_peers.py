@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from data_folders import write_photograph
-from killing import counted, killed_and_resumed, weights
+from killing import killed_and_resumed, undisturbed, weights
 from tiny_models import batch, very_tiny_config
 from tiny_runs import TASKS, run_config
 
@@ -130,9 +130,9 @@ def test_a_killed_comparison_changes_no_figure(lab, tmp_path, kills):
             found[name]["trained"].pop("seconds")
         return found
 
-    expected, whole = counted(lambda: compare(tmp_path / "whole"))
+    whole = undisturbed(lambda: compare(tmp_path / "whole"))
     for folder, found in killed_and_resumed(compare, tmp_path, kills, whole):
-        assert found == expected and weights(folder) == weights(tmp_path / "whole")
+        assert found == whole.result and weights(folder) == weights(tmp_path / "whole")
 
 
 def test_checkpoint_that_knows_no_attribute_of_the_data_has_no_figure_for_them(lab, tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from unihema.checkpoint_files import REFERENCE_FILE
 from unihema.errors import InputError
-from unihema.files import write_json
+from unihema.files import scratch_folder, write_json
 
 
 def store_in_half(checkpoint: str | Path, folder: str | Path) -> int:
@@ -52,10 +52,11 @@ def store_in_half(checkpoint: str | Path, folder: str | Path) -> int:
         if path.name == "config.json":
             settings["dtype"] = "float32"
         write_json(path, settings)
-    partial = folder / ".model.safetensors.partial"
-    save_file(halves, partial, metadata={"format": "pt"})
-    partial.chmod(folder.stat().st_mode & 0o666)
-    os.replace(partial, folder / "model.safetensors")
+    with scratch_folder(folder) as scratch:
+        partial = scratch / "model.safetensors"
+        save_file(halves, partial, metadata={"format": "pt"})
+        partial.chmod(folder.stat().st_mode & 0o666)
+        os.replace(partial, folder / partial.name)
     return (folder / "model.safetensors").stat().st_size
 
 

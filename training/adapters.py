@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from unihema.errors import InputError
-from unihema.files import write_json
+from unihema.files import scratch_folder, whole_folder, write_json
 from unihema.modeling_unihema.adapter_mixin import FIELDS_KEY
 from unihema.modeling_unihema.layers import ClassEmbedding, ClassLinear
 from unihema.modeling_unihema.tasks import TASK_TABLE, TASKS
@@ -132,8 +131,9 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = NAME) -> None
     model.refresh_adapter_fields(name)
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     state = {f"base_model.model.{key}": value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    save_file(state, folder / f".{WEIGHTS}.partial", metadata={"format": "pt"})
-    os.replace(folder / f".{WEIGHTS}.partial", folder / WEIGHTS)
+    with scratch_folder(folder) as scratch:
+        save_file(state, scratch / WEIGHTS, metadata={"format": "pt"})
+        os.replace(scratch / WEIGHTS, folder / WEIGHTS)
     values = {**model.peft_config[name].to_dict(), "inference_mode": True}
     write_json(folder / CONFIG, {key: sorted(v) if isinstance(v, set) else v for key, v in values.items()})
 
@@ -166,15 +166,11 @@ def save_merged(model: nn.Module, processor: Any, folder: str | Path) -> None:
         ValueError: The folder holds something already.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty; merge into a new folder.")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.merge_and_unload().save_pretrained(partial)
-    processor.save_pretrained(partial)
-    if folder.exists():
-        folder.rmdir()
-    os.replace(partial, folder)
+    with whole_folder(folder) as whole:
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder} is not empty; merge into a new folder.")
+        model.merge_and_unload().save_pretrained(whole)
+        processor.save_pretrained(whole)
 
 
 def start_classes(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -157,18 +158,19 @@ def _as_they_are(
     overwrite: bool,
 ) -> None:
     from unihema.errors import InputError
-    from unihema.files import claim_folder
+    from unihema.files import claim_folder, exclusive
     from unihema.inference.int8 import to_int8
     from unihema.training.evaluation.report import figures_text
 
-    if output is not None:
-        alike = {name: value for name, value in options.items() if name != "batch_size"}
-        claim_folder(output, {**decisive, **alike}, (f"{FIGURES}.json", f"{EXACT_FIGURES}.json"), overwrite)
     exact = {}
-    if decisive["int8"]:
-        exact = _measured(model, processor, rows, output, EXACT_FIGURES, options)
-        to_int8(model)
-    report = _measured(model, processor, rows, output, FIGURES, options)
+    with exclusive(output) if output is not None else nullcontext():
+        if output is not None:
+            alike = {name: value for name, value in options.items() if name != "batch_size"}
+            claim_folder(output, {**decisive, **alike}, (f"{FIGURES}.json", f"{EXACT_FIGURES}.json"), overwrite)
+        if decisive["int8"]:
+            exact = _measured(model, processor, rows, output, EXACT_FIGURES, options)
+            to_int8(model)
+        report = _measured(model, processor, rows, output, FIGURES, options)
     if not report:
         raise InputError("Nothing to measure: the image-blind control is for question_answering and cloze.")
     for name, figures in report.items():
@@ -192,8 +194,9 @@ def _measured(
     for task, found in rows.items():
         if task not in report:
             report |= evaluate_model(model, processor, {task: found}, **options)
-            if output is not None:
-                write_report(report, output, name)
+        if output is not None:
+            # Also where the figures are there: an earlier call may have been killed before its tables.
+            write_report(report, output, name)
     return report
 
 

@@ -1,6 +1,6 @@
 """Commands that teach: `train`, at once or by a recipe of several runs, and `adapt`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,12 +148,12 @@ def _settings_of(config: Path | None) -> "Mix":
     return Mix(RunConfig.load(config))
 
 
-def _start_anew(folder: Path, made: Iterable[str], run: "RunConfig") -> None:
+def _start_anew(folder: Path, made: Sequence[str], run: "RunConfig") -> None:
     """Empties a folder that an earlier call of the command has left.
 
     Args:
         folder (`Path`): The folder.
-        made (`Iterable[str]`): Names that such a folder has, one of them at least.
+        made (`Sequence[str]`): Names that such a folder has, one of them at least.
         run ([`RunConfig`]): What it reads is not deleted.
 
     Raises:
@@ -162,7 +162,7 @@ def _start_anew(folder: Path, made: Iterable[str], run: "RunConfig") -> None:
     """
     from accelerate import PartialState
 
-    from unihema.files import empty_folder, real_path
+    from unihema.files import contents, empty_folder, real_path
 
     whole = real_path(folder)
     read = [Path(path) for path in (".", *run.data.folders, run.model.initial_checkpoint) if path]
@@ -171,12 +171,11 @@ def _start_anew(folder: Path, made: Iterable[str], run: "RunConfig") -> None:
         raise click.UsageError(f"--overwrite would delete {real_path(within[0])} with {folder}: name another --output.")
     state = PartialState(cpu=run.optimisation.device == "cpu")
     if state.is_main_process and folder.exists():
-        others = [path for path in folder.iterdir() if not path.name.startswith(".unihema")]
-        if others and not any((folder / name).exists() for name in made):
+        if contents(folder) and not any((folder / name).exists() for name in made):
             raise click.UsageError(
                 f"--overwrite: {folder} holds something else than an earlier run, and is not deleted. Name another --output."
             )
-        empty_folder(folder)
+        empty_folder(folder, last=[Path(name).parts[0] for name in made])
     state.wait_for_everyone()
 
 

@@ -1,12 +1,12 @@
 """An ONNX file of one task, called as the model."""
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from unihema.errors import CheckpointError, InputError, PackageMissingError
+from unihema.files import scratch_folder
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.outputs import UniHemaClassificationOutput, UniHemaDetectionOutput
 
@@ -134,9 +134,9 @@ def load_onnx(path: str | Path) -> "tuple[OnnxModel, UniHemaProcessor]":
     metadata = session.get_modelmeta().custom_metadata_map
     if metadata.get(METADATA_TASK) not in OUTPUTS:
         raise CheckpointError(f"{path}: not made by `unihema export`: its metadata names no task of UniHema.")
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         for name in METADATA_FILES:
-            (Path(folder) / name).write_text(metadata[METADATA_PREFIX + name], encoding="utf-8")
+            (folder / name).write_text(metadata[METADATA_PREFIX + name], encoding="utf-8")
         config = UniHemaConfig.from_pretrained(folder, local_files_only=True)
         processor = UniHemaProcessor.from_pretrained(folder, local_files_only=True)
     config.name_or_path = str(path)

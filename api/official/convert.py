@@ -3,10 +3,8 @@
 import argparse
 import hashlib
 import json
-import os
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from unihema.errors import FileMissingError, InputError, OutputError
-from unihema.files import write_text
+from unihema.files import scratch_folder, whole_folder, write_atomically, write_text
 from unihema.loading import load_model
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.official.keys import OfficialKeyError, copies, dead_shapes, official_name, translate
@@ -317,32 +315,30 @@ def convert_from_official(
     from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 
     folder = Path(folder)
-    _check_new(folder)
-    state, arguments = read_official(source)
-    config = official_config(state, arguments)
-    loaded = _load_tokenizer(tokenizer)
-    if len(loaded) > config.text_config.vocab_size:
-        raise InputError(
-            f"The tokenizer {tokenizer or T5_TOKENIZER} has {len(loaded)} pieces, the checkpoint's embedding "
-            f"{config.text_config.vocab_size} rows: it is not the one this checkpoint was trained with."
+    with whole_folder(folder) as whole:
+        _check_new(folder)
+        state, arguments = read_official(source)
+        config = official_config(state, arguments)
+        loaded = _load_tokenizer(tokenizer)
+        if len(loaded) > config.text_config.vocab_size:
+            raise InputError(
+                f"The tokenizer {tokenizer or T5_TOKENIZER} has {len(loaded)} pieces, the checkpoint's embedding "
+                f"{config.text_config.vocab_size} rows: it is not the one this checkpoint was trained with."
+            )
+        processor = UniHemaProcessor(
+            UniHemaImageProcessor(task_sizes=OFFICIAL_SIZES),
+            loaded,
+            default_prompts=DEFAULT_PROMPTS,
+            max_text_length=config.max_text_length,
         )
-    processor = UniHemaProcessor(
-        UniHemaImageProcessor(task_sizes=OFFICIAL_SIZES),
-        loaded,
-        default_prompts=DEFAULT_PROMPTS,
-        max_text_length=config.max_text_length,
-    )
-    config.trained.segmentation_label = DEFAULT_PROMPTS["segmentation"]
-    config.default_prompt_ids = processor.default_prompt_ids()
-    config.architectures = ["UniHemaForMultiTask"]
-    config.dtype = torch.float32
-    with torch.device("meta"):
-        shapes = {key: value.shape for key, value in UniHemaForMultiTask(config).state_dict().items()}
-    ours, became = from_official(state, shapes)
+        config.trained.segmentation_label = DEFAULT_PROMPTS["segmentation"]
+        config.default_prompt_ids = processor.default_prompt_ids()
+        config.architectures = ["UniHemaForMultiTask"]
+        config.dtype = torch.float32
+        with torch.device("meta"):
+            shapes = {key: value.shape for key, value in UniHemaForMultiTask(config).state_dict().items()}
+        ours, became = from_official(state, shapes)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    try:
         shards = split_torch_state_dict_into_shards(
             ours, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
         )
@@ -350,25 +346,18 @@ def convert_from_official(
         for name, keys in tqdm(shards.filename_to_tensors.items(), desc="weights", unit="file", disable=not progress):
             # Mapped anew for each file: what has been read is forgotten with the mapping.
             ours, _ = from_official(read_official(source)[0], shapes)
-            save_file({key: ours[key].contiguous() for key in keys}, partial / name, {"format": "pt"})
-            (partial / name).chmod(0o644)
+            save_file({key: ours[key].contiguous() for key in keys}, whole / name, {"format": "pt"})
+            (whole / name).chmod(0o644)
             del ours
         if shards.is_sharded:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-            write_text(partial / "model.safetensors.index.json", [json.dumps(index, indent=2, sort_keys=True), "\n"])
-        config.save_pretrained(partial)
-        GenerationConfig.from_model_config(config).save_pretrained(partial)
-        processor.save_pretrained(partial)
-        write_text(partial / "README.md", [checkpoint_card(config)])
+            write_text(whole / "model.safetensors.index.json", [json.dumps(index, indent=2, sort_keys=True), "\n"])
+        config.save_pretrained(whole)
+        GenerationConfig.from_model_config(config).save_pretrained(whole)
+        processor.save_pretrained(whole)
+        write_text(whole / "README.md", [checkpoint_card(config)])
         if report:
-            write_text(partial / REPORT_FILE, [became.table()])
-        # mkdtemp makes a folder for its owner's eyes only.
-        partial.chmod(0o755)
-        if folder.is_dir():
-            folder.rmdir()
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            write_text(whole / REPORT_FILE, [became.table()])
     return became
 
 
@@ -396,13 +385,7 @@ def convert_to_official(source: str | Path, path: str | Path, overwrite: bool = 
     if not isinstance(model, UniHemaForMultiTask):
         raise InputError(f"{source} is a {type(model).__name__}: the official model has every head, this one has not.")
     official = to_official(model.state_dict(), model.config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        torch.save({"model": official}, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, lambda file: torch.save({"model": official}, file))
     return len(official)
 
 
@@ -424,8 +407,8 @@ def _load_tokenizer(tokenizer: str | Path | None) -> "PreTrainedTokenizerBase":
                 TokenizerWarning,
                 stacklevel=3,
             )
-        with tempfile.TemporaryDirectory() as folder:
-            shutil.copyfile(path, Path(folder) / "spiece.model")
+        with scratch_folder() as folder:
+            shutil.copyfile(path, folder / "spiece.model")
             try:
                 return T5Tokenizer.from_pretrained(folder)
             except (ImportError, ValueError, OSError) as error:

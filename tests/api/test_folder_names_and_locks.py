@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import unicodedata
 from pathlib import Path
@@ -17,7 +18,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 
 from unihema import Analyzer, CheckpointError, OutputError
 from unihema.checkpoint_files import read_json
-from unihema.files import exclusive, find_images, write_atomically
+from unihema.files import exclusive, find_images, scratch_folder, whole_folder, write_atomically
 from unihema.results.export import table_text
 
 
@@ -296,6 +297,49 @@ def test_every_writer_removes_what_killed_ones_left_and_leaves_living_ones_alone
         assert len(list(tmp_path.glob(".*.partial"))) == left
     living.communicate(timeout=600)
     assert sorted(os.listdir(tmp_path)) == ["a", "b"] and (tmp_path / "b").read_text() == "half"
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path, monkeypatch):
+    folder = tmp_path / "made" / "results"
+    (folder.parent / ".results.partial" / "results").mkdir(parents=True)
+    (folder.parent / ".results.partial" / "results" / "a").write_text("of a killed run")
+    with whole_folder(folder) as whole:
+        (whole / "b").write_text("new")
+        assert not folder.exists()
+        refused = []
+
+        def again():
+            with pytest.raises(OutputError) as error, whole_folder(folder):
+                pass
+            refused.append(str(error.value))
+
+        thread = threading.Thread(target=again)
+        thread.start()
+        thread.join()
+        assert f"another run (process {os.getpid()} on" in refused[0]
+    assert os.listdir(folder.parent) == ["results"] and os.listdir(folder) == ["b"]
+    with pytest.raises(ZeroDivisionError), whole_folder(folder.parent / "other") as whole:
+        (whole / "b").write_text("half")
+        raise ZeroDivisionError
+    with pytest.raises(OutputError, match="results: cannot be written .Directory not empty"), whole_folder(folder):
+        pass
+    monkeypatch.chdir(folder)
+    with pytest.raises(OutputError, match="cannot be written"), whole_folder(Path(".")):
+        pass
+    assert os.listdir(folder.parent) == ["results"] and os.listdir(folder) == ["b"]
+
+
+def test_temporary_folders_of_killed_processes_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    kill = (
+        "import os; from unihema.files import scratch_folder\n"
+        "with scratch_folder() as folder: (folder / 'a').touch(), os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", kill], env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=600)
+    assert [path.name for path in tmp_path.rglob("*")][1:] == ["a"]
+    with scratch_folder() as folder:
+        assert os.listdir(tmp_path) == [folder.name]
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):

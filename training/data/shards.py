@@ -13,20 +13,19 @@ import hashlib
 import io
 import itertools
 import json
-import os
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
 from unihema.errors import DatasetError, InputError
-from unihema.files import write_json
+from unihema.files import contents, exclusive, write_atomically, write_json
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
 from unihema.processing_unihema.image_io import load_image
 from unihema.training.data.class_tree import rename_rows, row_names
@@ -505,6 +504,7 @@ def write_shards(
 
     Raises:
         DatasetError: The folder holds other shards, or a file cannot be read.
+        OutputError: Another run is writing there, or it cannot be written.
         BadRowsError: Rows that are not of the schema.
         ValueError: Sizes below 1.
     """
@@ -522,7 +522,19 @@ def write_shards(
         "group_samples": group_samples,
         "rows": {task: _fingerprint(rows) for task, rows in rows_by_task.items()},
     }
-    _keep_to(plan, folder)
+    if folder.is_dir() and contents(folder) and not (folder / PLAN_FILE).is_file():
+        raise DatasetError(f"{folder} is not empty: write shards into a new folder.")
+    with exclusive(folder):
+        _keep_to(plan, folder)
+        tasks = _write_tasks(rows_by_task, folder, shard_samples, group_samples, progress)
+        write_json(folder / INDEX_FILE, {"format": FORMAT, "dataset": dataset, "tasks": tasks})
+    return {task: sum(sum(shard["row_groups"]) for shard in entry["shards"]) for task, entry in tasks.items()}
+
+
+def _write_tasks(
+    rows_by_task: Mapping[str, Sequence[Row]], folder: Path, shard_samples: int, group_samples: int, progress: bool
+) -> dict[str, dict[str, Any]]:
+    """The shards that are not there yet; what the index says of each task."""
     tasks = {}
     total = sum(-(-len(rows_by_sample(rows)) // shard_samples) for rows in rows_by_task.values())
     with tqdm(total=total, desc="shards", unit="shard", disable=not progress) as bar:
@@ -535,21 +547,15 @@ def write_shards(
                 shards.append({"file": name, "row_groups": _group_sizes(path)})
                 bar.update()
             tasks[task] = {"rows": len(rows), "shards": shards, "witnesses": [_stored(row) for row in _witnesses(rows)]}
-    write_json(folder / INDEX_FILE, {"format": FORMAT, "dataset": dataset, "tasks": tasks})
-    return {task: sum(sum(shard["row_groups"]) for shard in entry["shards"]) for task, entry in tasks.items()}
+    return tasks
 
 
 def _keep_to(plan: dict[str, Any], folder: Path) -> None:
     path = folder / PLAN_FILE
-    if path.is_file():
-        if read_json(path) != plan:
-            raise DatasetError(
-                f"{folder} holds shards of other data or other sizes: delete it, or write somewhere else."
-            )
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise DatasetError(f"{folder} is not empty: write shards into a new folder.")
-    else:
+    if not path.is_file():
         write_json(path, plan)
+    elif read_json(path) != plan:
+        raise DatasetError(f"{folder} holds shards of other data or other sizes: delete it, or write somewhere else.")
 
 
 def _fingerprint(rows: Sequence[Row]) -> str:
@@ -579,9 +585,9 @@ def _write_shard(
         columns["mask"] = datasets.Image()
     features = {**columns, "row_count": datasets.Value("int32"), "rows": datasets.Value("string")}
     schema = datasets.Features(features).arrow_schema
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with parquet.ParquetWriter(partial, schema) as writer:
+
+    def write(file: IO[bytes]) -> None:
+        with parquet.ParquetWriter(file, schema) as writer:
             for start in range(0, len(samples), group_samples):
                 group = samples[start : start + group_samples]
                 content = {name: [_file(rows[sample[0]], name) for sample in group] for name in columns}
@@ -590,9 +596,8 @@ def _write_shard(
                     json.dumps([_stored(rows[number]) for number in sample], ensure_ascii=False) for sample in group
                 ]
                 writer.write_table(pyarrow.Table.from_pydict(content, schema=schema), row_group_size=group_samples)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    write_atomically(path, write)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unihema.errors import FileMissingError, RunConfigError
-from unihema.files import write_json
+from unihema.files import remove_whole, scratch_folder, write_json
 from unihema.hub_cards.data_record import RECORD_FILE
 from unihema.training.adapters import CONFIG, load_adapter_weights, save_adapter
 from unihema.training.run.config import MEANS, RunConfig
@@ -75,7 +75,8 @@ def save_checkpoint(folder: str | Path, accelerator, progress: Progress, keep: i
     """
     checkpoints = Path(folder) / "checkpoints"
     path = checkpoints / f"step-{progress.step:08d}"
-    partial = checkpoints / f".{path.name}.partial"
+    # One name in every process; what a killed run left of it is removed with its other files.
+    partial = checkpoints / f".unihema-{path.name}.partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -86,23 +87,14 @@ def save_checkpoint(folder: str | Path, accelerator, progress: Progress, keep: i
     if accelerator.is_main_process:
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         write_json(partial / PROGRESS_FILE, {**asdict(progress), "files": sizes})
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            remove_whole(path)
         os.replace(partial, path)
         # Damaged ones do not count, or they would push a whole one out.
         for old in [other for other in _step_folders(folder) if _read(other)[1] is None][:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_whole(old)
     accelerator.wait_for_everyone()
     return path
-
-
-def remove_leftovers(folder: str | Path) -> None:
-    """Removes what a killed run was writing; no other run may be writing there.
-
-    Args:
-        folder (`str` or `Path`): The run's folder.
-    """
-    for partial in (Path(folder) / ".partial", *(Path(folder) / "checkpoints").glob(".step-*.partial")):
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def last_checkpoint(folder: str | Path) -> tuple[Path, Progress] | None:
@@ -139,10 +131,7 @@ def save_trained(model, processor, folder: str | Path) -> None:
         folder (`str` or `Path`): Where.
     """
     folder = Path(folder)
-    partial = folder / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with scratch_folder(folder) as partial:
         if getattr(model, "peft_config", None):
             save_adapter(model, partial)
         else:
@@ -155,8 +144,6 @@ def save_trained(model, processor, folder: str | Path) -> None:
         # The configuration goes last: a folder that has one is a model.
         for file in sorted(partial.iterdir(), key=lambda file: file.name in ("config.json", CONFIG)):
             os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_trained(model, folder: str | Path):

@@ -45,7 +45,6 @@ from unihema.training.run.checkpoint import (
     finished_report,
     last_checkpoint,
     load_trained,
-    remove_leftovers,
     save_checkpoint,
     save_trained,
 )
@@ -122,13 +121,11 @@ def train(
         TrainingInterrupted: SIGINT or SIGTERM.
     """
     config.check()
-    if resume and (report := finished_report(config)) is not None:
-        return report
     folder = Path(config.output_dir)
     accelerator = make_accelerator(config.optimisation, config.logging.trackers, folder)
-    with exclusive(folder, ("checkpoints",)) if accelerator.is_main_process else nullcontext():
-        if accelerator.is_main_process:
-            remove_leftovers(folder)
+    with exclusive(folder, ("checkpoints", "best")) if accelerator.is_main_process else nullcontext():
+        if resume and (report := finished_report(config)) is not None:
+            return report
         return _Run(config, build, rows, resume, tuple(callbacks), accelerator).to_the_end()
 
 

@@ -1,14 +1,15 @@
 """The six stages of training: what each one learns and leaves alone (Uni-Hema, arXiv 2511.13889, "progressive training"; the
 paper gives the order, the sets of frozen parts are ours). Each goes on from the one before."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from unihema.errors import RunConfigError
+from unihema.files import write_atomically
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
 from unihema.training.data.rows import Row
 from unihema.training.evaluation import HEADLINES
@@ -272,9 +273,8 @@ def _publish(stage_folder: Path, folder: Path) -> None:
     """Copies the trained model to where the user looks for it; its configuration last."""
     files = [path for path in stage_folder.iterdir() if path.name not in RUN_FILES and not path.name.startswith(".")]
     for path in sorted(files, key=lambda path: path.name == "config.json"):
-        partial = folder / f".{path.name}.partial"
-        shutil.copyfile(path, partial)
-        os.replace(partial, folder / path.name)
+        with path.open("rb") as file:
+            write_atomically(folder / path.name, partial(shutil.copyfileobj, file))
 
 
 def _rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ A study is data for [`run_study`]: a list of [`Run`]s, and a function that makes
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from unihema.errors import RunConfigError
-from unihema.files import exclusive, plain, write_json, write_text
+from unihema.files import exclusive, plain, write_atomically, write_json, write_text
 from unihema.training.data.rows import said_once
 from unihema.training.run.config import MEANS, RunConfig, flat
 from unihema.training.run.distributed import is_main_process, wait_for_everyone
@@ -259,9 +258,7 @@ def save_plot(path: str | Path, plot: Plot) -> None:
     path = Path(path)
     figure = Figure(figsize=(plot.width, plot.height), layout="constrained")
     plot.draw(figure)
-    partial = path.with_name(f".{path.name}.partial.png")
-    figure.savefig(partial, dpi=120)
-    os.replace(partial, path)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
 
 
 __all__ = ["Plot", "Report", "Run", "figure_settings", "read_record", "run_study", "save_plot", "shown", "table"]

@@ -293,7 +293,11 @@ def test_another_run_in_the_folder_is_named_and_leftovers_of_killed_ones_go(smea
         train(config)
     holder.kill()
     holder.wait(timeout=600)
-    (folder / "checkpoints" / ".step-00000007.partial").mkdir(parents=True)
-    (folder / ".partial").mkdir()
+    for place in (
+        "checkpoints/.unihema-step-00000007.partial",
+        ".unihema-other.host-7-abc.partial",
+        "best/.unihema-x.partial",
+    ):
+        (folder / place).mkdir(parents=True)
     train(config)
     assert not list(folder.rglob("*.partial"))

@@ -100,7 +100,9 @@ def killed_run(config, folder: Path, chance: random.Random, while_saving: bool) 
                 time.sleep(0.0005)
             time.sleep(chance.uniform(0, 0.03))
             while (
-                while_saving and process.poll() is None and not any((folder / "checkpoints").glob(".step-*.partial/*"))
+                while_saving
+                and process.poll() is None
+                and not any((folder / "checkpoints").glob(".unihema-step-*.partial/*"))
             ):
                 time.sleep(0.0005)
             if process.poll() is None:

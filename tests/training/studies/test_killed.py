@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from killing import counted, killed_and_resumed, weights
+from killing import killed_and_resumed, undisturbed, weights
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_runs import run_config
 
@@ -67,10 +67,10 @@ def studies(smears, tmp_path_factory) -> dict[str, Callable[[Path], Any]]:
 @pytest.mark.parametrize("name", ["stages", "ablations", "adapt", "stress"])
 def test_a_killed_study_changes_no_figure(studies, tmp_path, name, kills):
     study = studies[name]
-    expected, moments = counted(lambda: study(tmp_path / "whole"))
+    whole = undisturbed(lambda: study(tmp_path / "whole"))
     written = pages(tmp_path / "whole")
-    for folder, found in killed_and_resumed(study, tmp_path, kills, moments):
-        assert found == expected
+    for folder, found in killed_and_resumed(study, tmp_path, kills, whole):
+        assert found == whole.result
         assert weights(folder) == weights(tmp_path / "whole")
         assert pages(folder) == written
 

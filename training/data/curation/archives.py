@@ -1,6 +1,5 @@
 """Unpacking of untrusted archives: nothing outside the folder, no links or devices, bounded numbers and sizes."""
 
-import shutil
 import stat
 import tarfile
 import zipfile
@@ -11,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from unihema.errors import DatasetError
+from unihema.files import whole_folder
 from unihema.training.data.layouts.files import UnsafeNameError, inside
 from unihema.training.data.rows import first_lines
 
@@ -126,21 +126,16 @@ def unpack(
         ArchiveError: Not an archive, damaged, unsafe (every such member is named) or beyond the limits.
         DatasetError: `into` is there already.
     """
-    if into.exists():
-        raise DatasetError(f"{into}: is there already. Choose a new folder or delete it.")
-    partial = into.with_name(f".{into.name}.unpacking")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        budget = _budget(path, limits)
-        _unpack_one(path, partial, budget, report)
-        _unpack_inner(partial, budget, report)
-        partial.rename(into)
-    except ArchiveError as error:
-        # The partial folder is deleted, so the message names the archive.
-        raise ArchiveError(str(error).replace(str(partial), str(path))) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(into) as whole:
+        if into.exists():
+            raise DatasetError(f"{into}: is there already. Choose a new folder or delete it.")
+        try:
+            budget = _budget(path, limits)
+            _unpack_one(path, whole, budget, report)
+            _unpack_inner(whole, budget, report)
+        except ArchiveError as error:
+            # The folder is deleted, so the message names the archive.
+            raise ArchiveError(str(error).replace(str(whole), str(path))) from error
     return into
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from unihema.errors import DatasetError, UnreadableImageError
-from unihema.files import write_json, write_text
+from unihema.files import whole_folder, write_json, write_text
 from unihema.processing_unihema.image_io import load_mask
 from unihema.results.export import table_text
 from unihema.training.data.class_tree import OFFICIAL_NAMES, label_map, rename_rows, row_names
@@ -106,49 +106,41 @@ def prepare_data(
         ArchiveError: An archive that is damaged, unsafe or too large.
         BadRowsError: Bad rows, with `on_invalid="error"`.
         DatasetError: `output` is there already, no known layout, a class to rename that is not there, or nothing to write.
+        OutputError: Another run is writing `output`, or it cannot be written.
     """
     source, output = Path(source).expanduser(), Path(output).expanduser()
     check_val_share(val_share)
     compiled = compile_patterns(patterns or {})
-    if output.exists():
-        raise DatasetError(f"{output}: is there already. Choose a new folder or delete it.")
     if not source.is_dir() and not source.is_file():
         raise DatasetError(f"{source}: no such archive or folder.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unpacked = output.with_name(f".{output.name}.archive")
-    partial = output.with_name(f".{output.name}.partial")
-    for leftover in (unpacked, partial):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        if source.is_file():
-            _unpack(source, unpacked, limits, progress)
-            folder = unpacked
-        else:
-            folder = source
-        bad = BadRows()
-        used, rows = _read(folder, output.name, layout, masks_show, attributes, bad)
-        rows = verify_rows({used: rows}, bad, progress=progress).get(used, [])
-        _stop_if(bad, on_invalid, folder, source)
-        rows = [row | groups_of(row, compiled) for row in rows]
-        labels, unmapped = _names(rows, official_names, rename or {})
-        prepared = PreparedData(output, used, labels=labels, unmapped=unmapped)
-        rows = [named for row in rows for named in rename_rows([row], labels.get(row["task"], {}))]
-        _write(partial, rows, val_share, bad, prepared, progress)
-        _stop_if(bad, on_invalid, folder, source)
-        prepared.left_out = bad.messages
-        bad.tell_notes()
-        if not prepared.counts:
-            raise DatasetError(f"{source}: nothing in it could be read as {used}.")
-        _describe(partial, source, entry, masks_show, licence, prepared)
-        partial.rename(output)
-    except DatasetError as error:
-        # The unpacked folder is deleted, so the message names the archive.
-        if isinstance(error, (ArchiveError, BadRowsError)) or str(unpacked) not in str(error):
-            raise
-        raise DatasetError(str(error).replace(str(unpacked), str(source))) from error
-    finally:
-        for leftover in (unpacked, partial):
-            shutil.rmtree(leftover, ignore_errors=True)
+    with whole_folder(output) as whole:
+        if output.exists():
+            raise DatasetError(f"{output}: is there already. Choose a new folder or delete it.")
+        unpacked = whole.with_name(f"{output.name}.archive")
+        folder = unpacked if source.is_file() else source
+        try:
+            if source.is_file():
+                _unpack(source, unpacked, limits, progress)
+            bad = BadRows()
+            used, rows = _read(folder, output.name, layout, masks_show, attributes, bad)
+            rows = verify_rows({used: rows}, bad, progress=progress).get(used, [])
+            _stop_if(bad, on_invalid, folder, source)
+            rows = [row | groups_of(row, compiled) for row in rows]
+            labels, unmapped = _names(rows, official_names, rename or {})
+            prepared = PreparedData(output, used, labels=labels, unmapped=unmapped)
+            rows = [named for row in rows for named in rename_rows([row], labels.get(row["task"], {}))]
+            _write(whole, rows, val_share, bad, prepared, progress)
+            _stop_if(bad, on_invalid, folder, source)
+            prepared.left_out = bad.messages
+            bad.tell_notes()
+            if not prepared.counts:
+                raise DatasetError(f"{source}: nothing in it could be read as {used}.")
+            _describe(whole, source, entry, masks_show, licence, prepared)
+        except DatasetError as error:
+            # The unpacked folder is deleted, so the message names the archive.
+            if isinstance(error, (ArchiveError, BadRowsError)) or str(unpacked) not in str(error):
+                raise
+            raise DatasetError(str(error).replace(str(unpacked), str(source))) from error
     return prepared
 
 
@@ -277,14 +269,14 @@ def _names(
 
 
 def _write(
-    partial: Path, rows: list[Row], val_share: float, bad: BadRows, prepared: PreparedData, progress: bool
+    folder: Path, rows: list[Row], val_share: float, bad: BadRows, prepared: PreparedData, progress: bool
 ) -> None:
     from tqdm.auto import tqdm
 
     splits = by_split(rows, val_share)
     with tqdm(total=len(rows), desc="writing", unit="row", disable=not progress) as bar:
         for split, found in splits.items():
-            counts = write_split(partial / split, found, bad, bar.update)
+            counts = write_split(folder / split, found, bad, bar.update)
             if counts:
                 prepared.counts[split] = counts
 

@@ -1,7 +1,6 @@
 """Writing synthetic smears as a data folder of our own format (see readers.py)."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from unihema.errors import DatasetError, InputError
-from unihema.files import write_json, write_text
+from unihema.files import contents, exclusive, write_atomically, write_json, write_text
 from unihema.training.data.synthetic.cells import CLASSES
 from unihema.training.data.synthetic.fields import SyntheticSmears
 
@@ -21,6 +20,8 @@ SETTINGS_FILE = "synthetic.json"
 GENERATOR_VERSION = 2
 # First index of each split: however many training smears are written, none is ever one of val.
 FIRST_INDEX = {"train": 0, "val": 10_000_000}
+# The folders of a split.
+PARTS = ("images", "masks", *(f"crops/{label}" for label in CLASSES))
 
 
 def write_synthetic(
@@ -51,6 +52,7 @@ def write_synthetic(
 
     Raises:
         DatasetError: The folder holds something else; nothing is written.
+        OutputError: Another run is writing there, or it cannot be written.
         ValueError: Negative numbers, or a field too small.
     """
     if n_train < 0 or n_val < 0 or crops_per_field < 0 or n_train + n_val == 0:
@@ -65,9 +67,13 @@ def write_synthetic(
         "crops_per_field": crops_per_field,
         "appearance": json.loads(json.dumps(appearance)),
     }
-    _claim(folder, settings)
+    known = folder / SETTINGS_FILE
+    if folder.exists() and not known.is_file() and (not folder.is_dir() or contents(folder)):
+        raise DatasetError(f"{folder}: is there already and holds something else. Choose a new folder.")
     counts = {"train": n_train, "val": n_val}
-    with tqdm(total=n_train + n_val, desc="synthetic smears", unit="field", disable=not progress) as bar:
+    bar = tqdm(total=n_train + n_val, desc="synthetic smears", unit="field", disable=not progress)
+    with exclusive(folder, [f"{split}/{part}" for split in counts for part in ("", *PARTS)]), bar:
+        _claim(known, settings)
         for split, count in counts.items():
             done = folder / split / "annotations.json"
             if done.is_file() or not count:
@@ -77,23 +83,19 @@ def write_synthetic(
     return folder
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes sure that the folder is ours to write: empty, or begun with the same settings."""
-    known = folder / SETTINGS_FILE
-    if known.is_file():
-        try:
-            found = json.loads(known.read_text(encoding="utf-8"))
-        except ValueError:
-            found = None
-        if found != settings:
-            raise DatasetError(
-                f"{folder}: holds synthetic smears of other settings ({found}). Choose another folder or delete it."
-            )
+def _claim(known: Path, settings: dict[str, Any]) -> None:
+    """Makes sure that the folder was begun with the same settings, or begins it."""
+    if not known.is_file():
+        write_json(known, settings)
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DatasetError(f"{folder}: is there already and holds something else. Choose a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(known, settings)
+    try:
+        found = json.loads(known.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if found != settings:
+        raise DatasetError(
+            f"{known.parent}: holds synthetic smears of other settings ({found}). Choose another folder or delete it."
+        )
 
 
 def _write_split(
@@ -104,7 +106,7 @@ def _write_split(
     crops_per_field: int,
     report: Callable[[int], Any],
 ) -> None:
-    for part in ("images", "masks", *(f"crops/{label}" for label in CLASSES)):
+    for part in PARTS:
         (folder / part).mkdir(parents=True, exist_ok=True)
     images, annotations, questions, cloze = [], [], [], []
     first = FIRST_INDEX[split]
@@ -148,6 +150,4 @@ def _write_split(
 def _write_png(path: Path, pixels: np.ndarray) -> None:
     if path.is_file():
         return
-    partial = path.with_name(f".{path.name}.partial")
-    Image.fromarray(pixels).save(partial, format="PNG", compress_level=1)
-    os.replace(partial, path)
+    write_atomically(path, lambda file: Image.fromarray(pixels).save(file, format="PNG", compress_level=1))
