@@ -265,9 +265,8 @@ class VisualBackbone(nn.Module):
         pixels = pixel_mask.to(pixel_values.device, non_blocking=True).bool() if padded else None
         # Valid pixels for convolutions and norms; with the official weights padding takes part there.
         counted = None if self.config.attend_to_padding else pixels
-        on_host = pixel_values.device.type == "cpu"
         trains = self._trains_channels_last and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if trains or not on_host:
+        if trains or pixel_values.is_cuda:
             # Depthwise and 1x1 convolutions, and above all their backward, are faster with channels last; on a GPU all are
             # in half precision.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
