@@ -1,6 +1,5 @@
 """The folder of a run: its checkpoints, whole or absent and resumed exactly, its trained model, and whether a run may use it."""
 
-import json
 import math
 import os
 import shutil
@@ -9,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from unihema.errors import FileMissingError, RunConfigError
-from unihema.files import write_json
+from unihema.errors import FileMissingError, RunConfigError, TrainingError
+from unihema.files import json_sha256, plain, read_json_object, write_json
 from unihema.hub_cards.data_record import RECORD_FILE
 from unihema.training.adapters import CONFIG, load_adapter_weights, save_adapter
+from unihema.training.evaluation.report import read_figures
 from unihema.training.run.config import RunConfig
 
 
@@ -85,7 +85,8 @@ def save_checkpoint(folder: str | Path, accelerator, progress: Progress, keep: i
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        write_json(partial / PROGRESS_FILE, {**asdict(progress), "files": sizes})
+        state = plain({**asdict(progress), "files": sizes})
+        write_json(partial / PROGRESS_FILE, {**state, "sha256": json_sha256(state)})
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
         # Damaged ones do not count, or they would push a whole one out.
@@ -182,10 +183,13 @@ def _step_folders(folder: str | Path) -> list[Path]:
 def _read(path: Path) -> tuple[Progress | None, str | None]:
     """The progress a checkpoint records, or what is wrong with it."""
     try:
-        values = json.loads((path / PROGRESS_FILE).read_text(encoding="utf-8"))
-        sizes = dict(values.pop("files", {}))
+        values = read_json_object(path / PROGRESS_FILE, TrainingError, "")
+        digest = values.pop("sha256", None)
+        if digest != json_sha256(values):
+            return None, f"{PROGRESS_FILE} is not what was written"
+        sizes = dict(values.pop("files"))
         progress = Progress(**values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (TrainingError, TypeError, KeyError):
         return None, f"{PROGRESS_FILE} is missing or broken"
     for name, size in sizes.items():
         file = path / name
@@ -253,7 +257,7 @@ def finished_report(config: RunConfig) -> dict[str, Any] | None:
             )
         return None
     metrics = folder / "metrics.json"
-    return json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {}
+    return read_figures(metrics) if metrics.exists() else {}
 
 
 def _check_same_settings(config: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from unihema.errors import DatasetError, InputError
-from unihema.files import write_json, write_text
+from unihema.files import read_json_object, write_json, write_text
 from unihema.training.data.synthetic.cells import CLASSES
 from unihema.training.data.synthetic.fields import SyntheticSmears
 
@@ -81,10 +81,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Makes sure that the folder is ours to write: empty, or begun with the same settings."""
     known = folder / SETTINGS_FILE
     if known.is_file():
-        try:
-            found = json.loads(known.read_text(encoding="utf-8"))
-        except ValueError:
-            found = None
+        found = read_json_object(known, DatasetError, "Choose another folder or delete it.")
         if found != settings:
             raise DatasetError(
                 f"{folder}: holds synthetic smears of other settings ({found}). Choose another folder or delete it."
