@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from unihema.errors import FileMissingError, RunConfigError, TrainingError
+from unihema.errors import FileMissingError, OutputError, RunConfigError, TrainingError
 from unihema.files import json_sha256, plain, read_json_object, write_json
 from unihema.hub_cards.data_record import RECORD_FILE
 from unihema.training.adapters import CONFIG, load_adapter_weights, save_adapter
@@ -138,6 +138,9 @@ def save_trained(model, processor, folder: str | Path) -> None:
         model (`PreTrainedModel`): The model; of one with an adapter, the adapter is saved.
         processor (`UniHemaProcessor`, *optional*): Its processor.
         folder (`str` or `Path`): Where.
+
+    Raises:
+        OutputError: It cannot be written.
     """
     folder = Path(folder)
     partial = folder / ".partial"
@@ -156,6 +159,8 @@ def save_trained(model, processor, folder: str | Path) -> None:
         # The configuration goes last: a folder that has one is a model.
         for file in sorted(partial.iterdir(), key=lambda file: file.name in ("config.json", CONFIG)):
             os.replace(file, folder / file.name)
+    except OSError as error:
+        raise OutputError(f"{folder}: the model cannot be written ({error}).") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
