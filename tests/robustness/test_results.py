@@ -138,7 +138,7 @@ def test_undamaged_ones_go_on(made, tmp_path):
 
 
 class Run:
-    """A training run of two steps, and what its weights are after two more."""
+    """A training run of two steps, and what its weights are after two more, or after four where no checkpoint is whole."""
 
     def __init__(self, place: Path):
         good_folders(place / "data")
@@ -146,7 +146,8 @@ class Run:
         train(self.config(place / "run", 2))
         self.files = files_of(place / "run")
         train(self.config(place / "run", 4), resume=True)
-        self.weights = digest(place / "run")
+        train(self.config(place / "anew", 4))
+        self.resumed, self.weights = digest(place / "run"), {digest(place / "run"), digest(place / "anew")}
 
     def config(self, out: Path, steps: int) -> RunConfig:
         settings = {"optimisation.max_steps": steps, "logging.checkpoint_steps": 2, "data.val_split": ""}
@@ -165,7 +166,7 @@ def run(tmp_path_factory):
 def test_an_undamaged_run_goes_on(run, tmp_path):
     lay_down(tmp_path, run.files)
     train(run.config(tmp_path, 4), resume=True)
-    assert digest(tmp_path) == run.weights
+    assert digest(tmp_path) == run.resumed
 
 
 @attack(inputs=3, share=0.02)
@@ -178,6 +179,6 @@ def test_runs(run, data):
     def attempt(given, out):
         lay_down(out / "run", run.files, changes)
         train(run.config(out / "run", 4), resume=True)
-        assert digest(out / "run") == run.weights
+        assert digest(out / "run") in run.weights
 
     confined("runs", attempt)
