@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from unihema.errors import RunError
 from unihema.files import shortened
 
 
@@ -55,14 +56,16 @@ class _Call:
         return self.left <= 0 or time.monotonic() - self.start > max(CALL_SECONDS, self.received / SLOWEST)
 
 
-def _count(request: Any, received: int = 0) -> None:
-    """Takes a request, or bytes of its answer, off what the calls have; several at once share it."""
+def _count(received: int = 0) -> None:
+    """Takes a request, or bytes of its answer, off what the calls have; several at once share it.
+
+    Raises:
+        RunError: They have none left. huggingface_hub repeats requests that failed otherwise.
+    """
     with _lock:
         call = next((call for call in _calls if not call.is_over()), None)
         if call is None and _calls:
-            raise _library().RemoteProtocolError(
-                "more requests, or more time, than a checkpoint takes", request=request
-            )
+            raise RunError("more requests, or more time, than a checkpoint takes")
         if call is not None:
             call.left -= not received
             call.received += received
@@ -162,7 +165,7 @@ def _library() -> Any:
 
 
 def _plain_only(request: Any) -> None:
-    _count(request)
+    _count()
     # What is not compressed cannot become a thousand times as large.
     request.headers["Accept-Encoding"] = "identity"
     # huggingface_hub asks for some answers without any limit of time.
@@ -212,7 +215,7 @@ def _bounded_stream(response: Any, most: int) -> Any:
             start, size = time.monotonic(), 0
             for part in self.stream:
                 size += len(part)
-                _count(response.request, len(part))
+                _count(len(part))
                 if size > most:
                     raise library.RemoteProtocolError(
                         f"an answer of more than {most >> 10} KB", request=response.request
