@@ -247,6 +247,8 @@ def _naming_errors(function: Callable) -> Callable:
 
 def _with_named_errors(cls: type) -> type:
     cls.__init__ = _naming_errors(cls.__init__)
+    # Models are checked by it when they are built.
+    cls.validate = _naming_errors(cls.validate)
     return cls
 
 
