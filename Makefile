@@ -8,7 +8,8 @@ SOURCES := $(shell find api modeling_unihema processing_unihema training hub_car
 # Where bytecode is not kept, every command that a test starts compiles PyTorch and Transformers anew: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-ATTACK ?= 3000
+ATTACK ?= 20000
+SEED ?= $(shell date +%s)
 
 .PHONY: install test test-slow attack test-lowest lint format docs dist demo demo-train bench clean
 
@@ -39,10 +40,11 @@ test-slow: install
 test-lowest:
 	$(MAKE) test VENV=.venv-lowest PIP_ARGS="$(PIP_ARGS) --constraint constraints-lowest.txt"
 
-# Hostile data, checkpoints and answers of a Hub: about half an hour. ATTACK is the number of inputs of each kind; the seed and what
-# failed are printed, and UNIHEMA_ATTACK_SEED repeats them.
+# Hostile images, data, checkpoints, results, configurations, names and answers of a Hub: about half an hour on two cores. ATTACK is
+# the number of inputs of all kinds together. SEED, which is printed, repeats them; what failed is kept in .attacks/ and tried first.
 attack: install
-	UNIHEMA_ATTACK=$(ATTACK) $(BIN)/python -m pytest -n auto --maxprocesses 4 -rA tests/robustness
+	@echo "SEED=$(SEED)"
+	UNIHEMA_ATTACK=$(ATTACK) $(BIN)/python -m pytest -n auto --maxprocesses 4 -rA --hypothesis-seed=$(SEED) tests/robustness
 
 # Imports and types are read from the installed package, in which the folders lie as they are imported.
 lint: install
@@ -80,4 +82,4 @@ bench: install
 	$(BIN)/python -m benchmarks.speed
 
 clean:
-	rm -rf build dist site demo demo-train *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist site demo demo-train *.egg-info .hypothesis .pytest_cache .ruff_cache .mypy_cache

@@ -85,6 +85,7 @@ setup(
     extras_require={
         "dev": [
             "build>=1.6,<2",
+            "hypothesis>=6.140,<7",
             "import-linter>=2.17,<3",
             "markdown-it-py>=4,<5",
             "mypy>=2.4,<3",

@@ -1,6 +1,5 @@
 """What a checkpoint, an adapter or an exported file consists of on disk, with errors that say what is wrong with it."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -8,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from unihema.errors import CheckpointError, InputError
-from unihema.files import printable, sha256, shortened
+from unihema.errors import CheckpointError
+from unihema.files import printable, read_json_object, sha256, shortened
 
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -30,8 +29,8 @@ NEVER_FETCHED = [
     "*.zip",
     "*.tar*",
 ]
-# The largest tokenizers have some 30 MB; every other file of a checkpoint has a few.
-MOST_JSON_BYTES = 64 << 20
+# Of loading: two or three for each file, of which a checkpoint has some fifty.
+MOST_REQUESTS = 3000
 _PARTS = {
     "config.json": "the model's configuration",
     "processor_config.json": "the image processor and prompts",
@@ -59,7 +58,7 @@ def local_folder(source: str | Path, **hub: Any) -> Path:
     from unihema.hub import bounded_hub, hidden
 
     try:
-        with bounded_hub():
+        with bounded_hub(MOST_REQUESTS):
             return Path(snapshot_download(str(source), **{"ignore_patterns": NEVER_FETCHED} | hub))
     except Exception as error:
         # Whatever a server answers: huggingface_hub does not check the form of it.
@@ -265,18 +264,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It cannot be read.
     """
-    try:
-        if path.exists() and not path.is_file():
-            raise InputError("not a regular file")
-        if path.stat().st_size > MOST_JSON_BYTES:
-            raise InputError(f"larger than {MOST_JSON_BYTES >> 20} MB")
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise InputError("a dictionary is expected")
-    except (OSError, ValueError, RecursionError) as error:
-        said = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise CheckpointError(f"{path}: not readable as JSON ({said}). Copy the checkpoint again.") from error
-    return values
+    return read_json_object(path, CheckpointError, "Copy the checkpoint again.")
 
 
 __all__ = [

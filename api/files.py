@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 import numpy
 from PIL import Image
 
-from unihema.errors import InputError, OutputError
+from unihema.errors import InputError, OutputError, UniHemaError
 
 from .processing_unihema.image_io import IMAGE_SUFFIXES, image_size, read_image
 
@@ -145,7 +145,36 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+# The largest tokenizers have some 30 MB; every other file of a checkpoint or of results has a few.
+MOST_JSON_BYTES = 64 << 20
 SETTINGS_FILE = "settings.json"
+
+
+def read_json_object(path: Path, error: type[UniHemaError], remedy: str) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Args:
+        path (`Path`): The file.
+        error (`type[UniHemaError]`): Kind of the error.
+        remedy (`str`): Last sentence of its message.
+
+    Raises:
+        UniHemaError: It is missing, no regular file, larger than `MOST_JSON_BYTES`, or holds anything else.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError("not a regular file")
+        if path.stat().st_size > MOST_JSON_BYTES:
+            raise InputError(f"larger than {MOST_JSON_BYTES >> 20} MB")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise InputError("a dictionary is expected")
+    except FileNotFoundError:
+        raise error(f"{path}: no such file. {remedy}") from None
+    except (OSError, ValueError, RecursionError) as problem:
+        said = "nested too deeply" if isinstance(problem, RecursionError) else shortened(problem)
+        raise error(f"{path}: not readable as JSON ({said}). {remedy}") from problem
+    return values
 
 
 def claim_folder(folder: Path, settings: Mapping[str, Any], made: Sequence[str] = (), overwrite: bool = False) -> None:
@@ -166,20 +195,17 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], made: Sequence[str] 
     if overwrite:
         for name in made:
             (folder / name).unlink(missing_ok=True)
-    elif path.is_file():
-        try:
-            then = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise OutputError(f"{path}: cannot be read ({error}). {remedy}") from error
+    elif path.exists():
+        then = read_json_object(path, OutputError, remedy)
         other = next((name for name in {**then, **now} if then.get(name) != now.get(name)), None)
         if other is not None:
             values = (then.get(other), now.get(other))
-            change = (
+            said = (
                 "has changed"
                 if any(isinstance(value, (dict, list)) for value in values)
-                else "was {!r}, now it is {!r}"
+                else "was {}, now it is {}".format(*(shortened(repr(value), 100) for value in values))
             )
-            raise OutputError(f"{folder} holds results of other settings: {other} {change.format(*values)}. {remedy}")
+            raise OutputError(f"{folder} holds results of other settings: {shortened(other, 100)} {said}. {remedy}")
     elif there := [name for name in made if (folder / name).exists()]:
         raise OutputError(f"{folder} holds {there[0]} of something else. {remedy}")
     write_text(path, [json.dumps(now, indent=2, ensure_ascii=False), "\n"])
@@ -229,6 +255,11 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def json_sha256(value: Any) -> str:
+    """SHA-256 of a value as JSON, in any order of its keys: tells one that was damaged, or changed by hand."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def plain(value: Any) -> Any:
     """`value` with every part turned into what JSON knows."""
     if isinstance(value, dict):
@@ -247,9 +278,16 @@ def plain(value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """Text in one line: control characters, line ends and what is no character as escapes such as `\\n`."""
+    """Text in one line and as it reads: control characters, line ends, what is no character and what turns the direction of
+    the text after it, as escapes such as `\\n`."""
     escaped = ("Cc", "Cs", "Zl", "Zp")
-    return "".join(repr(each)[1:-1] if unicodedata.category(each) in escaped else each for each in text)
+    turning = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    return "".join(
+        repr(each)[1:-1]
+        if unicodedata.category(each) in escaped or unicodedata.bidirectional(each) in turning
+        else each
+        for each in text
+    )
 
 
 def shortened(text: object, most: int = 300) -> str:
@@ -486,9 +524,11 @@ __all__ = [
     "empty_folder",
     "exclusive",
     "find_images",
+    "json_sha256",
     "open_image",
     "plain",
     "printable",
+    "read_json_object",
     "real_path",
     "remove_whole",
     "scratch_folder",

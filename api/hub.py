@@ -7,14 +7,20 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from unihema.errors import RunError
 from unihema.files import shortened
 
 
 # Seconds without a byte, and of one answer that is read into memory.
 READ_SECONDS, ANSWER_SECONDS = 60.0, 300.0
+# Of all requests of one call that loads.
+CALL_SECONDS = 1800.0
+# The list of a checkpoint's files.
+MOST_LIST = 1 << 20
 # An answer in memory; one whose length the Hub does not say; any other file, and weights.
 MOST_ANSWER, MOST_UNSAID, MOST_FILE, MOST_WEIGHTS = 32 << 20, 256 << 20, 256 << 20, 200 << 30
 # Compressed, as nobody asked for: a thousand times that is what it may become.
@@ -26,8 +32,43 @@ MOST_REDIRECTS = 5
 _WEIGHTS = re.compile(r"\.(safetensors|onnx)$")
 _TOKEN = re.compile(r"hf_\w{8,}")
 _lock = threading.Lock()
+# Calls with bounds of their own.
+_calls: list["_Call"] = []
 # The user's client factory, once for each call that is in `bounded_hub`.
 _users: list[Any] = []
+
+
+@dataclass
+class _Call:
+    """What one call may still ask, and what it has got.
+
+    Args:
+        left (`int`): Requests.
+        start (`float`): When it began.
+        received (`int`): Bytes.
+    """
+
+    left: int
+    start: float = field(default_factory=time.monotonic)
+    received: int = 0
+
+    def is_over(self) -> bool:
+        return self.left <= 0 or time.monotonic() - self.start > max(CALL_SECONDS, self.received / SLOWEST)
+
+
+def _count(received: int = 0) -> None:
+    """Takes a request, or bytes of its answer, off what the calls have; several at once share it.
+
+    Raises:
+        RunError: They have none left. huggingface_hub repeats requests that failed otherwise.
+    """
+    with _lock:
+        call = next((call for call in _calls if not call.is_over()), None)
+        if call is None and _calls:
+            raise RunError("more requests, or more time, than a checkpoint takes")
+        if call is not None:
+            call.left -= not received
+            call.received += received
 
 
 def hidden(text: object, token: str | None = None, most: int = 300) -> str:
@@ -61,10 +102,14 @@ def seconds_to_wait(retry_after: str) -> float | None:
 
 
 @contextmanager
-def bounded_hub() -> Iterator[None]:
+def bounded_hub(most_requests: int | None = None) -> Iterator[None]:
     """Requests of huggingface_hub have bounds in here; the client that the user configured is otherwise as it was.
 
     It is one client for the whole process, so other threads have the same bounds meanwhile.
+
+    Args:
+        most_requests (`int`, *optional*): Of this call. A Hub that lists a million files is asked for no more, its lists are to
+            be shorter than `MOST_LIST`, and all together comes at `SLOWEST` bytes a second or within `CALL_SECONDS`.
     """
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
@@ -80,11 +125,15 @@ def bounded_hub() -> Iterator[None]:
         else:
             users = _users[0]
         _users.append(users)
+        if most_requests is not None:
+            _calls.append(_Call(most_requests))
     try:
         yield
     finally:
         with _lock:
             _users.pop()
+            if most_requests is not None:
+                _calls.pop()
             if not _users:
                 set_client_factory(users)
                 for handler in handlers:
@@ -116,6 +165,7 @@ def _library() -> Any:
 
 
 def _plain_only(request: Any) -> None:
+    _count()
     # What is not compressed cannot become a thousand times as large.
     request.headers["Accept-Encoding"] = "identity"
     # huggingface_hub asks for some answers without any limit of time.
@@ -142,7 +192,7 @@ def _limit_body(response: Any) -> None:
     if encoding != "identity":
         most = MOST_COMPRESSED if encoding in ("gzip", "deflate") else 0
     elif request.method != "GET" or "/api/" in path or response.is_error or response.has_redirect_location:
-        most = MOST_ANSWER
+        most = MOST_LIST if _calls else MOST_ANSWER
     elif not length:
         most = MOST_UNSAID
     else:
@@ -165,6 +215,7 @@ def _bounded_stream(response: Any, most: int) -> Any:
             start, size = time.monotonic(), 0
             for part in self.stream:
                 size += len(part)
+                _count(len(part))
                 if size > most:
                     raise library.RemoteProtocolError(
                         f"an answer of more than {most >> 10} KB", request=response.request

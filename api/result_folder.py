@@ -24,7 +24,9 @@ from unihema.files import (
     claim_folder,
     exclusive,
     find_images,
+    json_sha256,
     open_image,
+    read_json_object,
     real_path,
     sha256,
     write_atomically,
@@ -32,7 +34,7 @@ from unihema.files import (
 )
 from unihema.inference.int8 import is_int8
 from unihema.results.export import cell_columns, cell_row, table_text
-from unihema.results.smear_result import SmearResult
+from unihema.results.smear_result import FORMAT, SmearResult
 from unihema.version import __version__
 
 
@@ -257,7 +259,7 @@ class ResultFolder:
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder = folder
         self.settings = settings
-        self.settings_sha256 = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        self.settings_sha256 = json_sha256(settings)
 
     def names(self, images: Sequence[Path]) -> dict[Path, str]:
         """A name for the files of each image: its stem, with its folder's name or a hash where stems meet.
@@ -285,7 +287,8 @@ class ResultFolder:
             record is not None
             and record["settings_sha256"] == self.settings_sha256
             and record["image_sha256"] == image_sha256
-            and all((self.folder / file).is_file() for file in record["files"])
+            # One of another size is not what was written.
+            and all(_size(self.folder / file) == size for file, size in record["files"].items())
         )
 
     def write(self, name: str, path: Path, image_sha256: str, result: SmearResult, pixels: "PILImage") -> None:
@@ -307,10 +310,12 @@ class ResultFolder:
             "source": str(real_path(path)),
             "image_sha256": image_sha256,
             "settings_sha256": self.settings_sha256,
-            "files": list(files),
+            "files": {file: _size(self.folder / file) for file in files},
             "result": result.to_dict(),
         }
-        write_text(self._record(name), [json.dumps(record, ensure_ascii=False)])
+        write_text(
+            self._record(name), [json.dumps({"record_sha256": json_sha256(record), **record}, ensure_ascii=False)]
+        )
 
     def write_tables(self, attributes: Sequence[str], report: BatchReport) -> None:
         """Writes `cells.csv`, `counts.csv` and `results.json` from the records, and completes the report."""
@@ -363,19 +368,25 @@ class ResultFolder:
         return self.folder / "records" / f"{name}.json"
 
     def _read(self, path: Path) -> dict[str, Any] | None:
-        """A record, or None where there is none or it is not one of this format."""
+        """A record, or None where there is none, it is not one of this format, or it is not what was written."""
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            SmearResult.from_dict(record["result"] | {"mask": None})
-            return record if {"source", "image_sha256", "settings_sha256", "files"} <= record.keys() else None
-        except (OSError, ValueError, KeyError, TypeError):
+            record = read_json_object(path, OutputError, "")
+        except OutputError:
             return None
+        digest = record.pop("record_sha256", None)
+        if digest != json_sha256(record) or record.get("result", {}).get("format") != FORMAT:
+            return None
+        return record
 
     def _read_all(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         for path in sorted((self.folder / "records").glob("*.json")):
             record = self._read(path)
             if record is not None:
                 yield path, record
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def _file_name(stem: str, digest: str) -> str:

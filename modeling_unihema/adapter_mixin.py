@@ -1,6 +1,7 @@
 """PEFT adapters in a model: several side by side, each with its own heads and classes, switched by name."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,17 @@ ADAPTER_FIELDS = (
 )
 # Their key in `auto_mapping`, which PEFT reads and writes unchanged.
 FIELDS_KEY = "unihema"
+_PATTERN_FIELDS = (
+    "target_modules",
+    "exclude_modules",
+    "layers_pattern",
+    "modules_to_save",
+    "feedforward_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_parameters",
+)
+_MOST_PATTERNS, _LONGEST_PATTERN = 1000, 4000
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "force_download", "proxies", "local_files_only")
 
 
@@ -253,6 +265,55 @@ def _check_ranks(source: str, config: Any, weights: dict[str, Any]) -> None:
             )
 
 
+def _check_patterns(source: str, config: Any) -> None:
+    """Refuses patterns of layers that could be tried on their names for hours: PEFT takes them as regular expressions."""
+    for field in _PATTERN_FIELDS:
+        value = getattr(config, field, None)
+        # A text alone is the whole pattern; PEFT puts a part that repeats before and after each of several.
+        repeats, found = (3, [value]) if isinstance(value, str) else (1, list(value or ()))
+        if len(found) > _MOST_PATTERNS:
+            raise InputError(f"{source}: adapter_config.json has {len(found)} {field}; {_MOST_PATTERNS} are allowed.")
+        for pattern in found:
+            try:
+                slow = len(pattern) > _LONGEST_PATTERN or _repeats(pattern) > repeats
+                re.compile("" if slow else pattern)
+            except (re.error, TypeError, ValueError, OverflowError, RecursionError) as error:
+                raise InputError(
+                    f"{source}: {field} has {repr(pattern)[:80]}, which is no pattern ({error})."
+                ) from error
+            if slow:
+                raise InputError(
+                    f"{source}: {field} has {repr(pattern)[:80]}, a pattern too long or with too many repeats. Name the layers."
+                )
+
+
+# What the parts of a pattern look like to `_repeats`: a character or class, a group without one within, a repeat.
+_ONE = re.compile(r"\\.|\[\^?\]?[^\]]*\]", re.DOTALL)
+_GROUP = re.compile(r"\((?:\?(?:P<\w+>|<?[=!]|[aiLmsux-]*:|>))?([^()]*)\)(\*|\+|\{\d*,\d*\}|\?)?[?+]?")
+_REPEAT = re.compile(r"[*+]|\{\d*,\d*\}")
+
+
+def _repeats(pattern: str) -> float:
+    """How often a pattern repeats something without limit, along the way through it with most; infinite where it refers back to
+    a group, or repeats what can itself match in several ways, which may take more time than there is."""
+    if re.search(r"\\[1-9]|\(\?(?:P=|\()", pattern):
+        return float("inf")
+    text = _ONE.sub("x", pattern)
+
+    def count(part: str) -> int:
+        # A group that was counted stands there as so many stars, and as ? where it matches in several ways.
+        return max(len(_REPEAT.findall(way)) for way in part.split("|"))
+
+    while group := _GROUP.search(text):
+        body, repeat = group[1], group[2] or ""
+        if repeat not in ("", "?") and (_REPEAT.search(body) or "|" in body or "?" in body):
+            return float("inf")
+        several = "?" if repeat == "?" or "|" in body or "?" in body else ""
+        stars = "*" * (count(body) + (repeat not in ("", "?")))
+        text = text[: group.start()] + stars + several + text[group.end() :]
+    return count(text)
+
+
 def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, Any]):
     try:
         import peft
@@ -293,6 +354,7 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
     # PEFT's keys begin with the names of its wrapper around the model.
     weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
     _check_ranks(source, config, weights)
+    _check_patterns(source, config)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         peft.inject_adapter_in_model(config, model, name)

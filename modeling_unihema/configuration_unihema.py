@@ -2,8 +2,9 @@
 
 import copy
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -231,6 +232,30 @@ def _with_defaults(field: str, given: Mapping[str, Any], defaults: Mapping[str, 
     return {**defaults, **given}
 
 
+def _naming_errors(function: Callable) -> Callable:
+    """What Transformers and huggingface_hub raise at values of other types, which is anything, as an `InputError`."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except InputError:
+            raise
+        except Exception as error:
+            said = " ".join(str(error).split())[:400]
+            raise InputError(f"no configuration of UniHema: {said or type(error).__name__}") from error
+
+    return call
+
+
+def _with_named_errors(cls: type) -> type:
+    cls.__init__ = _naming_errors(cls.__init__)
+    # Models are checked by it when they are built.
+    cls.validate = _naming_errors(cls.validate)
+    return cls
+
+
+@_with_named_errors
 @strict
 class UniHemaConfig(SavedWithCode, PreTrainedConfig):
     r"""Configuration of every UniHema model (Uni-Hema, arXiv 2511.13889).
@@ -535,6 +560,7 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         return decoder_config
 
     @classmethod
+    @_naming_errors
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "UniHemaConfig":
         """Reads a saved configuration, as [`~PreTrainedConfig.from_dict`] does.
 
@@ -547,7 +573,8 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
             **kwargs: Fields to change. The numbers of `id2label` and `label2id` may be text, as in Transformers' examples.
 
         Raises:
-            ValueError: `num_labels`, `id2label` and `label2id` contradict each other.
+            InputError: A field of another type, out of its bounds, or that does not fit the others; `num_labels`, `id2label` and
+                `label2id` that contradict each other.
         """
         _no_foreign_kernels(config_dict)
         names, count = kwargs.get("id2label"), kwargs.get("num_labels")

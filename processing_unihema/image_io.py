@@ -244,7 +244,7 @@ def _naming(name: "str | Path") -> Iterator[None]:
         raise UnreadableImageError(f"{name}: the image needs more memory than there is. Export it smaller.") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UnreadableImageError(
-            f"{name}: the image is truncated or damaged ({error}). Copy it again or export it anew."
+            f"{name}: the image is truncated or damaged ({_shown(error)}). Copy it again or export it anew."
         ) from error
 
 
@@ -255,6 +255,11 @@ def _pil() -> Iterator[None]:
         yield
     except _DAMAGE as error:
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _shown(text: object) -> str:
+    """What a file or PIL says of itself, short and without what a terminal obeys."""
+    return "".join(each if each.isprintable() else "?" for each in str(text)[:200])
 
 
 def _file_bytes(file: "str | Path | bytes") -> int:
@@ -286,11 +291,15 @@ def _unread_content(image: Image.Image) -> bytes | None:
 
 
 def _check_memory(opened: Image.Image, name: "str | Path", file: "str | Path | bytes | None" = None) -> None:
-    """Refuses, before anything is decoded, an image whose size its file cannot hold."""
+    """Refuses, before anything is decoded, an image whose size its file cannot hold, or whose parts lie beyond its end."""
+    held = _file_bytes(name if file is None else file)
+    # PIL reads as far as the next part, and takes the memory for that first.
+    if any((tile.offset or 0) > held for tile in getattr(opened, "tile", [])):
+        raise UnreadableImageError(f"{name}: the file ends before its pixels do. Copy it again or export it anew.")
     deep = any(";16" in layout for layout in _rawmodes(opened)) and not opened.mode.startswith("I")
     of_pixel = _BYTES_OF_DEEP_COLOUR if deep else _BYTES_OF_MODE.get(opened.mode, 4)
     needed = opened.width * opened.height * of_pixel
-    if needed > MAX_BYTES and needed > MAX_COMPRESSION * _file_bytes(name if file is None else file):
+    if needed > MAX_BYTES and needed > MAX_COMPRESSION * held:
         raise UnreadableImageError(
             f"{name}: the file is far too small for the {opened.width} x {opened.height} pixels it names, so it is damaged. "
             "Copy it again or export it anew."
@@ -520,7 +529,7 @@ def _kind_of_tiff(file: "str | Path | bytes") -> str | None:
         kind = _SAMPLE_FORMATS.get(formats[0], "unknown")
         samples, colours = tags.get(_SAMPLES, len(bits)), _PHOTOMETRICS.get(tags.get(_PHOTOMETRIC), "unknown colours")
         packed = COMPRESSION_INFO.get(tags.get(_COMPRESSION, 1), "unknown")
-        return f"{samples} x {bits[0]} bits {kind}".strip() + f" ({colours}, compression {packed})"
+        return _shown(f"{samples} x {bits[0]} bits {kind}".strip() + f" ({colours}, compression {packed})")
     except (*_DAMAGE, OSError, SyntaxError, ValueError, EOFError, MemoryError):
         return None
 
@@ -613,7 +622,9 @@ def _axes(description: str, gray: bool) -> tuple[dict[str, int] | None, str, lis
             if not gray:
                 found["C"] = 1
             channels = re.findall(r"<Channel\b[^>]*>", pixels)
-            names = [name[1] for name in (re.search(r'\bName\s*=\s*"([^"]*)"', tag) for tag in channels) if name]
+            names = [
+                _shown(name[1]) for name in (re.search(r'\bName\s*=\s*"([^"]*)"', tag) for tag in channels) if name
+            ]
             return found, order[1], names if len(names) == found["C"] else []
     elif description.startswith("ImageJ="):
         found = {

@@ -1,6 +1,6 @@
 """Image processor of UniHema: resize, pad and normalise for each task; annotations in, results in pixels out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from .post_processing import (
 
 
 FIELD_SIZE = {"shortest_edge": 480, "longest_edge": 640}
+LARGEST_EDGE = 8192
 CROP_SIZE = {"longest_edge": 192}
 
 
@@ -81,15 +82,22 @@ class UniHemaImageProcessor(ProcessorWithCode, TorchvisionBackend):
     def __init__(self, **kwargs: Any):
         # Finding cells needs large fields of view; crops and images of questions may be smaller.
         sizes = {name: FIELD_SIZE if task.default_prompt else CROP_SIZE for name, task in TASK_TABLE.items()}
-        sizes |= kwargs.pop("task_sizes", None) or {}
-        unknown = set(sizes) - set(TASKS)
-        if unknown:
-            raise InputError(f"task_sizes names unknown tasks {sorted(unknown)}; tasks are {', '.join(TASKS)}.")
+        # What a file names becomes an attribute, and no method of it.
+        method = next((name for name in kwargs if name[:2] == "__" or callable(getattr(type(self), name, None))), None)
+        if method is not None:
+            raise InputError(f"{method[:80]!r} is no option of an image processor.")
+        given = kwargs.pop("task_sizes", None) or {}
+        if not isinstance(given, dict) or set(given) - set(TASKS):
+            raise InputError(
+                f"task_sizes is {repr(given)[:80]}, which has unknown tasks; tasks are {', '.join(TASKS)}."
+            )
+        sizes |= given
         if kwargs.get("size") is not None:
-            sizes["detection"] = get_size_dict(kwargs["size"], default_to_square=False)
-        kwargs["task_sizes"] = {task: dict(size) for task, size in sizes.items()}
+            sizes["detection"] = kwargs["size"]
+        kwargs["task_sizes"] = {task: _size_dict(size) for task, size in sizes.items()}
         kwargs["size"] = kwargs["task_sizes"]["detection"]
         super().__init__(**kwargs)
+        _check_options({name: getattr(self, name, None) for name in self.valid_kwargs.__annotations__})
 
     @property
     def size(self) -> SizeDict:
@@ -98,7 +106,7 @@ class UniHemaImageProcessor(ProcessorWithCode, TorchvisionBackend):
 
     @size.setter
     def size(self, size: int | dict[str, int] | SizeDict):
-        self.task_sizes = {**(self.task_sizes or {}), "detection": dict(get_size_dict(size, default_to_square=False))}
+        self.task_sizes = {**(self.task_sizes or {}), "detection": _size_dict(size)}
 
     def __call__(self, images, annotations=None, masks=None, **kwargs: Any) -> BatchFeature:
         """
@@ -142,10 +150,11 @@ class UniHemaImageProcessor(ProcessorWithCode, TorchvisionBackend):
             _check_count("masks", masks, images)
         given = {name: value for name, value in kwargs.items() if value is not None}
         options = {name: given.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__}
+        _check_options(options)
         if "size" not in given:
             check_task(options["task"])
             options["size"] = (self.task_sizes | options["task_sizes"])[options["task"]]
-        options["size"] = get_size_dict(options["size"], default_to_square=False)
+        options["size"] = _size_dict(options["size"])
         if options["do_center_crop"]:
             raise InputError("do_center_crop would cut cells off: give the part of the image to look at instead.")
         if options["data_format"] not in (None, ChannelDimension.FIRST):
@@ -277,6 +286,53 @@ class UniHemaImageProcessor(ProcessorWithCode, TorchvisionBackend):
 UniHemaImageProcessor.register_for_auto_class()
 
 
+def _size_dict(size: Any) -> dict[str, int]:
+    """A size as a dictionary of edges in pixels.
+
+    Raises:
+        InputError: It is none.
+    """
+    try:
+        edges = dict(get_size_dict(size, default_to_square=False))
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise InputError(f"{repr(size)[:80]} is no size of images; write shortest_edge and/or longest_edge.") from error
+    for name, edge in edges.items():
+        if edge is not None and not _is_number(edge, 1, LARGEST_EDGE, int):
+            raise InputError(f"an image size has {name}={repr(edge)[:40]}; edges are 1 to {LARGEST_EDGE} pixels.")
+    return edges
+
+
+def _is_number(value: Any, least: float, most: float, kind: Any = (int, float)) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Checks what is given in a call, or stands in a file, before any pixel is touched by it.
+
+    Raises:
+        InputError: A value that an option cannot have.
+    """
+    checks = {name: lambda value: isinstance(value, bool) for name in options if name.startswith("do_")}
+    checks |= {
+        "pad_multiple": lambda value: _is_number(value, 1, 1024, int),
+        "rescale_factor": lambda value: _is_number(value, -1e3, 1e3),
+        "invalid_boxes": lambda value: value in ("error", "drop"),
+        "task_sizes": lambda value: isinstance(value, dict) and not set(value) - set(TASKS),
+    }
+    for name, most in (("image_mean", 1e4), ("image_std", 1e4)):
+        least = 1e-6 if name == "image_std" else -most
+        checks[name] = lambda value, least=least, most=most: (
+            len(values := value if isinstance(value, (list, tuple)) else [value]) in (1, 3)
+            and all(_is_number(each, least, most) for each in values)
+        )
+    for name, check in checks.items():
+        value = options.get(name)
+        if value is not None and not check(value):
+            raise InputError(f"{name} cannot be {repr(value)[:60]}: see the options of UniHemaImageProcessor.")
+    if options.get("resample") is not None:
+        resampling(options["resample"])
+
+
 def _check_count(name: str, values: Sequence, images: Sequence) -> None:
     if len(values) != len(images):
         raise InputError(f"{len(values)} {name} for {len(images)} images: give one for each image.")
@@ -368,8 +424,8 @@ def resampling(resample: PILImageResampling | int) -> PILImageResampling:
     Raises:
         ValueError: It is not.
     """
-    if int(resample) not in (0, 2, 3):
-        raise InputError(f"resample must be 0 (nearest), 2 (bilinear) or 3 (bicubic), got {int(resample)}.")
+    if isinstance(resample, bool) or not isinstance(resample, int) or resample not in (0, 2, 3):
+        raise InputError(f"resample must be 0 (nearest), 2 (bilinear) or 3 (bicubic), got {repr(resample)[:40]}.")
     return PILImageResampling(int(resample))
 
 

@@ -62,7 +62,7 @@ class LocalHub:
         self.failures: list[Failure] = []
         self.requests: list[str] = []
         handler = type("Handler", (_Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -96,6 +96,11 @@ class LocalHub:
         own = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         # Nothing but this machine can be asked, so a proxy would only be in the way.
         return {**kept, **own, "HF_TOKEN": token, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *arguments):
+        """A client that goes away is no news."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -184,7 +184,7 @@ def _show_checkpoint(checkpoint: Path) -> None:
     from unihema.errors import CheckpointError
     from unihema.files import printable
     from unihema.loading import available_tasks, load_model
-    from unihema.training.evaluation.report import figures_text
+    from unihema.training.evaluation.report import figures_text, read_figures
 
     model, processor = load_model(checkpoint, device="cpu")
     config = model.config
@@ -218,13 +218,9 @@ def _show_checkpoint(checkpoint: Path) -> None:
     click.echo(printable(f"licence: code Apache-2.0; weights as their training data ({', '.join(folders)})"))
     metrics = checkpoint / "metrics.json"
     if metrics.is_file():
-        try:
-            measured = [f"  {task}: {figures_text(figures)}" for task, figures in read_json(metrics).items()]
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"{metrics}: not figures of an evaluation ({error!r}). Measure again.") from error
         click.echo("measured on validation data:")
-        for line in measured:
-            click.echo(printable(line))
+        for task, figures in read_figures(metrics).items():
+            click.echo(printable(f"  {task}: {figures_text(figures)}"))
     else:
         click.echo("nothing was measured on validation data")
 

@@ -1,6 +1,5 @@
 """Commands that measure: `evaluate`, on data as they are or corrupted, and `reference`."""
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -174,11 +173,11 @@ def _as_they_are(
     if not report:
         raise InputError("Nothing to measure: the image-blind control is for question_answering and cloze.")
     for name, figures in report.items():
-        click.echo(f"{name} ({figures['rows']} rows): {figures_text(figures)}")
+        click.echo(f"{name} ({figures.get('rows')} rows): {figures_text(figures)}")
         if exact:
             click.echo(f"  without int8: {figures_text(exact[name])}")
         for data_set, part in figures.get("datasets", {}).items():
-            click.echo(f"  {data_set} ({part['rows']} rows): {figures_text(part)}")
+            click.echo(f"  {data_set} ({part.get('rows')} rows): {figures_text(part)}")
     if output is not None:
         click.echo(f"Written to {output / FIGURES}.json.")
 
@@ -187,10 +186,15 @@ def _measured(
     model: Any, processor: Any, rows: Mapping[str, Any], output: Path | None, name: str, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The figures of each task, written after each; those that an earlier call has written are not measured again."""
+    from unihema.errors import CheckpointError
     from unihema.training.evaluation import evaluate_model, write_report
+    from unihema.training.evaluation.report import read_figures
 
     file = None if output is None else output / f"{name}.json"
-    report = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
+    report = {} if file is None or not file.exists() else read_figures(file)
+    unlike = next((task for task, figures in report.items() if not isinstance(figures.get("rows"), int)), None)
+    if unlike is not None:
+        raise CheckpointError(f"{file}: the figures of {unlike} lack their rows. Delete it, and measure again.")
     for task, found in rows.items():
         if task not in report:
             report |= evaluate_model(model, processor, {task: found}, **options)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from unihema.files import printable
+from unihema.files import printable, shortened
 
 from ..processing_unihema.class_names import UNIDENTIFIED
 
@@ -34,6 +34,8 @@ _PALETTE: tuple[Color, ...] = (
     (99, 72, 30),
     (0, 140, 160),
 )
+# Of the legend: a row more than fits is counted, a name longer than that is cut.
+MOST_ROWS, LONGEST_ROW = 100, 80
 _MASK_COLOR: Color = (0, 200, 200)
 _WARNING_COLOR: Color = (230, 180, 0)
 
@@ -169,7 +171,9 @@ def _legend_rows(result: "SmearResult", colors: dict[str, Color]) -> list[tuple[
 
 
 def _with_legend(canvas: Image.Image, result: "SmearResult", colors: dict[str, Color]) -> Image.Image:
-    rows = _legend_rows(result, colors)
+    rows = [(color, shortened(name, LONGEST_ROW), value) for color, name, value in _legend_rows(result, colors)]
+    if len(rows) > MOST_ROWS:
+        rows = [*rows[:MOST_ROWS], (None, f"and {len(rows) - MOST_ROWS} more", "")]
     margin = swatch = max(16, round(max(canvas.size) / 80))
     font = _font(margin)
     measure = ImageDraw.Draw(canvas)

@@ -1,6 +1,6 @@
 """What an analysis of one image found: cells, counts, mask, answers, and how it was made."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from unihema.errors import InputError
+from unihema.files import shortened
 
 from ..processing_unihema.class_names import (
     UNIDENTIFIED,
@@ -28,6 +29,9 @@ FORMAT = 1
 CROWDED = "queries found a cell"
 # Words of the warning that cells are not of the size that the model was trained on.
 OTHER_SIZE = "for the model than those it was trained on"
+# Of a stored result: texts (of an image's path, for one), pixels along a side, pixels of all masks together.
+LONGEST_TEXT, LARGEST_NUMBER, MOST_MASK_PIXELS = 8192, 10**9, 1 << 29
+MOST_CLASSES = 4096
 
 
 @dataclass
@@ -88,7 +92,7 @@ class Cell:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Cell":
         """The cell that `to_dict` wrote."""
-        values = dict(values)
+        values = _checked(values, _CELL, "a cell")
         if values.get("mask") is not None:
             values["mask"] = rle_decode(values["mask"]).astype(bool)
         return cls(**values)
@@ -189,20 +193,24 @@ class SmearResult:
         """The result that `to_dict` wrote.
 
         Raises:
-            ValueError: Written in another format.
+            ValueError: Written in another format, or changed since to what it cannot say.
         """
-        if values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else type(values).__name__
+        if found != FORMAT or isinstance(found, bool):
             raise InputError(
-                f"Not a UniHema result of format {FORMAT} (found {values.get('format')!r}); analyse the image again."
+                f"Not a UniHema result of format {FORMAT} (found {shortened(repr(found), 40)}); analyse the image again."
             )
-        values = dict(values)
         # Its name in older results.
         if "familiarity" in values:
-            values["out_of_distribution"] = values.pop("familiarity")
+            values = {("out_of_distribution" if name == "familiarity" else name): of for name, of in values.items()}
+        values = _checked(values, _RESULT, "a result")
+        masks = [cell["mask"] for cell in values["cells"] if isinstance(cell, dict) and cell.get("mask")]
+        if sum(np.prod(mask["size"]) for mask in [*masks, values["mask"]] if _is_mask(mask)) > MOST_MASK_PIXELS:
+            raise InputError(f"The masks of a result have more than {MOST_MASK_PIXELS:,} pixels together.")
         derived = {"format", "counts", "differential", "cells", "mask"}
         return cls(
             cells=[Cell.from_dict(cell) for cell in values["cells"]],
-            mask=None if values["mask"] is None else rle_decode(values["mask"]),
+            mask=None if values.get("mask") is None else rle_decode(values["mask"]),
             **{name: value for name, value in values.items() if name not in derived},
         )
 
@@ -237,6 +245,95 @@ class SmearResult:
             `PIL.Image.Image`: RGB, the image at most 2048 pixels on its longer side.
         """
         return draw_overlay(self, image)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= LONGEST_TEXT
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_NUMBER
+
+
+def _is_mask(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"size", "counts"}
+        and isinstance(value["size"], list)
+        and len(value["size"]) == 2
+        and all(isinstance(side, int) and 0 <= side <= LARGEST_NUMBER for side in value["size"])
+        and isinstance(value["counts"], list)
+        and all(isinstance(count, int) and 0 <= count <= LARGEST_NUMBER**2 for count in value["counts"])
+    )
+
+
+def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+def _is_list(check: Callable[[Any], bool], most: int = LARGEST_NUMBER) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) <= most and all(map(check, value))
+
+
+def _has(**checks: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Checks a dictionary with these keys."""
+    return lambda value: (
+        isinstance(value, dict)
+        and value.keys() == checks.keys()
+        and all(check(value[name]) for name, check in checks.items())
+    )
+
+
+def _is_mapping(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(_is_text, value)) and all(map(check, value.values()))
+
+
+def _checked(values: Any, checks: Mapping[str, Callable[[Any], bool]], what: str) -> dict[str, Any]:
+    """The fields of something that was stored.
+
+    Raises:
+        InputError: A field is missing, unknown, or of a value that is never written.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{what} is stored as a dictionary, not as {shortened(repr(values), 60)}.")
+    optional = {"attributes", "mask", "out_of_distribution"}
+    for name in (*values, *(name for name in checks if name not in values and name not in optional)):
+        if name not in checks or name not in values or not checks[name](values[name]):
+            shown = shortened(repr(values.get(name, "missing")), 60)
+            raise InputError(f"{what} whose {shortened(repr(name), 60)} is {shown}: analyse the image again.")
+    return dict(values)
+
+
+_CELL = {
+    "id": _is_side,
+    "box": lambda value: _is_list(_is_number, 4)(value) and len(value) == 4,
+    "label": _is_text,
+    "score": _is_number,
+    "attributes": _is_mapping(_has(value=_is_text, score=_is_number)),
+    "mask": _or_none(_is_mask),
+}
+_RESULT = {
+    "format": _is_side,
+    "image": _or_none(_is_text),
+    "width": _is_side,
+    "height": _is_side,
+    "counts": _is_mapping(_is_number),
+    "differential": _is_mapping(_is_number),
+    "classes": _is_list(_is_text, MOST_CLASSES),
+    "class_parents": _is_mapping(_is_text),
+    "cells": lambda value: isinstance(value, list),
+    "mask": _or_none(_is_mask),
+    "mask_label": _or_none(_is_text),
+    "single_cell": _or_none(_has(label=_is_text, score=_is_number)),
+    "answers": _is_list(_has(question=_is_text, answer=_is_text)),
+    "out_of_distribution": _or_none(_has(distance=_is_number, limit=_is_number, nearest=_is_text)),
+    "warnings": _is_list(_is_text),
+    "provenance": lambda value: isinstance(value, dict),
+}
 
 
 def differential(counts: Mapping[str, int], parents: Mapping[str, str] | None = None) -> dict[str, float]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from unihema.errors import DatasetError
-from unihema.files import sha256
+from unihema.files import real_path, sha256
 from unihema.hub_cards import DataRecord, DataSource, dataset_card
 from unihema.training.data.readers import folder_licence, load_folder, read_description
 from unihema.training.data.rows import TASKS, Row, class_names, single_cell_names
@@ -31,7 +31,7 @@ def data_record(
     """
     images = {split: _images(rows) for split, rows in rows_by_split.items()}
     sources = []
-    for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
+    for folder in dict.fromkeys(real_path(folder) for folder in folders):
         counts = {split: len(found.get(folder.name, ())) for split, found in images.items()}
         sources.append(_source(folder, {split: count for split, count in counts.items() if count}))
     files = {

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from unihema.errors import DatasetError
+from unihema.files import real_path
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
 from unihema.training.data.layouts.coco import read_coco
 from unihema.training.data.layouts.files import (
@@ -123,7 +124,7 @@ def read_folder(
         raise DatasetError(f"Unknown task {unknown[0]!r}; tasks are {', '.join(TASKS)}.")
     wanted = tuple(task for task in TASKS if task in (tasks or TASKS))
     columns = WBCATT_ATTRIBUTES if attributes_as_detection is True else tuple(attributes_as_detection or ())
-    dataset, rename = folder.resolve().name, dict(rename or {})
+    dataset, rename = real_path(folder).name, dict(rename or {})
     prompt = checked_text(
         read_description(folder).get("masks_show") or prompt, f"{folder / DESCRIPTION_FILE}: masks_show"
     )

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from unihema.files import write_json, write_text
-from unihema.modeling_unihema.tasks import TASK_TABLE
+from unihema.errors import CheckpointError
+from unihema.files import read_json_object, shortened, write_json, write_text
+from unihema.modeling_unihema.tasks import TASK_TABLE, check_task
 
 
 # The figure that stands for a task: in progress messages, and to choose the best evaluation of a run.
@@ -42,6 +43,30 @@ def figures_text(figures: Mapping[str, Any]) -> str:
 
 def _figure_text(name: str, value: float, interval: Sequence[float] | None) -> str:
     return f"{name} {value:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+
+
+def read_figures(path: Path) -> dict[str, dict[str, Any]]:
+    """The report that [`write_report`] wrote.
+
+    Args:
+        path (`Path`): `metrics.json`.
+
+    Raises:
+        CheckpointError: The file cannot be read, or holds something else.
+    """
+    remedy = "Delete it, and measure again."
+    report = read_json_object(path, CheckpointError, remedy)
+    try:
+        for task, figures in report.items():
+            check_task(task)
+            for part in (figures, *figures.get("datasets", {}).values()):
+                figures_text(part)
+        report_lines(report)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: not figures of an evaluation ({shortened(repr(error), 100)}). {remedy}"
+        ) from error
+    return report
 
 
 def write_report(report: Mapping[str, Any], folder: str | Path, name: str = "metrics") -> None:

@@ -1,6 +1,5 @@
 """The folder of a run: its checkpoints, whole or absent and resumed exactly, its trained model, and whether a run may use it."""
 
-import json
 import math
 import os
 import shutil
@@ -9,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from unihema.errors import FileMissingError, RunConfigError
-from unihema.files import remove_whole, scratch_folder, write_json
+from unihema.errors import FileMissingError, OutputError, RunConfigError, TrainingError
+from unihema.files import json_sha256, plain, read_json_object, remove_whole, scratch_folder, write_json
 from unihema.hub_cards.data_record import RECORD_FILE
 from unihema.training.adapters import CONFIG, load_adapter_weights, save_adapter
+from unihema.training.evaluation.report import read_figures
 from unihema.training.run.config import MEANS, RunConfig
 
 
@@ -86,7 +86,8 @@ def save_checkpoint(folder: str | Path, accelerator, progress: Progress, keep: i
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        write_json(partial / PROGRESS_FILE, {**asdict(progress), "files": sizes})
+        state = plain({**asdict(progress), "files": sizes})
+        write_json(partial / PROGRESS_FILE, {**state, "sha256": json_sha256(state)})
         if path.exists():
             remove_whole(path)
         os.replace(partial, path)
@@ -129,6 +130,9 @@ def save_trained(model, processor, folder: str | Path) -> None:
         model (`PreTrainedModel`): The model; of one with an adapter, the adapter is saved.
         processor (`UniHemaProcessor`, *optional*): Its processor.
         folder (`str` or `Path`): Where.
+
+    Raises:
+        OutputError: It cannot be written.
     """
     folder = Path(folder)
     with scratch_folder(folder) as partial:
@@ -142,8 +146,11 @@ def save_trained(model, processor, folder: str | Path) -> None:
             # safetensors makes files that only their owner reads; a lab shares its models.
             file.chmod(partial.stat().st_mode & 0o666)
         # The configuration goes last: a folder that has one is a model.
-        for file in sorted(partial.iterdir(), key=lambda file: file.name in ("config.json", CONFIG)):
-            os.replace(file, folder / file.name)
+        try:
+            for file in sorted(partial.iterdir(), key=lambda file: file.name in ("config.json", CONFIG)):
+                os.replace(file, folder / file.name)
+        except OSError as error:
+            raise OutputError(f"{folder}: the model cannot be written ({error}).") from error
 
 
 def load_trained(model, folder: str | Path):
@@ -169,10 +176,13 @@ def _step_folders(folder: str | Path) -> list[Path]:
 def _read(path: Path) -> tuple[Progress | None, str | None]:
     """The progress a checkpoint records, or what is wrong with it."""
     try:
-        values = json.loads((path / PROGRESS_FILE).read_text(encoding="utf-8"))
-        sizes = dict(values.pop("files", {}))
+        values = read_json_object(path / PROGRESS_FILE, TrainingError, "")
+        digest = values.pop("sha256", None)
+        if digest != json_sha256(values):
+            return None, f"{PROGRESS_FILE} is not what was written"
+        sizes = dict(values.pop("files"))
         progress = Progress(**values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (TrainingError, TypeError, KeyError):
         return None, f"{PROGRESS_FILE} is missing or broken"
     for name, size in sizes.items():
         file = path / name
@@ -240,7 +250,7 @@ def finished_report(config: RunConfig) -> dict[str, Any] | None:
             )
         return None
     metrics = folder / "metrics.json"
-    return json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {}
+    return read_figures(metrics) if metrics.exists() else {}
 
 
 def _check_same_settings(config: RunConfig) -> dict[str, tuple[Any, Any]]:

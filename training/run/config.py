@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import importlib.metadata
-import json
 import platform
 import re
 import types
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from unihema.errors import RunConfigError
-from unihema.files import write_json
+from unihema.files import read_json_object, real_path, shortened, write_json
 from unihema.modeling_unihema.tasks import TASKS
 from unihema.training.data.augmentation import AugmentationConfig
 
@@ -38,6 +37,7 @@ MEANS = (
 )
 # A run in stages leaves its mix under this name, so that it can be resumed and repeated; JSON is YAML too.
 MIX_FILE = "mix.json"
+MOST_MIX_BYTES = 1 << 20
 
 
 @dataclass
@@ -332,12 +332,7 @@ class RunConfig:
         """
         path = Path(path)
         path = path / "run_config.json" if path.is_dir() else path
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RunConfigError(f"{path}: no such file; RunConfig().save(folder) writes one.") from None
-        except json.JSONDecodeError as error:
-            raise RunConfigError(f"{path}:{error.lineno}: broken JSON ({error.msg}).") from error
+        values = read_json_object(path, RunConfigError, "RunConfig().save(folder) writes one.")
         return cls.from_dict(values, str(path))
 
     def save(self, folder: str | Path) -> Path:
@@ -462,7 +457,8 @@ def settings_from(cls: type, values: Any, prefix: str, source: str) -> Any:
         RunConfigError: An unknown setting (the message has the closest name) or a value of the wrong type.
     """
     if not isinstance(values, dict):
-        raise RunConfigError(f"{source}: '{prefix.rstrip('.')}' must be a set of settings, got {values!r}.")
+        shown = shortened(repr(values), 80)
+        raise RunConfigError(f"{source}: '{prefix.rstrip('.')}' must be a set of settings, got {shown}.")
     hints = typing.get_type_hints(cls)
     arguments = {}
     for name, value in values.items():
@@ -474,7 +470,9 @@ def settings_from(cls: type, values: Any, prefix: str, source: str) -> Any:
             if not _fits(value, hints[name]):
                 expected = str(hints[name]).replace("typing.", "") if typing.get_origin(hints[name]) else None
                 expected = expected or getattr(hints[name], "__name__", str(hints[name]))
-                raise RunConfigError(f"{source}: {prefix}{name}={value!r} has the wrong type; expected {expected}.")
+                raise RunConfigError(
+                    f"{source}: {prefix}{name}={shortened(repr(value), 80)} has the wrong type; expected {expected}."
+                )
             arguments[name] = value
     return cls(**arguments)
 
@@ -502,9 +500,9 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def unknown_message(name: str, known: Any, prefix: str, source: str) -> str:
     """What to say about a setting that does not exist."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name[:80], list(known), n=1, cutoff=0.4)
     hint = f" Did you mean '{prefix}{close[0]}'?" if close else ""
-    return f"{source}: unknown setting '{prefix}{name}'.{hint} Known: {', '.join(known)}."
+    return f"{source}: unknown setting '{prefix}{shortened(name, 80)}'.{hint} Known: {', '.join(known)}."
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -555,16 +553,23 @@ def read_mix(path: str | Path) -> Mix:
     """
     path = Path(path)
     try:
+        if path.exists() and (not path.is_file() or path.stat().st_size > MOST_MIX_BYTES):
+            raise RunConfigError(f"{path}: no file, or larger than {MOST_MIX_BYTES >> 20} MB.")
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunConfigError(f"{path}: no such file. It should list data folders, see docs/training.md.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunConfigError(f"{path}: broken YAML ({' '.join(str(error).split())}).") from error
+    except OSError as error:
+        raise RunConfigError(
+            f"{path}: cannot be read ({error.strerror}). It should list data folders, see docs/training.md."
+        ) from None
+    # Dates that there are not are ValueErrors, and keys that are no text TypeErrors.
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise RunConfigError(f"{path}: broken YAML ({shortened(error)}).") from error
     if not isinstance(values, dict):
-        raise RunConfigError(f"{path}: a mix is a set of settings (data: ..., stages: ...), got {values!r}.")
+        raise RunConfigError(
+            f"{path}: a mix is a set of settings (data: ..., stages: ...), got {shortened(repr(values), 100)}."
+        )
     stages = values.pop("stages", None) or {}
     if not isinstance(stages, dict) or not all(isinstance(changes, dict) for changes in stages.values()):
         raise RunConfigError(f"{path}: 'stages' must be stage names, each with its settings.")
     run = RunConfig.from_dict(values, str(path))
-    run.data.folders = [str((path.parent / Path(folder).expanduser()).resolve()) for folder in run.data.folders]
+    run.data.folders = [str(real_path(path.parent / Path(folder).expanduser())) for folder in run.data.folders]
     return Mix(run, {str(name): dict(changes) for name, changes in stages.items()})

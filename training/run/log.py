@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from unihema.errors import OutputError
 from unihema.files import plain, write_text
 from unihema.training.run.config import RunConfig, flat
 
@@ -58,24 +59,36 @@ class RunLog:
         if not self.active:
             return
         line = plain(line)
-        with open(self.path, "a", encoding="utf-8") as log:
-            log.write(json.dumps(line) + "\n")
+        self._check_place()
+        try:
+            with open(self.path, "a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror or error}).") from error
         for callback in self.callbacks:
             callback(line)
 
     def forget_after(self, step: int) -> None:
-        """Takes out what a run did after the checkpoint it resumes from: it is about to do that again."""
-        if not self.active or not self.path.is_file():
+        """Takes out what a run did after the checkpoint it resumes from: it is about to do that again. Lines that cannot be read
+        go too: the last one of a run that was killed may be half written."""
+        self._check_place()
+        if not self.active or not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                keep = json.loads(line).get("step", 0) <= step
-            except ValueError:
-                # The last line of a run that was killed may be half written.
-                keep = False
-            kept += [line + "\n"] if keep else []
-        write_text(self.path, "".join(kept))
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        write_text(self.path, "".join(line + "\n" for line in lines if _is_of(line, step)))
+
+    def _check_place(self) -> None:
+        # A pipe would be waited for.
+        if self.path.exists() and not self.path.is_file():
+            raise OutputError(f"{self.path}: cannot be written, since something else than a file is there. Delete it.")
+
+
+def _is_of(line: str, step: int) -> bool:
+    """Whether a line of the log is of that step or an earlier one."""
+    try:
+        return json.loads(line).get("step", 0) <= step
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 class Waiting:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from unihema.errors import NotFiniteError, RunConfigError, TrainingError, TrainingInterrupted
-from unihema.files import exclusive, write_json, write_text
+from unihema.files import exclusive, shortened, write_json, write_text
 from unihema.hub_cards import checkpoint_card
 from unihema.hub_cards.data_record import RECORD_FILE
 from unihema.modeling_unihema.losses import average_over_processes, count_loss_items
@@ -57,6 +58,8 @@ from unihema.training.run.precision import with_half_weights
 
 DEFAULT_EPOCHS = 24
 # What is left of a run whose loss was no number.
+# The deepest map of a backbone has a pixel for as many of the image.
+SMALLEST_ALONE = 32
 DIVERGED_FILE = "diverged.json"
 CACHE_FOLDER = "image_cache"
 # A compiled model is compiled anew for each size of a batch, so there are few: padding costs less, and changes no result.
@@ -188,7 +191,13 @@ class _Run:
         self.progress = Progress(processes=self.accelerator.num_processes)
         if found is not None:
             path, self.progress = found
-            self.accelerator.load_state(str(path))
+            try:
+                self.accelerator.load_state(str(path))
+            except Exception as error:
+                # Accelerate, PyTorch and safetensors raise anything on damaged files.
+                raise TrainingError(
+                    f"{path}: a damaged checkpoint ({shortened(error)}). Delete it, and the run goes on from the one before."
+                ) from error
             total = self._total_steps()
             self._say(f"Resuming from {path}: step {self.progress.step}{f' of {total}' if total else ''}.")
             self.log.forget_after(self.progress.step)
@@ -466,6 +475,14 @@ class _Run:
         batch = unpack(
             {"task": task, **packed}, self.accelerator.device, self.processor.image_processor, truth_on_host=ours
         )
+        pixels = batch.get("pixel_values")
+        if pixels is not None and len(pixels) == 1 and max(pixels.shape[-2:]) <= SMALLEST_ALONE:
+            norms = (part for part in self.model.modules() if isinstance(part, (nn.BatchNorm2d, nn.SyncBatchNorm)))
+            if any(norm.training for norm in norms):
+                raise TrainingError(
+                    f"{', '.join(self.files)}: a batch of one image of {pixels.shape[-1]} x {pixels.shape[-2]} pixels, of which "
+                    f"the backbone's norms see one value. Raise data.image_sizes of {task}, or its data.batch_size."
+                )
         if self.casts_weights:
             return with_half_weights(self.model, torch.bfloat16, batch)
         return self.model(**batch)

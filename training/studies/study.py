@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from unihema.errors import RunConfigError
-from unihema.files import exclusive, plain, write_atomically, write_json, write_text
+from unihema.files import exclusive, plain, read_json_object, write_atomically, write_json, write_text
 from unihema.training.data.rows import said_once
 from unihema.training.run.config import MEANS, RunConfig, flat
 from unihema.training.run.distributed import is_main_process, wait_for_everyone
@@ -178,10 +178,10 @@ def read_record(folder: str | Path, name: str) -> dict[str, Any]:
         RunConfigError: The file cannot be read.
     """
     path = Path(folder) / f"{name}.json"
-    if not path.is_file():
+    if not path.exists():
         return {"settings": {}, "runs": {}}
+    content = read_json_object(path, RunConfigError, "Delete it, and its runs are done again.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         runs = {run: {"settings": had["settings"], "result": had["result"]} for run, had in content["runs"].items()}
         return {"settings": dict(content["settings"]), "runs": runs}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

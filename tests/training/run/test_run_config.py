@@ -52,7 +52,7 @@ def test_impossible_runs_are_refused_before_data_are_read(overrides, message):
 
 def test_broken_file_is_named(tmp_path):
     (tmp_path / "run_config.json").write_text("{\n broken")
-    with pytest.raises(RunConfigError, match=r"run_config.json:2: broken JSON"):
+    with pytest.raises(RunConfigError, match=r"run_config.json: not readable as JSON .*line 2"):
         RunConfig.load(tmp_path)
     with pytest.raises(RunConfigError, match="no such file"):
         RunConfig.load(tmp_path / "nowhere")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unihema.errors import DatasetError
+from unihema.files import real_path
 from unihema.training.data.curation.archives import ArchiveError, is_archive, unsafe_members
 from unihema.training.data.curation.duplicates import (
     HASH_DISTANCE,
@@ -152,7 +153,7 @@ def _archive_problems(path: Path) -> list[str]:
 
 
 def _distinct_names(folders: Sequence[Path]) -> list[str]:
-    names = [folder.resolve().name for folder in folders]
+    names = [real_path(folder).name for folder in folders]
     return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders)]
 
 
@@ -217,7 +218,7 @@ def _collect(
     for row in rows:
         if isinstance(row["image"], StoredFile):
             continue
-        path = str(Path(row["image"]).resolve())
+        path = str(real_path(row["image"]))
         image = images.setdefault(path, CheckedImage(dataset, split, row["file_name"], row["image"]))
         if image.place != f"{dataset}/{split}" and image.dataset == dataset:
             # One file, so not one of several that are the same photograph.

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from unihema.errors import DatasetError, UnreadableImageError
-from unihema.files import whole_folder, write_json, write_text
+from unihema.files import real_path, whole_folder, write_json, write_text
 from unihema.processing_unihema.image_io import load_mask
 from unihema.results.export import table_text
 from unihema.training.data.class_tree import OFFICIAL_NAMES, label_map, rename_rows, row_names
@@ -171,7 +171,7 @@ def shard_folder(
         DatasetError: No such split, a bad row, or an output that holds something else.
     """
     source, output = Path(source).expanduser(), Path(output).expanduser()
-    if source.resolve() == output.resolve():
+    if real_path(source) == real_path(output):
         raise DatasetError(f"{output} is the data folder itself: write its shards into another.")
     written = {}
     missing: DatasetError | None = None
@@ -191,7 +191,7 @@ def shard_folder(
         bad = BadRows()
         rows = verify_rows(rows, bad, progress=bool(options.get("progress")))
         bad.settle(on_invalid)
-        written[split] = write_shards(rows, output / split, source.resolve().name, **options)
+        written[split] = write_shards(rows, output / split, real_path(source).name, **options)
     if not written and missing is not None:
         raise missing
     for name in (DESCRIPTION_FILE, "README.md"):

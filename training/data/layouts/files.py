@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from unihema.errors import DatasetError, InputError
+from unihema.files import real_path
 from unihema.processing_unihema.image_io import IMAGE_SUFFIXES
 from unihema.processing_unihema.image_io import image_size as upright_size
 from unihema.results.export import table_text
@@ -94,7 +95,7 @@ class DataFiles:
         self._links: list[Path] = []
         # A folder that is linked to and is in the tree as well is read where it is.
         self._read: set[str] = set()
-        self._above = {str(folder) for folder in (root.resolve(), *root.resolve().parents)}
+        self._above = {str(folder) for folder in (real_path(root), *real_path(root).parents)}
         self._walk(root)
         while self._links:
             link = self._links.pop(0)

@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from unihema.errors import DatasetError, InputError
-from unihema.files import contents, exclusive, write_atomically, write_json, write_text
+from unihema.files import contents, exclusive, read_json_object, write_atomically, write_json, write_text
 from unihema.training.data.synthetic.cells import CLASSES
 from unihema.training.data.synthetic.fields import SyntheticSmears
 
@@ -88,10 +88,7 @@ def _claim(known: Path, settings: dict[str, Any]) -> None:
     if not known.is_file():
         write_json(known, settings)
         return
-    try:
-        found = json.loads(known.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
+    found = read_json_object(known, DatasetError, "Choose another folder or delete it.")
     if found != settings:
         raise DatasetError(
             f"{known.parent}: holds synthetic smears of other settings ({found}). Choose another folder or delete it."
