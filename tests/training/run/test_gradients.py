@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from unihema import UniHemaForMultiTask, UniHemaProcessor
 from unihema.training.run import loop
+from unihema.training.run.batches import pack
 
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is copied")
@@ -88,8 +89,10 @@ class Shared:
     accumulation = 1
     without_attributes = False
 
-    def __init__(self, datasets: Any, config: Any, seed: int, process: int, processes: int, pin_memory: bool):
-        self.process, self.processes = process, processes
+    def __init__(
+        self, datasets: Any, config: Any, seed: int, process: int, processes: int, pin_memory: bool, count: Any = None
+    ):
+        self.process, self.processes, self.count = process, processes, count
 
     def stream(self, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
         size = IMAGES // (self.accumulation * self.processes)
@@ -101,7 +104,10 @@ class Shared:
                         {name: value for name, value in image.items() if name != "morphology"}
                         for image in images["labels"]
                     ]
-                yield number, {**images, "task": task, "file_names": [f"{task} {number}"] * size}
+                images |= {"task": task, "file_names": [f"{task} {number}"] * size}
+                if self.count is not None:
+                    images["loss_items"] = self.count(task, images["labels"])
+                yield number, pack(images)
 
 
 class Taken(Exception):
