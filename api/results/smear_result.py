@@ -292,6 +292,13 @@ def _is_mapping(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(_is_text, value)) and all(map(check, value.values()))
 
 
+def _is_tiling(value: Any) -> bool:
+    known = {"tiles": _is_side, "tile": _is_list(_is_side, 2), "scale": _is_number, "scale_source": _is_text}
+    # Of a checkpoint that does not say how large its cells are there is no size of a pixel.
+    known |= {"um_per_pixel": _is_number} if isinstance(value, dict) and "um_per_pixel" in value else {}
+    return _has(**known)(value)
+
+
 def _checked(values: Any, checks: Mapping[str, Callable[[Any], bool]], what: str) -> dict[str, Any]:
     """The fields of something that was stored.
 
@@ -300,7 +307,8 @@ def _checked(values: Any, checks: Mapping[str, Callable[[Any], bool]], what: str
     """
     if not isinstance(values, dict):
         raise InputError(f"{what} is stored as a dictionary, not as {shortened(repr(values), 60)}.")
-    optional = {"attributes", "mask", "out_of_distribution"}
+    # Older results lack some of these.
+    optional = {"attributes", "mask", "class_parents", "out_of_distribution", "tiling"}
     for name in (*values, *(name for name in checks if name not in values and name not in optional)):
         if name not in checks or name not in values or not checks[name](values[name]):
             shown = shortened(repr(values.get(name, "missing")), 60)
@@ -331,6 +339,7 @@ _RESULT = {
     "single_cell": _or_none(_has(label=_is_text, score=_is_number)),
     "answers": _is_list(_has(question=_is_text, answer=_is_text)),
     "out_of_distribution": _or_none(_has(distance=_is_number, limit=_is_number, nearest=_is_text)),
+    "tiling": _or_none(_is_tiling),
     "warnings": _is_list(_is_text),
     "provenance": lambda value: isinstance(value, dict),
 }

@@ -208,7 +208,7 @@ def test_a_mix_that_cannot_be_read_is_named(tmp_path, content, message):
     with pytest.raises(RunConfigError, match=message) as raised:
         read_mix(path)
     assert str(path) in str(raised.value)
-    with pytest.raises(RunConfigError, match=r"none\.yaml: no such file"):
+    with pytest.raises(RunConfigError, match=r"none\.yaml: cannot be read \(No such file"):
         read_mix(tmp_path / "none.yaml")
 
 

@@ -173,7 +173,7 @@ def test_a_stopped_run_goes_on_and_writes_tables_and_curves(setting, tmp_path):
     again = run_stress(model, processor, rows, tmp_path, ["jpeg"], [1], **run | {"overwrite": True})
     assert len(again["points"]) == 2 and again["points"][0]["value"] != 0.123456
     record.write_text("{")
-    with pytest.raises(ValueError, match="stress.json: cannot be read"):
+    with pytest.raises(ValueError, match="stress.json: not readable as JSON"):
         run_stress(model, processor, rows, tmp_path, ["jpeg"], [1], **run)
 
 
