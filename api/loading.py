@@ -101,6 +101,7 @@ def load_model(
                 raise CheckpointError(
                     f"{place}: the adapter's processor cannot be read ({shortened(error)})"
                 ) from error
+            _check_settings(place, model, processor)
     return model.eval(), processor
 
 
@@ -253,6 +254,12 @@ def _check_settings(folder: Path, model: Any, processor: Any) -> None:
                 raise CheckpointError(
                     f"{folder / 'generation_config.json'}: {name} is {shortened(repr(each), 40)} and must lie in 0..{most}."
                 )
+    for name in ("output_attentions", "output_hidden_states", "output_scores", "use_cache", "do_sample"):
+        value = getattr(generation, name, None)
+        if value is not None and not isinstance(value, bool):
+            raise CheckpointError(
+                f"{folder / 'generation_config.json'}: {name} is {shortened(repr(value), 40)} and must be true or false."
+            )
     start = generation.decoder_start_token_id
     if isinstance(start, list) or (start is None and generation.bos_token_id is None):
         raise CheckpointError(

@@ -228,7 +228,7 @@ def _checked_names(part: str, names: Any, most: int = MOST_CLASSES, least: int =
 def _with_defaults(field: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     unknown = [key for key in given if key not in defaults]
     if unknown:
-        raise InputError(f"{field}: unknown key '{str(unknown[0])[:40]}'; there are {', '.join(defaults)}.")
+        raise InputError(f"{field}: unknown key {str(unknown[0])[:40]!r}; there are {', '.join(defaults)}.")
     return {**defaults, **given}
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoBackbone
 
+from unihema.errors import InputError
+
 from .configuration_unihema import UniHemaConfig
 from .deformable_triton import level_sizes
 from .padding import MaskedGroupNorm, filled, ignore_padding, valid_at, without_padding
@@ -216,7 +218,11 @@ class VisualBackbone(nn.Module):
             # Private, as in layers.py. Convolutional backbones refuse an attention requested by name. With none requested
             # each backbone takes its best.
             config.backbone_config._attn_implementation = None  # noqa: SLF001
-        self.backbone = AutoBackbone.from_config(config.backbone_config)
+        try:
+            self.backbone = AutoBackbone.from_config(config.backbone_config)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            # Each family of backbones raises its own at fields that contradict each other.
+            raise InputError(f"backbone_config makes no backbone: {str(error)[:200]!r}.") from error
         groups = math.gcd(32, config.d_model // 4)
         channels = self.backbone.channels
         self.input_projection = nn.ModuleList()

@@ -186,3 +186,26 @@ def test_every_number_may_be_half_precision(copied):
     weights = {name: weight.half() for name, weight in load_file(copied / "model.safetensors").items()}
     save_file(weights, copied / "model.safetensors", {"format": "pt"})
     load_model(copied)
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions", "use_cache", "do_sample"])
+@pytest.mark.parametrize("value", [float("inf"), "yes", [1]])
+def test_switches_of_generation_that_are_none(copied, name, value):
+    change(copied, "generation_config.json", **{name: value})
+    with pytest.raises(CheckpointError, match=f"(generation_config.json: {name} is|checkpoint cannot be read)"):
+        load_model(copied)
+
+
+@pytest.mark.parametrize("names", [False, {}, ["stem"]])
+def test_a_backbone_whose_fields_contradict_each_other(copied, names):
+    backbone = json.loads((copied / "config.json").read_text())["backbone_config"]
+    change(copied, "config.json", backbone_config=backbone | {"stage_names": names})
+    with pytest.raises(CheckpointError, match="backbone_config makes no backbone"):
+        load_model(copied)
+
+
+def test_an_unknown_result_of_training_is_shown_without_control_characters(copied):
+    trained = json.loads((copied / "config.json").read_text())["trained"]
+    change(copied, "config.json", trained=trained | {"\x08": 1})
+    with pytest.raises(CheckpointError, match=r"unknown key '\\x08'"):
+        load_model(copied)
