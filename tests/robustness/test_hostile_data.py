@@ -287,3 +287,11 @@ def test_damaged_tar_headers(tmp_path):
                 unsafe_members(path)
             except DatasetError as error:
                 assert "x.tar" in str(error)
+
+
+def test_a_name_of_ten_thousand_characters_is_not_quoted_whole(tmp_path):
+    write_photograph(tmp_path / "images" / "a.png")
+    write_coco(tmp_path / "train.json", {"a.png": [BOX], "b" * 10_000 + ".png": [BOX]})
+    with pytest.raises(DatasetError, match=r"images\[1\]: no image .*b+ \.\.\. b+") as caught:
+        load_folder(tmp_path, "train")
+    assert len(str(caught.value)) < 2000

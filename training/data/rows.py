@@ -260,6 +260,10 @@ def first_lines(messages: Sequence[str]) -> str:
     return "\n".join([*messages[:SHOWN], *more])
 
 
+# Characters of what is said of one row.
+LONGEST_MESSAGE = 1200
+
+
 class BadRowsError(DatasetError):
     """Rows that cannot be used.
 
@@ -297,6 +301,12 @@ def warn(message: str) -> None:
         said.add(message)
 
 
+def _both_ends(message: str) -> str:
+    """A message without its middle where it quotes a name of thousands of characters: file and remedy stand at its ends."""
+    half = LONGEST_MESSAGE // 2
+    return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+
+
 class BadRows:
     """Collects bad rows while a reader goes on with the next one.
 
@@ -311,6 +321,7 @@ class BadRows:
 
     def note(self, message: str) -> None:
         """Notes what was read otherwise than it stands, or not at all, without being wrong."""
+        message = _both_ends(message)
         if message not in self.notes:
             self.notes.append(message)
 
@@ -320,7 +331,7 @@ class BadRows:
         try:
             yield
         except DatasetError as error:
-            self.messages.append(str(error))
+            self.messages.append(_both_ends(str(error)))
 
     def tell_notes(self) -> None:
         """Logs the notes as warnings."""
