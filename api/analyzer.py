@@ -19,6 +19,7 @@ from unihema.files import OpenedImage, open_image
 from unihema.loading import available_tasks, load_model, require_tasks
 from unihema.modeling_unihema.tasks import IMAGE_TASKS, TASK_TABLE, TASKS
 from unihema.results.smear_result import CROWDED, Cell, SmearResult
+from unihema.results.tiles import SMALLEST_TILE, KnownSize, see_in_tiles
 from unihema.version import __version__
 
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 # From this share of the queries on, cells were probably left without one.
 FULL = 0.95
-SMALLEST_TILE = 64
 
 
 class QueryCapWarning(UserWarning):
@@ -446,8 +446,6 @@ class Analyzer:
         edge = self.processor.image_processor.task_sizes["detection"].get("longest_edge")
         if request.tiles == "off" or "detection" not in tasks or not edge:
             return
-        from unihema.results.tiles import KnownSize, see_in_tiles
-
         alone = replace(request, tasks=tasks, questions=(), question_texts=())
         diameters = self.model.config.trained.red_cell_diameter
         see_in_tiles(
@@ -502,7 +500,7 @@ class Analyzer:
                 Cell(number, cell["box"], cell["label"], cell["score"], cell["attributes"])
                 for number, cell in enumerate(cells, 1)
             ]
-            _warn_if_crowded(logits, thresholds, result)
+            _note_if_crowded(logits, thresholds, result)
 
     def _segment(self, request: Request, seen: "_SeenImages", results: list[SmearResult]) -> None:
         outputs = seen.outputs("segmentation")
@@ -671,7 +669,7 @@ def _language_task(text: str) -> str:
     return "cloze" if "___" in text or "<extra_id_" in text else "question_answering"
 
 
-def _warn_if_crowded(logits: "torch.Tensor", thresholds: Sequence[float], result: SmearResult) -> None:
+def _note_if_crowded(logits: "torch.Tensor", thresholds: Sequence[float], result: SmearResult) -> None:
     # Counted before overlapping boxes are merged: a query that repeats a cell is not free for another one.
     best = logits.float().sigmoid().max(-1)
     used = int((best.values > best.values.new_tensor(thresholds)[best.indices]).sum())

@@ -214,6 +214,8 @@ def adapter_fields(peft_config: Any) -> dict[str, Any]:
     fields = {name: stored[name] for name in ADAPTER_FIELDS if name in stored}
     if fields.get("id2label"):
         fields["id2label"] = {int(index): name for index, name in fields["id2label"].items()}
+        # Older adapters do not say how large the cells were that they learned; they need not be as large as the base's.
+        fields["trained"] = {"red_cell_diameter": None, **fields.get("trained", {})}
     return fields
 
 

@@ -39,11 +39,18 @@ def _program(NUMBER, HEADS: constexpr, QUERIES: constexpr):
 
 
 @jit
-def _locate(points, place, width, height, known):
-    """A sample in pixels of its level; 0 is the centre of the first pixel."""
+def _level(sizes, level):
+    """Width and height of a level in pixels."""
+    return tl.load(sizes + level * 2).to(tl.int32), tl.load(sizes + level * 2 + 1).to(tl.int32)
+
+
+@jit
+def _locate(points, weights, place, width, height, known):
+    """A sample in pixels of its level, 0 being the centre of the first pixel; the pixel up and left of it; its weight."""
     x = tl.load(points + place * 2, mask=known, other=0.0) * width - 0.5
     y = tl.load(points + place * 2 + 1, mask=known, other=0.0) * height - 0.5
-    return x, y
+    weight = tl.load(weights + place, mask=known, other=0.0).to(tl.float32)
+    return x, y, tl.floor(x), tl.floor(y), weight
 
 
 @jit
@@ -78,14 +85,10 @@ def _forward(
     total = tl.zeros((QUERIES, PADDED), dtype=tl.float32)
     start = 0
     for level in range(LEVELS):
-        width = tl.load(sizes + level * 2).to(tl.int32)
-        height = tl.load(sizes + level * 2 + 1).to(tl.int32)
+        width, height = _level(sizes, level)
         for point in range(POINTS):
             place = (bag * LEVELS + level) * POINTS + point
-            x, y = _locate(points, place, width, height, known)
-            weight = tl.load(weights + place, mask=known, other=0.0).to(tl.float32)
-            left = tl.floor(x)
-            top = tl.floor(y)
+            x, y, left, top, weight = _locate(points, weights, place, width, height, known)
             for corner in tl.static_range(4):
                 column = left + corner % 2
                 row = top + corner // 2
@@ -126,14 +129,10 @@ def _backward(
     slope = tl.load(gradient + bag[:, None] * WIDTH + channel[None, :], mask=wanted, other=0.0).to(tl.float32)
     start = 0
     for level in range(LEVELS):
-        width = tl.load(sizes + level * 2).to(tl.int32)
-        height = tl.load(sizes + level * 2 + 1).to(tl.int32)
+        width, height = _level(sizes, level)
         for point in range(POINTS):
             place = (bag * LEVELS + level) * POINTS + point
-            x, y = _locate(points, place, width, height, known)
-            weight = tl.load(weights + place, mask=known, other=0.0).to(tl.float32)
-            left = tl.floor(x)
-            top = tl.floor(y)
+            x, y, left, top, weight = _locate(points, weights, place, width, height, known)
             along_x = tl.zeros((QUERIES,), dtype=tl.float32)
             along_y = tl.zeros((QUERIES,), dtype=tl.float32)
             along_weight = tl.zeros((QUERIES,), dtype=tl.float32)

@@ -17,7 +17,7 @@ from unihema.modeling_unihema.layers import ClassEmbedding, ClassLinear
 from unihema.modeling_unihema.tasks import TASK_TABLE, TASKS
 from unihema.processing_unihema.class_names import usual_name
 from unihema.training.data.class_tree import known_parents
-from unihema.training.data.rows import Row, class_names, single_cell_names
+from unihema.training.data.rows import Row, class_names, red_cell_diameter, single_cell_names
 
 
 if TYPE_CHECKING:
@@ -220,6 +220,9 @@ def _classes(config: Any, processor: Any, settings: "AdapterConfig", rows: Mappi
         fields |= {"id2label": dict(enumerate(names)), "label_parents": known_parents(names)}
         thresholds = config.trained.detection_thresholds
         found["detection_thresholds"] = {name: thresholds[name] for name in names if name in thresholds}
+        # Of the lab's microscope, not of the base's.
+        edge = processor.image_processor.task_sizes["detection"].get("longest_edge")
+        found["red_cell_diameter"] = red_cell_diameter(rows["detection"], edge)
         prompts["detection"] = ", ".join(names)
     if "single_cell" in rows:
         names = _labels(settings, single_cell_names(rows["single_cell"]))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from unihema.errors import RequestError
 from unihema.processing_unihema.class_names import cell_kind, is_untyped_white_cell, is_white_cell
 from unihema.processing_unihema.post_processing import NMS_IOU, NMS_WITHIN
 from unihema.results.smear_result import CROWDED, OTHER_SIZE, Cell, SmearResult
@@ -35,6 +36,8 @@ STEP, SMALLEST_PART = math.sqrt(2), 0.4
 # A picture whose longer edge is less than this many of the input's has its scale not searched where few red cells are found.
 SMALL_PICTURE = 1.5
 TILES_AT_ONCE = 4
+# Of a tile that micrometres ask for: its longer edge in pixels of the file, at least, and in that of the image, at most.
+SMALLEST_TILE, LARGEST_VIEW = 64, 8
 # An image is seen whole where that differs by less than this factor from the scale that it should have.
 SAME_SCALE = 1.15
 # Of a checkpoint that does not say how large red cells are: this part of the longer edge of a field.
@@ -96,9 +99,13 @@ def see_in_tiles(
         known ([`KnownSize`], *optional*): Of the checkpoint.
         tiles (`str` or `int`): `"auto"`, or the longer edge of a tile in pixels of the file.
         um_per_pixel (`float`, *optional*): Size of a pixel of the file in micrometres.
+
+    Raises:
+        RequestError: With pixels of this size no cell of the image could be seen.
     """
     to_file = result.width / image.width
-    scale, source = _scale(image, result, look, edge, known, tiles, um_per_pixel)
+    first_look = [replace(cell, box=tuple(value / to_file for value in cell.box)) for cell in result.cells]
+    scale, source = _scale(image, result, first_look, look, edge, known, tiles, um_per_pixel)
     if scale is None:
         return
     usual = edge * USUAL_SHARE if known is None else known.usual
@@ -108,10 +115,9 @@ def see_in_tiles(
         seen += look([cut(image, tile) for tile in placed[start : start + TILES_AT_ONCE]])
     # White cells may be known from whole fields, at their size there, as well.
     whole = Tile((0, 0, *image.size), (0, 0, *image.size))
-    first_look = [replace(cell, box=tuple(value / to_file for value in cell.box)) for cell in result.cells]
-    first_look = [cell for cell in first_look if _is_white_cell_of(cell, usual * scale, result.class_parents)]
+    white = [cell for cell in first_look if _is_white_cell_of(cell, usual * scale, result.class_parents)]
     of_tiles = [of_tile.cells for of_tile in seen]
-    found = merged([*placed, whole], [*of_tiles, first_look], result.class_parents, usual * scale)
+    found = merged([*placed, whole], [*of_tiles, white], result.class_parents, usual * scale)
     result.cells = [replace(cell, box=tuple(value * to_file for value in cell.box)) for cell in found]
     if result.mask is not None:
         result.mask = joined_masks(placed, [of_tile.mask for of_tile in seen], image.size)
@@ -137,6 +143,7 @@ def _is_white_cell_of(cell: Cell, diameter: float, parents: dict[str, str]) -> b
 def _scale(
     image: Image.Image,
     result: SmearResult,
+    first_look: Sequence[Cell],
     look: Callable[[list[Image.Image]], list[SmearResult]],
     edge: int,
     known: KnownSize | None,
@@ -151,9 +158,14 @@ def _scale(
         return None, ""
     if um_per_pixel is not None:
         scale = known.um_per_pixel / (um_per_pixel * to_file)
+        if not SMALLEST_TILE <= scale * edge * to_file <= LARGEST_VIEW * longer * to_file:
+            raise RequestError(
+                f"{result.image or 'image'}: with pixels of {um_per_pixel:g} micrometres a red cell would be "
+                f"{RED_CELL_MICROMETRES / um_per_pixel:.3g} pixels wide, in an image of {result.width} x {result.height}. "
+                "Check the size of a pixel."
+            )
         same = abs(math.log(scale * edge / longer)) < math.log(SAME_SCALE)
         return (None if same else scale), "that of the training at the given micrometres"
-    first_look = [replace(cell, box=tuple(value / to_file for value in cell.box)) for cell in result.cells]
     crowded = any(CROWDED in text for text in result.warnings)
     scale = find_scale(image, first_look, crowded, known, edge, result.class_parents, lambda parts: [
         of_part.cells for of_part in look(parts)
@@ -212,13 +224,20 @@ def _intervals(length: int, tile: int, margin: int) -> list[tuple[tuple[int, int
 def cut(image: Image.Image, tile: Tile) -> Image.Image:
     """The pixels of a tile. What lies beyond the image gets the median colour of its edge."""
     left, top, right, bottom = tile.box
-    if left >= 0 and top >= 0 and right <= image.width and bottom <= image.height:
-        return image.crop(tile.box)
-    pixels = np.asarray(image)
-    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    canvas = Image.new("RGB", (right - left, bottom - top), tuple(int(v) for v in np.median(edge, 0)))
-    canvas.paste(image, (-left, -top))
+    inside = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
+    part = image.crop(inside)
+    if inside == tile.box:
+        return part
+    canvas = Image.new("RGB", (right - left, bottom - top), border_colour(part))
+    canvas.paste(part, (inside[0] - left, inside[1] - top))
     return canvas
+
+
+def border_colour(image: Image.Image) -> tuple[int, ...]:
+    """The median colour of an image's outermost pixels."""
+    pixels = np.asarray(image)
+    border = np.concatenate((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
+    return tuple(int(value) for value in np.median(border, axis=0))
 
 
 def merged(

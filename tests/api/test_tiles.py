@@ -13,7 +13,7 @@ from unihema.errors import RequestError
 from unihema.results.smear_result import CROWDED, Cell, SmearResult
 from unihema.results.tiles import KnownSize, lay_tiles, see_in_tiles
 from unihema.shipped import copy_examples, lay_down_checkpoint
-from unihema.training.run.build import red_cell_diameter
+from unihema.training.data.rows import red_cell_diameter
 
 
 EDGE, KNOWN = 320, KnownSize(47.0, 62.0, 77.0)
@@ -135,6 +135,15 @@ def test_given_micrometres_decide_without_a_search():
     assert matched(result, centres, 18) == len(centres) == len(result.cells)
     usual, detector = seen(discs(640, 480, 124)[0], um_per_pixel=7.2 / 124)
     assert usual.tiling is None and detector.looks == 1
+
+
+@pytest.mark.parametrize("um_per_pixel", [20, 0.001])
+def test_a_size_of_a_pixel_at_which_no_cell_can_be_seen_is_refused_before_a_tile_is_made(um_per_pixel):
+    detector = Detector()
+    image = Image.new("RGB", (640, 480), "white")
+    with pytest.raises(RequestError, match=r"a red cell would be [\d.e+]+ pixels wide, in an image of 640 x 480"):
+        see_in_tiles(image, detector.look(image), detector, EDGE, KNOWN, um_per_pixel=um_per_pixel)
+    assert detector.looks == 0
 
 
 def test_given_tiles_are_taken_also_without_a_known_size():

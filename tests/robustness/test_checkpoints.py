@@ -87,26 +87,21 @@ def write(folder: Path, files: dict[str, bytes], changes: tuple[Change, ...]) ->
     lay_down(folder / "unihema", files, changes)
 
 
+def tried(name: str, files: dict[str, bytes], weights: dict[str, int], data: st.DataObject) -> None:
+    changes = data.draw(changed_folder(files, weights, KINDS))
+    confined(name, lambda given, out: use(given / "unihema"), lay_down=lambda given: write(given, files, changes))
+
+
 @attack(inputs=20, share=0.05)
 @given(st.data())
 def test_checkpoints(originals, data):
-    changes = data.draw(changed_folder(originals.checkpoint, originals.weights, KINDS))
-    confined(
-        "checkpoints",
-        lambda given, out: use(given / "unihema"),
-        lay_down=lambda given: write(given, originals.checkpoint, changes),
-    )
+    tried("checkpoints", originals.checkpoint, originals.weights, data)
 
 
 @attack(inputs=15, share=0.03)
 @given(st.data())
 def test_adapters(originals, data):
-    changes = data.draw(changed_folder(originals.adapter, originals.adapter_weights, KINDS))
-    confined(
-        "adapters",
-        lambda given, out: use(given / "unihema"),
-        lay_down=lambda given: write(given, originals.adapter, changes),
-    )
+    tried("adapters", originals.adapter, originals.adapter_weights, data)
 
 
 def test_undamaged_ones_load_and_answer(originals):

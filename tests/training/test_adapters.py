@@ -17,6 +17,7 @@ import unihema
 from unihema.checkpoint_files import adapter_base
 from unihema.errors import CheckpointError, RunConfigError
 from unihema.loading import load_model
+from unihema.modeling_unihema.adapter_mixin import FIELDS_KEY, adapter_fields
 from unihema.modeling_unihema.layers import ClassEmbedding, ClassLinear
 from unihema.training.adapters import attach_adapter, load_adapter_weights, save_adapter, save_merged, start_classes
 from unihema.training.run.config import AdapterConfig, RunConfig
@@ -385,3 +386,21 @@ def test_dora_leaves_out_layers_with_empty_rows():
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert not any("box_head.layers.2.lora_A" in name for name, _ in model.named_parameters())
     assert any("box_head.layers.1.lora_A" in name for name, _ in model.named_parameters())
+
+
+def test_an_adapter_says_how_large_the_cells_of_its_microscope_are():
+    model = lively(unihema.UniHemaForMultiTask(very_tiny_config(trained={"red_cell_diameter": [40, 50, 60]})))
+    processor = unihema.UniHemaProcessor.from_default(max_text_length=64, detection={"longest_edge": 320})
+    cells = {"bbox": [[0.0, 0.0, 40.0, 40.0]] * 5, "category": ["red blood cell"] * 5}
+    row = {"task": "detection", "image": "a.png", "dataset": "lab", "size": (640, 480), "objects": cells}
+    attach_adapter(model, processor, AdapterConfig(method="lora"), {"detection": [row] * 10})
+    assert model.config.trained.red_cell_diameter == [20, 20, 20]
+    model.refresh_adapter_fields("default")
+    (stored,) = model.peft_config.values()
+    assert adapter_fields(stored)["trained"]["red_cell_diameter"] == [20, 20, 20]
+    # What was saved before this was written down is of an unknown size, not of the base's.
+    del stored.auto_mapping[FIELDS_KEY]["trained"]["red_cell_diameter"]
+    assert adapter_fields(stored)["trained"]["red_cell_diameter"] is None
+    model.disable_adapters()
+    model.follow_adapter()
+    assert model.config.trained.red_cell_diameter == [40, 50, 60]

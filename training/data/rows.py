@@ -24,8 +24,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
 
+import numpy as np
+
 from unihema.errors import DatasetError, InputError
 from unihema.modeling_unihema.tasks import TASKS
+from unihema.processing_unihema.class_names import cell_kind
 
 
 logger = logging.getLogger(__name__)
@@ -258,6 +261,28 @@ def first_lines(messages: Sequence[str]) -> str:
     """The first `SHOWN` messages, a line each, and how many more there are."""
     more = [f"... and {len(messages) - SHOWN} more"] if len(messages) > SHOWN else []
     return "\n".join([*messages[:SHOWN], *more])
+
+
+def red_cell_diameter(rows: Sequence[Row], edge: int | None) -> list[float] | None:
+    """How large red cells are in the fields of a training run, see `TrainingResults.red_cell_diameter`.
+
+    Args:
+        rows (`Sequence[Row]`): Of detection.
+        edge (`int`, *optional*): Longest edge of the model's input in pixels.
+
+    Returns:
+        `list[float]` or `None`: 5 %, 50 % and 95 % of the medians of the fields; `None` with fewer than ten fields of five red
+        cells.
+    """
+    medians = []
+    for row in witnesses(rows) if edge else ():
+        size, objects = row.get("size"), row["objects"]
+        boxes = [box for box, name in zip(objects["bbox"], objects["category"]) if cell_kind(name) == "red blood cell"]
+        if size and len(boxes) >= 5:
+            medians.append(np.median([math.sqrt(w * h) for _, _, w, h in boxes]) * edge / max(size))
+    if len(medians) < 10:
+        return None
+    return [round(float(value), 2) for value in np.percentile(medians, (5, 50, 95))]
 
 
 # Characters of what is said of one row.

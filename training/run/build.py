@@ -1,13 +1,11 @@
 """From data and settings to a model and its processor: rows, classes, initial weights, trained parts."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -16,7 +14,6 @@ from unihema.errors import DatasetError, RunConfigError
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
-from unihema.processing_unihema.class_names import cell_kind
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.adapters import attach_adapter
 from unihema.training.data.class_tree import as_known, known_parents, row_names, unify_names
@@ -27,6 +24,7 @@ from unihema.training.data.rows import (
     check_rows,
     class_names,
     morphology_schema,
+    red_cell_diameter,
     single_cell_names,
     warn,
     witnesses,
@@ -242,13 +240,14 @@ def build(config: RunConfig, rows: dict[str, list[Row]]) -> tuple[UniHemaForMult
         model.config.default_prompt_ids = processor.default_prompt_ids()
         trained = set(model.config.trained.tasks or ()) | set(rows)
         model.config.trained.tasks = [task for task in TASKS if task in trained]
+        if config.adapter.method != "none":
+            attach_adapter(model, processor, config.adapter, rows)
+            return model, processor
         edge = processor.image_processor.task_sizes["detection"].get("longest_edge")
         model.config.trained.red_cell_diameter = (
             red_cell_diameter(rows.get("detection", ()), edge) or model.config.trained.red_cell_diameter
         )
-        if config.adapter.method != "none":
-            attach_adapter(model, processor, config.adapter, rows)
-        elif config.data.label_parents is not None or model.config.label_parents is None:
+        if config.data.label_parents is not None or model.config.label_parents is None:
             model.config.label_parents = _label_parents(config.data, list(model.config.id2label.values()))
         return model, processor
     processor = UniHemaProcessor.from_default(config.model.tokenizer, **config.data.image_sizes)
@@ -273,28 +272,6 @@ def _check_checkpoint(folder: Path) -> None:
         raise RunConfigError(
             f"model.initial_checkpoint {folder} lacks {', '.join(missing) or 'its weights'}: copy the whole folder again."
         )
-
-
-def red_cell_diameter(rows: Sequence[Row], edge: int | None) -> list[float] | None:
-    """How large red cells are in the fields of a training run, see `TrainingResults.red_cell_diameter`.
-
-    Args:
-        rows (`Sequence[Row]`): Of detection.
-        edge (`int`, *optional*): Longest edge of the model's input in pixels.
-
-    Returns:
-        `list[float]` or `None`: 5 %, 50 % and 95 % of the medians of the fields; `None` with fewer than ten fields of five red
-        cells.
-    """
-    medians = []
-    for row in witnesses(rows) if edge else ():
-        size, objects = row.get("size"), row["objects"]
-        boxes = [box for box, name in zip(objects["bbox"], objects["category"]) if cell_kind(name) == "red blood cell"]
-        if size and len(boxes) >= 5:
-            medians.append(np.median([math.sqrt(w * h) for _, _, w, h in boxes]) * edge / max(size))
-    if len(medians) < 10:
-        return None
-    return [round(float(value), 2) for value in np.percentile(medians, (5, 50, 95))]
 
 
 def _warn_of_unknown_attributes(source: str, known: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> None:

@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 from unihema.errors import InputError, InputTypeError
 from unihema.processing_unihema.image_io import image_size, load_image
+from unihema.results.tiles import border_colour
 from unihema.training.data.layouts.masks import read_mask
 from unihema.training.data.rows import Row
 from unihema.training.data.shards import StoredFile
@@ -123,19 +124,13 @@ def magnified(image: Image.Image, amount: float, rng: np.random.Generator | None
     width, height = image.size
     middle = width / 2, height / 2
     inverse = (1 / amount, 0, middle[0] * (1 - 1 / amount), 0, 1 / amount, middle[1] * (1 - 1 / amount))
-    options = {"fillcolor": _border_colour(image)} if amount < 1 else {}
+    options = {"fillcolor": border_colour(image)} if amount < 1 else {}
     small = image
     if amount < 1:
         # What is sampled more coarsely than it is must be smoothed first.
         size = max(1, round(width * amount)), max(1, round(height * amount))
         small = image.resize(size, Image.Resampling.LANCZOS).resize(image.size, Image.Resampling.BICUBIC)
     return small.transform(image.size, Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR, **options)
-
-
-def _border_colour(image: Image.Image) -> tuple[int, ...]:
-    pixels = np.asarray(image)
-    border = np.concatenate((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
-    return tuple(int(value) for value in np.median(border, axis=0))
 
 
 CORRUPTIONS = {
