@@ -1,9 +1,12 @@
 """One object that analyses: images in; cells, attributes, masks, single-cell classes and answers out."""
 
 import hashlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from unihema.inference.graphs import Recorder
     from unihema.inference.onnx import OnnxModel
     from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
     from unihema.modeling_unihema.outputs import UniHemaImageFeatures, UniHemaPromptFeatures
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 
 # From this share of the queries on, cells were probably left without one.
 FULL = 0.95
+_making = threading.Lock()
 
 
 class QueryCapWarning(UserWarning):
@@ -81,6 +86,8 @@ class Analyzer:
         model (`UniHemaPreTrainedModel` or `OnnxModel`): The model; put into evaluation mode.
         processor ([`UniHemaProcessor`]): Its processor.
         reference ([`ModelReference`], *optional*): What the images it was trained on are like, for out-of-distribution scores.
+        cuda_graphs (`bool`): On an NVIDIA GPU the model runs as recorded graphs, see [`Recorder`]: faster where batches of one
+            size come again, in more memory. Threads then analyse one after the other.
 
     Example:
 
@@ -99,8 +106,11 @@ class Analyzer:
         model: "UniHemaPreTrainedModel | OnnxModel",
         processor: "UniHemaProcessor",
         reference: "ModelReference | None" = None,
+        cuda_graphs: bool = True,
     ):
         self.model: Any = model.eval()
+        self.cuda_graphs = cuda_graphs
+        self.recorder: Recorder | None = None
         self.processor = processor
         self.reference = reference
         self.source: str | None = None
@@ -122,6 +132,7 @@ class Analyzer:
         int8: bool = False,
         load_in_8bit: bool = False,
         prepare: bool = True,
+        cuda_graphs: bool = True,
         **hub: Any,
     ) -> "Analyzer":
         """Loads a checkpoint, an adapter or an exported file, ready to analyse.
@@ -140,6 +151,7 @@ class Analyzer:
             load_in_8bit (`bool`): Keep the linears of the base in 8 bit; needs an NVIDIA GPU and bitsandbytes.
             prepare (`bool`): Make the model faster for inference, see [`prepare_for_inference`]. `False` for a model that will
                 be saved or trained.
+            cuda_graphs (`bool`): As of the class.
             **hub: `revision`, `token`, `cache_dir`, `local_files_only` of a repository.
 
         Raises:
@@ -167,7 +179,7 @@ class Analyzer:
             from unihema.inference.int8 import to_int8
 
             model = to_int8(model)
-        analyzer = cls(model, processor, reference)
+        analyzer = cls(model, processor, reference, cuda_graphs)
         analyzer.source, analyzer.files = str(source), files
         analyzer._loaded_weights = _weight_sums(model)
         if not is_adapter(folder):
@@ -428,8 +440,9 @@ class Analyzer:
         for result in results:
             result.provenance = self._provenance(request)
             result.class_parents = dict(self.model.config.label_parents or {})
-        seen = _SeenImages(self.model, self.processor, [image.pixels for image in opened], request)
-        with torch.inference_mode():
+        recorder = self._recorder_on_gpu()
+        seen = _SeenImages(self.model, self.processor, [image.pixels for image in opened], request, recorder)
+        with torch.inference_mode(), nullcontext() if recorder is None else recorder.held():
             for task in request.tasks:
                 {"detection": self._detect, "segmentation": self._segment, "single_cell": self._classify}[task](
                     request, seen, results
@@ -439,6 +452,15 @@ class Analyzer:
                 for result, answer in zip(results, self._answers(question, tokens, seen), strict=True):
                     result.answers.append({"question": question, "answer": answer})
         return results
+
+    def _recorder_on_gpu(self) -> "Recorder | None":
+        if self.recorder is None and self.cuda_graphs and self.model.device.type == "cuda":
+            from unihema.inference.graphs import Recorder
+
+            # Whichever thread is first.
+            with _making:
+                self.recorder = self.recorder or Recorder(self.model)
+        return self.recorder
 
     def _look_closer(self, request: Request, image: OpenedImage, result: SmearResult) -> None:
         """Sees an image in tiles where the request, or the size of its cells, says so."""
@@ -580,12 +602,21 @@ class _SeenImages:
         model, processor: Of the analyzer.
         images (`Sequence[PIL.Image.Image]`): The images.
         request ([`Request`]): What is asked of them.
+        recorder ([`Recorder`], *optional*): Runs the model.
     """
 
-    def __init__(self, model: Any, processor: "UniHemaProcessor", images: "Sequence[Image.Image]", request: Request):
+    def __init__(
+        self,
+        model: Any,
+        processor: "UniHemaProcessor",
+        images: "Sequence[Image.Image]",
+        request: Request,
+        recorder: "Recorder | None" = None,
+    ):
         self.model, self.processor, self.images, self.request = model, processor, images, request
+        self.recorder = recorder
         self._batches: dict[tuple, dict[str, torch.Tensor]] = {}
-        self._features: dict[tuple, UniHemaImageFeatures] = {}
+        self._seen: dict[tuple, tuple[UniHemaImageFeatures, dict[str, Any]]] = {}
 
     def _size(self, task: str) -> tuple:
         return tuple(sorted(self.processor.image_processor.task_sizes[task].items()))
@@ -604,29 +635,59 @@ class _SeenImages:
 
     def features(self, task: str) -> "UniHemaImageFeatures":
         """What the backbone, and the image encoder where a task at this size reads it, make of the images."""
-        size = self._size(task)
-        if size not in self._features:
-            encoding = next((other for other in self.request.tasks if self._size(other) == size), task)
-            self._features[size] = self.model.get_image_features(**self.batch(task), task=encoding)
-        return self._features[size]
+        return self._at_size_of(task)[0]
 
     def outputs(self, task: str) -> Any:
         """What the head of a task says."""
-        images = len(self.images)
-        inputs: dict[str, Any] = {}
-        if not hasattr(self.model, "get_image_features"):
-            texts = self.request.texts.get(task, {})
-            inputs = self.batch(task) | {name: value.expand(images, -1) for name, value in texts.items()}
-        else:
-            inputs["image_features"] = self.features(task)
+        if hasattr(self.model, "get_image_features"):
+            return self._at_size_of(task)[1][task]
+        texts = {name: self._of_each(value) for name, value in self.request.texts.get(task, {}).items()}
+        return self.model(**self.batch(task), **texts, **self._named(task))
+
+    def _at_size_of(self, task: str) -> "tuple[UniHemaImageFeatures, dict[str, Any]]":
+        """Features and the outputs of all tasks that look at the size of this one."""
+        size = self._size(task)
+        if size not in self._seen:
+            tasks = tuple(other for other in self.request.tasks if self._size(other) == size)
+            encoding = next(iter(tasks), task)
+            prompts = [self.request.prompts[other] for other in tasks if other in self.request.prompts]
+            pixels, mask = self.batch(task).values()
+            texts = [text for prompt in prompts for text in (prompt.last_hidden_state, prompt.attention_mask)]
+            texts = [self._of_each(text) for text in texts]
+            compute = partial(self._compute, encoding, tasks)
+            if self.recorder is None:
+                self._seen[size] = compute(pixels, mask, *texts)
+            else:
+                # What is image in each: where there is padding, other operators run.
+                inside = (*mask[:, :, 0].sum(1).tolist(), *mask[:, 0].sum(1).tolist())
+                mask = mask.to(pixels.device, non_blocking=True) if not bool(mask.all()) else None
+                self._seen[size] = self.recorder((encoding, *tasks, *inside), compute, pixels, mask, *texts)
+        return self._seen[size]
+
+    def _compute(
+        self,
+        encoding: str,
+        tasks: tuple[str, ...],
+        pixels: "torch.Tensor",
+        mask: "torch.Tensor | None",
+        *texts: "torch.Tensor",
+    ) -> "tuple[UniHemaImageFeatures, dict[str, Any]]":
+        from unihema.modeling_unihema.outputs import UniHemaPromptFeatures
+
+        features = self.model.get_image_features(pixels, mask, task=encoding)
+        rest, outputs = iter(texts), {}
+        for task in tasks:
+            given = {}
             if task in self.request.prompts:
-                prompt: Any = self.request.prompts[task]
-                inputs["prompt_features"] = type(prompt)(
-                    prompt.last_hidden_state.expand(images, -1, -1), prompt.attention_mask.expand(images, -1)
-                )
-        if len(self.model.tasks) > 1:
-            inputs["task"] = task
-        return self.model(**inputs)
+                given["prompt_features"] = UniHemaPromptFeatures(next(rest), next(rest))
+            outputs[task] = self.model(image_features=features, **given, **self._named(task))
+        return features, outputs
+
+    def _of_each(self, text: "torch.Tensor") -> "torch.Tensor":
+        return text.expand(len(self.images), *text.shape[1:])
+
+    def _named(self, task: str) -> dict[str, str]:
+        return {"task": task} if len(self.model.tasks) > 1 else {}
 
 
 def set_image_sizes(processor: "UniHemaProcessor", sizes: Mapping[str, int]) -> None:

@@ -243,9 +243,14 @@ if triton is not None and not hasattr(torch.ops.unihema, "deformable_attention")
 
 
 def level_sizes(level_shapes: list[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
-    """(w, h) of each level, `[levels, 2]`, of the dtype and on the device of `like`, without waiting for the device."""
-    sizes = torch.tensor([(w, h) for h, w in level_shapes], dtype=like.dtype)
-    return sizes.to(like.device, non_blocking=True)
+    """(w, h) of each level, `[levels, 2]`, of the dtype and on the device of `like`.
+
+    Nothing is copied from the host: that would wait for a device, and a CUDA graph that records it would read the host's
+    memory again whenever it is replayed.
+    """
+    lengths = [length for h, w in level_shapes for length in (w, h)]
+    numbers = torch.arange(max(lengths) + 1, dtype=like.dtype, device=like.device)
+    return torch.stack([numbers[length] for length in lengths]).unflatten(0, (-1, 2))
 
 
 def run_kernels(

@@ -23,18 +23,22 @@ FREE = {
 
 
 class Launches(TorchDispatchMode):
-    """Counts operators by name."""
+    """Counts operators by name, and keeps the shapes of what is copied from the host."""
 
     def __init__(self):
         super().__init__()
         self.count: Counter[str] = Counter()
+        self.from_host: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         space, name = func._schema.name.split("::")
         returned = [value.alias_info for value in func._schema.returns]
         is_view = bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
-        on_device = any(_device(value) == "meta" for value in torch.utils._pytree.tree_leaves((args, kwargs, result)))
+        given = [_device(value) for value in torch.utils._pytree.tree_leaves((args, kwargs))]
+        on_device = "meta" in (*given, *map(_device, torch.utils._pytree.tree_leaves(result)))
+        if name in ("_to_copy", "copy_") and on_device and "cpu" in given:
+            self.from_host.append(tuple(result.shape))
         if space != "prim" and name not in FREE and not is_view and on_device:
             self.count[name] += 1
         return result

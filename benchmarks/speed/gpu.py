@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 
 from benchmarks.speed import attention, models
 from unihema import Analyzer, prepare_for_inference
+from unihema.inference.graphs import Recorder
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.shipped import lay_down_checkpoint
 from unihema.training.run.config import DataConfig, LoggingConfig, ModelConfig, OptimisationConfig, RunConfig
@@ -123,14 +124,23 @@ def one_image(device: torch.device, scale: Scale) -> Iterator[dict[str, Any]]:
     processor = UniHemaProcessor.from_default(detection={"longest_edge": max(scale.size)})
     analyzer = Analyzer(model.to(device, torch.bfloat16), processor)
     tensors = _images(device, scale, 1, torch.bfloat16)
+    recorder = Recorder(model) if device.type == "cuda" else None
 
     def alone() -> None:
         with torch.inference_mode():
             analyzer.model(next(tensors))
 
+    def recorded() -> None:
+        with torch.inference_mode(), recorder.held():
+            recorder("detection", model, next(tensors))
+
     waiting = [_field(scale.size, number)[0] for number in range(scale.warm + scale.rounds)]
-    ms = _times({"alone": alone, "whole": lambda: analyzer(waiting.pop())}, device, scale)
-    yield _row("forward, 1 image, bf16, the model of `Analyzer`", "ms", ms["alone"], asked="12")
+    cases = {"alone": alone, "whole": lambda: analyzer(waiting.pop(), tiles="off")}
+    cases |= {} if recorder is None else {"recorded": recorded}
+    ms = _times(cases, device, scale)
+    yield _row("forward, 1 image, bf16, the model of `Analyzer`", "ms", ms["alone"])
+    if recorder is not None:
+        yield _row("forward, 1 image, bf16, its recorded graph", "ms", ms["recorded"], asked="12")
     yield _row("`Analyzer`, 1 image, bf16, from pixels to cells", "ms", ms["whole"])
 
 

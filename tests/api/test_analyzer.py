@@ -11,29 +11,17 @@ import pytest
 import torch
 from PIL import Image
 from same_results import assert_same
-from tiny_checkpoint import save_tiny_checkpoint
-from tiny_models import lively
+from tiny_checkpoint import save_lively, save_lively_adapter, save_tiny_checkpoint
 from torch import nn
 
 import unihema
 from unihema import Analyzer, CheckpointError, QueryCapWarning, SmearResult, UniHemaError, prepare_for_inference
 from unihema.errors import PreparedModelError
 from unihema.loading import load_model
-from unihema.training.adapters import attach_adapter, save_adapter
-from unihema.training.run.config import AdapterConfig
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::unihema.analyzer.QueryCapWarning")
 ALL = {"tasks": ["detection", "segmentation", "single_cell"], "questions": ["What is it?", "The cell is ___."]}
-
-
-def save_lively(folder: Path, seed: int, **overrides) -> Path:
-    """A checkpoint whose every weight has a say."""
-    model, processor = load_model(save_tiny_checkpoint(folder, num_queries=12, **overrides), "cpu")
-    torch.manual_seed(seed)
-    lively(model).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -309,17 +297,7 @@ def test_a_prepared_model_is_not_saved(loaded, tmp_path):
 
 
 def test_an_adapter_loads_onto_a_prepared_model(checkpoint, tmp_path):
-    model, processor = load_model(checkpoint, "cpu")
-    cells = ["neutrophil", "eosinophil"]
-    rows = [{"task": "detection", "image": "a.png", "file_name": "a.png", "dataset": "lab"}]
-    rows[0]["objects"] = {"bbox": [[0, 0, 1, 1]] * 2, "category": cells, "morphology": [{}, {}]}
-    attach_adapter(model, processor, AdapterConfig(method="lora"), {"detection": rows})
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    assert not any("backbone" in name and "lora" in name for name, _ in model.named_parameters())
-    save_adapter(model, tmp_path / "ours")
+    save_lively_adapter(checkpoint, tmp_path / "ours", seed=0)
     plain = Analyzer(*load_model(checkpoint, "cpu", adapters=[tmp_path / "ours"]))
     expected = plain(noise(0), threshold=0.0)
     assert plain.tasks == ("detection",)
@@ -329,7 +307,7 @@ def test_an_adapter_loads_onto_a_prepared_model(checkpoint, tmp_path):
     for analyzer in (prepared, Analyzer.from_pretrained(checkpoint, device="cpu", adapters=[tmp_path / "ours"])):
         found = analyzer(noise(0), threshold=0.0)
         assert_same(found, expected, atol=1e-4)
-        assert set(found.counts) == set(cells) and found.provenance["adapters"] == ["ours"]
+        assert set(found.counts) == {"neutrophil", "eosinophil"} and found.provenance["adapters"] == ["ours"]
         assert {cell.score for cell in found.cells} != {cell.score for cell in base.cells}
         analyzer.model.disable_adapters()
         assert_same(analyzer(noise(0), threshold=0.0), base, atol=1e-5)

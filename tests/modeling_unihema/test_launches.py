@@ -8,7 +8,12 @@ from tiny_models import very_tiny_config
 
 from unihema.modeling_unihema import deformable_attention, matching
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
-from unihema.modeling_unihema.modeling_unihema import UniHemaForDetection, UniHemaForQA, UniHemaForSegmentation
+from unihema.modeling_unihema.modeling_unihema import (
+    UniHemaForDetection,
+    UniHemaForImageClassification,
+    UniHemaForQA,
+    UniHemaForSegmentation,
+)
 from unihema.training.run.precision import with_half_weights
 
 
@@ -69,6 +74,20 @@ def test_forward_reads_nothing_back_and_launches_little(monkeypatch):
             model(**inputs(size, torch.bfloat16))
         found[size] = counted.total
     assert found[480, 640] == found[FULL] <= 900
+
+
+@pytest.mark.parametrize("head", [UniHemaForDetection, UniHemaForSegmentation, UniHemaForImageClassification])
+@pytest.mark.parametrize("mask", [False, True])
+def test_forward_copies_nothing_from_the_host(head, mask, monkeypatch):
+    """What a recorded graph would read again whenever it is replayed."""
+    model = on_meta(lambda: head(UniHemaConfig())).eval()
+    given = inputs((64, 96), mask=mask)
+    if head is UniHemaForImageClassification:
+        given = {name: value for name, value in given.items() if name.startswith("pixel")}
+    with as_on_cuda(monkeypatch) as counted, torch.no_grad():
+        model(**given)
+    assert counted.total > 100
+    assert counted.from_host == []
 
 
 def test_step_copies_once_to_the_host_and_launches_little(detector, monkeypatch):
