@@ -149,6 +149,23 @@ def pack(batch: dict[str, Any]) -> dict[str, Any]:
     return packed
 
 
+class OnHost(Sequence):
+    """A list that `DistributedDataParallel` does not go through, so that its tensors are not copied to the device.
+
+    Args:
+        items (`list`): Its items.
+    """
+
+    def __init__(self, items: list[Any]):
+        self._items = items
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
 def unpack(
     packed: dict[str, Any], device: torch.device, image_processor: UniHemaImageProcessor, truth_on_host: bool = False
 ) -> dict[str, Any]:
@@ -166,7 +183,9 @@ def unpack(
     batch = {name: _moved(value, device) for name, value in here.items()}
     if "labels" in packed:
         labels = packed["labels"] if truth_on_host else _moved(packed["labels"], device)
-        batch["labels"] = labels if parts is None else _images_of(labels, parts)
+        if parts is not None:
+            labels = _images_of(labels, parts)
+        batch["labels"] = OnHost(labels) if parts is not None and truth_on_host else labels
         if batch.get("task") == "segmentation" and not truth_on_host:
             batch["labels"] = labels.long()
     if sizes is not None:

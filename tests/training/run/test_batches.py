@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 from tiny_runs import TASKS, run_config
+from torch.distributed.utils import _recursive_to
 
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.data.augmentation import AugmentationConfig
@@ -45,7 +46,13 @@ def datasets(smears, tmp_path_factory):
 def tensors(value) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    inner = (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else ()
+    )
     return [tensor for each in inner for tensor in tensors(each)]
 
 
@@ -68,6 +75,8 @@ def test_a_batch_arrives_as_the_processor_made_it(datasets, task):
             assert on_host.pop("pixel_mask", None) is None
             expected.pop("pixel_mask")
         assert on_host.pop("task") == task
+        if task == "detection":
+            on_host["labels"] = list(on_host["labels"])
         torch.testing.assert_close(on_host, expected, rtol=0, atol=1e-6, check_dtype=task != "segmentation")
 
 
@@ -82,6 +91,16 @@ def test_nothing_is_read_back_from_the_device(datasets, truth_on_host):
         truth = tensors(batch["labels"])
         assert {each.device for each in truth} == {torch.device("cpu") if truth_on_host else device}
         assert batch.get("pixel_mask", truth[0]).device == truth[0].device
+
+
+def test_truth_on_the_host_stays_there_under_distributed_training(datasets):
+    data = datasets["detection"][0]
+    packed, device = pack(data.collate([data[0, 1], data[1, 1]])), torch.device("meta")
+    batch = unpack(packed, device, data.processor.image_processor, truth_on_host=True)
+    # Private: what `DistributedDataParallel` does with its arguments on a GPU.
+    for labels, place in ((batch["labels"], CPU), (list(batch["labels"]), device)):
+        sent = _recursive_to((labels,), device, use_side_stream_for_tensor_copies=False)
+        assert {each.device for each in tensors(sent)} == {place}
 
 
 def test_images_without_cells_arrive_without(datasets):
