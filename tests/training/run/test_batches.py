@@ -46,13 +46,7 @@ def datasets(smears, tmp_path_factory):
 def tensors(value) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
-    inner = (
-        value.values()
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, Sequence) and not isinstance(value, str)
-        else ()
-    )
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, OnHost)) else ()
     return [tensor for each in inner for tensor in tensors(each)]
 
 
