@@ -194,7 +194,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], made: Sequence[str] 
     remedy = "Name another folder, or start anew (--overwrite, or overwrite=True)."
     if overwrite:
         for name in made:
-            (folder / name).unlink(missing_ok=True)
+            remove_file(folder / name)
     elif path.exists():
         then = read_json_object(path, OutputError, remedy)
         other = next((name for name in {**then, **now} if then.get(name) != now.get(name)), None)
@@ -448,6 +448,19 @@ def remove_whole(path: Path) -> None:
         os.replace(path, scratch / path.name)
 
 
+def remove_file(path: Path) -> None:
+    """Deletes a file, where there is one.
+
+    Args:
+        path (`Path`): The file.
+
+    Raises:
+        OutputError: It cannot be deleted, or is a folder.
+    """
+    with _writing(path):
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     """Errors of the system as one that names what could not be written."""
@@ -530,6 +543,7 @@ __all__ = [
     "printable",
     "read_json_object",
     "real_path",
+    "remove_file",
     "remove_whole",
     "scratch_folder",
     "sha256",

@@ -168,9 +168,12 @@ def _plain_only(request: Any) -> None:
     _count()
     # What is not compressed cannot become a thousand times as large.
     request.headers["Accept-Encoding"] = "identity"
-    # huggingface_hub asks for some answers without any limit of time.
+    from huggingface_hub import constants
+
+    # huggingface_hub asks for some answers without any limit of time, and gives limits of its own for others.
     given = request.extensions.get("timeout") or {}
-    parts = {name: given.get(name) or READ_SECONDS for name in ("connect", "read", "write", "pool")}
+    most = max(READ_SECONDS, constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    parts = {name: min(given.get(name) or READ_SECONDS, most) for name in ("connect", "read", "write", "pool")}
     request.extensions = {**request.extensions, "timeout": parts}
 
 

@@ -201,6 +201,8 @@ def ask(hub: HostileHub, home: Path) -> None:
     """In this process huggingface_hub asks this Hub; limits of time are short, and nobody sleeps for long."""
     values = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(home)}
     values["HUGGINGFACE_CO_URL_TEMPLATE"] = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    # huggingface_hub gives its own limits of time with some requests.
+    values |= {"HF_HUB_ETAG_TIMEOUT": 0.5, "HF_HUB_DOWNLOAD_TIMEOUT": 0.5}
     for name, value in values.items():
         setattr(constants, name, value)
     limits.READ_SECONDS, limits.ANSWER_SECONDS, limits.CALL_SECONDS = 0.5, 1.5, 5.0

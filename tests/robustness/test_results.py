@@ -17,6 +17,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 from tiny_runs import run_config
 
 from unihema import SmearResult
+from unihema.errors import OutputError
 from unihema.results.smear_result import Cell
 from unihema.training.run.config import RunConfig
 from unihema.training.run.loop import train
@@ -167,6 +168,14 @@ def test_an_undamaged_run_goes_on(run, tmp_path):
     lay_down(tmp_path, run.files)
     train(run.config(tmp_path, 4), resume=True)
     assert digest(tmp_path) == run.resumed
+
+
+def test_a_file_of_a_run_that_is_a_folder_is_named(run, tmp_path):
+    lay_down(tmp_path, run.files)
+    (tmp_path / "data.json").unlink()
+    (tmp_path / "data.json").mkdir()
+    with pytest.raises(OutputError, match=r"data\.json: cannot be written \(Is a directory\)"):
+        train(run.config(tmp_path, 4), resume=True)
 
 
 @attack(inputs=3, share=0.02)

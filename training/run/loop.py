@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from unihema.errors import NotFiniteError, RunConfigError, TrainingError, TrainingInterrupted
-from unihema.files import exclusive, shortened, write_json, write_text
+from unihema.files import exclusive, remove_file, shortened, write_json, write_text
 from unihema.hub_cards import checkpoint_card
 from unihema.hub_cards.data_record import RECORD_FILE
 from unihema.modeling_unihema.losses import average_over_processes, count_loss_items
@@ -206,7 +206,7 @@ class _Run:
             self.log.forget_after(0)
         self.progress.batches_per_epoch = self.batches.per_epoch
         if self.accelerator.is_main_process:
-            (self.folder / RECORD_FILE).unlink(missing_ok=True)
+            remove_file(self.folder / RECORD_FILE)
             config.save(self.folder)
         self.stopped_by: int | None = None
         self.files: list[str] = []

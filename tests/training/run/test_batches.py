@@ -11,7 +11,7 @@ from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.data.augmentation import AugmentationConfig
 from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.rows import class_names, morphology_schema, single_cell_names
-from unihema.training.run.batches import RunBatches, pack, unpack
+from unihema.training.run.batches import OnHost, RunBatches, pack, unpack
 from unihema.training.run.build import training_rows
 from unihema.training.run.config import DataConfig
 
