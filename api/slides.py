@@ -590,6 +590,8 @@ def open_regions(image: Any, max_pixels: int = MAX_PIXELS) -> RegionSource:
         problem = error
         if not path.is_file() or not (_is_tiff(path) or path.suffix.lower() in _OWN_LIBRARY):
             raise
+    else:
+        _check_plausible(path, str(path), width, height)
     reasons = []
     for needed, reader in _readers(path):
         if not all(map(find_spec, needed)):

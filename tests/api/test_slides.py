@@ -258,9 +258,10 @@ def named(path: Path, **sizes) -> Path:
     return path
 
 
+BY_TAGS = "the resolution of the TIFF"
 SIZES = {
-    "of an inch": (lambda path: resolution(path, resolution=(254000, 254000), resolutionunit=2), 0.1, "the resolution of the TIFF"),
-    "of a centimetre": (lambda path: resolution(path, resolution=(40000, 40000), resolutionunit=3), 0.25, "the resolution of the TIFF"),
+    "of an inch": (lambda path: resolution(path, resolution=(254000, 254000), resolutionunit=2), 0.1, BY_TAGS),
+    "of a centimetre": (lambda path: resolution(path, resolution=(40000, 40000), resolutionunit=3), 0.25, BY_TAGS),
     "of a printer": (lambda path: resolution(path, resolution=(300, 300), resolutionunit=2), None, None),
     "of a screen": (lambda path: resolution(path, resolution=(72, 72), resolutionunit=2), None, None),
     "none": (lambda path: resolution(path), None, None),
