@@ -58,7 +58,7 @@ def _tiles(context: click.Context, parameter: click.Parameter, value: str) -> st
 @click.option("--geojson", is_flag=True, help="Also write GeoJSON for QuPath.")
 @image_size_option
 @batch_size_option
-@click.option("--device", help="Device, such as cpu or cuda:0; the first GPU by default.")
+@click.option("--device", help="Device, such as cpu, cuda:0 or mps; the first GPU by default.")
 @int8_option
 @overwrite_option
 def predict(
