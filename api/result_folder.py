@@ -11,6 +11,7 @@ import io
 import json
 import os
 import unicodedata
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from unihema.files import (
 )
 from unihema.inference.int8 import is_int8
 from unihema.results.export import cell_columns, cell_row, table_text
-from unihema.results.smear_result import FORMAT, SmearResult
+from unihema.results.smear_result import FORMAT, Cell, SmearResult
 from unihema.slides import RegionSource, image_sha256, open_regions
 from unihema.version import __version__
 
@@ -121,9 +122,7 @@ def analyze_into(
         folder = ResultFolder(output, settings)
         run = _Run(analyzer, folder, report, checked, overwrite, on_tile)
         try:
-            for number, (path, outcome) in enumerate(run.outcomes(images, batch_size), 1):
-                if on_image:
-                    on_image(number, len(images), path, outcome)
+            run.all(images, batch_size, on_image)
         finally:
             folder.write_tables(attributes, report)
     return report
@@ -175,14 +174,23 @@ class _Run:
         self.analyzer, self.request, self.on_tile = analyzer, request, on_tile
         self.folder, self.report, self.overwrite = folder, report, overwrite
 
-    def outcomes(self, images: Sequence[Path], batch_size: int) -> Iterator[tuple[Path, SmearResult | str | None]]:
-        """Each image and its result (once that is written), an error message, or `None` when it was there already."""
+    def all(
+        self,
+        images: Sequence[Path],
+        batch_size: int,
+        on_image: Callable[[int, int, Path, SmearResult | str | None], None] | None,
+    ) -> None:
+        """Analyses and writes all images, and says what became of each: its result, an error message, or `None` when it was there
+        already. No result stays in memory: that of a slide is large."""
         works = (self._read(_Work(path, name)) for path, name in self.folder.names(images).items())
+        number = 0
         for group in in_buckets(works, self._size, batch_size):
             self._analyse(group)
             for work in group:
                 self._write(work)
-                yield work.path, work.outcome
+                number += 1
+                if on_image:
+                    on_image(number, len(images), work.path, work.outcome)
 
     def _read(self, work: _Work) -> _Work:
         try:
@@ -371,11 +379,14 @@ class ResultFolder:
             "image_sha256": image_sha256,
             "settings_sha256": self.settings_sha256,
             "files": {file: _size(self.folder / file) for file in files},
-            "result": result.to_dict(),
+            "result": result.to_dict(with_cells=False),
         }
-        write_text(
-            self._record(name), [json.dumps({"record_sha256": json_sha256(record), **record}, ensure_ascii=False)]
-        )
+        # Piece by piece: of a slide, all of it at once is hundreds of megabytes. The hash is that of `json_sha256`.
+        digest = hashlib.sha256()
+        for piece in _with_cells(record, result.cells, sort_keys=True):
+            digest.update(piece.encode())
+        whole = {"record_sha256": digest.hexdigest(), **record}
+        write_text(self._record(name), _with_cells(whole, result.cells, ensure_ascii=False))
 
     def write_tables(self, attributes: Sequence[str], report: BatchReport) -> None:
         """Writes `cells.csv`, `counts.csv` and `results.json` from the records, and completes the report."""
@@ -404,9 +415,10 @@ class ResultFolder:
 
     def _cell_rows(self, paths: Sequence[Path], attributes: Sequence[str]) -> Iterator[list[Any]]:
         for values in self._results(paths):
-            result = SmearResult.from_dict(values | {"mask": None})
-            for cell in result.cells:
-                yield list(cell_row(result, cell, attributes).values())
+            result = SmearResult.from_dict(values | {"mask": None, "cells": []})
+            # One at a time: a slide has hundreds of thousands.
+            for cell in values["cells"]:
+                yield list(cell_row(result, Cell.from_dict(cell), attributes).values())
 
     def _counts(self, paths: Sequence[Path]) -> Iterator[list[Any]]:
         for values in self._results(paths):
@@ -443,6 +455,17 @@ class ResultFolder:
             record = self._read(path)
             if record is not None:
                 yield path, record
+
+
+def _with_cells(record: dict[str, Any], cells: Sequence[Cell], **options: bool) -> Iterator[str]:
+    """A record as JSON, in pieces, with cells in its result."""
+    place = uuid.uuid4().hex
+    text = json.dumps({**record, "result": {**record["result"], "cells": [place]}}, **options)
+    before, after = text.split(f'"{place}"')
+    yield before
+    for number, cell in enumerate(cells):
+        yield (", " if number else "") + json.dumps(cell.to_dict(), **options)
+    yield after
 
 
 def _size(path: Path) -> int | None:

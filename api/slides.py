@@ -37,9 +37,11 @@ from .processing_unihema.image_io import (
 
 
 # What a slide is like as a whole is seen, and drawn, at no more than this.
-OVERVIEW_PIXELS = 12_000_000
-# Pixels of a level that are decoded at once, and decoded bytes that are kept for the neighbouring region.
-MOST_AT_ONCE, KEPT_BYTES = 1 << 24, 1 << 27
+OVERVIEW_PIXELS = 8_000_000
+# Pixels of a level that are put together at once.
+MOST_AT_ONCE = 1 << 22
+# Decoded bytes that are kept for the neighbouring region: of tiles some, of strips those that a row of regions lies in.
+KEPT_OF_TILES, KEPT_OF_STRIPS, STRIP_ROWS = 1 << 25, 1 << 27, 1024
 # A strip or tile of a file that would be larger when decoded cannot be read in parts.
 LARGEST_CHUNK = 1 << 26
 # A slide may be so many times more compressed than a photograph before its header is taken for damaged: most of it is glass.
@@ -309,7 +311,8 @@ class TiffRegions(RegionSource):
         else:
             pixels = self._kept[key] = self._decoded(self._pages[level], index)
             self._kept_bytes += 0 if pixels is None else pixels.nbytes
-            while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
+            most = KEPT_OF_TILES if self._pages[level].is_tiled else KEPT_OF_STRIPS
+            while self._kept_bytes > most and len(self._kept) > 1:
                 _, old = self._kept.popitem(last=False)
                 self._kept_bytes -= 0 if old is None else old.nbytes
         found = self._kept[key]
@@ -424,6 +427,8 @@ def _not_in_parts(page: Any) -> str | None:
     width, height = _chunk_size(page)
     if not _in_plain_rows(page) and width * height * page.samplesperpixel > LARGEST_CHUNK:
         return "its pixels are packed in one piece"
+    if not _in_plain_rows(page) and not page.is_tiled and 3 * width * STRIP_ROWS > KEPT_OF_STRIPS:
+        return f"its packed strips of {width} pixels are too wide"
     return None
 
 

@@ -171,8 +171,12 @@ class SmearResult:
             return "counted"
         return "beside" if is_beside_differential(label, self.class_parents) else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON types, with the counts beside it."""
+    def to_dict(self, with_cells: bool = True) -> dict[str, Any]:
+        """Everything as JSON types, with the counts beside it.
+
+        Args:
+            with_cells (`bool`): Leave the list of cells empty without it: that of a slide is large.
+        """
         return {
             "format": FORMAT,
             "image": self.image,
@@ -182,7 +186,7 @@ class SmearResult:
             "differential": self.differential,
             "classes": self.classes,
             "class_parents": self.class_parents,
-            "cells": [cell.to_dict() for cell in self.cells],
+            "cells": [cell.to_dict() for cell in self.cells] if with_cells else [],
             "mask": None if self.mask is None else rle_encode(self.mask),
             "mask_label": self.mask_label,
             "single_cell": self.single_cell,

@@ -1,7 +1,8 @@
 """Wide fields, and cells of another size than a checkpoint knows: an image seen in overlapping tiles at the right scale."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +12,7 @@ from PIL import Image
 from unihema.errors import RequestError, UnreadableImageError
 from unihema.files import OpenedImage
 from unihema.processing_unihema.class_names import cell_kind, is_untyped_white_cell, is_white_cell
+from unihema.processing_unihema.image_io import MAX_PIXELS
 from unihema.processing_unihema.post_processing import NMS_IOU, NMS_WITHIN
 from unihema.results.export import rle_decode, rle_encode
 from unihema.results.smear_result import CROWDED, OTHER_SIZE, Cell, SmearResult
@@ -50,8 +52,8 @@ ESTIMATED = "estimated from the red cells"
 SHARPEST = 2
 # An image of fewer tiles is seen in a second or two, and begun anew where that was stopped.
 WORTH_KEEPING = 16
-# Tiles of an image, and pixels of its mask, at most.
-MOST_TILES, MOST_MASK_PIXELS = 1_000_000, 64_000_000
+# Tiles of an image at most, and pixels of the mask of one that is larger than `MAX_PIXELS`.
+MOST_TILES, MOST_MASK_PIXELS = 1_000_000, 16_000_000
 # Empty glass: levels of gray between its darkest and brightest pixel (a share of the image's contrast, within limits), and how
 # far it may be below the brightest glass. What is darker is no glass: it may be what could not be read.
 EVEN_SHARE, EVEN, GLASS_BELOW, GLASS = 0.15, (4.0, 10.0), 30, 100
@@ -149,7 +151,7 @@ def see_in_tiles(
             for of_part, picture, tile in zip(look(pictures), pictures, parts, strict=True)
         ]
 
-    first_look = list(result.cells)
+    first_look, result.cells = result.cells, list(result.cells)
     scale, scale_source = _scale(source, result, first_look, cells_of, edge, known, tiles, um_per_pixel)
     if scale is None:
         return
@@ -164,7 +166,7 @@ def see_in_tiles(
     looked_at = [tile for tile, empty in zip(placed, glass, strict=True) if not empty]
     mask = None if result.mask is None else _Mask(source.size)
     layout = {"size": list(source.size), "scale": scale, "tiles": len(placed), "looked_at": len(looked_at)}
-    found: list[list[Cell]] = []
+    found: deque[list[Cell]] = deque()
     unreadable: list[Tile] = []
     full = cells = 0
     store = store if len(looked_at) >= WORTH_KEEPING else None
@@ -172,7 +174,7 @@ def see_in_tiles(
         for tile, of_tile in zip(looked_at[start:], seen, strict=False):
             found.append(of_tile["cells"])
             full += of_tile["full"]
-            cells += len(found[-1])
+            cells += len(of_tile["cells"])
             if of_tile["unreadable"]:
                 unreadable.append(tile)
             elif mask is not None and of_tile["mask"] is not None:
@@ -186,7 +188,10 @@ def see_in_tiles(
     # White cells may be known from whole fields, at their size there, as well.
     whole = Tile((0, 0, *source.size), (0, 0, *source.size))
     white = [cell for cell in first_look if _is_white_cell_of(cell, usual * scale, result.class_parents)]
-    result.cells = merged([*looked_at, whole], [*found, white], result.class_parents, usual * scale)
+    found.append(white)
+    # Each list goes as its cells are taken: of a slide there are hundreds of thousands, and more than one copy is too many.
+    lists = (found.popleft() for _ in range(len(found)))
+    result.cells = merged([*looked_at, whole], lists, result.class_parents, usual * scale)
     result.mask = None if mask is None else mask.pixels
     width, height = _size(placed[0].box)
     result.tiling = {"tiles": len(placed), "tile": [width, height], "scale": scale, "scale_source": scale_source}
@@ -368,7 +373,8 @@ class _Mask:
 
     def __init__(self, size: tuple[int, int]):
         self.size = size
-        self.share = min(1.0, math.sqrt(MOST_MASK_PIXELS / (size[0] * size[1])))
+        pixels = size[0] * size[1]
+        self.share = 1.0 if pixels <= MAX_PIXELS else math.sqrt(MOST_MASK_PIXELS / pixels)
         self.pixels = np.zeros([max(1, round(side * self.share)) for side in size[::-1]], dtype=np.uint8)
 
     def core(self, tile: Tile, mask: np.ndarray) -> np.ndarray:
@@ -484,7 +490,7 @@ def border_colour(image: Image.Image) -> tuple[int, ...]:
 
 
 def merged(
-    tiles: Sequence[Tile], found: Sequence[Sequence[Cell]], parents: dict[str, str], diameter: float
+    tiles: Sequence[Tile], found: Iterable[Sequence[Cell]], parents: dict[str, str], diameter: float
 ) -> list[Cell]:
     """The cells of all tiles, in pixels of the image, each once, best score first.
 
@@ -494,7 +500,7 @@ def merged(
 
     Args:
         tiles (`Sequence[Tile]`): The tiles.
-        found (`Sequence[Sequence[Cell]]`): The cells of each, in pixels of the tile.
+        found (`Iterable[Sequence[Cell]]`): The cells of each, in pixels of the tile.
         parents (`dict[str, str]`): Class -> coarser class.
         diameter (`float`): Of a red cell, in pixels.
     """
