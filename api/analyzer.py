@@ -1,10 +1,11 @@
 """One object that analyses: images in; cells, attributes, masks, single-cell classes and answers out."""
 
+import copy
 import hashlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,12 @@ from unihema.checkpoint_files import (
     reference_files,
 )
 from unihema.errors import RequestError
-from unihema.files import OpenedImage, open_image
+from unihema.files import OpenedImage
 from unihema.loading import available_tasks, load_model, require_tasks
 from unihema.modeling_unihema.tasks import IMAGE_TASKS, TASK_TABLE, TASKS
 from unihema.results.smear_result import CROWDED, Cell, SmearResult
-from unihema.results.tiles import SMALLEST_TILE, KnownSize, see_in_tiles
+from unihema.results.tiles import SMALLEST_TILE, KnownSize, TileStore, see_in_tiles, state_pixel_size
+from unihema.slides import RegionSource, open_regions
 from unihema.version import __version__
 
 
@@ -43,6 +45,15 @@ if TYPE_CHECKING:
 # From this share of the queries on, cells were probably left without one.
 FULL = 0.95
 _making = threading.Lock()
+
+
+SMALL_MEMORY = (
+    "The device has not enough memory for one image at this size, so the processor does the rest, more slowly."
+)
+
+
+class OutOfMemoryWarning(UserWarning):
+    """The device has not enough memory, so the processor goes on with the work."""
 
 
 class QueryCapWarning(UserWarning):
@@ -210,7 +221,7 @@ class Analyzer:
 
     def __call__(
         self,
-        image: "str | Path | Image.Image | numpy.ndarray",
+        image: "str | Path | Image.Image | numpy.ndarray | RegionSource",
         tasks: str | Sequence[str] | None = None,
         prompt: str | Sequence[str] | None = None,
         questions: str | Sequence[str] = (),
@@ -221,7 +232,8 @@ class Analyzer:
         """Analyses one image.
 
         Args:
-            image (`str`, `Path`, `PIL.Image.Image` or `np.ndarray`): A smear, or a crop of one cell.
+            image (`str`, `Path`, `PIL.Image.Image`, `np.ndarray` or [`RegionSource`]): A smear of any size, or a crop of one
+                cell.
             tasks (`Sequence[str]`, *optional*): Among `detection`, `segmentation` and `single_cell`; those of a field that the
                 checkpoint was trained on when missing. An empty list asks the questions only.
             prompt (`str` or `Sequence[str]`, *optional*): Class names, or a disease, to look for; all classes when missing.
@@ -233,7 +245,7 @@ class Analyzer:
                 knows, is seen in overlapping tiles at the scale of its training with `"auto"`; no image is with `"off"`. A
                 number is the longer edge of a tile in pixels of the image.
             um_per_pixel (`float`, *optional*): Size of a pixel in micrometres, where it is known; the scale follows from it
-                instead of from the red cells that are found.
+                instead of from what the file says, or from the red cells that are found.
 
         Returns:
             [`SmearResult`]: Coordinates in pixels of the image as it stands in its file.
@@ -268,7 +280,7 @@ class Analyzer:
 
     def analyze_images(
         self,
-        images: "Sequence[str | Path | Image.Image | numpy.ndarray | OpenedImage]",
+        images: "Sequence[str | Path | Image.Image | numpy.ndarray | OpenedImage | RegionSource]",
         tasks: str | Sequence[str] | None = None,
         prompt: str | Sequence[str] | None = None,
         questions: str | Sequence[str] = (),
@@ -301,6 +313,7 @@ class Analyzer:
         on_image: Callable[[int, int, Path, SmearResult | str | None], None] | None = None,
         tiles: str | int = "auto",
         um_per_pixel: float | None = None,
+        on_tile: Callable[[str | None, int, int, int], None] | None = None,
     ) -> "BatchReport":
         """Analyses files, folders and glob patterns into a results folder.
 
@@ -317,6 +330,8 @@ class Analyzer:
                 float rounding.
             on_image (`Callable`, *optional*): Called after each image with its number from 1, the number of images, its path,
                 and its result, an error message, or `None` when it was skipped.
+            on_tile (`Callable`, *optional*): Called as tiles of an image are done, with its path, their number, the number of all
+                of its tiles, and of cells in those that are done.
 
         Returns:
             [`BatchReport`]
@@ -338,6 +353,7 @@ class Analyzer:
             overwrite,
             batch_size,
             on_image,
+            on_tile,
         )
 
     def request(
@@ -404,13 +420,20 @@ class Analyzer:
         return dict(self.processor(text=text, task=task).to(self.model.device))
 
     def run(
-        self, request: Request, images: "Sequence[str | Path | Image.Image | numpy.ndarray | OpenedImage]"
+        self,
+        request: Request,
+        images: "Sequence[str | Path | Image.Image | numpy.ndarray | OpenedImage | RegionSource]",
+        stores: Sequence[TileStore | None] = (),
+        on_tile: Callable[[str | None, int, int, int], None] | None = None,
     ) -> list[SmearResult]:
         """Does what a request says with images.
 
         Args:
             request ([`Request`]): Of [`Analyzer.request`].
-            images (`Sequence`): Images, or what [`open_image`] gave.
+            images (`Sequence`): Images, or what [`open_regions`] gave, which stays open.
+            stores (`Sequence`): Of each image, what keeps the tiles that are done; none where missing.
+            on_tile (`Callable`, *optional*): Called with an image's path, the number of its tiles that are done, of all of them,
+                and of cells in them.
 
         Returns:
             `list[SmearResult]`: One for each image.
@@ -421,17 +444,31 @@ class Analyzer:
         """
         if self.model.training:
             raise RequestError("The model is in training mode: call model.eval() before analysing.")
-        opened = [image if isinstance(image, OpenedImage) else open_image(image) for image in images]
-        results = self._look(request, opened)
-        for image, result in zip(opened, results, strict=True):
-            self._look_closer(request, image, result)
-            for text in result.warnings:
-                if CROWDED in text:
-                    warnings.warn(f"{result.image or 'image'}: {text}", QueryCapWarning, stacklevel=4)
+        with ExitStack() as opened:
+            sources = [
+                image if isinstance(image, RegionSource) else opened.enter_context(open_regions(image))
+                for image in images
+            ]
+            within = _WithinMemory(request, self.look, self._on_cpu)
+            pixels = [OpenedImage(each.pixels, each.width, each.height, each.name, each.notes) for each in sources]
+            results = within.look(pixels)
+            for result in results:
+                result.warnings += within.warnings
+            for number, (source, result) in enumerate(zip(sources, results, strict=True)):
+                state_pixel_size(result, source, request.um_per_pixel)
+                self._look_closer(request, source, result, stores[number] if stores else None, on_tile)
+                for text in result.warnings:
+                    if CROWDED in text:
+                        warnings.warn(f"{result.image or 'image'}: {text}", QueryCapWarning, stacklevel=4)
         return results
 
-    def _look(self, request: Request, opened: Sequence[OpenedImage]) -> list[SmearResult]:
-        """What is seen of whole images."""
+    def look(self, request: Request, opened: Sequence[OpenedImage]) -> list[SmearResult]:
+        """What is seen of whole images.
+
+        Args:
+            request ([`Request`]): Of [`Analyzer.request`].
+            opened (`Sequence[OpenedImage]`): The images.
+        """
         import torch
 
         results = [
@@ -462,23 +499,50 @@ class Analyzer:
                 self.recorder = self.recorder or Recorder(self.model)
         return self.recorder
 
-    def _look_closer(self, request: Request, image: OpenedImage, result: SmearResult) -> None:
+    def _look_closer(
+        self,
+        request: Request,
+        source: RegionSource,
+        result: SmearResult,
+        store: TileStore | None,
+        on_tile: Callable[[str | None, int, int, int], None] | None,
+    ) -> None:
         """Sees an image in tiles where the request, or the size of its cells, says so."""
         tasks = tuple(task for task in request.tasks if task in ("detection", "segmentation"))
         edge = self.processor.image_processor.task_sizes["detection"].get("longest_edge")
         if request.tiles == "off" or "detection" not in tasks or not edge:
             return
         alone = replace(request, tasks=tasks, questions=(), question_texts=())
+        within = _WithinMemory(alone, self.look, self._on_cpu)
         diameters = self.model.config.trained.red_cell_diameter
         see_in_tiles(
-            image.pixels,
+            source,
             result,
-            lambda parts: self._look(alone, [OpenedImage(part, *part.size, None) for part in parts]),
+            lambda parts: within.look([OpenedImage(part, *part.size, None) for part in parts]),
             edge,
             None if diameters is None else KnownSize(*diameters),
             request.tiles,
             request.um_per_pixel,
+            store,
+            None if on_tile is None else lambda done, number, cells: on_tile(source.name, done, number, cells),
         )
+        result.warnings += [text for text in within.warnings if text not in result.warnings]
+
+    def _on_cpu(self) -> "Analyzer | None":
+        """The same on the processor, `None` where it is there. The model is copied: others may be using it where it is."""
+        import torch
+
+        if self.model.device.type == "cpu":
+            return None
+        there = {}
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            here = tensor.detach().cpu()
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            there[id(tensor)] = torch.nn.Parameter(here, tensor.requires_grad) if is_parameter else here
+        # What is in the memo is taken instead of a copy, which the device would have no room for.
+        copied = Analyzer(copy.deepcopy(self.model, there), self.processor, self.reference)
+        copied._reference_adapters = self._reference_adapters
+        return copied
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves model and processor, with the reference of the images they were trained on.
@@ -593,6 +657,55 @@ class Analyzer:
             "nms_iou": NMS_IOU,
             "nms_within": NMS_WITHIN,
         }
+
+
+class _WithinMemory:
+    """Looks at images in as large groups as the device has memory for; where it has none for a single one, the processor does.
+
+    Args:
+        request ([`Request`]): What is asked.
+        look (`Callable`): Looks at images on the device.
+        on_cpu (`Callable`): Gives what does so on the processor.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        look: Callable[[Request, Sequence[OpenedImage]], list[SmearResult]],
+        on_cpu: Callable[[], "Analyzer | None"],
+    ):
+        self._request, self._look, self._on_cpu = request, look, on_cpu
+        self._most: int | None = None
+        self.warnings: list[str] = []
+
+    def look(self, images: Sequence[OpenedImage]) -> list[SmearResult]:
+        """What is seen of whole images."""
+        import torch
+
+        found: list[SmearResult] = []
+        while len(found) < len(images):
+            group = images[len(found) : len(found) + (self._most or len(images))]
+            try:
+                found += self._look(self._request, group)
+                continue
+            except torch.OutOfMemoryError:
+                on_cpu = self._on_cpu() if len(group) == 1 else None
+                if len(group) == 1 and on_cpu is None:
+                    raise
+            # Not before: the error's traceback holds on to what fills the memory.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if on_cpu is None:
+                self._most = len(group) // 2
+                continue
+            warnings.warn(SMALL_MEMORY, OutOfMemoryWarning, stacklevel=5)
+            self.warnings.append(SMALL_MEMORY)
+            old = self._request
+            self._look, self._on_cpu = on_cpu.look, lambda: None
+            self._request = on_cpu.request(
+                old.tasks, old.prompt, old.questions, old.threshold, old.tiles, old.um_per_pixel
+            )
+        return found
 
 
 class _SeenImages:

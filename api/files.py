@@ -22,7 +22,7 @@ from PIL import Image
 
 from unihema.errors import InputError, OutputError, UniHemaError
 
-from .processing_unihema.image_io import IMAGE_SUFFIXES, image_size, read_image
+from .processing_unihema.image_io import IMAGE_SUFFIXES, SLIDE_SUFFIXES, image_size, read_image
 
 
 # Names of files that are being written: with host and process, so that what a killed one left is known.
@@ -100,7 +100,7 @@ def _images_in(folder: Path, exclude: Path | None) -> list[Path]:
         folders[:] = [name for name, target in targets.items() if target not in seen]
         seen |= set(targets.values())
         found += [Path(place) / name for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in found if path.suffix.lower() in (*IMAGE_SUFFIXES, *SLIDE_SUFFIXES))
 
 
 def is_results_folder(folder: Path) -> bool:
@@ -150,22 +150,23 @@ MOST_JSON_BYTES = 64 << 20
 SETTINGS_FILE = "settings.json"
 
 
-def read_json_object(path: Path, error: type[UniHemaError], remedy: str) -> dict[str, Any]:
+def read_json_object(path: Path, error: type[UniHemaError], remedy: str, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
     """A JSON file that holds an object.
 
     Args:
         path (`Path`): The file.
         error (`type[UniHemaError]`): Kind of the error.
         remedy (`str`): Last sentence of its message.
+        most (`int`): Bytes that it may have.
 
     Raises:
-        UniHemaError: It is missing, no regular file, larger than `MOST_JSON_BYTES`, or holds anything else.
+        UniHemaError: It is missing, no regular file, larger than `most`, or holds anything else.
     """
     try:
         if path.exists() and not path.is_file():
             raise InputError("not a regular file")
-        if path.stat().st_size > MOST_JSON_BYTES:
-            raise InputError(f"larger than {MOST_JSON_BYTES >> 20} MB")
+        if path.stat().st_size > most:
+            raise InputError(f"larger than {most >> 20} MB")
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise InputError("a dictionary is expected")
@@ -238,6 +239,44 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Appends a value as a line of JSON that [`read_lines`] takes for whole only if all of it is there.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    line = json.dumps(value, ensure_ascii=False)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(path), path.open("ab") as file:
+        file.write(f"{_line_sum(line)} {line}\n".encode("utf-8", "surrogateescape"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> Iterator[Any]:
+    """The values that [`append_line`] wrote, up to the first that is not whole; what a killed process left of that is cut off."""
+    if not path.is_file():
+        return
+    whole = 0
+    with path.open("rb") as file:
+        for line in file:
+            with suppress(ValueError):
+                digest, _, text = line.decode("utf-8", "surrogateescape").partition(" ")
+                if text.endswith("\n") and digest == _line_sum(text[:-1]):
+                    yield json.loads(text)
+                    whole += len(line)
+                    continue
+            break
+    if whole < path.stat().st_size:
+        with _writing(path):
+            os.truncate(path, whole)
+
+
+def _line_sum(line: str) -> str:
+    return hashlib.sha256(line.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def write_text(path: str | Path, text: str | Iterable[str]) -> None:
@@ -532,6 +571,7 @@ def _umask() -> int:
 
 __all__ = [
     "OpenedImage",
+    "append_line",
     "claim_folder",
     "contents",
     "empty_folder",
@@ -542,6 +582,7 @@ __all__ = [
     "plain",
     "printable",
     "read_json_object",
+    "read_lines",
     "real_path",
     "remove_file",
     "remove_whole",

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import unicodedata
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,21 +21,21 @@ from typing import TYPE_CHECKING, Any
 
 from unihema.errors import OutputError, RequestError
 from unihema.files import (
-    OpenedImage,
+    append_line,
     claim_folder,
     exclusive,
     find_images,
     json_sha256,
-    open_image,
     read_json_object,
+    read_lines,
     real_path,
-    sha256,
     write_atomically,
     write_text,
 )
 from unihema.inference.int8 import is_int8
 from unihema.results.export import cell_columns, cell_row, table_text
-from unihema.results.smear_result import FORMAT, SmearResult
+from unihema.results.smear_result import FORMAT, Cell, SmearResult
+from unihema.slides import RegionSource, image_sha256, open_regions
 from unihema.version import __version__
 
 
@@ -49,6 +50,8 @@ COUNT_COLUMNS = ["image", "label", "count", "percent_of_white_cells", "different
 HELD_BATCHES = 4
 # Bytes of a name, to which `_overlay.png` is added: file systems take 255.
 NAME_BYTES = 200
+# Of a record: a slide of half a million cells has some 100 MB.
+MOST_RECORD_BYTES = 1 << 29
 # What is wrong with one image, and no reason to stop.
 _FAILURES = (OSError, ValueError, RuntimeError, MemoryError)
 
@@ -84,6 +87,7 @@ def analyze_into(
     overwrite: bool = False,
     batch_size: int = 1,
     on_image: Callable[[int, int, Path, SmearResult | str | None], None] | None = None,
+    on_tile: Callable[[str | None, int, int, int], None] | None = None,
 ) -> BatchReport:
     """Analyses files into a results folder; see [`Analyzer.analyze_files`].
 
@@ -92,7 +96,7 @@ def analyze_into(
         analyzer ([`Analyzer`]): Analyses.
         inputs (`Sequence[str | Path]`): Image files, folders and glob patterns.
         request (`tuple`): Tasks, prompt, questions, threshold, tiles and size of a pixel.
-        geojson, overwrite, batch_size, on_image: As there.
+        geojson, overwrite, batch_size, on_image, on_tile: As there.
 
     Returns:
         [`BatchReport`]
@@ -116,11 +120,9 @@ def analyze_into(
         # Not before: another run's settings are its own.
         claim_folder(output, settings, overwrite=overwrite)
         folder = ResultFolder(output, settings)
-        run = _Run(analyzer, folder, report, checked, overwrite)
+        run = _Run(analyzer, folder, report, checked, overwrite, on_tile)
         try:
-            for number, (path, outcome) in enumerate(run.outcomes(images, batch_size), 1):
-                if on_image:
-                    on_image(number, len(images), path, outcome)
+            run.all(images, batch_size, on_image)
         finally:
             folder.write_tables(attributes, report)
     return report
@@ -153,7 +155,7 @@ class _Work:
     path: Path
     name: str
     digest: str = ""
-    opened: OpenedImage | None = None
+    opened: RegionSource | None = None
     outcome: SmearResult | str | None = None
 
 
@@ -161,27 +163,47 @@ class _Run:
     """One run over images: reads, analyses and writes each."""
 
     def __init__(
-        self, analyzer: "Analyzer", folder: "ResultFolder", report: BatchReport, request: "Request", overwrite: bool
+        self,
+        analyzer: "Analyzer",
+        folder: "ResultFolder",
+        report: BatchReport,
+        request: "Request",
+        overwrite: bool,
+        on_tile: Callable[[str | None, int, int, int], None] | None = None,
     ):
-        self.analyzer, self.request = analyzer, request
+        self.analyzer, self.request, self.on_tile = analyzer, request, on_tile
         self.folder, self.report, self.overwrite = folder, report, overwrite
 
-    def outcomes(self, images: Sequence[Path], batch_size: int) -> Iterator[tuple[Path, SmearResult | str | None]]:
-        """Each image and its result (once that is written), an error message, or `None` when it was there already."""
+    def all(
+        self,
+        images: Sequence[Path],
+        batch_size: int,
+        on_image: Callable[[int, int, Path, SmearResult | str | None], None] | None,
+    ) -> None:
+        """Analyses and writes all images, and says what became of each: its result, an error message, or `None` when it was there
+        already. No result stays in memory: that of a slide is large."""
         works = (self._read(_Work(path, name)) for path, name in self.folder.names(images).items())
+        number = 0
         for group in in_buckets(works, self._size, batch_size):
             self._analyse(group)
             for work in group:
                 self._write(work)
-                yield work.path, work.outcome
+                number += 1
+                if on_image:
+                    on_image(number, len(images), work.path, work.outcome)
 
     def _read(self, work: _Work) -> _Work:
         try:
-            work.digest = sha256(work.path)
+            work.digest = image_sha256(work.path)
             if self.overwrite or not self.folder.is_current(work.name, work.digest):
-                work.opened = open_image(work.path)
+                work.opened = open_regions(work.path)
+                # What cannot be read at all is known from here.
+                work.opened.pixels.load()
+            else:
+                self.folder.part(work.name, work.digest).remove()
         except _FAILURES as error:
             work.outcome = _one_line(error, work.path)
+            self._close(work)
         return work
 
     @staticmethod
@@ -195,7 +217,8 @@ class _Run:
             return
         outcomes: Sequence[SmearResult | str]
         try:
-            outcomes = self.analyzer.run(self.request, [work.opened for work in waiting])
+            stores = [self.folder.part(work.name, work.digest) for work in waiting]
+            outcomes = self.analyzer.run(self.request, [work.opened for work in waiting], stores, self.on_tile)
         except _FAILURES as error:
             if len(waiting) > 1:
                 for work in waiting:
@@ -215,7 +238,14 @@ class _Run:
             files = self.folder.settings["checkpoint_sha256"]
             work.outcome.provenance |= {"checkpoint_sha256": files, "image_sha256": work.digest}
             self.folder.write(work.name, work.path, work.digest, work.outcome, work.opened.pixels)
+            self.folder.part(work.name, work.digest).remove()
             self.report.analysed.append(work.path)
+        self._close(work)
+
+    @staticmethod
+    def _close(work: _Work) -> None:
+        if work.opened is not None:
+            work.opened.close()
         work.opened = None
 
 
@@ -246,6 +276,39 @@ def in_buckets(items: Iterable[_Work], key: Callable[[_Work], object], size: int
 def _one_line(error: Exception, path: Path) -> str:
     text = str(error).removeprefix(f"{path}: ")
     return " ".join(text.split()) or type(error).__name__
+
+
+class PartOfSlide:
+    """The tiles of an image that are done: a line for each group, by which a run that was stopped goes on within the image.
+
+    It is a [`TileStore`]. What was kept is taken only if the image, the settings and the layout of the tiles are the same.
+
+    Args:
+        path (`Path`): The file.
+        identity (`dict`): What image, and with what settings.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]):
+        self.path, self.identity = path, identity
+
+    def begin(self, layout: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
+        """See [`TileStore`]."""
+        head = json.loads(json.dumps({**self.identity, "layout": layout}))
+        lines = read_lines(self.path)
+        if next(lines, None) == head:
+            yield from lines
+            return
+        lines.close()
+        self.remove()
+        append_line(self.path, head)
+
+    def append(self, seen: list[dict[str, Any]]) -> None:
+        """See [`TileStore`]."""
+        append_line(self.path, seen)
+
+    def remove(self) -> None:
+        """Removes it; the image is done, or is to be seen anew."""
+        self.path.unlink(missing_ok=True)
 
 
 class ResultFolder:
@@ -291,6 +354,11 @@ class ResultFolder:
             and all(_size(self.folder / file) == size for file, size in record["files"].items())
         )
 
+    def part(self, name: str, image_sha256: str) -> PartOfSlide:
+        """What is kept of an image while its tiles are being seen."""
+        identity = {"settings_sha256": self.settings_sha256, "image_sha256": image_sha256}
+        return PartOfSlide(self.folder / "records" / f"{name}.tiles", identity)
+
     def write(self, name: str, path: Path, image_sha256: str, result: SmearResult, pixels: "PILImage") -> None:
         """Writes an image's files, the record last."""
         from PIL import Image
@@ -311,11 +379,14 @@ class ResultFolder:
             "image_sha256": image_sha256,
             "settings_sha256": self.settings_sha256,
             "files": {file: _size(self.folder / file) for file in files},
-            "result": result.to_dict(),
+            "result": result.to_dict(with_cells=False),
         }
-        write_text(
-            self._record(name), [json.dumps({"record_sha256": json_sha256(record), **record}, ensure_ascii=False)]
-        )
+        # Piece by piece: of a slide, all of it at once is hundreds of megabytes. The hash is that of `json_sha256`.
+        digest = hashlib.sha256()
+        for piece in _with_cells(record, result.cells, sort_keys=True):
+            digest.update(piece.encode())
+        whole = {"record_sha256": digest.hexdigest(), **record}
+        write_text(self._record(name), _with_cells(whole, result.cells, ensure_ascii=False))
 
     def write_tables(self, attributes: Sequence[str], report: BatchReport) -> None:
         """Writes `cells.csv`, `counts.csv` and `results.json` from the records, and completes the report."""
@@ -344,9 +415,10 @@ class ResultFolder:
 
     def _cell_rows(self, paths: Sequence[Path], attributes: Sequence[str]) -> Iterator[list[Any]]:
         for values in self._results(paths):
-            result = SmearResult.from_dict(values | {"mask": None})
-            for cell in result.cells:
-                yield list(cell_row(result, cell, attributes).values())
+            result = SmearResult.from_dict(values | {"mask": None, "cells": []})
+            # One at a time: a slide has hundreds of thousands.
+            for cell in values["cells"]:
+                yield list(cell_row(result, Cell.from_dict(cell), attributes).values())
 
     def _counts(self, paths: Sequence[Path]) -> Iterator[list[Any]]:
         for values in self._results(paths):
@@ -370,7 +442,7 @@ class ResultFolder:
     def _read(self, path: Path) -> dict[str, Any] | None:
         """A record, or None where there is none, it is not one of this format, or it is not what was written."""
         try:
-            record = read_json_object(path, OutputError, "")
+            record = read_json_object(path, OutputError, "", MOST_RECORD_BYTES)
         except OutputError:
             return None
         digest = record.pop("record_sha256", None)
@@ -383,6 +455,17 @@ class ResultFolder:
             record = self._read(path)
             if record is not None:
                 yield path, record
+
+
+def _with_cells(record: dict[str, Any], cells: Sequence[Cell], **options: bool) -> Iterator[str]:
+    """A record as JSON, in pieces, with cells in its result."""
+    place = uuid.uuid4().hex
+    text = json.dumps({**record, "result": {**record["result"], "cells": [place]}}, **options)
+    before, after = text.split(f'"{place}"')
+    yield before
+    for number, cell in enumerate(cells):
+        yield (", " if number else "") + json.dumps(cell.to_dict(), **options)
+    yield after
 
 
 def _size(path: Path) -> int | None:

@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,8 @@ from unihema.errors import InputError, InputTypeError, UnreadableImageError
 
 # Suffixes of image files, in lower case.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".jp2")
+# Of slide scanners, in formats that need a library of their own; those that end with `.svs` are TIFFs.
+SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide")
 # Images larger than this are reduced on opening: a whole slide does not fit into memory.
 MAX_PIXELS = 64_000_000
 # An image that needs more memory than this, and is so much larger than its file, is damaged or an attack.
@@ -56,6 +58,15 @@ _DAMAGE = (
     struct.error,
     Image.DecompressionBombError,
 )
+# Micrometres that a pixel of a microscope's image can have: the 72, 96 or 300 dots an inch of cameras and editors are far beyond.
+LOW_MICROMETRES, HIGH_MICROMETRES = 0.02, 2.0
+# Names of units of length, in micrometres; `pixel` is none.
+_UNITS = {
+    **dict.fromkeys(
+        ("um", "\u00b5m", "\u03bcm", "micron", "microns", "micrometer", "micrometre", "\\u00b5m", "&#181;m"), 1.0
+    ),
+    **{"nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25400.0, "in": 25400.0},
+}
 # PIL keeps its limit of pixels in a global.
 _opening = threading.Lock()
 
@@ -171,6 +182,82 @@ def image_size(image: "str | Path | bytes | Image.Image") -> tuple[int, int]:
         (width,), (height,) = _numbers(image, _WIDTH), _numbers(image, _HEIGHT)
         return width, height
     return image.size if sideways else image.size[::-1]
+
+
+def pixel_size(path: "str | Path") -> tuple[float, str] | None:
+    """How many micrometres a pixel of an image file is wide, and where that stands in it; `None` where nothing plausible does.
+
+    Read are what OME, ImageJ and Aperio write into a TIFF's description, and the resolution of TIFF, PNG and JPEG files.
+
+    Raises:
+        UnreadableImageError: The file cannot be read as an image.
+    """
+    with _reading(path, path) as opened:
+        description = _description(opened) if opened.format == "TIFF" else ""
+        with _pil():
+            dots = opened.info.get("dpi")
+            # A resolution of a unit that is not said: that of ImageJ stands in its description.
+            bare = opened.info.get("resolution") if dots is None and opened.format == "TIFF" else None
+        return described_pixel_size(description, bare) or plausible_pixel_size(
+            _inverse(dots, _UNITS["inch"]), f"the resolution of the {opened.format}"
+        )
+
+
+def described_pixel_size(description: str, resolution: object = None) -> tuple[float, str] | None:
+    """Micrometres of a pixel by a TIFF's description, and who wrote them there; `None` where it says nothing plausible.
+
+    Args:
+        description (`str`): The description.
+        resolution (`tuple`, *optional*): Pixels for each of ImageJ's units along x and y.
+    """
+    if "<Pixels" in description:
+        pixels = description[description.index("<Pixels") :].partition(">")[0]
+        sizes = []
+        for axis in "XY":
+            size = re.search(rf'\bPhysicalSize{axis}\s*=\s*"([^"]{{1,40}})"', pixels)
+            unit = re.search(rf'\bPhysicalSize{axis}Unit\s*=\s*"([^"]{{1,20}})"', pixels)
+            sizes.append(_number(size[1] if size else None) * (_unit(unit[1]) if unit else 1.0))
+        return plausible_pixel_size(tuple(sizes), "OME metadata")
+    if description.startswith("ImageJ="):
+        unit = re.search(r"^unit=(.{1,20}?)\s*$", description, re.MULTILINE)
+        return plausible_pixel_size(_inverse(resolution, _unit(unit[1]) if unit else 0.0), "ImageJ metadata")
+    aperio = re.search(r"\bMPP\s*=\s*([0-9.eE+-]{1,40})", description)
+    if description.startswith("Aperio") and aperio:
+        return plausible_pixel_size((_number(aperio[1]),) * 2, "Aperio metadata")
+    return None
+
+
+def plausible_pixel_size(sizes: tuple[float, ...], source: str) -> tuple[float, str] | None:
+    """The micrometres of a pixel along x and y as one number, with where they come from; `None` where they are no microscope's:
+    outside `LOW_MICROMETRES` to `HIGH_MICROMETRES`, or more than a twentieth apart."""
+    if len(sizes) != 2 or not all(LOW_MICROMETRES <= size <= HIGH_MICROMETRES for size in sizes):
+        return None
+    if max(sizes) > 1.05 * min(sizes):
+        return None
+    return float(np.sqrt(sizes[0] * sizes[1])), source
+
+
+def _unit(text: str) -> float:
+    """A unit of length in micrometres; 0 for what is none."""
+    with suppress(ValueError):
+        # PIL reads the UTF-8 of a TIFF as Latin-1.
+        text = text.encode("latin-1").decode("utf-8")
+    return _UNITS.get(text.strip().lower(), 0.0)
+
+
+def _inverse(resolution: object, unit: float) -> tuple[float, ...]:
+    """Micrometres of a pixel from pixels for each unit of so many micrometres."""
+    values = resolution if isinstance(resolution, tuple) else ()
+    return tuple(unit / number if (number := _number(value)) > 0 else 0.0 for value in values)
+
+
+def _number(value: object) -> float:
+    """A number of a file; 0 for what is none."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+        return 0.0
+    return number if np.isfinite(number) else 0.0
 
 
 def _says_more_behind_its_pixels(image: Image.Image) -> bool:

@@ -21,6 +21,8 @@ from .options import (
 
 
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "evaluate", "safetensors", "timm")
+# Images of fewer tiles have no bar of their own.
+TILES_OF_SLIDE = 48
 DEMO_QUESTIONS = (
     "What type of white blood cell is this?",
     "What is the shape of the nucleus?",
@@ -49,12 +51,14 @@ def _tiles(context: click.Context, parameter: click.Parameter, value: str) -> st
     help="Longer edge of the tiles in which an image is seen; by the size of its cells, or whole.",
 )  # fmt: skip
 @click.option(
-    "--um-per-pixel", type=float, help="Size of a pixel in micrometres; by the red cells that are found otherwise."
+    "--um-per-pixel",
+    type=float,
+    help="Size of a pixel in micrometres; otherwise as the file says, or by the red cells that are found.",
 )
 @click.option("--geojson", is_flag=True, help="Also write GeoJSON for QuPath.")
 @image_size_option
 @batch_size_option
-@click.option("--device", help="Device, such as cpu or cuda:0; the first GPU by default.")
+@click.option("--device", help="Device, such as cpu, cuda:0 or mps; the first GPU by default.")
 @int8_option
 @overwrite_option
 def predict(
@@ -95,6 +99,24 @@ def predict(
     # The bar appears with the first image, so that a wrong checkpoint is one line and nothing else.
     bar = tqdm(desc="predict", unit="image", disable=True)
 
+    of_tiles: Any = None
+
+    def on_tile(name: str | None, done: int, total: int, cells: int) -> None:
+        nonlocal of_tiles
+        if total < TILES_OF_SLIDE:
+            return
+        if of_tiles is None:
+            # What a run that was stopped has done is not counted in the speed.
+            of_tiles = tqdm(desc=Path(name or "image").name, unit="tile", total=total, initial=done, leave=False)
+            of_tiles.cells_before = cells
+        of_tiles.update(done - of_tiles.n)
+        seconds = of_tiles.format_dict["elapsed"]
+        if seconds > 0:
+            of_tiles.set_postfix_str(f"{cells} cells, {(cells - of_tiles.cells_before) / seconds:.0f} a second")
+        if done == total:
+            of_tiles.close()
+            of_tiles = None
+
     def on_image(number: int, total: int, path: Path, outcome: Any) -> None:
         nonlocal bar
         if number == 1:
@@ -120,9 +142,12 @@ def predict(
             on_image=on_image,
             tiles=tiles,
             um_per_pixel=um_per_pixel,
+            on_tile=on_tile,
         )
     finally:
         bar.close()
+        if of_tiles is not None:
+            of_tiles.close()
     click.echo(f"{len(report.analysed)} analysed, {len(report.skipped)} already done, {len(report.failed)} failed.")
     if report.totals:
         click.echo("Cells: " + ", ".join(f"{label} {count}" for label, count in report.totals.items()))

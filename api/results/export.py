@@ -30,6 +30,8 @@ CELL_COLUMNS = [
     "centroid_y",
     "width",
     "height",
+    "width_um",
+    "height_um",
 ]
 
 
@@ -39,7 +41,7 @@ def cell_columns(attributes: Sequence[str]) -> list[str]:
 
 
 def cell_row(result: "SmearResult", cell: "Cell", attributes: Sequence[str]) -> dict[str, Any]:
-    """One row of a cell table; positions and sizes in pixels, to a hundredth.
+    """One row of a cell table; positions and sizes in pixels, to a hundredth, and sizes in micrometres where those are known.
 
     Args:
         result ([`SmearResult`]): The result the cell is of.
@@ -47,6 +49,7 @@ def cell_row(result: "SmearResult", cell: "Cell", attributes: Sequence[str]) -> 
         attributes (`Sequence[str]`): Attributes to list; `None` stands where the cell has none.
     """
     x_min, y_min, x_max, y_max = cell.box
+    um = result.um_per_pixel
     row = dict(
         zip(
             CELL_COLUMNS,
@@ -56,6 +59,7 @@ def cell_row(result: "SmearResult", cell: "Cell", attributes: Sequence[str]) -> 
                 cell.label,
                 round(cell.score, 4),
                 *(round(value, 2) for value in (*cell.box, *cell.center, x_max - x_min, y_max - y_min)),
+                *(None if um is None else round(side * um, 2) for side in (x_max - x_min, y_max - y_min)),
             ],
             strict=True,
         )

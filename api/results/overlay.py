@@ -36,6 +36,8 @@ _PALETTE: tuple[Color, ...] = (
 )
 # Of the legend: a row more than fits is counted, a name longer than that is cut.
 MOST_ROWS, LONGEST_ROW = 100, 80
+# Cells that are labelled: of more there is no room for, and looking for it takes time.
+MOST_LABELS = 1000
 _MASK_COLOR: Color = (0, 200, 200)
 _WARNING_COLOR: Color = (230, 180, 0)
 
@@ -111,10 +113,12 @@ def _draw_cells(canvas: Image.Image, result: "SmearResult", colors: dict[str, Co
         x_min, y_min, x_max, y_max = cell.box
         left, top = round(x_min * scale_x), round(y_min * scale_y)
         boxes.append((left, top, max(left, round(x_max * scale_x) - 1), max(top, round(y_max * scale_y) - 1)))
-        draw.rectangle(boxes[-1], outline=colors[cell.label], width=line)
+        # Of a slide a cell is a few pixels large.
+        smallest = min(boxes[-1][2] - left, boxes[-1][3] - top)
+        draw.rectangle(boxes[-1], outline=colors[cell.label], width=min(line, max(1, smallest // 4)))
     # Text last, best cells first: a label is shortened to the score, or left out, rather than laid over another label.
     taken: list[tuple[int, int, int, int]] = []
-    for cell, box in zip(result.cells, boxes, strict=True):
+    for cell, box in list(zip(result.cells, boxes, strict=True))[:MOST_LABELS]:
         for text in (printable(f"{cell.label} {cell.score:.2f}"), f"{cell.score:.2f}"):
             place = _free_place(draw, text, font, box, canvas.size, taken)
             if place:

@@ -119,7 +119,10 @@ class SmearResult:
             checkpoint with a reference (`unihema reference`).
         tiling (`dict`, *optional*): How the image was seen in tiles: their number `tiles`, their size `tile` (width and height)
             in pixels of the image, `scale` (pixels of the image for one of the model's input), `scale_source` (where that
-            comes from) and `um_per_pixel`, measured by red cells where none was given. `None`: it was seen whole.
+            comes from) and `um_per_pixel`, measured by red cells where none was given; where there are any, `empty` tiles of bare
+            glass and `unreadable` ones. `None`: it was seen whole.
+        um_per_pixel (`float`, *optional*): Size of a pixel of the image in micrometres.
+        um_source (`str`, *optional*): Where that comes from: given, from the file, or estimated.
         warnings (`list[str]`): What a reader of the counts must know, such as a reached query cap.
         provenance (`dict`): Versions, checkpoint, SHA-256 of the weights, thresholds and settings.
     """
@@ -136,6 +139,8 @@ class SmearResult:
     answers: list[dict[str, str]] = field(default_factory=list)
     out_of_distribution: dict[str, Any] | None = None
     tiling: dict[str, Any] | None = None
+    um_per_pixel: float | None = None
+    um_source: str | None = None
     warnings: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -166,8 +171,12 @@ class SmearResult:
             return "counted"
         return "beside" if is_beside_differential(label, self.class_parents) else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON types, with the counts beside it."""
+    def to_dict(self, with_cells: bool = True) -> dict[str, Any]:
+        """Everything as JSON types, with the counts beside it.
+
+        Args:
+            with_cells (`bool`): Leave the list of cells empty without it: that of a slide is large.
+        """
         return {
             "format": FORMAT,
             "image": self.image,
@@ -177,13 +186,15 @@ class SmearResult:
             "differential": self.differential,
             "classes": self.classes,
             "class_parents": self.class_parents,
-            "cells": [cell.to_dict() for cell in self.cells],
+            "cells": [cell.to_dict() for cell in self.cells] if with_cells else [],
             "mask": None if self.mask is None else rle_encode(self.mask),
             "mask_label": self.mask_label,
             "single_cell": self.single_cell,
             "answers": self.answers,
             "out_of_distribution": self.out_of_distribution,
             "tiling": self.tiling,
+            "um_per_pixel": self.um_per_pixel,
+            "um_source": self.um_source,
             "warnings": self.warnings,
             "provenance": self.provenance,
         }
@@ -295,7 +306,8 @@ def _is_mapping(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 def _is_tiling(value: Any) -> bool:
     known = {"tiles": _is_side, "tile": _is_list(_is_side, 2), "scale": _is_number, "scale_source": _is_text}
     # Of a checkpoint that does not say how large its cells are there is no size of a pixel.
-    known |= {"um_per_pixel": _is_number} if isinstance(value, dict) and "um_per_pixel" in value else {}
+    optional = {"um_per_pixel": _is_number, "empty": _is_side, "unreadable": _is_side}
+    known |= {name: check for name, check in optional.items() if isinstance(value, dict) and name in value}
     return _has(**known)(value)
 
 
@@ -308,7 +320,7 @@ def _checked(values: Any, checks: Mapping[str, Callable[[Any], bool]], what: str
     if not isinstance(values, dict):
         raise InputError(f"{what} is stored as a dictionary, not as {shortened(repr(values), 60)}.")
     # Older results lack some of these.
-    optional = {"attributes", "mask", "class_parents", "out_of_distribution", "tiling"}
+    optional = {"attributes", "mask", "class_parents", "out_of_distribution", "tiling", "um_per_pixel", "um_source"}
     for name in (*values, *(name for name in checks if name not in values and name not in optional)):
         if name not in checks or name not in values or not checks[name](values[name]):
             shown = shortened(repr(values.get(name, "missing")), 60)
@@ -340,6 +352,8 @@ _RESULT = {
     "answers": _is_list(_has(question=_is_text, answer=_is_text)),
     "out_of_distribution": _or_none(_has(distance=_is_number, limit=_is_number, nearest=_is_text)),
     "tiling": _or_none(_is_tiling),
+    "um_per_pixel": _or_none(_is_number),
+    "um_source": _or_none(_is_text),
     "warnings": _is_list(_is_text),
     "provenance": lambda value: isinstance(value, dict),
 }

@@ -1,17 +1,22 @@
 """Wide fields, and cells of another size than a checkpoint knows: an image seen in overlapping tiles at the right scale."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
-from unihema.errors import RequestError
+from unihema.errors import RequestError, UnreadableImageError
+from unihema.files import OpenedImage
 from unihema.processing_unihema.class_names import cell_kind, is_untyped_white_cell, is_white_cell
+from unihema.processing_unihema.image_io import MAX_PIXELS
 from unihema.processing_unihema.post_processing import NMS_IOU, NMS_WITHIN
+from unihema.results.export import rle_decode, rle_encode
 from unihema.results.smear_result import CROWDED, OTHER_SIZE, Cell, SmearResult
+from unihema.slides import ImageRegions, RegionSource, UnreadableRegionError
 
 
 # Mean diameter of a normal red cell on a smear (LAB: 6 to 8 micrometres), which tells the size of a pixel.
@@ -40,6 +45,18 @@ TILES_AT_ONCE = 4
 SMALLEST_TILE, LARGEST_VIEW = 64, 8
 # An image is seen whole where that differs by less than this factor from the scale that it should have.
 SAME_SCALE = 1.15
+# What a file says of its pixels is not believed where the red cells say something else by more than this factor.
+CONTRADICTION = 1.6
+ESTIMATED = "estimated from the red cells"
+# A tile of a slide is read at no more pixels than this many of the model's input.
+SHARPEST = 2
+# An image of fewer tiles is seen in a second or two, and begun anew where that was stopped.
+WORTH_KEEPING = 16
+# Tiles of an image at most, and pixels of the mask of one that is larger than `MAX_PIXELS`.
+MOST_TILES, MOST_MASK_PIXELS = 1_000_000, 16_000_000
+# Empty glass: levels of gray between its darkest and brightest pixel (a share of the image's contrast, within limits), and how
+# far it may be below the brightest glass. What is darker is no glass: it may be what could not be read.
+EVEN_SHARE, EVEN, GLASS_BELOW, GLASS = 0.15, (4.0, 10.0), 30, 100
 # Of a checkpoint that does not say how large red cells are: this part of the longer edge of a field.
 USUAL_SHARE = 1 / 6
 
@@ -79,59 +96,209 @@ class Tile:
     core: tuple[int, int, int, int]
 
 
+class TileStore(Protocol):
+    """Keeps what tiles show while an image is being seen, so that work that is stopped goes on."""
+
+    def begin(self, layout: dict[str, Any]) -> list[list[dict[str, Any]]]:
+        """What was kept of an image that is seen in just this way, a list for each call of `append`."""
+
+    def append(self, seen: list[dict[str, Any]]) -> None:
+        """Keeps what was seen of some tiles."""
+
+
 def see_in_tiles(
-    image: Image.Image,
+    image: Image.Image | RegionSource,
     result: SmearResult,
     look: Callable[[list[Image.Image]], list[SmearResult]],
     edge: int,
     known: KnownSize | None,
     tiles: str | int = "auto",
     um_per_pixel: float | None = None,
+    store: TileStore | None = None,
+    on_tile: Callable[[int, int, int], None] | None = None,
 ) -> None:
     """Sees an image in tiles, where that is asked for or its cells are not of the size that the model knows, and puts what they
     show into its result.
 
     Args:
-        image (`PIL.Image.Image`): The image, perhaps reduced.
+        image (`RegionSource` or `PIL.Image.Image`): The image, of any size, or perhaps reduced.
         result ([`SmearResult`]): What was seen of the whole image, in pixels of its file; changed.
         look (`Callable`): What is seen of parts of the image.
         edge (`int`): Longer edge of the model's input in pixels.
         known ([`KnownSize`], *optional*): Of the checkpoint.
         tiles (`str` or `int`): `"auto"`, or the longer edge of a tile in pixels of the file.
-        um_per_pixel (`float`, *optional*): Size of a pixel of the file in micrometres.
+        um_per_pixel (`float`, *optional*): Size of a pixel of the file in micrometres, instead of what the file says.
+        store ([`TileStore`], *optional*): Keeps finished tiles.
+        on_tile (`Callable`, *optional*): Called with the number of tiles that are done, of all tiles, and of cells in them (near
+            seams some are counted twice).
 
     Raises:
         RequestError: With pixels of this size no cell of the image could be seen.
+        UnreadableImageError: No tile can be read.
     """
-    to_file = result.width / image.width
-    first_look = [replace(cell, box=tuple(value / to_file for value in cell.box)) for cell in result.cells]
-    scale, source = _scale(image, result, first_look, look, edge, known, tiles, um_per_pixel)
+    if isinstance(image, RegionSource):
+        source = image
+    else:
+        source = ImageRegions(OpenedImage(image, result.width, result.height, result.image))
+    state_pixel_size(result, source, um_per_pixel)
+    if source.streams:
+        source.longest = SHARPEST * edge
+
+    def cells_of(parts: Sequence[Tile]) -> list[list[Cell]]:
+        pictures = [cut(source, tile, strict=False) for tile in parts]
+        return [
+            _in_file(of_part.cells, picture, tile)
+            for of_part, picture, tile in zip(look(pictures), pictures, parts, strict=True)
+        ]
+
+    first_look, result.cells = result.cells, list(result.cells)
+    scale, scale_source = _scale(source, result, first_look, cells_of, edge, known, tiles, um_per_pixel)
     if scale is None:
         return
     usual = edge * USUAL_SHARE if known is None else known.usual
-    placed = tiles_at(image, scale, edge, usual)
-    seen: list[SmearResult] = []
-    for start in range(0, len(placed), TILES_AT_ONCE):
-        seen += look([cut(image, tile) for tile in placed[start : start + TILES_AT_ONCE]])
+    placed = tiles_at(source, scale, edge, usual)
+    if len(placed) > MOST_TILES:
+        raise RequestError(
+            f"{result.image or 'image'}: {source.width} x {source.height} pixels would be {len(placed):,} tiles, and more than "
+            f"{MOST_TILES:,} are not seen. Give larger tiles, or check the size of a pixel."
+        )
+    glass = empty_glass(source, placed)
+    looked_at = [tile for tile, empty in zip(placed, glass, strict=True) if not empty]
+    mask = None if result.mask is None else _Mask(source.size)
+    layout = {"size": list(source.size), "scale": scale, "tiles": len(placed), "looked_at": len(looked_at)}
+    found: deque[list[Cell]] = deque()
+    unreadable: list[Tile] = []
+    full = cells = 0
+    store = store if len(looked_at) >= WORTH_KEEPING else None
+    for start, seen in _seen(source, looked_at, look, mask, layout, store):
+        for tile, of_tile in zip(looked_at[start:], seen, strict=False):
+            found.append(of_tile["cells"])
+            full += of_tile["full"]
+            cells += len(of_tile["cells"])
+            if of_tile["unreadable"]:
+                unreadable.append(tile)
+            elif mask is not None and of_tile["mask"] is not None:
+                mask.put(tile, of_tile["mask"])
+        if on_tile:
+            on_tile(start + len(seen), len(looked_at), cells)
+    if unreadable and len(unreadable) == len(looked_at):
+        raise UnreadableImageError(
+            f"{result.image or 'image'}: none of its {len(looked_at)} tiles can be read. Copy it again or export it anew."
+        )
     # White cells may be known from whole fields, at their size there, as well.
-    whole = Tile((0, 0, *image.size), (0, 0, *image.size))
+    whole = Tile((0, 0, *source.size), (0, 0, *source.size))
     white = [cell for cell in first_look if _is_white_cell_of(cell, usual * scale, result.class_parents)]
-    of_tiles = [of_tile.cells for of_tile in seen]
-    found = merged([*placed, whole], [*of_tiles, white], result.class_parents, usual * scale)
-    result.cells = [replace(cell, box=tuple(value * to_file for value in cell.box)) for cell in found]
-    if result.mask is not None:
-        result.mask = joined_masks(placed, [of_tile.mask for of_tile in seen], image.size)
-    width, height = (round(edge_of * to_file) for edge_of in _size(placed[0].box))
-    result.tiling = {"tiles": len(placed), "tile": [width, height], "scale": scale * to_file, "scale_source": source}
+    found.append(white)
+    # Each list goes as its cells are taken: of a slide there are hundreds of thousands, and more than one copy is too many.
+    lists = (found.popleft() for _ in range(len(found)))
+    result.cells = merged([*looked_at, whole], lists, result.class_parents, usual * scale)
+    result.mask = None if mask is None else mask.pixels
+    width, height = _size(placed[0].box)
+    result.tiling = {"tiles": len(placed), "tile": [width, height], "scale": scale, "scale_source": scale_source}
     if known is not None:
-        result.tiling["um_per_pixel"] = um_per_pixel or known.um_per_pixel / (scale * to_file)
-    full = sum(any(CROWDED in text for text in of_tile.warnings) for of_tile in seen)
+        result.tiling["um_per_pixel"] = result.um_per_pixel or known.um_per_pixel / scale
     result.warnings = [text for text in result.warnings if CROWDED not in text and OTHER_SIZE not in text]
-    result.warnings.append(f"Seen in {len(placed)} tiles of {width} x {height} pixels; their size is {source}.")
+    result.warnings.append(f"Seen in {len(placed)} tiles of {width} x {height} pixels; their size is {scale_source}.")
+    if len(looked_at) < len(placed):
+        result.tiling["empty"] = len(placed) - len(looked_at)
+        result.warnings.append(f"{len(placed) - len(looked_at)} of {len(placed)} tiles are empty glass.")
+    if unreadable:
+        result.tiling["unreadable"] = len(unreadable)
+        result.warnings.append(_of_unreadable(unreadable, len(placed)))
+    if mask is not None and mask.share < 1:
+        result.warnings.append(f"The mask is kept at {mask.pixels.shape[1]} x {mask.pixels.shape[0]} pixels.")
     if full:
         result.warnings.append(
             f"In {full} of {len(placed)} tiles all {CROWDED}: the counts are too low. Give smaller tiles."
         )
+
+
+def _seen(
+    source: RegionSource,
+    tiles: Sequence[Tile],
+    look: Callable[[list[Image.Image]], list[SmearResult]],
+    mask: "_Mask | None",
+    layout: dict[str, Any],
+    store: TileStore | None,
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """The number of the first tile of each group, and what they show: first all that was kept, then what is looked at."""
+    kept = [_from_store(of_tile) for group in (store.begin(layout) if store else ()) for of_tile in group]
+    if kept:
+        yield 0, kept
+    for start in range(len(kept), len(tiles), TILES_AT_ONCE):
+        group = tiles[start : start + TILES_AT_ONCE]
+        pictures: list[Image.Image | None] = []
+        for tile in group:
+            try:
+                pictures.append(cut(source, tile))
+            except UnreadableRegionError:
+                pictures.append(None)
+        there = [picture for picture in pictures if picture is not None]
+        results = iter(look(there) if there else ())
+        seen: list[dict[str, Any]] = []
+        for tile, picture in zip(group, pictures, strict=True):
+            if picture is None:
+                seen.append({"cells": [], "mask": None, "full": False, "unreadable": True})
+                continue
+            of_tile = next(results)
+            part = None if mask is None or of_tile.mask is None else mask.core(tile, of_tile.mask)
+            crowded = any(CROWDED in text for text in of_tile.warnings)
+            cells = _in_file(of_tile.cells, picture, tile)
+            seen.append({"cells": cells, "mask": part, "full": crowded, "unreadable": False})
+        if store:
+            store.append([_to_store(of_tile) for of_tile in seen])
+        yield start, seen
+
+
+def _to_store(seen: dict[str, Any]) -> dict[str, Any]:
+    mask = None if seen["mask"] is None else rle_encode(seen["mask"])
+    return seen | {"cells": [cell.to_dict() for cell in seen["cells"]], "mask": mask}
+
+
+def _from_store(kept: dict[str, Any]) -> dict[str, Any]:
+    mask = None if kept["mask"] is None else rle_decode(kept["mask"])
+    return kept | {"cells": [Cell.from_dict(cell) for cell in kept["cells"]], "mask": mask}
+
+
+def state_pixel_size(result: SmearResult, source: RegionSource, given: float | None) -> None:
+    """Says how large a pixel is: as given, else as the file says.
+
+    Args:
+        result ([`SmearResult`]): Changed.
+        source ([`RegionSource`]): The image.
+        given (`float`, *optional*): Micrometres of a pixel that the caller gave.
+    """
+    if given is not None:
+        result.um_per_pixel, result.um_source = given, "given"
+    else:
+        result.um_per_pixel, result.um_source = source.um_per_pixel, source.um_source
+
+
+def _in_file(cells: Sequence[Cell], picture: Image.Image, tile: Tile) -> list[Cell]:
+    """Cells of a picture of a tile in pixels of the file, from the tile's corner."""
+    width, height = _size(tile.box)
+    if picture.size == (width, height):
+        return list(cells)
+    to_x, to_y = width / picture.width, height / picture.height
+    moved = []
+    for cell in cells:
+        x_min, y_min, x_max, y_max = cell.box
+        larger = replace(cell, box=(x_min * to_x, y_min * to_y, x_max * to_x, y_max * to_y), mask=None)
+        if cell.mask is not None:
+            left, top = larger.origin
+            size = math.ceil(larger.box[2]) - left, math.ceil(larger.box[3]) - top
+            larger.mask = np.asarray(Image.fromarray(cell.mask).resize(size, Image.Resampling.NEAREST))
+        moved.append(larger)
+    return moved
+
+
+def _of_unreadable(tiles: Sequence[Tile], number: int) -> str:
+    places = ", ".join(f"x {tile.core[0]} to {tile.core[2]}, y {tile.core[1]} to {tile.core[3]}" for tile in tiles[:5])
+    more = f" and {len(tiles) - 5} more" if len(tiles) > 5 else ""
+    return (
+        f"{len(tiles)} of {number} tiles cannot be read, so the file is truncated or damaged; nothing is counted at {places}"
+        f"{more}. Copy it again."
+    )
 
 
 def _is_white_cell_of(cell: Cell, diameter: float, parents: dict[str, str]) -> bool:
@@ -141,56 +308,126 @@ def _is_white_cell_of(cell: Cell, diameter: float, parents: dict[str, str]) -> b
 
 
 def _scale(
-    image: Image.Image,
+    source: RegionSource,
     result: SmearResult,
     first_look: Sequence[Cell],
-    look: Callable[[list[Image.Image]], list[SmearResult]],
+    cells_of: Callable[[Sequence[Tile]], list[list[Cell]]],
     edge: int,
     known: KnownSize | None,
     tiles: str | int,
     um_per_pixel: float | None,
 ) -> tuple[float | None, str]:
     """Pixels of the image for a pixel of the model's input, `None` where it is best seen whole, and where that comes from."""
-    to_file, longer = result.width / image.width, max(image.size)
+    longer = max(source.size)
     if isinstance(tiles, int):
-        return (tiles / to_file / edge if tiles / to_file < longer else None), "given"
+        return (tiles / edge if tiles < longer else None), "given"
     if known is None:
         return None, ""
+
+    def of_micrometres(size: float) -> float | None:
+        """The scale that a pixel's size asks for, `None` where no cell could be seen with it."""
+        scale = known.um_per_pixel / size
+        return scale if SMALLEST_TILE <= scale * edge <= LARGEST_VIEW * longer else None
+
+    def or_whole(scale: float) -> float | None:
+        return None if abs(math.log(scale * edge / longer)) < math.log(SAME_SCALE) else scale
+
     if um_per_pixel is not None:
-        scale = known.um_per_pixel / (um_per_pixel * to_file)
-        if not SMALLEST_TILE <= scale * edge * to_file <= LARGEST_VIEW * longer * to_file:
+        scale = of_micrometres(um_per_pixel)
+        if scale is None:
             raise RequestError(
                 f"{result.image or 'image'}: with pixels of {um_per_pixel:g} micrometres a red cell would be "
                 f"{RED_CELL_MICROMETRES / um_per_pixel:.3g} pixels wide, in an image of {result.width} x {result.height}. "
                 "Check the size of a pixel."
             )
-        same = abs(math.log(scale * edge / longer)) < math.log(SAME_SCALE)
-        return (None if same else scale), "that of the training at the given micrometres"
+        return or_whole(scale), "that of the training at the given micrometres"
     crowded = any(CROWDED in text for text in result.warnings)
-    scale = find_scale(image, first_look, crowded, known, edge, result.class_parents, lambda parts: [
-        of_part.cells for of_part in look(parts)
-    ])  # fmt: skip
-    return scale, "estimated from the red cells that are found"
+    number, diameter = red_cell_diameter(first_look, *source.size, result.class_parents)
+    estimated = find_scale(source, first_look, crowded, known, edge, result.class_parents, cells_of)
+    # Where the image is best seen whole its red cells, if there are enough, are of the size that the model knows.
+    by_cells = known.um_per_pixel / estimated if estimated else None
+    if estimated is None and number >= FEW and known.holds(diameter * edge / longer):
+        by_cells = RED_CELL_MICROMETRES / diameter
+    said = source.um_per_pixel
+    if said is not None and (by_cells is None or 1 / CONTRADICTION < said / by_cells < CONTRADICTION):
+        scale = of_micrometres(said)
+        if scale is not None:
+            return or_whole(scale), f"that of the training at the micrometres of {source.um_source}"
+    if said is not None:
+        seen = "" if by_cells is None else f", and of {by_cells:.3g} by its red cells, which decide"
+        result.warnings.append(
+            f"A pixel would be of {said:.3g} micrometres by {source.um_source}{seen}. Check it, or give --um-per-pixel."
+        )
+        result.um_per_pixel = result.um_source = None
+    if by_cells is not None:
+        result.um_per_pixel, result.um_source = by_cells, ESTIMATED
+    return estimated, "estimated from the red cells that are found"
 
 
 def _size(box: tuple[int, int, int, int]) -> tuple[int, int]:
     return box[2] - box[0], box[3] - box[1]
 
 
-def joined_masks(tiles: Sequence[Tile], masks: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """The mask of an image, uint8 `[h, w]`: of each tile its core.
+class _Mask:
+    """The mask of an image, uint8 `[h, w]`, made of the cores of its tiles; reduced where it would have too many pixels."""
+
+    def __init__(self, size: tuple[int, int]):
+        self.size = size
+        pixels = size[0] * size[1]
+        self.share = 1.0 if pixels <= MAX_PIXELS else math.sqrt(MOST_MASK_PIXELS / pixels)
+        self.pixels = np.zeros([max(1, round(side * self.share)) for side in size[::-1]], dtype=np.uint8)
+
+    def core(self, tile: Tile, mask: np.ndarray) -> np.ndarray:
+        """The part of a tile's mask that is its core, as it stands in the mask of the image."""
+        width, height = _size(tile.box)
+        left, top, right, bottom = (
+            core - start for core, start in zip(tile.core, (*tile.box[:2], *tile.box[:2]), strict=True)
+        )
+        if self.share == 1 and mask.shape == (height, width):
+            return mask[top:bottom, left:right]
+        rows, columns = self._place(tile)
+        to_x, to_y = mask.shape[1] / width, mask.shape[0] / height
+        return np.asarray(
+            Image.fromarray(mask).resize(
+                (columns.stop - columns.start, rows.stop - rows.start),
+                Image.Resampling.NEAREST,
+                box=(left * to_x, top * to_y, right * to_x, bottom * to_y),
+            )
+        )
+
+    def put(self, tile: Tile, core: np.ndarray) -> None:
+        """Puts in what [`_Mask.core`] gave."""
+        self.pixels[self._place(tile)] = core
+
+    def _place(self, tile: Tile) -> tuple[slice, slice]:
+        height, width = self.pixels.shape
+        left, right = (value * width // self.size[0] for value in tile.core[::2])
+        top, bottom = (value * height // self.size[1] for value in tile.core[1::2])
+        # A core of less than a pixel has one all the same.
+        return slice(min(top, height - 1), max(bottom, top + 1)), slice(min(left, width - 1), max(right, left + 1))
+
+
+def empty_glass(source: RegionSource, tiles: Sequence[Tile]) -> list[bool]:
+    """Of each tile, whether nothing lies on the glass there: bright and even in the picture of the whole image.
 
     Args:
-        tiles (`Sequence[Tile]`): The tiles.
-        masks (`Sequence[np.ndarray]`): Of each tile.
-        size (`tuple[int, int]`): Width and height of the image.
+        source ([`RegionSource`]): The image.
+        tiles (`Sequence[Tile]`): Its tiles.
     """
-    whole = np.zeros(size[::-1], dtype=np.uint8)
-    for tile, mask in zip(tiles, masks, strict=True):
-        left, top, right, bottom = tile.core
-        x, y = left - tile.box[0], top - tile.box[1]
-        whole[top:bottom, left:right] = mask[y : y + bottom - top, x : x + right - left]
-    return whole
+    gray = np.asarray(source.pixels.convert("L"))
+    sample = gray[:: max(1, gray.shape[0] // 1000), :: max(1, gray.shape[1] // 1000)]
+    dark, bright = (float(value) for value in np.percentile(sample, (2, 98)))
+    # Of an image that is nothing but glass, and of a faint one, less is even.
+    even = min(max(EVEN_SHARE * (bright - dark), EVEN[0]), EVEN[1])
+    to_x, to_y = gray.shape[1] / source.width, gray.shape[0] / source.height
+    empty = []
+    for tile in tiles:
+        left, right = max(int(tile.box[0] * to_x), 0), max(math.ceil(tile.box[2] * to_x), 1)
+        top, bottom = max(int(tile.box[1] * to_y), 0), max(math.ceil(tile.box[3] * to_y), 1)
+        part = gray[top:bottom, left:right]
+        low, high = (int(part.min()), int(part.max())) if part.size else (0, 255)
+        empty.append(high - low <= even and low >= max(bright - GLASS_BELOW, GLASS))
+    return empty
 
 
 def lay_tiles(width: int, height: int, tile_width: int, tile_height: int, margin: int) -> list[Tile]:
@@ -221,15 +458,27 @@ def _intervals(length: int, tile: int, margin: int) -> list[tuple[tuple[int, int
     return [((start, start + tile), core) for start, core in zip(starts, zip(borders, borders[1:]))]
 
 
-def cut(image: Image.Image, tile: Tile) -> Image.Image:
-    """The pixels of a tile. What lies beyond the image gets the median colour of its edge."""
+def cut(source: RegionSource, tile: Tile, strict: bool = True) -> Image.Image:
+    """The pixels of a tile. What lies beyond the image gets the median colour of its edge.
+
+    Args:
+        source ([`RegionSource`]): The image. Where it says how large a picture is at most, larger tiles are reduced.
+        tile ([`Tile`]): The tile.
+        strict (`bool`): Raise at what cannot be read. Otherwise it is black.
+
+    Raises:
+        UnreadableRegionError: It cannot be read.
+    """
     left, top, right, bottom = tile.box
-    inside = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
-    part = image.crop(inside)
+    inside = max(left, 0), max(top, 0), min(right, source.width), min(bottom, source.height)
+    shrink = max(1.0, max(_size(tile.box)) / source.longest) if source.longest else 1.0
+    size = tuple(max(1, round(side / shrink)) for side in _size(inside)) if shrink > 1 else None
+    part = source.read_region(inside, size, strict)
     if inside == tile.box:
         return part
-    canvas = Image.new("RGB", (right - left, bottom - top), border_colour(part))
-    canvas.paste(part, (inside[0] - left, inside[1] - top))
+    to_x, to_y = part.width / (inside[2] - inside[0]), part.height / (inside[3] - inside[1])
+    canvas = Image.new("RGB", (round((right - left) * to_x), round((bottom - top) * to_y)), border_colour(part))
+    canvas.paste(part, (round((inside[0] - left) * to_x), round((inside[1] - top) * to_y)))
     return canvas
 
 
@@ -241,7 +490,7 @@ def border_colour(image: Image.Image) -> tuple[int, ...]:
 
 
 def merged(
-    tiles: Sequence[Tile], found: Sequence[Sequence[Cell]], parents: dict[str, str], diameter: float
+    tiles: Sequence[Tile], found: Iterable[Sequence[Cell]], parents: dict[str, str], diameter: float
 ) -> list[Cell]:
     """The cells of all tiles, in pixels of the image, each once, best score first.
 
@@ -251,7 +500,7 @@ def merged(
 
     Args:
         tiles (`Sequence[Tile]`): The tiles.
-        found (`Sequence[Sequence[Cell]]`): The cells of each, in pixels of the tile.
+        found (`Iterable[Sequence[Cell]]`): The cells of each, in pixels of the tile.
         parents (`dict[str, str]`): Class -> coarser class.
         diameter (`float`): Of a red cell, in pixels.
     """
@@ -320,25 +569,25 @@ def red_cell_diameter(cells: Sequence[Cell], width: float, height: float, parent
 
 
 def find_scale(
-    image: Image.Image,
+    image: RegionSource,
     first_look: Sequence[Cell],
     crowded: bool,
     known: KnownSize,
     edge: int,
     parents: dict[str, str],
-    look: Callable[[list[Image.Image]], list[list[Cell]]],
+    cells_of: Callable[[Sequence[Tile]], list[list[Cell]]],
 ) -> float | None:
     """Pixels of the image for a pixel of the model's input, by the red cells that are found; `None` where the image is best
     seen whole.
 
     Args:
-        image (`PIL.Image.Image`): The image.
+        image ([`RegionSource`]): The image.
         first_look (`Sequence[Cell]`): Cells of the whole image.
         crowded (`bool`): Whether there were more of them than can be found at once.
         known ([`KnownSize`]): Of the checkpoint.
         edge (`int`): Longer edge of the model's input.
         parents (`dict[str, str]`): Class -> coarser class.
-        look (`Callable`): Finds the cells of images.
+        cells_of (`Callable`): Finds the cells of tiles, in pixels of the image from the tile's corner.
     """
     longer = max(image.size)
     number, diameter = red_cell_diameter(first_look, *image.size, parents)
@@ -358,9 +607,7 @@ def find_scale(
         size = longer * STEP**power
         places = _places(image, size)
         width, height = _size(places[0].box)
-        counts = [
-            red_cell_diameter(cells, width, height, parents) for cells in look([cut(image, tile) for tile in places])
-        ]
+        counts = [red_cell_diameter(cells, width, height, parents) for cells in cells_of(places)]
         # Of large cells few are whole.
         enough = FEW if power < 0 else FEW_LARGE
         counts = [(n, d * edge / size) for n, d in counts if n >= enough]
@@ -371,7 +618,7 @@ def find_scale(
     return None
 
 
-def _places(image: Image.Image, size: float) -> list[Tile]:
+def _places(image: RegionSource, size: float) -> list[Tile]:
     """Tiles whose longer edge is `size`: one in the middle of the image, and two apart where it is larger than a tile."""
     width, height = round(size), round(size / SHAPE)
     found = {}
@@ -384,11 +631,11 @@ def _places(image: Image.Image, size: float) -> list[Tile]:
     return list(found.values())
 
 
-def tiles_at(image: Image.Image, scale: float, edge: int, diameter: float) -> list[Tile]:
+def tiles_at(image: RegionSource, scale: float, edge: int, diameter: float) -> list[Tile]:
     """The tiles of an image in which it is seen at a scale.
 
     Args:
-        image (`PIL.Image.Image`): The image.
+        image ([`RegionSource`]): The image.
         scale (`float`): Pixels of the image for a pixel of the model's input.
         edge (`int`): Longer edge of the model's input.
         diameter (`float`): Of a red cell in the model's input.

@@ -206,10 +206,10 @@ def test_a_batch_that_fails_is_tried_one_by_one(analyzer, draw, tmp_path, monkey
     images = [draw(f"{number}.png", seed=number) for number in range(3)]
     whole = Analyzer.run
 
-    def short_of_memory(self, request, opened):
+    def short_of_memory(self, request, opened, *options):
         if len(opened) > 1 or opened[0].name == str(images[1]):
             raise MemoryError("no room")
-        return whole(self, request, opened)
+        return whole(self, request, opened, *options)
 
     monkeypatch.setattr(Analyzer, "run", short_of_memory)
     report = analyzer.analyze_files(images, tmp_path / "results", batch_size=3)

@@ -44,6 +44,7 @@ def given(tmp_path_factory) -> Path:
     (checkpoint / "README.md").write_text(card, encoding="utf-8")
     for number in range(4):
         write_photograph(root / "images" / f"{number}.png", number, (96 + 32 * (number % 2), 72))
+    write_photograph(root / "slide.png", 0, (480, 360))
     write_synthetic(root / "smears", 2, 1, crops_per_field=2, width=224, height=168, crop_size=96, progress=False)
     shutil.make_archive(str(root / "smears"), "zip", root / "smears")
     run_config(
@@ -95,6 +96,11 @@ def predict(given: Path, folder: Path) -> None:
     command("predict", given / "checkpoint", given / "images", "-o", folder, "--geojson")
 
 
+def slide(given: Path, folder: Path) -> None:
+    """One image of more than a hundred tiles, each of which a run that was killed has, or has not, seen."""
+    command("predict", given / "checkpoint", given / "slide.png", "-o", folder, "--geojson", "--tiles", 64)
+
+
 def train(given: Path, folder: Path) -> None:
     command("train", "--config", given / "run" / "run_config.json", "-o", folder)
 
@@ -140,7 +146,7 @@ def synthesise(given: Path, folder: Path) -> None:
     write_synthetic(folder, 2, 1, crops_per_field=2, width=224, height=168, crop_size=96, progress=False)
 
 
-COMMANDS = {each.__name__: each for each in (predict, train, adapt, evaluate, prepare, shard, demo, synthesise)}
+COMMANDS = {each.__name__: each for each in (predict, slide, train, adapt, evaluate, prepare, shard, demo, synthesise)}
 kills = pytest.mark.parametrize("kills", [FEW, pytest.param(MANY, marks=pytest.mark.slow, id="many")])
 
 

@@ -1,0 +1,681 @@
+"""Images of any size, read in parts: slides and other pyramids, large plain files, and images in memory, all by one protocol.
+
+A file of up to [`MAX_PIXELS`] pixels is read as a whole, as ever. A larger one, and one of a slide scanner, is read region by
+region where the extra `slides` is installed, so that a slide is never in memory. Without it such an image is reduced, or
+refused where nothing here can open it; both is said, with what would help.
+"""
+
+import logging
+import math
+import os
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from unihema.errors import InputError, UnreadableImageError
+from unihema.files import OpenedImage, open_image, scratch_folder, sha256, shortened
+
+from .processing_unihema.image_io import (
+    MAX_COMPRESSION,
+    MAX_PAGES,
+    MAX_PIXELS,
+    SLIDE_SUFFIXES,
+    described_pixel_size,
+    image_size,
+    pixel_size,
+    plausible_pixel_size,
+    to_rgb,
+)
+
+
+# What a slide is like as a whole is seen, and drawn, at no more than this.
+OVERVIEW_PIXELS = 8_000_000
+# Pixels of a level that are put together at once.
+MOST_AT_ONCE = 1 << 22
+# Decoded bytes that are kept for the neighbouring region: of tiles some, of strips those that a row of regions lies in.
+KEPT_OF_TILES, KEPT_OF_STRIPS, STRIP_ROWS = 1 << 25, 1 << 27, 1024
+# A strip or tile of a file that would be larger when decoded cannot be read in parts.
+LARGEST_CHUNK = 1 << 26
+# A slide may be so many times more compressed than a photograph before its header is taken for damaged: most of it is glass.
+SPARSE = 10
+# Of parts of a file that cannot be read, where a picture is needed all the same.
+UNREADABLE_COLOUR = 0
+EXTRA = "pip install 'unihema[slides]'"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_ORIENTATION = 274
+# Formats whose slide lies in several files.
+_FOLDER_BESIDE, _SERIES = (".mrxs", ".vms", ".vmu"), (".dcm",)
+
+Box = tuple[int, int, int, int]
+
+
+class UnreadableRegionError(UnreadableImageError):
+    """A part of an image cannot be read; others may."""
+
+
+class RegionSource(ABC):
+    """An image that gives its parts.
+
+    Args:
+        name (`str`, *optional*): Its path.
+        levels (`list[tuple[int, int]]`): Width and height of the image and of its reductions, largest first.
+        notes (`Sequence[str]`): A sentence for each thing that a reader of the results must know.
+        scale (`tuple[float, str]`, *optional*): Micrometres of a pixel, and where that stands.
+
+    Attributes:
+        streams (`bool`): Whether its parts are read when they are asked for, rather than all at once.
+        longest (`int`, *optional*): Longer edge of pictures that are cut from it, in pixels, at most.
+        closing (`ExitStack`): What is done when it is closed.
+    """
+
+    streams = True
+
+    def __init__(
+        self,
+        name: str | None,
+        levels: list[tuple[int, int]],
+        notes: "list[str] | tuple[str, ...]" = (),
+        scale: tuple[float, str] | None = None,
+    ):
+        self.name, self.levels, self.notes = name, levels, tuple(notes)
+        self.um_per_pixel, self.um_source = scale or (None, None)
+        self.longest: int | None = None
+        self.closing = ExitStack()
+
+    @property
+    def width(self) -> int:
+        """Of the image in its file, in pixels."""
+        return self.levels[0][0]
+
+    @property
+    def height(self) -> int:
+        """Of the image in its file, in pixels."""
+        return self.levels[0][1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.width, self.height
+
+    @cached_property
+    def pixels(self) -> Image.Image:
+        """The whole image, RGB, reduced to `OVERVIEW_PIXELS` where it is larger; parts that cannot be read are black."""
+        shrink = max(1.0, math.sqrt(self.width * self.height / OVERVIEW_PIXELS))
+        size = max(1, round(self.width / shrink)), max(1, round(self.height / shrink))
+        return self.read_region((0, 0, *self.size), size, strict=False)
+
+    def read_region(self, box: Box, size: tuple[int, int] | None = None, strict: bool = True) -> Image.Image:
+        """A part of the image, from the smallest level that holds it at the size asked for.
+
+        Args:
+            box (`tuple[int, int, int, int]`): x_min, y_min, x_max, y_max in pixels of the image, within it.
+            size (`tuple[int, int]`, *optional*): Width and height of the picture; those of the box when missing.
+            strict (`bool`): Raise at what cannot be read. Otherwise it is black.
+
+        Returns:
+            `PIL.Image.Image`: RGB.
+
+        Raises:
+            UnreadableRegionError: It cannot be read.
+            InputError: A box that is empty or outside the image.
+        """
+        left, top, right, bottom = box
+        if not (0 <= left < right <= self.width and 0 <= top < bottom <= self.height):
+            raise InputError(f"{self.name or 'image'}: {box} is no part of {self.width} x {self.height} pixels.")
+        size = size or (right - left, bottom - top)
+        step_x, step_y = (right - left) / size[0], (bottom - top) / size[1]
+        level = self._level(min(step_x, step_y))
+        to_x, to_y = self.levels[level][0] / self.width, self.levels[level][1] / self.height
+        picture = Image.new("RGB", size, (UNREADABLE_COLOUR,) * 3)
+        pieces = math.ceil(math.sqrt((right - left) * to_x * (bottom - top) * to_y / MOST_AT_ONCE))
+        for y_from, y_to in _spans(size[1], pieces):
+            for x_from, x_to in _spans(size[0], pieces):
+                part = (
+                    (left + x_from * step_x) * to_x,
+                    (top + y_from * step_y) * to_y,
+                    (left + x_to * step_x) * to_x,
+                    (top + y_to * step_y) * to_y,
+                )
+                try:
+                    piece = self._resampled(level, part, (x_to - x_from, y_to - y_from), strict)
+                except UnreadableRegionError:
+                    if strict:
+                        raise
+                    continue
+                if piece.size == size:
+                    return piece
+                picture.paste(piece, (x_from, y_from))
+        return picture
+
+    def _level(self, step: float) -> int:
+        """The smallest level in which a pixel is no wider than this many of the image."""
+        fine = [n for n, (width, _) in enumerate(self.levels) if self.width / width <= 1.01 * step]
+        return max(fine, key=lambda n: (-self.levels[n][0], -n), default=0)
+
+    def _resampled(
+        self, level: int, part: tuple[float, float, float, float], size: tuple[int, int], strict: bool
+    ) -> Image.Image:
+        width, height = self.levels[level]
+        left, top = min(math.floor(part[0] + 1e-6), width - 1), min(math.floor(part[1] + 1e-6), height - 1)
+        right = min(max(math.ceil(part[2] - 1e-6), left + 1), width)
+        bottom = min(max(math.ceil(part[3] - 1e-6), top + 1), height)
+        pixels = self._read(level, (left, top, right, bottom), strict)
+        if pixels.size == size:
+            return pixels
+        within = (
+            max(part[0] - left, 0.0),
+            max(part[1] - top, 0.0),
+            min(part[2] - left, float(right - left)),
+            min(part[3] - top, float(bottom - top)),
+        )
+        return pixels.resize(size, Image.Resampling.BILINEAR, box=within, reducing_gap=2.0)
+
+    @abstractmethod
+    def _read(self, level: int, box: Box, strict: bool) -> Image.Image:
+        """Pixels of a level, RGB.
+
+        Raises:
+            UnreadableRegionError: They cannot be read, and `strict` is set or nothing of them can.
+        """
+
+    def close(self) -> None:
+        """Gives files back, also temporary ones."""
+        self.closing.close()
+
+    def __enter__(self) -> "RegionSource":
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self.close()
+
+
+class ImageRegions(RegionSource):
+    """An image in memory.
+
+    Args:
+        opened ([`OpenedImage`]): The image, perhaps reduced.
+        scale (`tuple[float, str]`, *optional*): Micrometres of a pixel of its file, and where that stands.
+    """
+
+    streams = False
+
+    def __init__(self, opened: OpenedImage, scale: tuple[float, str] | None = None):
+        super().__init__(opened.name, [(opened.width, opened.height)], opened.notes, scale)
+        self.image = opened.pixels
+        if self.image.size != self.size:
+            self.levels.append(self.image.size)
+
+    @property
+    def pixels(self) -> Image.Image:  # type: ignore[override]
+        """The image."""
+        return self.image
+
+    def read_region(self, box: Box, size: tuple[int, int] | None = None, strict: bool = True) -> Image.Image:
+        """See [`RegionSource.read_region`]; without a size the pixels are given as they are in memory."""
+        if len(self.levels) == 1:
+            part = self.image.crop(box)
+        else:
+            to_x, to_y = self.image.width / self.width, self.image.height / self.height
+            left, top = int(box[0] * to_x), int(box[1] * to_y)
+            right, bottom = max(round(box[2] * to_x), left + 1), max(round(box[3] * to_y), top + 1)
+            part = self.image.crop((left, top, right, bottom))
+        return part if size is None or part.size == size else part.resize(size, Image.Resampling.BILINEAR)
+
+    def _read(self, level: int, box: Box, strict: bool) -> Image.Image:
+        return self.image.crop(box)
+
+
+class TiffRegions(RegionSource):
+    """A TIFF of any size, tile by tile or strip by strip: generic pyramids, OME-TIFF, SVS, BigTIFF.
+
+    Only what is asked for is decoded, and a part of the file that cannot be is named without loss of the others. Levels are the
+    reductions that the first page names (`SubIFDs`), or the further pages that show the same at smaller sizes.
+
+    Args:
+        path (`Path`): The file.
+        name (`str`, *optional*): Path to be named instead of it.
+
+    Raises:
+        UnreadableImageError: Its pixels are of a kind, or packed in a way, that cannot be read in parts.
+    """
+
+    def __init__(self, path: Path, name: str | None = None):
+        tifffile = _tifffile()
+        name = name or str(path)
+        stack = ExitStack()
+        try:
+            with _of_file(name):
+                file = stack.enter_context(tifffile.TiffFile(path))
+                pages, notes = _pages(file)
+                scale = _scale_of_tags(pages[0], file.pages[0].description or "")
+            _check_plausible(path, name, pages[0].imagewidth, pages[0].imagelength)
+            super().__init__(name, [(page.imagewidth, page.imagelength) for page in pages], notes, scale)
+        except BaseException:
+            stack.close()
+            raise
+        self._pages, self._file = pages, file.filehandle
+        self.closing = stack
+        self._kept: OrderedDict[tuple[int, int], np.ndarray | None] = OrderedDict()
+        self._kept_bytes = 0
+
+    def _read(self, level: int, box: Box, strict: bool) -> Image.Image:
+        page, (left, top, right, bottom) = self._pages[level], box
+        out = np.full((bottom - top, right - left, 3), UNREADABLE_COLOUR, dtype=np.uint8)
+        if _in_plain_rows(page):
+            self._copy_rows(page, box, out, strict)
+            return Image.fromarray(out)
+        width, height = _chunk_size(page)
+        across = -(-page.imagewidth // width)
+        for row in range(top // height, -(-bottom // height)):
+            for column in range(left // width, -(-right // width)):
+                pixels = self._chunk(level, row * across + column, strict)
+                if pixels is None:
+                    continue
+                x, y = column * width, row * height
+                x_from, y_from = max(left, x), max(top, y)
+                x_to, y_to = min(right, x + pixels.shape[1]), min(bottom, y + pixels.shape[0])
+                out[y_from - top : y_to - top, x_from - left : x_to - left] = pixels[
+                    y_from - y : y_to - y, x_from - x : x_to - x
+                ]
+        return Image.fromarray(out)
+
+    def _copy_rows(self, page: Any, box: Box, out: np.ndarray, strict: bool) -> None:
+        """Copies pixels that nothing has packed, whatever the strips they lie in."""
+        left, top, right, bottom = box
+        samples, rows = page.samplesperpixel, max(1, page.rowsperstrip)
+        for y in range(top, bottom):
+            strip, within = divmod(y, rows)
+            try:
+                self._file.seek(page.dataoffsets[strip] + (within * page.imagewidth + left) * samples)
+                data = self._file.read((right - left) * samples)
+                pixels = np.frombuffer(data, np.uint8).reshape(right - left, samples)
+            except (OSError, ValueError, IndexError) as error:
+                if strict:
+                    raise UnreadableRegionError(f"{self.name}: row {y} cannot be read ({shortened(error)}).") from error
+                continue
+            out[y - top] = _rgb(page, pixels)
+
+    def _chunk(self, level: int, index: int, strict: bool) -> np.ndarray | None:
+        """A decoded strip or tile, uint8 `[h, w, 3]`."""
+        key = (level, index)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        else:
+            pixels = self._kept[key] = self._decoded(self._pages[level], index)
+            self._kept_bytes += 0 if pixels is None else pixels.nbytes
+            most = KEPT_OF_TILES if self._pages[level].is_tiled else KEPT_OF_STRIPS
+            while self._kept_bytes > most and len(self._kept) > 1:
+                _, old = self._kept.popitem(last=False)
+                self._kept_bytes -= 0 if old is None else old.nbytes
+        found = self._kept[key]
+        if found is None and strict:
+            raise UnreadableRegionError(f"{self.name}: part {index} of level {level} cannot be read.")
+        return found
+
+    def _decoded(self, page: Any, index: int) -> np.ndarray | None:
+        try:
+            count = page.databytecounts[index]
+            if count == 0:
+                # What a scanner has not looked at.
+                return np.full((*_chunk_size(page)[::-1], 3), 255, dtype=np.uint8)
+            self._file.seek(page.dataoffsets[index])
+            data = self._file.read(count)
+            if len(data) < count:
+                return None
+            packed = {"jpegtables": page.jpegtables} if page.compression in _JPEGS else {}
+            decoded = page.decode(data, index, **packed)[0]
+            pixels = decoded[0]
+            return _rgb(page, pixels)
+        # A damaged part makes codecs raise anything.
+        except Exception:
+            return None
+
+
+# JPEG in its kinds, which share tables of the page.
+_JPEGS = (6, 7, 33007, 34892)
+
+
+def _tifffile() -> Any:
+    import tifffile
+
+    # What it says of a damaged file would go to the terminal as it is.
+    logger = logging.getLogger("tifffile")
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
+    return tifffile
+
+
+@contextmanager
+def _of_file(name: str) -> Iterator[None]:
+    """What a library raises at a damaged file, as an error that names it."""
+    try:
+        yield
+    except UnreadableImageError:
+        raise
+    except Exception as error:
+        raise UnreadableImageError(
+            f"{name}: the image is truncated or damaged ({shortened(error, 200)}). Copy it again or export it anew."
+        ) from error
+
+
+def _pages(file: Any) -> tuple[list[Any], list[str]]:
+    """The pages of a TIFF that are levels of one picture, largest first, and what has to be said of the others.
+
+    Raises:
+        UnreadableImageError: The picture's pixels cannot be read in parts.
+    """
+    listed = []
+    for number in range(MAX_PAGES):
+        try:
+            listed.append(file.pages[number])
+        # After the last one, or at one that is damaged.
+        except Exception:
+            break
+    plain = [page for page in listed if not page.subfiletype & 1]
+    first = max(listed, key=lambda page: page.imagewidth * page.imagelength, default=None)
+    if first is None:
+        raise UnreadableImageError(
+            f"{file.filename}: no page in this TIFF can be read. Copy it again or export it anew."
+        )
+    reason = _not_in_parts(first)
+    if reason:
+        raise UnreadableImageError(f"{file.filename}: {reason}.")
+    same = [page for page in plain if (page.imagewidth, page.imagelength) == (first.imagewidth, first.imagelength)]
+    notes = []
+    if len(same) > 1:
+        first = same[len(same) // 2]
+        notes.append(
+            f"The file has {len(same)} pages of one size: only page {len(same) // 2 + 1}, in the middle, is read."
+        )
+    reductions = [page for page in listed if page is not first and page not in same]
+    try:
+        reductions += list(first.pages or ())
+    # Reductions that lie beyond the end of the file.
+    except Exception:
+        notes.append("Reduced levels of the file cannot be read.")
+    levels = [first]
+    for page in sorted(reductions, key=lambda page: -page.imagewidth):
+        try:
+            # Labels and photographs of the glass have another shape.
+            shape = page.imagewidth / page.imagelength * first.imagelength / first.imagewidth
+            if page.imagewidth < levels[-1].imagewidth and abs(shape - 1) < 0.02 and not _not_in_parts(page):
+                levels.append(page)
+        except Exception:
+            continue
+    return levels, notes
+
+
+def _not_in_parts(page: Any) -> str | None:
+    """Why a page cannot be read in parts, in words."""
+    if page.dtype != np.uint8 or page.bitspersample != 8:
+        return f"pixels of {page.bitspersample} bits are not read in parts"
+    if page.samplesperpixel not in (1, 3, 4) or (page.samplesperpixel > 1 and page.planarconfig != 1):
+        return f"{page.samplesperpixel} channels that lie apart are not read in parts"
+    colours = {0, 1} if page.samplesperpixel == 1 else {2, 6}
+    if int(page.photometric) not in colours or (int(page.photometric) == 6 and page.compression not in _JPEGS):
+        return f"colours of the kind {page.photometric!s} are not read in parts"
+    if page.tags.get(_ORIENTATION) is not None and page.tags[_ORIENTATION].value not in (0, 1):
+        return "a picture that is stored turned is not read in parts"
+    width, height = _chunk_size(page)
+    if not _in_plain_rows(page) and width * height * page.samplesperpixel > LARGEST_CHUNK:
+        return "its pixels are packed in one piece"
+    if not _in_plain_rows(page) and not page.is_tiled and 3 * width * STRIP_ROWS > KEPT_OF_STRIPS:
+        return f"its packed strips of {width} pixels are too wide"
+    return None
+
+
+def _in_plain_rows(page: Any) -> bool:
+    return page.compression == 1 and not page.is_tiled and page.fillorder == 1
+
+
+def _chunk_size(page: Any) -> tuple[int, int]:
+    """Width and height of a tile, or strip."""
+    if page.is_tiled:
+        return page.tilewidth, page.tilelength
+    return page.imagewidth, min(max(1, page.rowsperstrip), page.imagelength)
+
+
+def _rgb(page: Any, pixels: np.ndarray) -> np.ndarray:
+    """Samples `[..., 1|3|4]` as RGB: gray in all channels, what is transparent over white."""
+    if pixels.shape[-1] == 1:
+        gray = 255 - pixels if int(page.photometric) == 0 else pixels
+        return np.repeat(gray, 3, axis=-1)
+    if pixels.shape[-1] == 4:
+        if int((page.extrasamples or (0,))[0]) == 0:
+            return pixels[..., :3]
+        alpha = pixels[..., 3:].astype(np.uint16)
+        colours = pixels[..., :3].astype(np.uint16)
+        colours = colours if int(page.extrasamples[0]) == 1 else colours * alpha // 255
+        return np.minimum(colours + 255 - alpha, 255).astype(np.uint8)
+    return pixels
+
+
+def _scale_of_tags(page: Any, description: str) -> tuple[float, str] | None:
+    def tag(code: int) -> Any:
+        found = page.tags.get(code)
+        return None if found is None else found.value
+
+    resolution = []
+    for code in (282, 283):
+        value = tag(code)
+        pair = value if isinstance(value, tuple) and len(value) == 2 else (0, 1)
+        resolution.append(pair[0] / pair[1] if pair[1] else 0.0)
+    unit = {2: 25400.0, 3: 1e4}.get(int(tag(296) or 2), 0.0)
+    return described_pixel_size(description, tuple(resolution)) or plausible_pixel_size(
+        tuple(unit / each if each > 0 else 0.0 for each in resolution), "the resolution of the TIFF"
+    )
+
+
+def _check_plausible(path: Path, name: str, width: int, height: int) -> None:
+    if 3 * width * height > max(SPARSE * MAX_COMPRESSION * path.stat().st_size, 1 << 29):
+        raise UnreadableImageError(
+            f"{name}: the file is far too small for the {width} x {height} pixels it names, so it is damaged. Copy it again or "
+            "export it anew."
+        )
+
+
+class OpenSlideRegions(RegionSource):
+    """A slide in a format that OpenSlide reads: NDPI, MRXS, DICOM, SCN, BIF, and others.
+
+    Args:
+        path (`Path`): The file; of a slide in several files, the one that OpenSlide opens.
+
+    Raises:
+        UnreadableImageError: OpenSlide cannot open it.
+    """
+
+    def __init__(self, path: Path):
+        import openslide
+
+        self._path = path
+        with _of_file(str(path)):
+            self._slide = openslide.OpenSlide(str(path))
+            properties = self._slide.properties
+            sizes = [properties.get(key, "") for key in ("openslide.mpp-x", "openslide.mpp-y")]
+            scale = plausible_pixel_size(tuple(_float(size) for size in sizes), "slide metadata")
+            levels = [(int(width), int(height)) for width, height in self._slide.level_dimensions]
+            if path.suffix.lower() not in (*_FOLDER_BESIDE, *_SERIES):
+                _check_plausible(path, str(path), *levels[0])
+        super().__init__(str(path), levels, (), scale)
+        self.closing.callback(lambda: self._slide.close())
+
+    def _read(self, level: int, box: Box, strict: bool) -> Image.Image:
+        import openslide
+
+        left, top, right, bottom = box
+        down = self.width / self.levels[level][0], self.height / self.levels[level][1]
+        try:
+            part = self._slide.read_region(
+                (round(left * down[0]), round(top * down[1])), level, (right - left, bottom - top)
+            )
+        except openslide.OpenSlideError as error:
+            # After an error a slide answers nothing any more.
+            self._slide.close()
+            with _of_file(str(self._path)):
+                self._slide = openslide.OpenSlide(str(self._path))
+            raise UnreadableRegionError(f"{self.name}: {box} cannot be read ({shortened(error)}).") from error
+        return to_rgb(part)
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+def _decoded_once(path: Path) -> RegionSource:
+    """A plain file of any size, decoded once from top to bottom into a temporary pyramid, which is read in parts.
+
+    Raises:
+        UnreadableImageError: It cannot be decoded so, or only by guessing at its brightness.
+    """
+    import pyvips
+
+    stack = ExitStack()
+    try:
+        folder = stack.enter_context(scratch_folder())
+        with _of_file(str(path)):
+            image = pyvips.Image.new_from_file(str(path), access="sequential", fail_on="error")
+            if image.get_typeof("orientation") and image.get("orientation") != 1:
+                # A turn needs the end of the file first: the picture goes through another temporary file.
+                image = pyvips.Image.new_from_file(str(path), access="random", fail_on="error").autorot()
+            if image.format != "uchar":
+                raise UnreadableImageError(f"{path}: pixels of more than 8 bits are not read in parts.")
+            if image.interpretation != "srgb":
+                image = image.colourspace("srgb")
+            if image.hasalpha():
+                image = image.flatten(background=[255, 255, 255])
+            image.tiffsave(
+                str(folder / "pyramid.tif"),
+                tile=True, tile_width=512, tile_height=512, pyramid=True, bigtiff=True, compression="none",
+            )  # fmt: skip
+        source = TiffRegions(folder / "pyramid.tif", str(path))
+        source.closing.push(stack.pop_all())
+    except BaseException:
+        stack.close()
+        raise
+    found = pixel_size(path)
+    source.um_per_pixel, source.um_source = found or (None, None)
+    return source
+
+
+def open_regions(image: Any, max_pixels: int = MAX_PIXELS) -> RegionSource:
+    """Opens an image of any size.
+
+    Args:
+        image (`str`, `Path`, `PIL.Image.Image`, `np.ndarray` or [`OpenedImage`]): The image. One in memory, and a file of up to
+            `max_pixels`, is held whole; larger files, and those of slide scanners, are read in parts.
+        max_pixels (`int`): Pixels of an image that is held in memory.
+
+    Returns:
+        [`RegionSource`]: To be closed; in a `with` block it is.
+
+    Raises:
+        UnreadableImageError: The image cannot be read.
+    """
+    if isinstance(image, OpenedImage):
+        return ImageRegions(image)
+    if not isinstance(image, (str, Path)):
+        return ImageRegions(open_image(image))
+    path, problem = Path(image), None
+    try:
+        height, width = image_size(path)
+        if height * width <= max_pixels and path.suffix.lower() not in _OWN_LIBRARY:
+            return ImageRegions(open_image(image), pixel_size(path))
+    except UnreadableImageError as error:
+        problem = error
+        if not path.is_file() or not (_is_tiff(path) or path.suffix.lower() in _OWN_LIBRARY):
+            raise
+    else:
+        _check_plausible(path, str(path), width, height)
+    reasons = []
+    for needed, reader in _readers(path):
+        if not all(map(find_spec, needed)):
+            reasons.append(f"{EXTRA} may help")
+            continue
+        try:
+            return reader(path)
+        except UnreadableImageError as error:
+            reasons.append(str(error).removeprefix(f"{path}: ").rstrip("."))
+    said = "; ".join(dict.fromkeys(reasons))
+    if problem is not None:
+        raise UnreadableImageError(
+            f"{str(problem).rstrip('.')}. It is not read as a slide either: {said}."
+        ) from problem
+    # Reduced, as it stands in memory.
+    opened = open_image(image)
+    note = (
+        f"The image has {opened.width} x {opened.height} pixels and was reduced to {opened.pixels.width} x "
+        f"{opened.pixels.height}: {said}."
+    )
+    return ImageRegions(opened._replace(notes=(*opened.notes, note)), pixel_size(path))
+
+
+# Formats that no other library opens as they are.
+_OWN_LIBRARY = tuple(suffix for suffix in (*SLIDE_SUFFIXES, *_SERIES) if suffix != ".svs")
+
+
+def _readers(path: Path) -> list[tuple[tuple[str, ...], Callable[[Path], RegionSource]]]:
+    """Modules that are needed, and what reads a file with them, in the order in which they are tried."""
+    tiff = (("tifffile", "imagecodecs"), TiffRegions)
+    slide = (("openslide",), OpenSlideRegions)
+    plain = (("pyvips", "tifffile", "imagecodecs"), _decoded_once)
+    if path.suffix.lower() in _OWN_LIBRARY:
+        return [slide, tiff] if _is_tiff(path) else [slide]
+    return [tiff, slide, plain] if _is_tiff(path) else [plain]
+
+
+def _is_tiff(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) in _TIFF
+
+
+def image_sha256(path: Path) -> str:
+    """SHA-256 of an image's bytes, in hexadecimal; of a slide in several files, of the SHA-256 of each.
+
+    All bytes are read, also those of a slide: a cheaper mark would not notice a file that was changed in its middle. Reading them
+    takes seconds for each gigabyte, where looking at them takes minutes.
+
+    Raises:
+        InputError: Not a regular file.
+    """
+    beside: list[Path] = []
+    if path.suffix.lower() in _FOLDER_BESIDE and path.with_suffix("").is_dir():
+        beside = sorted(each for each in path.with_suffix("").rglob("*") if each.is_file())
+    elif path.suffix.lower() in _SERIES:
+        beside = sorted(each for each in path.parent.iterdir() if each.suffix.lower() in _SERIES and each != path)
+    whole = sha256(path)
+    if not beside:
+        return whole
+    import hashlib
+
+    digest = hashlib.sha256(whole.encode())
+    for each in beside:
+        digest.update(os.fsencode(each.name) + sha256(each).encode())
+    return digest.hexdigest()
+
+
+def _spans(length: int, pieces: int) -> list[tuple[int, int]]:
+    """`length` in equal pieces."""
+    pieces = min(max(pieces, 1), length)
+    return [(length * n // pieces, length * (n + 1) // pieces) for n in range(pieces)]
+
+
+__all__ = [
+    "ImageRegions",
+    "OpenSlideRegions",
+    "RegionSource",
+    "TiffRegions",
+    "UnreadableRegionError",
+    "image_sha256",
+    "open_regions",
+]
