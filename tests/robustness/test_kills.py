@@ -92,7 +92,7 @@ def command(*arguments: object) -> None:
 
 
 def predict(given: Path, folder: Path) -> None:
-    command("predict", given / "checkpoint", given / "images", "-o", folder, "--geojson")
+    command("predict", given / "checkpoint", given / "images", "-o", folder, "--format", "geojson")
 
 
 def train(given: Path, folder: Path) -> None:
