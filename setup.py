@@ -43,6 +43,8 @@ SLIDES = [
     "pyvips>=2.2.3,<4",
     "pyvips-binary>=8.16,<9",
 ]
+IMAGEJ = ["roifile>=2026.2.10,<2027"]
+SUPERVISION = ["supervision>=0.25,<1"]
 ONNX = ["onnx>=1.19,<2", "onnxscript>=0.6.2,<1", "onnxruntime>=1.22,<2"]
 
 setup(
@@ -106,19 +108,23 @@ setup(
             "twine>=7,<8",
             *CONVERT,
             *DOCS,
+            *IMAGEJ,
             *ONNX,
             *PLOTS,
             *PEERS,
+            *SUPERVISION,
             *IMAGENET,
             *SLIDES,
         ],
         "convert": CONVERT,
         "docs": DOCS,
+        "imagej": IMAGEJ,
         "onnx": ONNX,
         "plots": PLOTS,
         "slides": SLIDES,
         "peers": [*PEERS, *IMAGENET],
         "imagenet": IMAGENET,
+        "supervision": SUPERVISION,
         "tokenizer-training": ["sentencepiece>=0.2.3,<1"],
     },
     entry_points={"console_scripts": ["unihema=unihema_cli:main"]},

@@ -307,7 +307,7 @@ class Analyzer:
         prompt: str | Sequence[str] | None = None,
         questions: str | Sequence[str] = (),
         threshold: float | None = None,
-        geojson: bool = False,
+        formats: Sequence[str] = (),
         overwrite: bool = False,
         batch_size: int = 1,
         on_image: Callable[[int, int, Path, SmearResult | str | None], None] | None = None,
@@ -324,7 +324,8 @@ class Analyzer:
             inputs (`Sequence[str | Path]`): Image files, folders (with subfolders) and glob patterns.
             output (`str` or `Path`): Folder for the results; made when missing.
             tasks, prompt, questions, threshold, tiles, um_per_pixel: As for a single image.
-            geojson (`bool`): Also write a GeoJSON file for QuPath for each image.
+            formats (`Sequence[str]`): Files of other programs to write for each image beside the tables: `geojson` (QuPath),
+                `coco`, `labels` (an image of instances), `imagej` (a zip file of ROIs).
             overwrite (`bool`): Analyse every image again, whatever the folder was written with.
             batch_size (`int`): Images of one size that are analysed together: faster on a GPU, with the same results up to
                 float rounding.
@@ -349,7 +350,7 @@ class Analyzer:
             self,
             inputs,
             (tasks, prompt, questions, threshold, tiles, um_per_pixel),
-            geojson,
+            formats,
             overwrite,
             batch_size,
             on_image,

@@ -33,7 +33,7 @@ from unihema.files import (
     write_text,
 )
 from unihema.inference.int8 import is_int8
-from unihema.results.export import cell_columns, cell_row, table_text
+from unihema.results.export import FORMATS, as_file, cell_columns, cell_row, import_roifile, table_text
 from unihema.results.smear_result import FORMAT, Cell, SmearResult
 from unihema.slides import RegionSource, image_sha256, open_regions
 from unihema.version import __version__
@@ -83,7 +83,7 @@ def analyze_into(
     analyzer: "Analyzer",
     inputs: Sequence[str | Path],
     request: tuple,
-    geojson: bool = False,
+    formats: Sequence[str] = (),
     overwrite: bool = False,
     batch_size: int = 1,
     on_image: Callable[[int, int, Path, SmearResult | str | None], None] | None = None,
@@ -96,7 +96,7 @@ def analyze_into(
         analyzer ([`Analyzer`]): Analyses.
         inputs (`Sequence[str | Path]`): Image files, folders and glob patterns.
         request (`tuple`): Tasks, prompt, questions, threshold, tiles and size of a pixel.
-        geojson, overwrite, batch_size, on_image, on_tile: As there.
+        formats, overwrite, batch_size, on_image, on_tile: As there.
 
     Returns:
         [`BatchReport`]
@@ -106,6 +106,11 @@ def analyze_into(
         raise OutputError(f"{output}: the output must be a folder, and this is a file.")
     if batch_size < 1:
         raise RequestError(f"batch_size must be 1 or more, got {batch_size}.")
+    unknown = [form for form in formats if form not in FORMATS]
+    if unknown:
+        raise RequestError(f"Unknown format {unknown[0]!r}; formats are {', '.join(FORMATS)}.")
+    if "imagej" in formats:
+        import_roifile()
     checked = analyzer.request(*request)
     images, problems = find_images(inputs, exclude=output)
     beside = next((image for image in images if real_path(image).parent == real_path(output)), None)
@@ -113,7 +118,7 @@ def analyze_into(
         raise RequestError(
             f"{output}: this folder holds {beside.name}, an image to analyse; name another one for results."
         )
-    settings = _settings(analyzer, checked, geojson)
+    settings = _settings(analyzer, checked, formats)
     report = BatchReport(failed=dict(problems))
     attributes = list(analyzer.model.config.morphology) if "detection" in checked.tasks else []
     with exclusive(output, ["records"]):
@@ -128,7 +133,7 @@ def analyze_into(
     return report
 
 
-def _settings(analyzer: "Analyzer", request: "Request", geojson: bool) -> dict[str, Any]:
+def _settings(analyzer: "Analyzer", request: "Request", formats: Sequence[str]) -> dict[str, Any]:
     """Everything that decides a result."""
     processor = analyzer.processor.image_processor
     return {
@@ -144,7 +149,7 @@ def _settings(analyzer: "Analyzer", request: "Request", geojson: bool) -> dict[s
         "tiles": request.tiles,
         "um_per_pixel": request.um_per_pixel,
         "image_sizes": {task: dict(processor.task_sizes[task]) for task in request.tasks},
-        "geojson": geojson,
+        "formats": [form for form in FORMATS if form in formats],
     }
 
 
@@ -369,9 +374,14 @@ class ResultFolder:
         if result.mask is not None:
             mask = Image.fromarray(result.mask * 255)
             files[f"{name}_mask.png"] = lambda file: mask.save(file, "PNG")
-        if self.settings["geojson"]:
-            text = json.dumps(result.to_geojson(), ensure_ascii=False)
-            files[f"{name}.geojson"] = lambda file: file.write(text.encode("utf-8"))
+        for form in self.settings["formats"]:
+            try:
+                ending, content = as_file(result, form)
+            except RequestError as error:
+                # One image too large for a form is no reason to stop.
+                result.warnings.append(f"Not written as {form}: {error}")
+                continue
+            files[f"{name}{ending}"] = lambda file, content=content: file.write(content)
         for file, write in files.items():
             write_atomically(self.folder / file, write)
         record = {

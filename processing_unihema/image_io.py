@@ -290,7 +290,7 @@ def _reading(file: "str | Path | bytes", name: "str | Path") -> Iterator[Image.I
         if _file_bytes(file) == 0:
             raise UnreadableImageError(f"{name}: the file is empty. Copy it again from the microscope.")
         try:
-            with _of_any_size(), _pil():
+            with of_any_size(), _pil():
                 opened = Image.open(BytesIO(file) if isinstance(file, bytes) else file)
         except UnidentifiedImageError as error:
             kind = _kind_of_tiff(file)
@@ -304,7 +304,8 @@ def _reading(file: "str | Path | bytes", name: "str | Path") -> Iterator[Image.I
 
 
 @contextmanager
-def _of_any_size() -> Iterator[None]:
+def of_any_size() -> Iterator[None]:
+    """Images that are opened meanwhile may have any size; Pillow refuses large ones otherwise."""
     with _opening:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -493,7 +494,7 @@ def _averaged(pixels: np.ndarray, max_pixels: int | None) -> np.ndarray:
 
 def _go_to(opened: Image.Image, page: int) -> None:
     if getattr(opened, "tell", int)() != page:
-        with _of_any_size(), _pil():
+        with of_any_size(), _pil():
             opened.seek(page)
 
 

@@ -20,6 +20,8 @@ from .options import (
 )
 
 
+# Those of unihema.results.export, which would take PyTorch to import; a test compares them.
+FORMATS = ("geojson", "coco", "labels", "imagej")
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "evaluate", "safetensors", "timm")
 # Images of fewer tiles have no bar of their own.
 TILES_OF_SLIDE = 48
@@ -55,7 +57,10 @@ def _tiles(context: click.Context, parameter: click.Parameter, value: str) -> st
     type=float,
     help="Size of a pixel in micrometres; otherwise as the file says, or by the red cells that are found.",
 )
-@click.option("--geojson", is_flag=True, help="Also write GeoJSON for QuPath.")
+@click.option(
+    "--format", "formats", type=click.Choice(FORMATS), multiple=True,
+    help="Also write a file for QuPath (geojson), of COCO, of instances (labels), or of ImageJ's ROIs; may be repeated.",
+)  # fmt: skip
 @image_size_option
 @batch_size_option
 @click.option("--device", help="Device, such as cpu, cuda:0 or mps; the first GPU by default.")
@@ -71,7 +76,7 @@ def predict(
     threshold: float | None,
     tiles: str | int,
     um_per_pixel: float | None,
-    geojson: bool,
+    formats: tuple[str, ...],
     image_sizes: Sequence[tuple[str | None, int]],
     batch_sizes: Sequence[tuple[str | None, int]],
     device: str | None,
@@ -136,7 +141,7 @@ def predict(
             prompt=prompt,
             questions=questions,
             threshold=threshold,
-            geojson=geojson,
+            formats=formats,
             overwrite=overwrite,
             batch_size=batch_size,
             on_image=on_image,

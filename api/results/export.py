@@ -1,20 +1,30 @@
-"""A result as table rows, COCO and GeoJSON; masks as run lengths (COCO) and as polygons (GeoJSON)."""
+"""A result in the forms of other programs: table rows, COCO, GeoJSON, an image of instances, ROIs of ImageJ, supervision.
 
+`edits.py` reads them again.
+"""
+
+import io
+import json
 import unicodedata
 import uuid
+import zipfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unihema.errors import InputError
+from unihema.errors import PackageMissingError, RequestError
 from unihema.files import printable
 
+from ..processing_unihema.masks import mask_polygons, rle_in_image
 from .overlay import class_colors
 
 
 if TYPE_CHECKING:
-    from .smear_result import Cell, SmearResult
+    import supervision
+
+    from .cell import Cell
+    from .smear_result import SmearResult
 
 
 CELL_COLUMNS = [
@@ -33,6 +43,18 @@ CELL_COLUMNS = [
     "width_um",
     "height_um",
 ]
+# Forms of other programs that a result can be written in, each as one file; see `as_file`.
+FORMATS = ("geojson", "coco", "labels", "imagej")
+# Metadata of a cell in GeoJSON beside its attributes: its number, and the box that its outline does not say.
+CELL_KEY, BOX_KEY = "unihema cell", "unihema box"
+# Key of what a ROI's properties say of a cell, as JSON.
+ROI_KEY = "unihema"
+# Of an image of instances. 16 bits hold 65 535 cells.
+MOST_LABEL_PIXELS = 1 << 29
+# Bytes of masks as large as the image, as supervision has them.
+MOST_DENSE_MASKS = 1 << 30
+# ImageJ wraps what is beyond.
+LARGEST_ROI = 60_000
 
 
 def cell_columns(attributes: Sequence[str]) -> list[str]:
@@ -98,11 +120,13 @@ def coco(result: "SmearResult", image_id: int, first_annotation_id: int) -> dict
             "area": (x_max - x_min) * (y_max - y_min),
             "iscrowd": 0,
             "score": cell.score,
+            "cell_id": cell.id,
         }
         if cell.attributes:
             annotation["attributes"] = {name: found["value"] for name, found in cell.attributes.items()}
+            annotation["attribute_scores"] = {name: found["score"] for name, found in cell.attributes.items()}
         if cell.mask is not None:
-            annotation["segmentation"] = rle_encode(_in_image(cell, result, cell.mask))
+            annotation["segmentation"] = rle_in_image(cell.mask, cell.origin, (result.height, result.width))
             annotation["area"] = int(cell.mask.sum())
         annotations.append(annotation)
     return {
@@ -112,14 +136,6 @@ def coco(result: "SmearResult", image_id: int, first_annotation_id: int) -> dict
     }
 
 
-def _in_image(cell: "Cell", result: "SmearResult", mask: np.ndarray) -> np.ndarray:
-    left, top = cell.origin
-    full = np.zeros((result.height, result.width), dtype=bool)
-    visible = mask[: result.height - top, : result.width - left]
-    full[top : top + visible.shape[0], left : left + visible.shape[1]] = visible
-    return full
-
-
 def geojson(result: "SmearResult") -> dict[str, Any]:
     """See [`SmearResult.to_geojson`]."""
     colors = class_colors(result.counts)
@@ -127,15 +143,20 @@ def geojson(result: "SmearResult") -> dict[str, Any]:
     for cell in result.cells:
         measurements = {"score": cell.score}
         measurements.update({f"{name} score": found["score"] for name, found in cell.attributes.items()})
+        polygons = outline(cell)
+        metadata = {CELL_KEY: str(cell.id)}
+        if polygons:
+            metadata[BOX_KEY] = json.dumps(cell.box)
+        metadata |= {name: found["value"] for name, found in cell.attributes.items()}
         features.append(
             _feature(
-                _cell_geometry(cell),
+                _geometry(polygons or [[box_ring(cell)]]),
                 "detection",
                 cell.label,
                 colors[cell.label],
-                f"{result.image}#{cell.id}",
+                geojson_id(result, cell.id),
                 measurements=measurements,
-                metadata={"cell_id": str(cell.id)} | {name: found["value"] for name, found in cell.attributes.items()},
+                metadata=metadata,
             )
         )
     if result.mask is not None and result.mask.any():
@@ -146,32 +167,42 @@ def geojson(result: "SmearResult") -> dict[str, Any]:
         ]
         label = result.mask_label or "mask"
         geometry = {"type": "MultiPolygon", "coordinates": polygons}
-        features.append(_feature(geometry, "annotation", label, (0, 160, 160), f"{result.image}#mask"))
+        features.append(_feature(geometry, "annotation", label, (0, 160, 160), geojson_id(result, "mask")))
     return {"type": "FeatureCollection", "features": features}
 
 
-def _cell_geometry(cell: "Cell") -> dict[str, Any]:
-    if cell.mask is not None and cell.mask.any():
-        left, top = cell.origin
-        polygons = [
-            [[[x + left, y + top] for x, y in ring] for ring in polygon] for polygon in mask_polygons(cell.mask)
-        ]
-        if len(polygons) == 1:
-            return {"type": "Polygon", "coordinates": polygons[0]}
-        return {"type": "MultiPolygon", "coordinates": polygons}
+def outline(cell: "Cell") -> list[list[list[list[float]]]]:
+    """The polygons of a cell's mask in pixels of the image, none where it has no mask or an empty one."""
+    if cell.mask is None:
+        return []
+    left, top = cell.origin
+    return [[[[x + left, y + top] for x, y in ring] for ring in polygon] for polygon in mask_polygons(cell.mask)]
+
+
+def box_ring(cell: "Cell") -> list[list[float]]:
+    """The corners of a cell's box, the first one twice."""
     x_min, y_min, x_max, y_max = cell.box
-    corners = [[x_min, y_min], [x_max, y_min], [x_max, y_max], [x_min, y_max], [x_min, y_min]]
-    return {"type": "Polygon", "coordinates": [corners]}
+    return [[x_min, y_min], [x_max, y_min], [x_max, y_max], [x_min, y_max], [x_min, y_min]]
+
+
+def _geometry(polygons: list[list[list[list[float]]]]) -> dict[str, Any]:
+    if len(polygons) == 1:
+        return {"type": "Polygon", "coordinates": polygons[0]}
+    return {"type": "MultiPolygon", "coordinates": polygons}
+
+
+def geojson_id(result: "SmearResult", part: int | str) -> str:
+    """Id of a cell, by its number, or of the mask, as a QuPath object: a UUID, the same each time."""
+    identity = f"{result.image}#{part}".encode("utf-8", "backslashreplace").decode()
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, identity))
 
 
 def _feature(
     geometry: dict[str, Any], object_type: str, label: str, color: Sequence[int], identity: str, **properties: Any
 ) -> dict[str, Any]:
-    """A QuPath object. Its id is a UUID, as QuPath wants, and the same each time for the same object."""
-    identity = identity.encode("utf-8", "backslashreplace").decode()
     return {
         "type": "Feature",
-        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, identity)),
+        "id": identity,
         "geometry": geometry,
         "properties": {
             "objectType": object_type,
@@ -181,105 +212,178 @@ def _feature(
     }
 
 
-def rle_encode(mask: np.ndarray) -> dict[str, Any]:
-    """Uncompressed COCO run lengths of a mask.
+def label_image(result: "SmearResult") -> np.ndarray:
+    """See [`SmearResult.to_labels`]."""
+    if result.width * result.height > MOST_LABEL_PIXELS:
+        raise RequestError(
+            f"{result.image or 'image'}: an image of instances would have {result.width} x {result.height} pixels, more than "
+            f"{MOST_LABEL_PIXELS:,}. Use GeoJSON."
+        )
+    largest = max((cell.id for cell in result.cells), default=0)
+    labels = np.zeros((result.height, result.width), dtype=np.uint16 if largest < 1 << 16 else np.uint32)
+    for cell in sorted(result.cells, key=lambda cell: -cell.score):
+        part, inside = cell_part(labels, cell)
+        part[inside & (part == 0)] = cell.id
+    return labels
+
+
+def cell_part(image: np.ndarray, cell: "Cell") -> tuple[np.ndarray, np.ndarray]:
+    """The part of an image [h, w] that a cell's box covers, as a view, and which of its pixels are the cell's: those of its
+    mask, all without one."""
+    left, top = cell.origin
+    right, bottom = (int(np.ceil(side)) for side in cell.box[2:])
+    part = image[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
+    inside = np.ones((bottom - top, right - left), dtype=bool) if cell.mask is None else cell.mask
+    return part, inside[max(-top, 0) :, max(-left, 0) :][: part.shape[0], : part.shape[1]]
+
+
+def labels_suffix(labels: np.ndarray) -> str:
+    """`.png`, or `.tif` for what a PNG does not hold: more than 16 bits."""
+    return ".png" if labels.dtype == np.uint16 else ".tif"
+
+
+def write_labels(labels: np.ndarray, file: Any) -> None:
+    """Writes an image of instances as 16-bit PNG, or as 32-bit TIFF.
 
     Args:
-        mask (`np.ndarray`): [h, w], nonzero inside.
+        labels (`np.ndarray`): uint16 or uint32 [h, w].
+        file (`IO[bytes]`): To write to.
+    """
+    from PIL import Image
+
+    image = Image.fromarray(labels if labels.dtype == np.uint16 else labels.astype(np.int32))
+    image.save(file, "PNG" if labels.dtype == np.uint16 else "TIFF", compression="tiff_lzw")
+
+
+def roi_name(number: int, label: str) -> str:
+    """Name of a cell as a ROI: its number and class. Characters that ImageJ's files do not hold are replaced."""
+    text = "".join(each if ord(each) < 1 << 16 else "?" for each in printable(label))
+    return f"{number} {text}"
+
+
+def imagej(result: "SmearResult") -> bytes:
+    """See [`SmearResult.to_imagej`]."""
+    roifile = import_roifile()
+    if max(result.width, result.height) > LARGEST_ROI:
+        raise RequestError(
+            f"{result.image or 'image'}: ImageJ's ROIs reach to {LARGEST_ROI} pixels, and the image has {result.width} x "
+            f"{result.height}. Use GeoJSON."
+        )
+    colors = class_colors(result.counts)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for cell in result.cells:
+            roi = _roi(cell, roifile)
+            roi.name = roi_name(cell.id, cell.label)
+            roi.stroke_color = bytes([255, *colors[cell.label]])
+            stored = {"box": cell.box, "label": cell.label, "score": cell.score, "attributes": cell.attributes}
+            # As text without a line end, which would end a property.
+            roi.props = f"{ROI_KEY}: {json.dumps(stored)}\n"
+            file = "".join(each if each.isalnum() or each in " -_" else "_" for each in roi.name)[:80]
+            # Dated as zip files are without a date: the same result is the same bytes.
+            archive.writestr(zipfile.ZipInfo(f"{file}.roi"), roi.tobytes(), zipfile.ZIP_DEFLATED)
+    return packed.getvalue()
+
+
+def _roi(cell: "Cell", roifile: Any) -> Any:
+    rings = [ring[:-1] for polygon in outline(cell) for ring in polygon]
+    if len(rings) == 1:
+        roi = roifile.ImagejRoi.frompoints(np.asarray(rings[0]))
+        roi.roitype = roifile.ROI_TYPE.TRACED
+        return roi
+    x_min, y_min, x_max, y_max = cell.box
+    roi = roifile.ImagejRoi(roitype=roifile.ROI_TYPE.RECT, left=cell.origin[0], top=cell.origin[1])
+    roi.right, roi.bottom = int(np.ceil(x_max)), int(np.ceil(y_max))
+    if rings:
+        # A path: go to (0), lines to (1), close (4).
+        path = [[(0.0, *ring[0]), *((1.0, *point) for point in ring[1:]), (4.0,)] for ring in rings]
+        roi.multi_coordinates = np.array([value for ring in path for step in ring for value in step], dtype=np.float32)
+        roi.shape_roi_size = len(roi.multi_coordinates)
+    else:
+        roi.options = roifile.ROI_OPTIONS.SUB_PIXEL_RESOLUTION
+        roi.xd, roi.yd, roi.widthd, roi.heightd = x_min, y_min, x_max - x_min, y_max - y_min
+    return roi
+
+
+def import_roifile() -> Any:
+    """The package that reads and writes ImageJ's ROIs."""
+    try:
+        import roifile
+    except ImportError as error:
+        raise PackageMissingError("ROIs of ImageJ need the extra `imagej`: pip install 'unihema[imagej]'.") from error
+    return roifile
+
+
+def supervision_detections(result: "SmearResult") -> "supervision.Detections":
+    """See [`SmearResult.to_supervision`]."""
+    try:
+        import supervision
+    except ImportError as error:
+        raise PackageMissingError("supervision is not installed: pip install 'unihema[supervision]'.") from error
+    names, cells = list(result.counts), result.cells
+    masks = None
+    if cells and all(cell.mask is not None for cell in cells):
+        if len(cells) * result.height * result.width > MOST_DENSE_MASKS:
+            raise RequestError(
+                f"{result.image or 'image'}: supervision holds a mask of {result.width} x {result.height} pixels for each of "
+                f"{len(cells)} cells, more than {MOST_DENSE_MASKS >> 30} GB. Take the masks off the cells, or use COCO."
+            )
+        masks = np.zeros((len(cells), result.height, result.width), dtype=bool)
+        for mask, cell in zip(masks, cells, strict=True):
+            part, inside = cell_part(mask, cell)
+            part[...] = inside
+    return supervision.Detections(
+        xyxy=np.array([cell.box for cell in cells], dtype=np.float64).reshape(-1, 4),
+        mask=masks,
+        confidence=np.array([cell.score for cell in cells], dtype=np.float64),
+        class_id=np.array([names.index(cell.label) for cell in cells], dtype=np.int64),
+        data={
+            "class_name": np.array([cell.label for cell in cells], dtype=str),
+            "cell_id": np.array([cell.id for cell in cells], dtype=np.int64),
+            **{
+                name: np.array([cell.attributes.get(name, {}).get("value", "") for cell in cells], dtype=str)
+                for name in dict.fromkeys(name for cell in cells for name in cell.attributes)
+            },
+        },
+    )
+
+
+def as_file(result: "SmearResult", form: str) -> tuple[str, bytes]:
+    """A result as the file of another program.
+
+    Args:
+        result ([`SmearResult`]): The result.
+        form (`str`): One of `FORMATS`.
 
     Returns:
-        `dict`: {"size": [h, w], "counts": lengths of the runs of zeros and ones in turn, column by column}.
-    """
-    flat = np.asarray(mask).astype(bool).ravel(order="F")
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    counts = np.diff(np.concatenate(([0], changes, [flat.size]))).tolist()
-    if flat.size and flat[0]:
-        counts = [0, *counts]
-    return {"size": [int(side) for side in np.shape(mask)], "counts": counts}
-
-
-def rle_decode(code: dict[str, Any]) -> np.ndarray:
-    """The mask of `rle_encode`, uint8 [h, w].
+        `tuple[str, bytes]`: Ending of the file's name, and its content.
 
     Raises:
-        ValueError: The runs do not add up to the size.
+        RequestError: The image is too large for the form.
+        PackageMissingError: The form needs an extra.
     """
-    height, width = code["size"]
-    counts = np.asarray(code["counts"], dtype=np.int64)
-    if counts.sum() != height * width:
-        raise InputError(f"Mask runs add up to {counts.sum()} pixels, but its size is {height} x {width}.")
-    values = np.arange(len(counts), dtype=np.uint8) % 2
-    return np.repeat(values, counts).reshape((height, width), order="F")
-
-
-def mask_polygons(mask: np.ndarray) -> list[list[list[list[int]]]]:
-    """The connected regions of a mask as GeoJSON polygons along pixel edges.
-
-    Args:
-        mask (`np.ndarray`): [h, w], nonzero inside; pixels that touch at a corner only are apart.
-
-    Returns:
-        `list`: Polygons; each a list of closed rings, the outer one first; each ring a list of [x, y].
-    """
-    from scipy import ndimage
-
-    regions, _ = ndimage.label(np.asarray(mask).astype(bool))
-    polygons = []
-    for number, (rows, columns) in enumerate(ndimage.find_objects(regions), 1):
-        rings = _rings(regions[rows, columns] == number)
-        rings.sort(key=_signed_area, reverse=True)
-        polygons.append([[[x + columns.start, y + rows.start] for x, y in ring] for ring in rings])
-    return polygons
-
-
-def _signed_area(ring: list[tuple[int, int]]) -> float:
-    """Area with the sign of the ring's direction: positive for an outer ring of `_rings`, negative for a hole."""
-    return sum(x1 * y2 - x2 * y1 for (x1, y1), (x2, y2) in zip(ring, ring[1:], strict=False)) / 2
-
-
-def _rings(mask: np.ndarray) -> list[list[tuple[int, int]]]:
-    """Closed rings along the pixel edges of one region, its pixels on the right of the way."""
-    padded = np.pad(mask, 1)
-    inside, above, left = padded[1:, 1:], padded[:-1, 1:], padded[1:, :-1]
-    moves: dict[tuple[int, int], set[tuple[int, int]]] = {}
-    for starts, shift, step in (
-        (inside & ~above, (0, 0), (1, 0)),  # top edge, eastwards
-        (~inside & above, (1, 0), (-1, 0)),  # bottom edge, westwards
-        (inside & ~left, (0, 1), (0, -1)),  # left edge, northwards
-        (~inside & left, (0, 0), (0, 1)),  # right edge, southwards
-    ):
-        for y, x in np.argwhere(starts).tolist():
-            moves.setdefault((x + shift[0], y + shift[1]), set()).add(step)
-    rings = []
-    while moves:
-        point = start = next(iter(moves))
-        step = next(iter(moves[start]))
-        ring = [start]
-        while True:
-            moves[point].discard(step)
-            if not moves[point]:
-                del moves[point]
-            point = (point[0] + step[0], point[1] + step[1])
-            if point == start and not (point in moves and (-step[1], step[0]) in moves[point]):
-                break
-            right = (-step[1], step[0])
-            # Where two regions of the background or the mask meet at a corner, the right turn stays at the same pixel.
-            following = right if right in moves[point] else next(iter(moves[point]))
-            if following != step:
-                ring.append(point)
-            step = following
-        rings.append([*ring, start])
-    return rings
+    if form == "geojson":
+        return ".geojson", json.dumps(geojson(result), ensure_ascii=False).encode()
+    if form == "coco":
+        return "_coco.json", json.dumps(coco(result, 1, 1)).encode()
+    if form == "imagej":
+        return "_rois.zip", imagej(result)
+    labels, file = label_image(result), io.BytesIO()
+    write_labels(labels, file)
+    return f"_labels{labels_suffix(labels)}", file.getvalue()
 
 
 __all__ = [
     "CELL_COLUMNS",
+    "FORMATS",
+    "as_file",
     "cell_columns",
     "cell_row",
     "coco",
     "geojson",
-    "mask_polygons",
-    "rle_decode",
-    "rle_encode",
+    "imagej",
+    "label_image",
+    "supervision_detections",
     "table_text",
+    "write_labels",
 ]

@@ -1,6 +1,6 @@
 """What an analysis of one image found: cells, counts, mask, answers, and how it was made."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,30 @@ from ..processing_unihema.class_names import (
     is_untyped_white_cell,
     is_white_cell,
 )
-from .export import cell_columns, cell_row, coco, geojson, rle_decode, rle_encode
+from ..processing_unihema.masks import rle_decode, rle_encode
+from .cell import (
+    MOST_MASK_PIXELS,
+    Cell,
+    checked,
+    has,
+    is_list,
+    is_mapping,
+    is_mask,
+    is_number,
+    is_side,
+    is_text,
+    or_none,
+)
+from .edits import UNCLASSIFIED, of_coco, of_geojson, of_imagej, of_labels
+from .export import cell_columns, cell_row, coco, geojson, imagej, label_image, supervision_detections
 from .overlay import draw_overlay
 
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas
+    import supervision
 
 
 FORMAT = 1
@@ -29,73 +47,7 @@ FORMAT = 1
 CROWDED = "queries found a cell"
 # Words of the warning that cells are not of the size that the model was trained on.
 OTHER_SIZE = "for the model than those it was trained on"
-# Of a stored result: texts (of an image's path, for one), pixels along a side, pixels of all masks together.
-LONGEST_TEXT, LARGEST_NUMBER, MOST_MASK_PIXELS = 8192, 10**9, 1 << 29
 MOST_CLASSES = 4096
-
-
-@dataclass
-class Cell:
-    """One cell of a field.
-
-    Args:
-        id (`int`): Number of the cell in its image, from 1, best score first.
-        box (`tuple[float, float, float, float]`): x_min, y_min, x_max, y_max in pixels of the image.
-        label (`str`): Class.
-        score (`float`): Detection score in 0..1; it is a ranking, not a calibrated probability.
-        attributes (`dict[str, dict]`): Attribute -> {"value": str, "score": float}.
-        mask (`np.ndarray`, *optional*): bool, the box's pixels from floor(x_min), floor(y_min) to ceil(x_max),
-            ceil(y_max).
-
-    Raises:
-        ValueError: The box is upside down, or the mask has not the box's size.
-    """
-
-    id: int
-    box: tuple[float, float, float, float]
-    label: str
-    score: float
-    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    mask: np.ndarray | None = None
-
-    def __post_init__(self) -> None:
-        x_min, y_min, x_max, y_max = (float(value) for value in self.box)
-        self.box = (x_min, y_min, x_max, y_max)
-        if x_max < x_min or y_max < y_min:
-            raise InputError(f"Cell {self.id}: box {self.box} must be x_min, y_min, x_max, y_max.")
-        if self.mask is not None:
-            left, top = self.origin
-            size = (int(np.ceil(y_max)) - top, int(np.ceil(x_max)) - left)
-            self.mask = np.asarray(self.mask, dtype=bool)
-            if self.mask.shape != size:
-                raise InputError(f"Cell {self.id}: mask of {self.mask.shape} for a box of {size} pixels.")
-
-    @property
-    def origin(self) -> tuple[int, int]:
-        """Pixel (x, y) of the image where the mask's first pixel lies."""
-        return int(np.floor(self.box[0])), int(np.floor(self.box[1]))
-
-    @property
-    def center(self) -> tuple[float, float]:
-        """x, y of the box's centre in pixels."""
-        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
-
-    def to_dict(self) -> dict[str, Any]:
-        """The cell as JSON types; the mask as a run-length code."""
-        out = {"id": self.id, "box": list(self.box), "label": self.label, "score": self.score}
-        if self.attributes:
-            out["attributes"] = self.attributes
-        if self.mask is not None:
-            out["mask"] = rle_encode(self.mask)
-        return out
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Cell":
-        """The cell that `to_dict` wrote."""
-        values = _checked(values, _CELL, "a cell")
-        if values.get("mask") is not None:
-            values["mask"] = rle_decode(values["mask"]).astype(bool)
-        return cls(**values)
 
 
 @dataclass
@@ -124,6 +76,9 @@ class SmearResult:
         um_per_pixel (`float`, *optional*): Size of a pixel of the image in micrometres.
         um_source (`str`, *optional*): Where that comes from: given, from the file, or estimated.
         warnings (`list[str]`): What a reader of the counts must know, such as a reached query cap.
+        changes (`list[dict]`): What a person changed in another program (`with_geojson` and its like): number of the `cell`,
+            `what` (`added`, `deleted`, `class`, `shape`, `score`, or `attribute` and its name), and the text `before` and
+            `after`, where there is one.
         provenance (`dict`): Versions, checkpoint, SHA-256 of the weights, thresholds and settings.
     """
 
@@ -142,6 +97,7 @@ class SmearResult:
     um_per_pixel: float | None = None
     um_source: str | None = None
     warnings: list[str] = field(default_factory=list)
+    changes: list[dict[str, Any]] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -196,6 +152,7 @@ class SmearResult:
             "um_per_pixel": self.um_per_pixel,
             "um_source": self.um_source,
             "warnings": self.warnings,
+            "changes": self.changes,
             "provenance": self.provenance,
         }
 
@@ -214,9 +171,9 @@ class SmearResult:
         # Its name in older results.
         if "familiarity" in values:
             values = {("out_of_distribution" if name == "familiarity" else name): of for name, of in values.items()}
-        values = _checked(values, _RESULT, "a result")
+        values = checked(values, _RESULT, "a result")
         masks = [cell["mask"] for cell in values["cells"] if isinstance(cell, dict) and cell.get("mask")]
-        if sum(np.prod(mask["size"]) for mask in [*masks, values["mask"]] if _is_mask(mask)) > MOST_MASK_PIXELS:
+        if sum(np.prod(mask["size"]) for mask in [*masks, values["mask"]] if is_mask(mask)) > MOST_MASK_PIXELS:
             raise InputError(f"The masks of a result have more than {MOST_MASK_PIXELS:,} pixels together.")
         derived = {"format", "counts", "differential", "cells", "mask"}
         return cls(
@@ -226,7 +183,7 @@ class SmearResult:
         )
 
     def to_coco(self, image_id: int = 1, first_annotation_id: int = 1) -> dict[str, Any]:
-        """A COCO detection dataset of this one image, with scores and attributes.
+        """A COCO detection dataset of this one image, with masks as run lengths, scores and attributes.
 
         Args:
             image_id (`int`): Id of the image.
@@ -235,8 +192,92 @@ class SmearResult:
         return coco(self, image_id, first_annotation_id)
 
     def to_geojson(self) -> dict[str, Any]:
-        """A GeoJSON FeatureCollection that QuPath opens: cells as detections, the mask as an annotation."""
+        """A GeoJSON FeatureCollection that QuPath opens: cells as detections, outlined where they have masks, with classes and
+        measurements; the mask of the image as an annotation."""
         return geojson(self)
+
+    def to_labels(self) -> np.ndarray:
+        """The cells as an image of instances: uint16 [h, w] (uint32 above 65 535), the number of the cell whose pixel it is, 0
+        for none. A cell without a mask fills its box; where cells overlap, the pixel is of the best score.
+
+        Raises:
+            RequestError: The image is too large.
+        """
+        return label_image(self)
+
+    def to_imagej(self) -> bytes:
+        """The cells as a zip file of ImageJ's ROIs, outlined where they have masks. Needs the extra `imagej`.
+
+        Raises:
+            PackageMissingError: roifile is not installed.
+            RequestError: The image is larger than ImageJ's coordinates.
+        """
+        return imagej(self)
+
+    def to_supervision(self) -> "supervision.Detections":
+        """The cells for the package supervision, masks too where all have one. Needs the extra `supervision`.
+
+        Raises:
+            PackageMissingError: supervision is not installed.
+            RequestError: The masks, each as large as the image, would take too much memory.
+        """
+        return supervision_detections(self)
+
+    def with_geojson(self, source: "str | Path | dict[str, Any] | list[Any]") -> "SmearResult":
+        """This result with the cells of a GeoJSON file, as QuPath exports it after a person changed them.
+
+        A cell that is as `to_geojson` wrote it stays as it is, to the last bit. What is new, gone or different is in `changes`
+        of the new result; this one is left as it is. An outline becomes the pixels whose centre lies inside; a rectangle that
+        a person drew is a box without a mask. Annotations without a class are passed over.
+
+        Args:
+            source (`str`, `Path`, `dict` or `list`): The file, or its content.
+
+        Raises:
+            InputError: It is no such file; the message names file and entry.
+        """
+        return of_geojson(self, source)
+
+    def with_coco(self, source: "str | Path | dict[str, Any]") -> "SmearResult":
+        """This result with the cells that a COCO file has of its image; see `with_geojson`.
+
+        Masks may be run lengths, compressed or not, or polygons. Of several images that of the result's name is read. Crowds
+        are passed over.
+
+        Args:
+            source (`str`, `Path` or `dict`): The file, or its content.
+
+        Raises:
+            InputError: It is no such file; the message names file and entry.
+        """
+        return of_coco(self, source)
+
+    def with_labels(self, source: "str | Path | np.ndarray", label: str = UNCLASSIFIED) -> "SmearResult":
+        """This result with the cells of an image of instances; see `with_geojson`.
+
+        Args:
+            source (`str`, `Path` or `np.ndarray`): PNG or TIFF, or whole numbers [h, w]: the number of the cell whose pixel it
+                is, 0 for none. Other numbers are new cells.
+            label (`str`): Class of new cells, which such an image does not say.
+
+        Raises:
+            InputError: It cannot be read, or is not of the image's size.
+        """
+        return of_labels(self, source, label)
+
+    def with_imagej(self, source: "str | Path") -> "SmearResult":
+        """This result with the cells of a zip file of ImageJ's ROIs; see `with_geojson`. Needs the extra `imagej`.
+
+        The name of a ROI is the number of a cell and its class, as in `3 neutrophil`; of a new one its class alone.
+
+        Args:
+            source (`str` or `Path`): The file.
+
+        Raises:
+            InputError: It is no such file; the message names file and entry.
+            PackageMissingError: roifile is not installed.
+        """
+        return of_imagej(self, source)
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """A row a cell: box, centre and size in pixels, class, score, attributes (the columns of `cells.csv`)."""
@@ -258,103 +299,34 @@ class SmearResult:
         return draw_overlay(self, image)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= LONGEST_TEXT
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
-
-
-def _is_side(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_NUMBER
-
-
-def _is_mask(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() == {"size", "counts"}
-        and isinstance(value["size"], list)
-        and len(value["size"]) == 2
-        and all(isinstance(side, int) and 0 <= side <= LARGEST_NUMBER for side in value["size"])
-        and isinstance(value["counts"], list)
-        and all(isinstance(count, int) and 0 <= count <= LARGEST_NUMBER**2 for count in value["counts"])
-    )
-
-
-def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or check(value)
-
-
-def _is_list(check: Callable[[Any], bool], most: int = LARGEST_NUMBER) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and len(value) <= most and all(map(check, value))
-
-
-def _has(**checks: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Checks a dictionary with these keys."""
-    return lambda value: (
-        isinstance(value, dict)
-        and value.keys() == checks.keys()
-        and all(check(value[name]) for name, check in checks.items())
-    )
-
-
-def _is_mapping(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(map(_is_text, value)) and all(map(check, value.values()))
-
-
 def _is_tiling(value: Any) -> bool:
-    known = {"tiles": _is_side, "tile": _is_list(_is_side, 2), "scale": _is_number, "scale_source": _is_text}
+    known = {"tiles": is_side, "tile": is_list(is_side, 2), "scale": is_number, "scale_source": is_text}
     # Of a checkpoint that does not say how large its cells are there is no size of a pixel.
-    optional = {"um_per_pixel": _is_number, "empty": _is_side, "unreadable": _is_side}
+    optional = {"um_per_pixel": is_number, "empty": is_side, "unreadable": is_side}
     known |= {name: check for name, check in optional.items() if isinstance(value, dict) and name in value}
-    return _has(**known)(value)
+    return has(**known)(value)
 
 
-def _checked(values: Any, checks: Mapping[str, Callable[[Any], bool]], what: str) -> dict[str, Any]:
-    """The fields of something that was stored.
-
-    Raises:
-        InputError: A field is missing, unknown, or of a value that is never written.
-    """
-    if not isinstance(values, dict):
-        raise InputError(f"{what} is stored as a dictionary, not as {shortened(repr(values), 60)}.")
-    # Older results lack some of these.
-    optional = {"attributes", "mask", "class_parents", "out_of_distribution", "tiling", "um_per_pixel", "um_source"}
-    for name in (*values, *(name for name in checks if name not in values and name not in optional)):
-        if name not in checks or name not in values or not checks[name](values[name]):
-            shown = shortened(repr(values.get(name, "missing")), 60)
-            raise InputError(f"{what} whose {shortened(repr(name), 60)} is {shown}: analyse the image again.")
-    return dict(values)
-
-
-_CELL = {
-    "id": _is_side,
-    "box": lambda value: _is_list(_is_number, 4)(value) and len(value) == 4,
-    "label": _is_text,
-    "score": _is_number,
-    "attributes": _is_mapping(_has(value=_is_text, score=_is_number)),
-    "mask": _or_none(_is_mask),
-}
 _RESULT = {
-    "format": _is_side,
-    "image": _or_none(_is_text),
-    "width": _is_side,
-    "height": _is_side,
-    "counts": _is_mapping(_is_number),
-    "differential": _is_mapping(_is_number),
-    "classes": _is_list(_is_text, MOST_CLASSES),
-    "class_parents": _is_mapping(_is_text),
+    "format": is_side,
+    "image": or_none(is_text),
+    "width": is_side,
+    "height": is_side,
+    "counts": is_mapping(is_number),
+    "differential": is_mapping(is_number),
+    "classes": is_list(is_text, MOST_CLASSES),
+    "class_parents": is_mapping(is_text),
     "cells": lambda value: isinstance(value, list),
-    "mask": _or_none(_is_mask),
-    "mask_label": _or_none(_is_text),
-    "single_cell": _or_none(_has(label=_is_text, score=_is_number)),
-    "answers": _is_list(_has(question=_is_text, answer=_is_text)),
-    "out_of_distribution": _or_none(_has(distance=_is_number, limit=_is_number, nearest=_is_text)),
-    "tiling": _or_none(_is_tiling),
-    "um_per_pixel": _or_none(_is_number),
-    "um_source": _or_none(_is_text),
-    "warnings": _is_list(_is_text),
+    "mask": or_none(is_mask),
+    "mask_label": or_none(is_text),
+    "single_cell": or_none(has(label=is_text, score=is_number)),
+    "answers": is_list(has(question=is_text, answer=is_text)),
+    "out_of_distribution": or_none(has(distance=is_number, limit=is_number, nearest=is_text)),
+    "tiling": or_none(_is_tiling),
+    "um_per_pixel": or_none(is_number),
+    "um_source": or_none(is_text),
+    "warnings": is_list(is_text),
+    "changes": is_list(has(cell=is_side, what=is_text, before=or_none(is_text), after=or_none(is_text))),
     "provenance": lambda value: isinstance(value, dict),
 }
 

@@ -13,8 +13,8 @@ from unihema.errors import RequestError, UnreadableImageError
 from unihema.files import OpenedImage
 from unihema.processing_unihema.class_names import cell_kind, is_untyped_white_cell, is_white_cell
 from unihema.processing_unihema.image_io import MAX_PIXELS
+from unihema.processing_unihema.masks import rle_decode, rle_encode
 from unihema.processing_unihema.post_processing import NMS_IOU, NMS_WITHIN
-from unihema.results.export import rle_decode, rle_encode
 from unihema.results.smear_result import CROWDED, OTHER_SIZE, Cell, SmearResult
 from unihema.slides import ImageRegions, RegionSource, UnreadableRegionError
 

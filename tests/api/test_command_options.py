@@ -5,7 +5,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from unihema.modeling_unihema import tasks
-from unihema_cli import options
+from unihema.results import export
+from unihema_cli import analyse, options
 
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,10 @@ def test_a_setting_has_its_own_name_and_help():
 
 def test_tasks_are_those_of_the_table():
     assert tuple(tasks.TASK_TABLE) == options.TASKS
+
+
+def test_formats_are_those_of_the_results():
+    assert export.FORMATS == analyse.FORMATS
 
 
 def test_help_is_plain_text():

@@ -89,7 +89,7 @@ def images(tmp_path, monkeypatch):
 def test_images_of_any_name_have_files_and_a_row_of_their_own(analyzer, images, tmp_path):
     results = tmp_path / "results"
     for _ in range(2):
-        report = analyzer.analyze_files(NAMES, results, geojson=True)
+        report = analyzer.analyze_files(NAMES, results, formats=["geojson"])
         assert report.failed == {} and report.images == len(NAMES)
     assert len(report.skipped) == len(NAMES)
     whole = json.loads((results / "results.json").read_text(encoding="utf-8"))

@@ -153,7 +153,7 @@ def test_tables_and_records_agree(analyzer, draw, tmp_path):
     results = tmp_path / "results"
     seen = []
     report = analyzer.analyze_files(
-        [tmp_path / "images"], results, questions=["What is it?"], geojson=True,
+        [tmp_path / "images"], results, questions=["What is it?"], formats=["geojson"],
         on_image=lambda *call: seen.append(call),
     )  # fmt: skip
     assert [(number, total, path.name) for number, total, path, _ in seen] == [(1, 1, "a.png")]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from unihema.results.export import mask_polygons, rle_decode, rle_encode
+from unihema.processing_unihema.masks import mask_polygons, rle_decode, rle_encode
 
 
 def masks():

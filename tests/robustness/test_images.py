@@ -55,7 +55,7 @@ def lab(tmp_path_factory):
     checkpoint = save_tiny_checkpoint(place / "unihema")
     analyzer = Analyzer.from_pretrained(checkpoint, device="cpu")
     lay_down(place / "images", images())
-    analyzer.analyze_files([place / "images"], place / "out", geojson=True)
+    analyzer.analyze_files([place / "images"], place / "out", formats=["geojson"])
     found = results(place / "out")["images"]
     return Lab(checkpoint, analyzer, {Path(entry["image"]).name: without_place(entry) for entry in found})
 
@@ -135,7 +135,7 @@ def test_folders_of_damaged_images(lab, data, names, batch):
     changes = data.draw(changed_folder(files, kinds=KINDS))
 
     def attempt(folder, out):
-        report = lab.analyzer.analyze_files([folder], out / "results", geojson=True, batch_size=batch)
+        report = lab.analyzer.analyze_files([folder], out / "results", formats=["geojson"], batch_size=batch)
         listed = [path for path in folder.iterdir() if not path.is_dir()]
         check_folder(out / "results", listed, lab.alone, {change.name for change in changes}, batch == 1)
         assert report.images == len(results(out / "results")["images"])
@@ -151,7 +151,9 @@ def test_files_of_any_name(lab, named):
     files = {name: b"no image" if of is None else images()[of] for name, of in named}
 
     def attempt(folder, out):
-        said = command("predict", lab.checkpoint, "-o", out / "results", "--geojson", "--device", "cpu", "--", folder)
+        said = command(
+            "predict", lab.checkpoint, "-o", out / "results", "--format", "geojson", "--device", "cpu", "--", folder
+        )
         kept = set(said) - set("\n\r\t")
         assert not any(unicodedata.category(each) in ("Cc", "Cs") or each == "\u202e" for each in kept), said
         # Hidden ones are not listed; a folder without others is named itself.

@@ -93,7 +93,7 @@ def command(*arguments: object) -> None:
 
 
 def predict(given: Path, folder: Path) -> None:
-    command("predict", given / "checkpoint", given / "images", "-o", folder, "--geojson")
+    command("predict", given / "checkpoint", given / "images", "-o", folder, "--format", "geojson")
 
 
 def slide(given: Path, folder: Path) -> None:

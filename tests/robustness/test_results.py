@@ -79,7 +79,7 @@ class Made:
         self.results, self.figures = files_of(place / "results"), files_of(place / "figures")
 
     def predict(self, out: Path) -> None:
-        command("predict", self.checkpoint, self.images, "-o", out, "--geojson", "--device", "cpu")
+        command("predict", self.checkpoint, self.images, "-o", out, "--format", "geojson", "--device", "cpu")
 
     def evaluate(self, out: Path) -> None:
         command("evaluate", self.checkpoint, self.data, "-o", out, "--task", "detection", "--bootstrap", "2")
