@@ -32,6 +32,8 @@ WHITE_CELL = (0.8, 3.0)
 SHAPE = 4 / 3
 # Overlap on each side of a tile's core, in diameters of a red cell.
 MARGIN = 0.6
+# How far outside a tile's core the centre of a cell may be that two tiles disagree on, in diameters of a red cell.
+REACH = 0.3
 # Places of an image that are looked at to find its scale, as shares of its width and height.
 PLACES = ((0.5, 0.5), (0.25, 0.3), (0.75, 0.7))
 # How many times as many red cells another scale must show: where those of the first look are too small, and where it saw few.
@@ -494,9 +496,9 @@ def merged(
 ) -> list[Cell]:
     """The cells of all tiles, in pixels of the image, each once, best score first.
 
-    A cell is that of the tile whose core holds its centre. Near a seam two tiles may disagree on the centre: cells a little
-    outside the core are taken as well, and of cells of one kind that overlap, as in one field, that which is whole is kept,
-    then the better one.
+    A cell is that of the tile whose core holds its centre: what another tile sees there and this one does not is no cell. Near
+    a seam the two may disagree on the centre, so that each takes it for the other's: then it counts as well. Of what two
+    tiles show of one cell, that which is whole is kept, then the better one; where both are cut, a box around both.
 
     Args:
         tiles (`Sequence[Tile]`): The tiles.
@@ -504,27 +506,43 @@ def merged(
         parents (`dict[str, str]`): Class -> coarser class.
         diameter (`float`): Of a red cell, in pixels.
     """
-    cells, owners, cut_off = [], [], []
+    width, height = max(tile.core[2] for tile in tiles), max(tile.core[3] for tile in tiles)
+    reach = REACH * diameter
+    cells, owners, cut_off, own = [], [], [], []
     for number, (tile, of_tile) in enumerate(zip(tiles, found, strict=True)):
         left, top, right, bottom = tile.box
         for cell in of_tile:
             x_min, y_min, x_max, y_max = (a + b for a, b in zip(cell.box, (left, top, left, top)))
             x, y = (x_min + x_max) / 2, (y_min + y_max) / 2
-            reach = 0.3 * diameter
-            if not (
-                tile.core[0] - reach <= x < tile.core[2] + reach and tile.core[1] - reach <= y < tile.core[3] + reach
-            ):
+            beyond = max(tile.core[0] - x, x - tile.core[2], tile.core[1] - y, y - tile.core[3])
+            # A tile may be larger than the image: around it there is nothing to see.
+            box = max(x_min, 0), max(y_min, 0), min(x_max, width), min(y_max, height)
+            if beyond > reach or box[0] >= box[2] or box[1] >= box[3]:
                 continue
-            touches = x_min <= left + 1 or y_min <= top + 1 or x_max >= right - 1 or y_max >= bottom - 1
-            cells.append(replace(cell, box=(x_min, y_min, x_max, y_max)))
+            cells.append(_with_box(replace(cell, box=(x_min, y_min, x_max, y_max)), box))
             owners.append(number)
-            cut_off.append(touches)
-    kept = _once(cells, owners, cut_off, parents)
+            # What the image's edge cuts is as whole as it can be.
+            cut_off.append(
+                0 < left >= x_min - 1 or 0 < top >= y_min - 1 or width > right <= x_max + 1 or height > bottom <= y_max + 1
+            )
+            own.append(tile.core[0] <= x < tile.core[2] and tile.core[1] <= y < tile.core[3])
+    kept = _once(cells, owners, cut_off, own, parents)
     kept.sort(key=lambda cell: -cell.score)
     return [replace(cell, id=number) for number, cell in enumerate(kept, 1)]
 
 
-def _once(cells: list[Cell], owners: list[int], cut_off: list[bool], parents: dict[str, str]) -> list[Cell]:
+def _once(
+    cells: list[Cell], owners: list[int], cut_off: list[bool], own: list[bool], parents: dict[str, str]
+) -> list[Cell]:
+    """Of cells of one kind that overlap, as in one field, but come from different tiles, the best.
+
+    Args:
+        cells (`list[Cell]`): Cells of all tiles, in pixels of the image.
+        owners (`list[int]`): Of each, the number of its tile.
+        cut_off (`list[bool]`): Whether it touches an edge of its tile beyond which the image goes on.
+        own (`list[bool]`): Whether its tile's core holds its centre. Where not, it counts if a second tile saw it.
+        parents (`dict[str, str]`): Class -> coarser class.
+    """
     from scipy.spatial import cKDTree
 
     if not cells:
@@ -537,9 +555,11 @@ def _once(cells: list[Cell], owners: list[int], cut_off: list[bool], parents: di
     rank = {cell: place for place, cell in enumerate(order)}
     tree = cKDTree(centres)
     gone: set[int] = set()
+    kept = []
     for i in order:
         if i in gone:
             continue
+        box, counts = boxes[i], own[i]
         for j in tree.query_ball_point(centres[i], float(sizes[i].max())):
             if j == i or j in gone or owners[i] == owners[j] or kinds[i] != kinds[j] or rank[j] < rank[i]:
                 continue
@@ -548,7 +568,26 @@ def _once(cells: list[Cell], owners: list[int], cut_off: list[bool], parents: di
             areas = float(np.prod(sizes[i])), float(np.prod(sizes[j]))
             if overlap > NMS_IOU * (sum(areas) - overlap) or overlap > NMS_WITHIN * min(areas):
                 gone.add(j)
-    return [cell for i, cell in enumerate(cells) if i not in gone]
+                counts = True
+                if cut_off[i]:
+                    box = np.concatenate((np.minimum(box[:2], boxes[j, :2]), np.maximum(box[2:], boxes[j, 2:])))
+        if counts:
+            kept.append(_with_box(cells[i], tuple(box.tolist())))
+    return kept
+
+
+def _with_box(cell: Cell, box: tuple[float, float, float, float]) -> Cell:
+    """The cell with another box; of its mask what lies within."""
+    if cell.mask is None or box == cell.box:
+        return replace(cell, box=box)
+    left, top = math.floor(box[0]), math.floor(box[1])
+    mask = np.zeros((math.ceil(box[3]) - top, math.ceil(box[2]) - left), dtype=bool)
+    x, y = cell.origin[0] - left, cell.origin[1] - top
+    height, width = cell.mask.shape
+    rows, columns = slice(max(y, 0), max(y + height, 0)), slice(max(x, 0), max(x + width, 0))
+    part = mask[rows, columns]
+    part[:] = cell.mask[max(-y, 0) :, max(-x, 0) :][: part.shape[0], : part.shape[1]]
+    return replace(cell, box=box, mask=mask)
 
 
 def red_cell_diameter(cells: Sequence[Cell], width: float, height: float, parents: dict[str, str]) -> tuple[int, float]:
