@@ -22,8 +22,6 @@ from unihema.slides import ImageRegions, RegionSource, UnreadableRegionError
 # Mean diameter of a normal red cell on a smear (LAB: 6 to 8 micrometres), which tells the size of a pixel.
 RED_CELL_MICROMETRES = 7.2
 RED = "red blood cell"
-# How far the red cells of an image may be above the sizes of the training fields before it is seen at another scale.
-ABOVE = 1.1
 # Red cells by which a size can be told.
 FEW = 5
 # Diameters of white cells, in those of red ones.
@@ -653,8 +651,9 @@ def find_scale(
     longer = max(image.size)
     number, diameter = red_cell_diameter(first_look, *image.size, parents)
     diameter *= edge / longer
-    if number and diameter > known.high * ABOVE and not crowded:
-        return longer / edge * diameter / known.usual
+    if number and diameter > known.high * SAME_SCALE and not crowded:
+        # No further away than needed: the larger cells are, the better they are seen.
+        return longer / edge * diameter / known.high
     small = math.sqrt(known.low * known.usual)
     if number >= FEW and diameter >= small and not crowded or not number and longer < SMALL_PICTURE * edge:
         return None
