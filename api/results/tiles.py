@@ -21,24 +21,24 @@ from unihema.slides import ImageRegions, RegionSource, UnreadableRegionError
 
 # Mean diameter of a normal red cell on a smear (LAB: 6 to 8 micrometres), which tells the size of a pixel.
 RED_CELL_MICROMETRES = 7.2
-# How far the red cells of an image may be below and above the sizes of the training fields before it is seen at another scale.
-# Of cells that are too small a model finds the largest, and draws them too large: they look almost right.
-BELOW, ABOVE = 1.08, 1.1
-# Red cells by which a size can be told, and those of an image that is seen from further away.
-FEW, FEW_LARGE = 5, 3
+RED = "red blood cell"
+# Red cells by which a size can be told.
+FEW = 5
 # Diameters of white cells, in those of red ones.
 WHITE_CELL = (0.8, 3.0)
 # Width to height of a tile, as of most fields.
 SHAPE = 4 / 3
 # Overlap on each side of a tile's core, in diameters of a red cell.
 MARGIN = 0.6
+# How far outside a tile's core the centre of a cell may be that two tiles disagree on, in diameters of a red cell.
+REACH = 0.3
 # Places of an image that are looked at to find its scale, as shares of its width and height.
 PLACES = ((0.5, 0.5), (0.25, 0.3), (0.75, 0.7))
-# How many times as many red cells another scale must show: where those of the first look are too small, and where it saw few.
-MORE_OF_SMALL, MORE = 1.1, 1.5
+# How many times as much a closer look must show: where red cells of another size are seen, and where hardly any are.
+MORE_OF_SMALL, MORE_OF_USUAL, MORE = 1.1, 1.3, 1.5
 # Parts of an image that are looked at for its scale are smaller by this factor each time, down to this share of the input's edge.
 STEP, SMALLEST_PART = math.sqrt(2), 0.4
-# A picture whose longer edge is less than this many of the input's has its scale not searched where few red cells are found.
+# A picture whose longer edge is less than this many of the input's, with no red cell, may be a crop of one cell.
 SMALL_PICTURE = 1.5
 TILES_AT_ONCE = 4
 # Of a tile that micrometres ask for: its longer edge in pixels of the file, at least, and in that of the image, at most.
@@ -76,10 +76,6 @@ class KnownSize(NamedTuple):
     def um_per_pixel(self) -> float:
         """Size of a pixel of the model's input on the glass."""
         return RED_CELL_MICROMETRES / self.usual
-
-    def holds(self, diameter: float) -> bool:
-        """Whether cells of this diameter are about as large as in training."""
-        return self.low / BELOW <= diameter <= self.high * ABOVE
 
 
 @dataclass(frozen=True)
@@ -494,9 +490,9 @@ def merged(
 ) -> list[Cell]:
     """The cells of all tiles, in pixels of the image, each once, best score first.
 
-    A cell is that of the tile whose core holds its centre. Near a seam two tiles may disagree on the centre: cells a little
-    outside the core are taken as well, and of cells of one kind that overlap, as in one field, that which is whole is kept,
-    then the better one.
+    A cell is that of the tile whose core holds its centre: what another tile sees there and this one does not is no cell. Near
+    a seam the two may disagree on the centre, so that each takes it for the other's: then it counts as well. Of what two
+    tiles show of one cell, that which is whole is kept, then the better one; where both are cut, a box around both.
 
     Args:
         tiles (`Sequence[Tile]`): The tiles.
@@ -504,27 +500,46 @@ def merged(
         parents (`dict[str, str]`): Class -> coarser class.
         diameter (`float`): Of a red cell, in pixels.
     """
-    cells, owners, cut_off = [], [], []
+    width, height = max(tile.core[2] for tile in tiles), max(tile.core[3] for tile in tiles)
+    reach = REACH * diameter
+    cells, owners, cut_off, own = [], [], [], []
     for number, (tile, of_tile) in enumerate(zip(tiles, found, strict=True)):
         left, top, right, bottom = tile.box
         for cell in of_tile:
             x_min, y_min, x_max, y_max = (a + b for a, b in zip(cell.box, (left, top, left, top)))
             x, y = (x_min + x_max) / 2, (y_min + y_max) / 2
-            reach = 0.3 * diameter
-            if not (
-                tile.core[0] - reach <= x < tile.core[2] + reach and tile.core[1] - reach <= y < tile.core[3] + reach
-            ):
+            beyond = max(tile.core[0] - x, x - tile.core[2], tile.core[1] - y, y - tile.core[3])
+            # A tile may be larger than the image: around it there is nothing to see.
+            box = max(x_min, 0), max(y_min, 0), min(x_max, width), min(y_max, height)
+            if beyond > reach or box[0] >= box[2] or box[1] >= box[3]:
                 continue
-            touches = x_min <= left + 1 or y_min <= top + 1 or x_max >= right - 1 or y_max >= bottom - 1
-            cells.append(replace(cell, box=(x_min, y_min, x_max, y_max)))
+            cells.append(_with_box(replace(cell, box=(x_min, y_min, x_max, y_max)), box))
             owners.append(number)
-            cut_off.append(touches)
-    kept = _once(cells, owners, cut_off, parents)
+            # What the image's edge cuts is as whole as it can be.
+            cut_off.append(
+                0 < left >= x_min - 1
+                or 0 < top >= y_min - 1
+                or width > right <= x_max + 1
+                or height > bottom <= y_max + 1
+            )
+            own.append(tile.core[0] <= x < tile.core[2] and tile.core[1] <= y < tile.core[3])
+    kept = _once(cells, owners, cut_off, own, parents)
     kept.sort(key=lambda cell: -cell.score)
     return [replace(cell, id=number) for number, cell in enumerate(kept, 1)]
 
 
-def _once(cells: list[Cell], owners: list[int], cut_off: list[bool], parents: dict[str, str]) -> list[Cell]:
+def _once(
+    cells: list[Cell], owners: list[int], cut_off: list[bool], own: list[bool], parents: dict[str, str]
+) -> list[Cell]:
+    """Of cells of one kind that overlap, as in one field, but come from different tiles, the best.
+
+    Args:
+        cells (`list[Cell]`): Cells of all tiles, in pixels of the image.
+        owners (`list[int]`): Of each, the number of its tile.
+        cut_off (`list[bool]`): Whether it touches an edge of its tile beyond which the image goes on.
+        own (`list[bool]`): Whether its tile's core holds its centre. Where not, it counts if a second tile saw it.
+        parents (`dict[str, str]`): Class -> coarser class.
+    """
     from scipy.spatial import cKDTree
 
     if not cells:
@@ -537,9 +552,11 @@ def _once(cells: list[Cell], owners: list[int], cut_off: list[bool], parents: di
     rank = {cell: place for place, cell in enumerate(order)}
     tree = cKDTree(centres)
     gone: set[int] = set()
+    kept = []
     for i in order:
         if i in gone:
             continue
+        box, counts = boxes[i], own[i]
         for j in tree.query_ball_point(centres[i], float(sizes[i].max())):
             if j == i or j in gone or owners[i] == owners[j] or kinds[i] != kinds[j] or rank[j] < rank[i]:
                 continue
@@ -548,24 +565,62 @@ def _once(cells: list[Cell], owners: list[int], cut_off: list[bool], parents: di
             areas = float(np.prod(sizes[i])), float(np.prod(sizes[j]))
             if overlap > NMS_IOU * (sum(areas) - overlap) or overlap > NMS_WITHIN * min(areas):
                 gone.add(j)
-    return [cell for i, cell in enumerate(cells) if i not in gone]
+                counts = True
+                if cut_off[i]:
+                    box = np.concatenate((np.minimum(box[:2], boxes[j, :2]), np.maximum(box[2:], boxes[j, 2:])))
+        if counts:
+            kept.append(_with_box(cells[i], tuple(box.tolist())))
+    return kept
+
+
+def _with_box(cell: Cell, box: tuple[float, float, float, float]) -> Cell:
+    """The cell with another box; of its mask what lies within."""
+    if cell.mask is None or box == cell.box:
+        return replace(cell, box=box)
+    left, top = math.floor(box[0]), math.floor(box[1])
+    mask = np.zeros((math.ceil(box[3]) - top, math.ceil(box[2]) - left), dtype=bool)
+    x, y = cell.origin[0] - left, cell.origin[1] - top
+    height, width = cell.mask.shape
+    rows, columns = slice(max(y, 0), max(y + height, 0)), slice(max(x, 0), max(x + width, 0))
+    part = mask[rows, columns]
+    part[:] = cell.mask[max(-y, 0) :, max(-x, 0) :][: part.shape[0], : part.shape[1]]
+    return replace(cell, box=box, mask=mask)
 
 
 def red_cell_diameter(cells: Sequence[Cell], width: float, height: float, parents: dict[str, str]) -> tuple[int, float]:
-    """How many whole red cells there are, and their median diameter in pixels (0 without any).
+    """How many red cells there are, and their median diameter in pixels (0 without any).
 
     Args:
         cells (`Sequence[Cell]`): Cells of an image or tile.
-        width, height (`float`): Of it, in pixels: what touches its edge is not whole.
+        width, height (`float`): Of it, in pixels: of a cell that its edge cuts the longer side is taken.
         parents (`dict[str, str]`): Class -> coarser class.
     """
     sizes = []
     for cell in cells:
-        x_min, y_min, x_max, y_max = cell.box
-        whole = x_min > 1 and y_min > 1 and x_max < width - 1 and y_max < height - 1
-        if whole and cell_kind(cell.label, parents) == "red blood cell":
-            sizes.append(math.sqrt((x_max - x_min) * (y_max - y_min)))
+        if cell_kind(cell.label, parents) == RED:
+            x_min, y_min, x_max, y_max = cell.box
+            sides = x_max - x_min, y_max - y_min
+            whole = x_min > 1 and y_min > 1 and x_max < width - 1 and y_max < height - 1
+            sizes.append(math.sqrt(sides[0] * sides[1]) if whole else max(sides))
     return len(sizes), float(np.median(sizes)) if sizes else 0.0
+
+
+class _Looks(NamedTuple):
+    """What places of one size show.
+
+    Args:
+        size (`float`): Their longer edge, in pixels of the image.
+        places (`list[Tile]`): The places.
+        cells (`list[Sequence[Cell]]`): Of each its cells, in pixels of the image.
+        number (`int`): Red cells of all places.
+        diameter (`float`): Their median diameter, in pixels of the model's input.
+    """
+
+    size: float
+    places: list[Tile]
+    cells: list[Sequence[Cell]]
+    number: int
+    diameter: float
 
 
 def find_scale(
@@ -580,6 +635,10 @@ def find_scale(
     """Pixels of the image for a pixel of the model's input, by the red cells that are found; `None` where the image is best
     seen whole.
 
+    Of cells that are too small a model finds some, and draws them too large, so that their size alone does not tell. Where
+    it is small, or hardly a cell is found, parts of the image are looked at more and more closely, as long as that shows more
+    at the same place: more red cells, or surer ones.
+
     Args:
         image ([`RegionSource`]): The image.
         first_look (`Sequence[Cell]`): Cells of the whole image.
@@ -592,30 +651,78 @@ def find_scale(
     longer = max(image.size)
     number, diameter = red_cell_diameter(first_look, *image.size, parents)
     diameter *= edge / longer
-    if number >= FEW and known.holds(diameter) and not crowded:
+    if number and diameter > known.high * SAME_SCALE and not crowded:
+        # No further away than needed: the larger cells are, the better they are seen.
+        return longer / edge * diameter / known.high
+    small = math.sqrt(known.low * known.usual)
+    if number >= FEW and diameter >= small and not crowded or not number and longer < SMALL_PICTURE * edge:
         return None
-    if number >= FEW and diameter > known.high * ABOVE:
-        return longer / edge * diameter / known.usual
-    if number < FEW and longer < SMALL_PICTURE * edge:
-        # A crop of a cell or a small field. Nothing says that its scale is another.
-        return None
-    # Cells that are plainly too small speak for another scale by themselves.
-    needed = (MORE_OF_SMALL if number >= FEW else MORE) * number / (image.width * image.height)
-    closer = int(math.log(longer / (SMALLEST_PART * edge), STEP))
-    # With too few cells in the first look they may also be too large.
-    for power in (*((2, 1) if number < FEW else ()), *range(-1, -closer - 1, -1)):
-        size = longer * STEP**power
-        places = _places(image, size)
-        width, height = _size(places[0].box)
-        counts = [red_cell_diameter(cells, width, height, parents) for cells in cells_of(places)]
-        # Of large cells few are whole.
-        enough = FEW if power < 0 else FEW_LARGE
-        counts = [(n, d * edge / size) for n, d in counts if n >= enough]
-        if counts and known.low <= np.median([d for _, d in counts]) <= known.high:
-            # The first that fits shows most at once; closer looks find what the training did not count.
-            area = min(width, image.width) * min(height, image.height)
-            return size / edge if float(np.mean([n for n, _ in counts])) / area >= needed else None
-    return None
+    whole = Tile((0, 0, *image.size), (0, 0, *image.size))
+    best = _Looks(longer, [whole], [first_look], number, diameter)
+    for power in range(1, int(math.log(longer / (SMALLEST_PART * edge), STEP)) + 1):
+        looks = _looks(image, longer / STEP**power, edge, parents, cells_of)
+        if looks.number < FEW or not known.low <= looks.diameter <= known.high:
+            continue
+        now, before = _evidence(looks, best, image, known.usual / edge, parents)
+        needed = MORE if best.number < FEW else MORE_OF_SMALL if best.diameter < known.low else MORE_OF_USUAL
+        if now < needed * before:
+            break
+        best = looks
+        if looks.diameter >= small:
+            break
+    return None if best.size == longer else best.size / edge
+
+
+def _looks(
+    image: RegionSource,
+    size: float,
+    edge: int,
+    parents: dict[str, str],
+    cells_of: Callable[[Sequence[Tile]], list[list[Cell]]],
+) -> _Looks:
+    """What places whose longer edge is `size` show."""
+    places = _places(image, size)
+    cells, numbers, sizes = [], [], []
+    for place, found in zip(places, cells_of(places), strict=True):
+        left, top = place.box[:2]
+        number, diameter = red_cell_diameter(found, *_size(place.box), parents)
+        numbers.append(number)
+        sizes += [diameter] * number
+        cells.append([_moved(cell, left, top) for cell in found])
+    return _Looks(size, places, cells, sum(numbers), float(np.median(sizes)) * edge / size if sizes else 0.0)
+
+
+def _evidence(
+    looks: _Looks, before: _Looks, image: RegionSource, share: float, parents: dict[str, str]
+) -> tuple[float, float]:
+    """How surely red cells are seen in places: the sum of their scores, now and in wider looks at the same places.
+
+    Args:
+        looks, before ([`_Looks`]): Of the places, and of wider ones around them.
+        image ([`RegionSource`]): The image.
+        share (`float`): Diameter of a red cell by the longer edge of a place: so near to its edge cells may be missed.
+        parents (`dict[str, str]`): Class -> coarser class.
+    """
+    sums = [0.0, 0.0]
+    margin = share * looks.size / 2
+    for place, cells in zip(looks.places, looks.cells, strict=True):
+        left, top, right, bottom = place.box
+        around = next(
+            of_wider
+            for wider, of_wider in zip(before.places, before.cells, strict=True)
+            if wider.box[0] <= max(left, 0)
+            and wider.box[1] <= max(top, 0)
+            and wider.box[2] >= min(right, image.width)
+            and wider.box[3] >= min(bottom, image.height)
+        )
+        left, top = (edge + margin if edge > 0 else edge for edge in (left, top))
+        right, bottom = (edge - margin if edge < limit else edge for edge, limit in zip((right, bottom), image.size))
+        for number, found in enumerate((cells, around)):
+            for cell in found:
+                x, y = cell.center
+                if left <= x < right and top <= y < bottom and cell_kind(cell.label, parents) == RED:
+                    sums[number] += cell.score
+    return sums[0], sums[1]
 
 
 def _places(image: RegionSource, size: float) -> list[Tile]:

@@ -40,10 +40,16 @@ def discs(
 
 
 class Detector:
-    """Finds discs, but only of about the size that it knows in its input."""
+    """Finds discs, but only of about the size that it knows in its input.
 
-    def __init__(self, known: KnownSize = KNOWN, cap: int = 200):
-        self.known, self.cap, self.looks = known, cap, 0
+    Args:
+        known ([`KnownSize`]): That size.
+        cap (`int`): The most that it finds at once.
+        deceived (`bool`): Of discs that are too small it finds every third, unsurely, and draws it as large as those it knows.
+    """
+
+    def __init__(self, known: KnownSize = KNOWN, cap: int = 200, deceived: bool = False):
+        self.known, self.cap, self.deceived, self.looks = known, cap, deceived, 0
 
     def __call__(self, images: list[Image.Image]) -> list[SmearResult]:
         self.looks += len(images)
@@ -52,19 +58,24 @@ class Detector:
     def look(self, image: Image.Image) -> SmearResult:
         result = SmearResult(*image.size, classes=["RBC"])
         labels, _ = ndimage.label(np.asarray(image.convert("L")) < BACKGROUND / 2)
-        for rows, columns in ndimage.find_objects(labels):
-            box = (columns.start, rows.start, columns.stop, rows.stop)
-            longer = max(box[2] - box[0], box[3] - box[1]) * EDGE / max(image.size)
+        to_input = EDGE / max(image.size)
+        for number, (rows, columns) in enumerate(ndimage.find_objects(labels)):
+            box, score = (columns.start, rows.start, columns.stop, rows.stop), 0.9
+            longer = max(box[2] - box[0], box[3] - box[1]) * to_input
+            if self.deceived and longer < 0.75 * self.known.low and number % 3 == 0:
+                more = (0.9 * self.known.low - longer) / 2 / to_input
+                box, score = (box[0] - more, box[1] - more, box[2] + more, box[3] + more), 0.4
+                longer = 0.9 * self.known.low
             if 0.75 * self.known.low <= longer <= 1.3 * self.known.high and len(result.cells) < self.cap:
-                result.cells.append(Cell(len(result.cells) + 1, box, "RBC", 0.9))
+                result.cells.append(Cell(len(result.cells) + 1, box, "RBC", score))
         result.mask = (labels > 0).astype(np.uint8)
         if len(result.cells) >= self.cap:
             result.warnings.append(f"{self.cap} of {self.cap} {CROWDED}")
         return result
 
 
-def seen(image: Image.Image, **options) -> tuple[SmearResult, Detector]:
-    detector = Detector()
+def seen(image: Image.Image, detector: Detector | None = None, **options) -> tuple[SmearResult, Detector]:
+    detector = detector or Detector()
     (result,) = detector([image])
     see_in_tiles(image, result, detector, EDGE, KNOWN, **options)
     return result, detector
@@ -111,12 +122,41 @@ def test_every_cell_of_a_wide_field_is_counted_once(size, diameter):
     assert KNOWN.low <= diameter / result.tiling["scale"] <= KNOWN.high
 
 
-@pytest.mark.parametrize("diameter", [96, 120, 150])
+@pytest.mark.parametrize("diameter", [110, 120, 150])
 def test_a_usual_field_is_seen_once(diameter):
     image, centres = discs(640, 480, diameter, share=0.6)
     result, detector = seen(image)
     assert result.tiling is None and detector.looks == 1 and not result.warnings
     assert len(result.cells) == len(centres)
+
+
+def test_small_cells_that_are_all_found_are_looked_at_more_closely_but_not_tiled():
+    image, centres = discs(640, 480, 96, share=0.6)
+    result, detector = seen(image)
+    assert result.tiling is None and detector.looks == 4 and len(result.cells) == len(centres)
+
+
+def test_small_cells_that_look_like_usual_ones_do_not_deceive():
+    image, centres = discs(640, 480, 64, share=0.5)
+    deceived = Detector(deceived=True)
+    first = deceived.look(image)
+    assert 5 < len(first.cells) < len(centres) / 2
+    result, _ = seen(image, deceived)
+    assert matched(result, centres, 16) == len(centres) == len(result.cells)
+    assert KNOWN.low <= 64 / result.tiling["scale"] <= KNOWN.high
+
+
+def test_large_cells_that_the_edge_cuts_tell_their_size_by_their_longer_side():
+    image, centres = discs(640, 480, 210, share=0.7, seed=1)
+    shifted = Image.new("RGB", image.size, (BACKGROUND,) * 3)
+    shifted.paste(image, (-60, -40))
+    centres = centres - (60, 40)
+    result, _ = seen(shifted, Detector(known=KnownSize(47.0, 62.0, 90.0)))
+    assert result.tiling["tiles"] == 1 and result.tiling["tile"][0] > 800
+    inside = ((centres > 0) & (centres < image.size)).all(1)
+    assert len(result.cells) >= inside.sum() and all(
+        0 <= cell.box[0] and 0 <= cell.box[1] and cell.box[2] <= 640 and cell.box[3] <= 480 for cell in result.cells
+    )
 
 
 def test_cells_that_are_too_large_are_seen_from_further_away():

@@ -1,0 +1,226 @@
+"""Where red cells lie side by side: each tile of an image is judged by how densely they lie, how many overlap, and focus."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from unihema.errors import InputError
+from unihema.processing_unihema.class_names import cell_kind
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from unihema.results.smear_result import Cell
+
+
+BANDS_FILE = Path(__file__).with_name("monolayer_bands.json")
+MEASURES = ("density", "overlap", "focus")
+# What a tile is that lies below and above the band of a measure.
+OUTSIDE = {
+    "density": ("too few red cells", "too many red cells"),
+    "overlap": ("too few overlapping cells", "too many overlapping cells"),
+    "focus": ("out of focus", "too sharp"),
+}
+# A red cell overlaps another where this share of the smaller box lies in the other's. Cells that touch share their corners.
+OVERLAPPING = 0.2
+# Red cells from which their overlap says something.
+FEW = 5
+# Diameter of a red cell, in pixels, at which focus is measured.
+FOCUS_DIAMETER = 62
+
+
+@cache
+def usual_bands() -> dict[str, Any]:
+    """The bands that come with the package."""
+    return read_bands(BANDS_FILE)
+
+
+def read_bands(file: str | Path) -> dict[str, Any]:
+    """Reads and checks a file of bands.
+
+    Args:
+        file (`str` or `Path`): JSON with `name`, `source`, and for each of `density`, `overlap` and `focus` the lowest and the
+            highest value of the monolayer; `null` is no bound.
+
+    Returns:
+        `dict`: What is in the file.
+
+    Raises:
+        InputError: It cannot be read, or is no such file.
+    """
+    try:
+        bands = json.loads(Path(file).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: the bands of the monolayer cannot be read ({error}).") from error
+    if not is_bands(bands):
+        raise InputError(
+            f"{file}: bands of the monolayer are JSON with name and source (texts) and density, overlap and focus, each with "
+            f"its lowest and highest value or null, as in {BANDS_FILE}."
+        )
+    return bands
+
+
+def is_bands(value: Any) -> bool:
+    """Whether something that was stored is a file of bands."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"name", "source", *MEASURES}
+        and all(isinstance(value[name], str) and len(value[name]) <= 8192 for name in ("name", "source"))
+        and all(_is_band(value[name]) for name in MEASURES)
+    )
+
+
+def _is_band(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(each is None or _is_finite(each) for each in value)
+        and (None in value or value[0] <= value[1])
+    )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_monolayer(value: Any) -> bool:
+    """Whether something that was stored is what [`judged`] gives."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"bands", "tiles"}
+        and is_bands(value["bands"])
+        and isinstance(value["tiles"], list)
+        and all(map(_is_tile, value["tiles"]))
+    )
+
+
+def _is_tile(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"box", "red_cells", "outside", *MEASURES}
+        and isinstance(value["box"], list)
+        and len(value["box"]) == 4
+        and all(_is_finite(each) for each in (*value["box"], value["red_cells"]))
+        and all(value[name] is None or _is_finite(value[name]) for name in MEASURES)
+        and isinstance(value["outside"], list)
+        and all(any(text in texts for texts in OUTSIDE.values()) for text in value["outside"])
+    )
+
+
+def focus_of(image: "Image.Image", diameter: float) -> float:
+    """How sharp an image is: the variance of its Laplacian by that of its brightness, where red cells have the same size.
+
+    Args:
+        image (`PIL.Image.Image`): A tile.
+        diameter (`float`): Of a red cell, in pixels of the tile.
+    """
+    from PIL import Image
+
+    share = FOCUS_DIAMETER / diameter
+    size = max(round(image.width * share), 3), max(round(image.height * share), 3)
+    grey = np.asarray(image.convert("L").resize(size, Image.Resampling.BILINEAR), dtype=np.float32)
+    laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
+    # A grey value of noise in an empty tile is no sharp edge.
+    return float(laplacian.var() / (grey.var() + 1))
+
+
+def judged(
+    boxes: Sequence[tuple[float, float, float, float]],
+    focus: Sequence[float],
+    cells: Sequence["Cell"],
+    parents: Mapping[str, str],
+    bands: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measures the tiles of an image and judges them by bands.
+
+    Args:
+        boxes (`Sequence[tuple]`): What each tile answers for: x_min, y_min, x_max, y_max in pixels of the image.
+        focus (`Sequence[float]`): Of each, see [`focus_of`].
+        cells (`Sequence[Cell]`): Cells of the image.
+        parents (`Mapping[str, str]`): Class -> coarser class.
+        bands (`Mapping`, *optional*): See [`read_bands`]; those of the package when missing.
+
+    Returns:
+        `dict`: `bands`, and `tiles`: each with `box`, `red_cells`, `density` (share of the tile that its red cells cover),
+        `overlap` (share of its red cells that overlap another; `None` with fewer than five), `focus`, and `outside`: what is
+        wrong with it, empty in the monolayer.
+    """
+    red = [cell for cell in cells if cell_kind(cell.label, dict(parents)) == "red blood cell"]
+    corners = np.array([cell.box for cell in red]).reshape(-1, 4)
+    centres, sizes = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
+    overlapping = _overlapping(corners)
+    tiles = []
+    for (left, top, right, bottom), sharpness in zip(boxes, focus, strict=True):
+        inside = ((centres >= (left, top)) & (centres < (right, bottom))).all(1)
+        number = int(inside.sum())
+        tile = {
+            "box": [left, top, right, bottom],
+            "red_cells": number,
+            "density": float(math.pi / 4 * sizes[inside].prod(1).sum() / ((right - left) * (bottom - top))),
+            "overlap": float(overlapping[inside].mean()) if number >= FEW else None,
+            "focus": float(sharpness),
+        }
+        tiles.append(tile)
+    return judged_again({"tiles": tiles}, bands)
+
+
+def judged_again(monolayer: Mapping[str, Any], bands: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What [`judged`] gave, by other bands.
+
+    Args:
+        monolayer (`Mapping`): It.
+        bands (`Mapping`, *optional*): See [`read_bands`]; those of the package when missing.
+    """
+    bands = dict(usual_bands() if bands is None else bands)
+    tiles = []
+    for tile in monolayer["tiles"]:
+        outside = []
+        for name in MEASURES:
+            low, high = bands[name]
+            if tile[name] is not None and low is not None and tile[name] < low:
+                outside.append(OUTSIDE[name][0])
+            if tile[name] is not None and high is not None and tile[name] > high:
+                outside.append(OUTSIDE[name][1])
+        tiles.append({**tile, "outside": outside})
+    return {"bands": bands, "tiles": tiles}
+
+
+def outside_monolayer(monolayer: Mapping[str, Any], cells: Sequence["Cell"]) -> list[bool]:
+    """Of each cell, whether its centre lies in a tile outside the monolayer.
+
+    Args:
+        monolayer (`Mapping`): See [`judged`].
+        cells (`Sequence[Cell]`): Cells of the image.
+    """
+    centres = np.array([cell.center for cell in cells]).reshape(-1, 2)
+    outside = np.zeros(len(cells), dtype=bool)
+    for tile in monolayer["tiles"]:
+        if tile["outside"]:
+            left, top, right, bottom = tile["box"]
+            outside |= ((centres >= (left, top)) & (centres < (right, bottom))).all(1)
+    return outside.tolist()
+
+
+def _overlapping(boxes: np.ndarray) -> np.ndarray:
+    """Of boxes xyxy `[n, 4]`, whether each overlaps another, bool `[n]`."""
+    from scipy.spatial import cKDTree
+
+    found = np.zeros(len(boxes), dtype=bool)
+    if len(boxes) < 2:
+        return found
+    centres, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    pairs = cKDTree(centres).query_pairs(float(sizes.max()), output_type="ndarray")
+    first, second = boxes[pairs[:, 0]], boxes[pairs[:, 1]]
+    shared = np.clip(np.minimum(first[:, 2:], second[:, 2:]) - np.maximum(first[:, :2], second[:, :2]), 0, None).prod(1)
+    close = shared > OVERLAPPING * np.minimum(*(sizes[pairs[:, side]].prod(1) for side in (0, 1)))
+    found[pairs[close].ravel()] = True
+    return found
+
+
+__all__ = ["focus_of", "judged", "judged_again", "outside_monolayer", "read_bands", "usual_bands"]
