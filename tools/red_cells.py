@@ -185,7 +185,7 @@ def of_magnified(analyzer: Analyzer, row: Row, tiles: str) -> dict[str, Any]:
     if tiling:
         edge = analyzer.processor.image_processor.task_sizes["detection"]["longest_edge"]
         known = KnownSize(*config.trained.red_cell_diameter)
-        see_in_tiles(image, result, ranked, edge, known, um_per_pixel=tiling["um_per_pixel"])
+        see_in_tiles(image, result, ranked, edge, known, um_per_pixel=known.um_per_pixel / tiling["scale"])
     return {
         "boxes": [[round(value, 2) for value in cell.box] for cell in result.cells],
         "labels": [config.class_names.index(cell.label) for cell in result.cells],

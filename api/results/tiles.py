@@ -338,12 +338,8 @@ def _scale(
             )
         return or_whole(scale), "that of the training at the given micrometres"
     crowded = any(CROWDED in text for text in result.warnings)
-    number, diameter = red_cell_diameter(first_look, *source.size, result.class_parents)
-    estimated = find_scale(source, first_look, crowded, known, edge, result.class_parents, cells_of)
-    # Where the image is best seen whole its red cells, if there are enough, are of the size that the model knows.
-    by_cells = known.um_per_pixel / estimated if estimated else None
-    if estimated is None and number >= FEW and known.holds(diameter * edge / longer):
-        by_cells = RED_CELL_MICROMETRES / diameter
+    estimated, diameter = find_scale(source, first_look, crowded, known, edge, result.class_parents, cells_of)
+    by_cells = RED_CELL_MICROMETRES / diameter if diameter else None
     said = source.um_per_pixel
     if said is not None and (by_cells is None or 1 / CONTRADICTION < said / by_cells < CONTRADICTION):
         scale = of_micrometres(said)
@@ -631,9 +627,8 @@ def find_scale(
     edge: int,
     parents: dict[str, str],
     cells_of: Callable[[Sequence[Tile]], list[list[Cell]]],
-) -> float | None:
-    """Pixels of the image for a pixel of the model's input, by the red cells that are found; `None` where the image is best
-    seen whole.
+) -> tuple[float | None, float | None]:
+    """Pixels of the image for a pixel of the model's input, by the red cells that are found.
 
     Of cells that are too small a model finds some, and draws them too large, so that their size alone does not tell. Where
     it is small, or hardly a cell is found, parts of the image are looked at more and more closely, as long as that shows more
@@ -647,16 +642,22 @@ def find_scale(
         edge (`int`): Longer edge of the model's input.
         parents (`dict[str, str]`): Class -> coarser class.
         cells_of (`Callable`): Finds the cells of tiles, in pixels of the image from the tile's corner.
+
+    Returns:
+        `tuple[float | None, float | None]`: That scale, `None` where the image is best seen whole, and the diameter of its red
+        cells in pixels, `None` where there are too few to tell.
     """
     longer = max(image.size)
     number, diameter = red_cell_diameter(first_look, *image.size, parents)
     diameter *= edge / longer
     if number and diameter > known.high * SAME_SCALE and not crowded:
         # No further away than needed: the larger cells are, the better they are seen.
-        return longer / edge * diameter / known.high
+        return longer / edge * diameter / known.high, longer / edge * diameter
     small = math.sqrt(known.low * known.usual)
-    if number >= FEW and diameter >= small and not crowded or not number and longer < SMALL_PICTURE * edge:
-        return None
+    if number >= FEW and diameter >= small and not crowded:
+        return None, longer / edge * diameter
+    if not number and longer < SMALL_PICTURE * edge:
+        return None, None
     whole = Tile((0, 0, *image.size), (0, 0, *image.size))
     best = _Looks(longer, [whole], [first_look], number, diameter)
     for power in range(1, int(math.log(longer / (SMALLEST_PART * edge), STEP)) + 1):
@@ -670,7 +671,8 @@ def find_scale(
         best = looks
         if looks.diameter >= small:
             break
-    return None if best.size == longer else best.size / edge
+    enough = best.number >= FEW and best.diameter >= known.low
+    return None if best.size == longer else best.size / edge, best.size / edge * best.diameter if enough else None
 
 
 def _looks(
@@ -688,8 +690,14 @@ def _looks(
         number, diameter = red_cell_diameter(found, *_size(place.box), parents)
         numbers.append(number)
         sizes += [diameter] * number
-        cells.append([_moved(cell, left, top) for cell in found])
+        cells.append([replace(cell, box=tuple(a + b for a, b in zip(cell.box, (left, top) * 2))) for cell in found])
     return _Looks(size, places, cells, sum(numbers), float(np.median(sizes)) * edge / size if sizes else 0.0)
+
+
+def _shared(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> int:
+    """Pixels that two boxes share."""
+    width, height = (min(one[axis + 2], other[axis + 2]) - max(one[axis], other[axis]) for axis in (0, 1))
+    return max(width, 0) * max(height, 0)
 
 
 def _evidence(
@@ -707,14 +715,8 @@ def _evidence(
     margin = share * looks.size / 2
     for place, cells in zip(looks.places, looks.cells, strict=True):
         left, top, right, bottom = place.box
-        around = next(
-            of_wider
-            for wider, of_wider in zip(before.places, before.cells, strict=True)
-            if wider.box[0] <= max(left, 0)
-            and wider.box[1] <= max(top, 0)
-            and wider.box[2] >= min(right, image.width)
-            and wider.box[3] >= min(bottom, image.height)
-        )
+        # Each place lies in one of the wider looks.
+        around = before.cells[max(range(len(before.places)), key=lambda i: _shared(place.box, before.places[i].box))]
         left, top = (edge + margin if edge > 0 else edge for edge in (left, top))
         right, bottom = (edge - margin if edge < limit else edge for edge, limit in zip((right, bottom), image.size))
         for number, found in enumerate((cells, around)):
