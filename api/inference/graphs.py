@@ -99,7 +99,7 @@ class Recorder:
             self._seen[key] = None
             if len(self._seen) > MOST_SIZES:
                 self._seen.popitem(last=False)
-            return compute(*inputs)
+            return self._launch(compute, inputs)
         own = tuple(None if given is None else given.clone() for given in inputs)
         state = _state(self.model)
         try:
@@ -118,6 +118,18 @@ class Recorder:
         if len(self._graphs) > MOST_GRAPHS:
             self._graphs.popitem(last=False)
         return output
+
+    def _launch(self, compute: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+        """The operators one by one; without memory for them, the graphs go first."""
+        try:
+            return compute(*inputs)
+        except torch.OutOfMemoryError:
+            if not self._graphs:
+                raise
+        self._graphs.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return compute(*inputs)
 
 
 class _CudaGraphs:

@@ -218,6 +218,28 @@ def test_a_model_that_cannot_be_recorded_runs_without_and_says_so(checkpoint, pl
     ]
 
 
+def test_graphs_give_way_to_a_batch_without_memory():
+    recorder, asked = Recorder(nn.Linear(2, 2), Tapes()), []
+
+    def large(states):
+        asked.append(len(recorder._graphs))
+        if recorder._graphs:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return recorder.model(states)
+
+    with torch.no_grad():
+        for _ in range(2):
+            recorder("small", recorder.model, torch.zeros(1, 2))
+        assert recorder("large", large, torch.zeros(8, 2)).shape == (8, 2)
+        assert asked == [1, 0]
+
+        def too_large(states):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        with pytest.raises(torch.OutOfMemoryError):
+            recorder("larger", too_large, torch.zeros(9, 2))
+
+
 def test_graphs_are_kept_for_the_sizes_used_last(analyzer):
     recorder = Recorder(nn.Linear(2, 2), Tapes())
     with torch.no_grad():
