@@ -515,6 +515,11 @@ class Analyzer:
             return
         alone = replace(request, tasks=tasks, questions=(), question_texts=())
         within = _WithinMemory(alone, self.look, self._on_cpu)
+        search = None
+        if request.prompt is not None or request.threshold is not None:
+            # Whatever is asked for, red cells tell the scale.
+            all_cells = _WithinMemory(self.request(["detection"]), self.look, self._on_cpu)
+            search = lambda parts: all_cells.look([OpenedImage(part, *part.size, None) for part in parts])
         diameters = self.model.config.trained.red_cell_diameter
         see_in_tiles(
             source,
@@ -526,6 +531,7 @@ class Analyzer:
             request.um_per_pixel,
             store,
             None if on_tile is None else lambda done, number, cells: on_tile(source.name, done, number, cells),
+            search,
         )
         result.warnings += [text for text in within.warnings if text not in result.warnings]
 

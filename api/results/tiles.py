@@ -32,6 +32,8 @@ SHAPE = 4 / 3
 MARGIN = 0.6
 # How far outside a tile's core the centre of a cell may be that two tiles disagree on, in diameters of a red cell.
 REACH = 0.3
+# Score from which such a cell counts although the other tile does not see it: so near to a tile's edge cells are missed.
+SURE = 0.35
 # Places of an image that are looked at to find its scale, as shares of its width and height.
 PLACES = ((0.5, 0.5), (0.25, 0.3), (0.75, 0.7))
 # How many times as much a closer look must show: where red cells of another size are seen, and where hardly any are.
@@ -112,6 +114,7 @@ def see_in_tiles(
     um_per_pixel: float | None = None,
     store: TileStore | None = None,
     on_tile: Callable[[int, int, int], None] | None = None,
+    search: Callable[[list[Image.Image]], list[SmearResult]] | None = None,
 ) -> None:
     """Sees an image in tiles, where that is asked for or its cells are not of the size that the model knows, and puts what they
     show into its result.
@@ -127,6 +130,8 @@ def see_in_tiles(
         store ([`TileStore`], *optional*): Keeps finished tiles.
         on_tile (`Callable`, *optional*): Called with the number of tiles that are done, of all tiles, and of cells in them (near
             seams some are counted twice).
+        search (`Callable`, *optional*): What is seen of parts of the image when its scale is searched, where `look` finds not all
+            classes, or not at the thresholds of the checkpoint.
 
     Raises:
         RequestError: With pixels of this size no cell of the image could be seen.
@@ -144,11 +149,17 @@ def see_in_tiles(
         pictures = [cut(source, tile, strict=False) for tile in parts]
         return [
             _in_file(of_part.cells, picture, tile)
-            for of_part, picture, tile in zip(look(pictures), pictures, parts, strict=True)
+            for of_part, picture, tile in zip((search or look)(pictures), pictures, parts, strict=True)
         ]
 
     first_look, result.cells = result.cells, list(result.cells)
-    scale, scale_source = _scale(source, result, first_look, cells_of, edge, known, tiles, um_per_pixel)
+    whole = Tile((0, 0, *source.size), (0, 0, *source.size))
+    red_cells = first_look
+    if search and tiles == "auto" and um_per_pixel is None:
+        (red_cells,) = cells_of([whole])
+    scale, scale_source = _scale(source, result, red_cells, cells_of, edge, known, tiles, um_per_pixel)
+    if scale is None and _is_crowded(result):
+        scale, scale_source = max(source.size) / edge / 2, "halved, as there were more cells than the model has queries"
     if scale is None:
         return
     usual = edge * USUAL_SHARE if known is None else known.usual
@@ -164,12 +175,13 @@ def see_in_tiles(
     layout = {"size": list(source.size), "scale": scale, "tiles": len(placed), "looked_at": len(looked_at)}
     found: deque[list[Cell]] = deque()
     unreadable: list[Tile] = []
-    full = cells = 0
+    full = split = cells = 0
     store = store if len(looked_at) >= WORTH_KEEPING else None
     for start, seen in _seen(source, looked_at, look, mask, layout, store):
         for tile, of_tile in zip(looked_at[start:], seen, strict=False):
             found.append(of_tile["cells"])
             full += of_tile["full"]
+            split += of_tile["split"]
             cells += len(of_tile["cells"])
             if of_tile["unreadable"]:
                 unreadable.append(tile)
@@ -182,7 +194,6 @@ def see_in_tiles(
             f"{result.image or 'image'}: none of its {len(looked_at)} tiles can be read. Copy it again or export it anew."
         )
     # White cells may be known from whole fields, at their size there, as well.
-    whole = Tile((0, 0, *source.size), (0, 0, *source.size))
     white = [cell for cell in first_look if _is_white_cell_of(cell, usual * scale, result.class_parents)]
     found.append(white)
     # Each list goes as its cells are taken: of a slide there are hundreds of thousands, and more than one copy is too many.
@@ -203,6 +214,10 @@ def see_in_tiles(
         result.warnings.append(_of_unreadable(unreadable, len(placed)))
     if mask is not None and mask.share < 1:
         result.warnings.append(f"The mask is kept at {mask.pixels.shape[1]} x {mask.pixels.shape[0]} pixels.")
+    if split:
+        result.warnings.append(
+            f"{split} of {len(placed)} tiles held more cells than the model has queries and were seen in smaller ones."
+        )
     if full:
         result.warnings.append(
             f"In {full} of {len(placed)} tiles all {CROWDED}: the counts are too low. Give smaller tiles."
@@ -234,16 +249,64 @@ def _seen(
         seen: list[dict[str, Any]] = []
         for tile, picture in zip(group, pictures, strict=True):
             if picture is None:
-                seen.append({"cells": [], "mask": None, "full": False, "unreadable": True})
+                seen.append({"cells": [], "mask": None, "full": False, "split": False, "unreadable": True})
                 continue
             of_tile = next(results)
             part = None if mask is None or of_tile.mask is None else mask.core(tile, of_tile.mask)
-            crowded = any(CROWDED in text for text in of_tile.warnings)
             cells = _in_file(of_tile.cells, picture, tile)
-            seen.append({"cells": cells, "mask": part, "full": crowded, "unreadable": False})
+            crowded = split = _is_crowded(of_tile)
+            if crowded:
+                cells, crowded = seen_closer(source, tile, cells, look, of_tile.class_parents)
+            seen.append(
+                {"cells": cells, "mask": part, "full": crowded, "split": split and not crowded, "unreadable": False}
+            )
         if store:
             store.append([_to_store(of_tile) for of_tile in seen])
         yield start, seen
+
+
+def _is_crowded(result: SmearResult) -> bool:
+    return any(CROWDED in text for text in result.warnings)
+
+
+def seen_closer(
+    source: RegionSource,
+    tile: Tile,
+    cells: list[Cell],
+    look: Callable[[list[Image.Image]], list[SmearResult]],
+    parents: dict[str, str],
+) -> tuple[list[Cell], bool]:
+    """Sees a tile with more cells than the model has queries in four smaller ones, and these again, as long as that shows more.
+
+    Args:
+        source ([`RegionSource`]): The image.
+        tile ([`Tile`]): The tile.
+        cells (`list[Cell]`): What was seen in it, in pixels of the image from its corner.
+        look (`Callable`): What is seen of parts of the image.
+        parents (`dict[str, str]`): Class -> coarser class.
+
+    Returns:
+        `tuple[list[Cell], bool]`: Its cells, and whether there are still too many somewhere.
+    """
+    width, height = _size(tile.box)
+    if min(width, height) < SMALLEST_TILE:
+        return cells, True
+    _, diameter = red_cell_diameter(cells, width, height, parents)
+    # Of cells in such numbers several lie side by side in an eighth of the tile.
+    margin = round(min(MARGIN * diameter or math.inf, width / 8, height / 8))
+    parts = lay_tiles(width, height, math.ceil(width / 2) + margin, math.ceil(height / 2) + margin, margin)
+    left, top = tile.box[:2]
+    placed = [replace(part, box=tuple(a + b for a, b in zip(part.box, (left, top) * 2))) for part in parts]
+    pictures = [cut(source, part, strict=False) for part in placed]
+    found, crowded = [], False
+    for part, picture, of_part in zip(placed, pictures, look(pictures), strict=True):
+        of_cells = _in_file(of_part.cells, picture, part)
+        if _is_crowded(of_part):
+            of_cells, still = seen_closer(source, part, of_cells, look, parents)
+            crowded |= still
+        found.append(of_cells)
+    closer = merged(parts, found, parents, diameter)
+    return (closer, crowded) if len(closer) >= len(cells) else (cells, True)
 
 
 def _to_store(seen: dict[str, Any]) -> dict[str, Any]:
@@ -337,7 +400,7 @@ def _scale(
                 "Check the size of a pixel."
             )
         return or_whole(scale), "that of the training at the given micrometres"
-    crowded = any(CROWDED in text for text in result.warnings)
+    crowded = _is_crowded(result)
     estimated, diameter = find_scale(source, first_look, crowded, known, edge, result.class_parents, cells_of)
     by_cells = RED_CELL_MICROMETRES / diameter if diameter else None
     said = source.um_per_pixel
@@ -486,9 +549,9 @@ def merged(
 ) -> list[Cell]:
     """The cells of all tiles, in pixels of the image, each once, best score first.
 
-    A cell is that of the tile whose core holds its centre: what another tile sees there and this one does not is no cell. Near
-    a seam the two may disagree on the centre, so that each takes it for the other's: then it counts as well. Of what two
-    tiles show of one cell, that which is whole is kept, then the better one; where both are cut, a box around both.
+    A cell is that of the tile whose core holds its centre. What another tile sees a little outside its own core, and this one
+    does not, counts where it is sure, or where the two disagree on the centre, so that each takes it for the other's. Of what
+    two tiles show of one cell, that which is whole is kept, then the better one; where both are cut, a box around both.
 
     Args:
         tiles (`Sequence[Tile]`): The tiles.
@@ -533,7 +596,7 @@ def _once(
         cells (`list[Cell]`): Cells of all tiles, in pixels of the image.
         owners (`list[int]`): Of each, the number of its tile.
         cut_off (`list[bool]`): Whether it touches an edge of its tile beyond which the image goes on.
-        own (`list[bool]`): Whether its tile's core holds its centre. Where not, it counts if a second tile saw it.
+        own (`list[bool]`): Whether its tile's core holds its centre. Where not, it counts if it is sure, or a second tile saw it.
         parents (`dict[str, str]`): Class -> coarser class.
     """
     from scipy.spatial import cKDTree
@@ -552,7 +615,7 @@ def _once(
     for i in order:
         if i in gone:
             continue
-        box, counts = boxes[i], own[i]
+        box, counts = boxes[i], own[i] or (cells[i].score >= SURE and not cut_off[i])
         for j in tree.query_ball_point(centres[i], float(sizes[i].max())):
             if j == i or j in gone or owners[i] == owners[j] or kinds[i] != kinds[j] or rank[j] < rank[i]:
                 continue

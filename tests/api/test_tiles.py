@@ -213,6 +213,28 @@ def test_tiles_with_more_cells_than_queries_are_said():
     assert any(CROWDED in text and "Give smaller tiles" in text for text in result.warnings)
 
 
+def test_tiles_with_more_cells_than_queries_are_seen_in_smaller_ones():
+    image, centres = discs(1600, 1200, 60)
+    detector = Detector(cap=14)
+    (result,) = detector([image])
+    see_in_tiles(image, result, detector, EDGE, KNOWN, tiles=500)
+    assert matched(result, centres, 15) == len(centres) == len(result.cells)
+    assert any(
+        "held more cells than the model has queries and were seen in smaller ones" in text for text in result.warnings
+    )
+    assert not any(CROWDED in text for text in result.warnings)
+
+
+def test_a_field_with_more_cells_than_queries_is_seen_in_tiles_whatever_the_checkpoint_knows():
+    image, centres = discs(1600, 1200, 190, share=0.6)
+    (result,) = (detector := Detector(cap=20))([image])
+    assert len(centres) > 20 == len(result.cells)
+    see_in_tiles(image, result, detector, EDGE, None)
+    assert "halved, as there were more cells" in result.tiling["scale_source"]
+    assert matched(result, centres, 40) == len(centres) == len(result.cells)
+    assert not any(CROWDED in text for text in result.warnings)
+
+
 def test_white_cells_of_the_whole_field_keep_their_type():
     image, _ = discs(2560, 1920, 110)
     detector = Detector()
@@ -268,6 +290,16 @@ def test_fields_side_by_side_have_the_cells_of_both(analyzer, field):
     assert abs(len(result.cells) - 4 * len(alone.cells)) < abs(len(whole.cells) - 4 * len(alone.cells))
     again = SmearResult.from_dict(result.to_dict())
     assert again.tiling == result.tiling and again.counts == result.counts
+
+
+def test_the_scale_does_not_depend_on_what_is_asked_for(analyzer, field):
+    small = Image.new("RGB", field.size, field.resize((1, 1)).getpixel((0, 0)))
+    small.paste(field.resize((field.width // 2, field.height // 2)), (field.width // 4, field.height // 4))
+    scales = [
+        analyzer(small, ["detection"], **options).tiling["scale"]
+        for options in ({}, {"prompt": "WBC"}, {"threshold": 0.9}, {"threshold": 0.02})
+    ]
+    assert len(set(scales)) == 1
 
 
 @pytest.mark.parametrize(
