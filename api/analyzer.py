@@ -547,7 +547,7 @@ class Analyzer:
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             there[id(tensor)] = torch.nn.Parameter(here, tensor.requires_grad) if is_parameter else here
         # What is in the memo is taken instead of a copy, which the device would have no room for.
-        copied = Analyzer(copy.deepcopy(self.model, there), self.processor, self.reference)
+        copied = Analyzer(copy.deepcopy(self.model, there), self.processor, self.reference, cuda_graphs=False)
         copied._reference_adapters = self._reference_adapters
         return copied
 

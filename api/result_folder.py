@@ -391,12 +391,11 @@ class ResultFolder:
             "files": {file: _size(self.folder / file) for file in files},
             "result": result.to_dict(with_cells=False),
         }
-        # Piece by piece: of a slide, all of it at once is hundreds of megabytes. The hash is that of `json_sha256`.
-        digest = hashlib.sha256()
-        for piece in _with_cells(record, result.cells, sort_keys=True):
-            digest.update(piece.encode())
-        whole = {"record_sha256": digest.hexdigest(), **record}
-        write_text(self._record(name), _with_cells(whole, result.cells, ensure_ascii=False))
+        digest = _record_sha256(record, (cell.to_dict() for cell in result.cells))
+        pieces = _with_cells(
+            {"record_sha256": digest, **record}, (cell.to_dict() for cell in result.cells), ensure_ascii=False
+        )
+        write_text(self._record(name), pieces)
 
     def write_tables(self, attributes: Sequence[str], report: BatchReport) -> None:
         """Writes `cells.csv`, `counts.csv` and `results.json` from the records, and completes the report."""
@@ -432,7 +431,11 @@ class ResultFolder:
 
     def _counts(self, paths: Sequence[Path]) -> Iterator[list[Any]]:
         for values in self._results(paths):
-            result = SmearResult.from_dict(values | {"mask": None})
+            result = SmearResult.from_dict(values | {"mask": None, "cells": []})
+            # One cell stands for all of its class.
+            of_class: dict[str, Cell] = {}
+            for cell in map(Cell.from_dict, values["cells"]):
+                result.cells.append(of_class.setdefault(cell.label, cell))
             warnings = " ".join(result.warnings) or None
             for label, count in result.counts.items():
                 percent = result.percent_of_white_cells(label)
@@ -455,8 +458,10 @@ class ResultFolder:
             record = read_json_object(path, OutputError, "", MOST_RECORD_BYTES)
         except OutputError:
             return None
-        digest = record.pop("record_sha256", None)
-        if digest != json_sha256(record) or record.get("result", {}).get("format") != FORMAT:
+        digest, result = record.pop("record_sha256", None), record.get("result")
+        if not isinstance(result, dict) or result.get("format") != FORMAT or not isinstance(result.get("cells"), list):
+            return None
+        if digest != _record_sha256(record, result["cells"]):
             return None
         return record
 
@@ -467,15 +472,23 @@ class ResultFolder:
                 yield path, record
 
 
-def _with_cells(record: dict[str, Any], cells: Sequence[Cell], **options: bool) -> Iterator[str]:
-    """A record as JSON, in pieces, with cells in its result."""
+def _with_cells(record: dict[str, Any], cells: Iterable[Any], **options: bool) -> Iterator[str]:
+    """A record as JSON in pieces, of a slide it is large, with cells in its result."""
     place = uuid.uuid4().hex
     text = json.dumps({**record, "result": {**record["result"], "cells": [place]}}, **options)
     before, after = text.split(f'"{place}"')
     yield before
     for number, cell in enumerate(cells):
-        yield (", " if number else "") + json.dumps(cell.to_dict(), **options)
+        yield (", " if number else "") + json.dumps(cell, **options)
     yield after
+
+
+def _record_sha256(record: dict[str, Any], cells: Iterable[Any]) -> str:
+    """What [`json_sha256`] gives, without all of the text at once."""
+    digest = hashlib.sha256()
+    for piece in _with_cells(record, cells, sort_keys=True):
+        digest.update(piece.encode())
+    return digest.hexdigest()
 
 
 def _size(path: Path) -> int | None:

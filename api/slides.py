@@ -42,6 +42,8 @@ OVERVIEW_PIXELS = 8_000_000
 MOST_AT_ONCE = 1 << 22
 # Decoded bytes that are kept for the neighbouring region: of tiles some, of strips those that a row of regions lies in.
 KEPT_OF_TILES, KEPT_OF_STRIPS, STRIP_ROWS = 1 << 25, 1 << 27, 1024
+# Where an image is looked at first: in its middle, and on both sides of that.
+PLACES = ((0.5, 0.5), (0.25, 0.3), (0.75, 0.7))
 # A strip or tile of a file that would be larger when decoded cannot be read in parts.
 LARGEST_CHUNK = 1 << 26
 # A slide may be so many times more compressed than a photograph before its header is taken for damaged: most of it is glass.
@@ -73,10 +75,12 @@ class RegionSource(ABC):
     Attributes:
         streams (`bool`): Whether its parts are read when they are asked for, rather than all at once.
         longest (`int`, *optional*): Longer edge of pictures that are cut from it, in pixels, at most.
+        places (`tuple`): Where something lies on the glass, as shares of width and height.
         closing (`ExitStack`): What is done when it is closed.
     """
 
     streams = True
+    places: tuple[tuple[float, float], ...] = PLACES
 
     def __init__(
         self,

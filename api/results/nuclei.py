@@ -17,7 +17,7 @@ OVERLAP = 24.0
 # What absorbs more green light than this is stained (optical density).
 STAINED = 0.05
 # How much bluer than the usual red cell a nucleus is: in deviations of stained pixels, and in optical density at least. Found on
-# training parts: of the white cells of val 95 % (CBC), 97 % (TXL-PBC), 93 % (WBC5) and all (Bio-Net) have a nucleus that is found.
+# training parts; of the white cells of val 95 % (CBC), 97 % (TXL-PBC), 93 % (WBC5) and all (Bio-Net) have one that is found.
 DEVIATIONS, BLUER = 2.5, 0.06
 # Places, along each side, that tell what the stain of an image is like, and their side in pixels.
 SAMPLES, SAMPLE = 5, 256

@@ -34,8 +34,6 @@ MARGIN = 0.6
 REACH = 0.3
 # Score from which such a cell counts although the other tile does not see it: so near to a tile's edge cells are missed.
 SURE = 0.35
-# Places of an image that are looked at to find its scale, as shares of its width and height.
-PLACES = ((0.5, 0.5), (0.25, 0.3), (0.75, 0.7))
 # How many times as much a closer look must show: where red cells of another size are seen, and where hardly any are.
 MORE_OF_SMALL, MORE_OF_USUAL, MORE = 1.1, 1.3, 1.5
 # Parts of an image that are looked at for its scale are smaller by this factor each time, down to this share of the input's edge.
@@ -56,6 +54,8 @@ SHARPEST = 2
 WORTH_KEEPING = 16
 # Tiles of an image at most, and pixels of the mask of one that is larger than `MAX_PIXELS`.
 MOST_TILES, MOST_MASK_PIXELS = 1_000_000, 16_000_000
+# A slide is divided into so many parts along its longer side to find where something lies on the glass.
+PARTS = 32
 # Empty glass: levels of gray between its darkest and brightest pixel (a share of the image's contrast, within limits), and how
 # far it may be below the brightest glass. What is darker is no glass: it may be what could not be read.
 EVEN_SHARE, EVEN, GLASS_BELOW, GLASS = 0.15, (4.0, 10.0), 30, 100
@@ -143,7 +143,7 @@ def see_in_tiles(
         source = ImageRegions(OpenedImage(image, result.width, result.height, result.image))
     state_pixel_size(result, source, um_per_pixel)
     if source.streams:
-        source.longest = SHARPEST * edge
+        source.longest, source.places = SHARPEST * edge, crowded_places(source)
 
     def cells_of(parts: Sequence[Tile]) -> list[list[Cell]]:
         pictures = [cut(source, tile, strict=False) for tile in parts]
@@ -161,6 +161,11 @@ def see_in_tiles(
     if scale is None and _is_crowded(result):
         scale, scale_source = max(source.size) / edge / 2, "halved, as there were more cells than the model has queries"
     if scale is None:
+        if source.streams and known is not None:
+            result.warnings.append(
+                f"The image has {source.width} x {source.height} pixels and was seen whole, as no red cells by which to tell its "
+                "scale were found. Give the size of its pixels (--um-per-pixel)."
+            )
         return
     usual = edge * USUAL_SHARE if known is None else known.usual
     placed = tiles_at(source, scale, edge, usual)
@@ -460,6 +465,24 @@ class _Mask:
         top, bottom = (value * height // self.size[1] for value in tile.core[1::2])
         # A core of less than a pixel has one all the same.
         return slice(min(top, height - 1), max(bottom, top + 1)), slice(min(left, width - 1), max(right, left + 1))
+
+
+def crowded_places(source: RegionSource) -> tuple[tuple[float, float], ...]:
+    """Where much lies on the glass of an image, as shares of its width and height: in three parts that are as full as usual,
+    and not where cells lie so thick that nothing can be told apart.
+
+    Args:
+        source ([`RegionSource`]): The image.
+    """
+    gray = np.asarray(source.pixels.convert("L").resize((PARTS, PARTS * 3 // 4), Image.Resampling.BOX), dtype=np.int16)
+    darkness = np.percentile(gray, 98) - gray
+    filled = np.argwhere(darkness > max(EVEN[0], 0.25 * np.percentile(darkness, 95)))
+    if len(filled) < len(source.places):
+        return source.places
+    # Of the parts in order of darkness those in the middle: the thinnest are almost empty, the darkest the thick end.
+    order = filled[np.argsort(darkness[tuple(filled.T)], kind="stable")]
+    chosen = [order[len(order) * share // 8] for share in (4, 2, 6)]
+    return tuple(((x + 0.5) / gray.shape[1], (y + 0.5) / gray.shape[0]) for y, x in chosen)
 
 
 def empty_glass(source: RegionSource, tiles: Sequence[Tile]) -> list[bool]:
@@ -794,7 +817,7 @@ def _places(image: RegionSource, size: float) -> list[Tile]:
     """Tiles whose longer edge is `size`: one in the middle of the image, and two apart where it is larger than a tile."""
     width, height = round(size), round(size / SHAPE)
     found = {}
-    for x, y in PLACES:
+    for x, y in image.places:
         left, top = round(x * image.width - width / 2), round(y * image.height - height / 2)
         left = min(max(left, 0), image.width - width) if image.width > width else (image.width - width) // 2
         top = min(max(top, 0), image.height - height) if image.height > height else (image.height - height) // 2

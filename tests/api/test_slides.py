@@ -454,3 +454,28 @@ def test_temporary_files_of_a_plain_file_are_gone_when_it_is_closed(written, tmp
         assert list(tmp_path.rglob("pyramid.tif"))
         assert len(source.levels) > 1
     assert list(tmp_path.iterdir()) == []
+
+
+# Where something lies on the glass
+
+
+def test_the_scale_is_found_where_something_lies_on_the_glass(tmp_path, monkeypatch):
+    monkeypatch.setattr(slides, "OVERVIEW_PIXELS", 200_000)
+    pixels = np.full((3000, 4000, 3), GLASS, np.uint8)
+    pixels[2000:, 100:800] = PIXELS[:1000, :700]
+    path = tmp_path / "corner.tif"
+    tifffile.imwrite(path, pixels, photometric="rgb", tile=(256, 256), compression="deflate")
+    with open_regions(path, max_pixels=1000) as source:
+        result = seen(source)
+        assert source.um_per_pixel is None and all(x < 0.25 and y > 0.6 for x, y in source.places)
+    there = CENTRES[(CENTRES < (700 - DIAMETER, 1000 - DIAMETER)).all(1)] + (100, 2000)
+    assert len(there) > 20 and matched(result, there) == len(there)
+    assert result.tiling["empty"] > 0.8 * result.tiling["tiles"]
+
+
+def test_a_large_image_without_red_cells_says_that_it_was_seen_whole(tmp_path):
+    path = tmp_path / "glass.tif"
+    tifffile.imwrite(path, np.full((1500, 2000, 3), GLASS, np.uint8), photometric="rgb", tile=(256, 256))
+    with open_regions(path, max_pixels=1000) as source:
+        result = seen(source)
+    assert result.tiling is None and "was seen whole, as no red cells" in result.warnings[-1]
