@@ -509,7 +509,7 @@ def merged(
             box = max(x_min, 0), max(y_min, 0), min(x_max, width), min(y_max, height)
             if beyond > reach or box[0] >= box[2] or box[1] >= box[3]:
                 continue
-            cells.append(_with_box(replace(cell, box=(x_min, y_min, x_max, y_max)), box))
+            cells.append(_with_box(cell.placed(left, top), box))
             owners.append(number)
             # What the image's edge cuts is as whole as it can be.
             cut_off.append(
@@ -690,7 +690,7 @@ def _looks(
         number, diameter = red_cell_diameter(found, *_size(place.box), parents)
         numbers.append(number)
         sizes += [diameter] * number
-        cells.append([replace(cell, box=tuple(a + b for a, b in zip(cell.box, (left, top) * 2))) for cell in found])
+        cells.append([cell.placed(left, top) for cell in found])
     return _Looks(size, places, cells, sum(numbers), float(np.median(sizes)) * edge / size if sizes else 0.0)
 
 
