@@ -10,8 +10,8 @@ import torch
 from torchvision.ops import box_area, box_iou
 
 from unihema.errors import InputError
+from unihema.modeling_unihema.cell_masks import masks_in_boxes
 
-from ..modeling_unihema.cell_masks import masks_in_boxes
 from .class_names import has_nucleus, plain_name
 
 
