@@ -275,17 +275,8 @@ def _in_file(cells: Sequence[Cell], picture: Image.Image, tile: Tile) -> list[Ce
     width, height = _size(tile.box)
     if picture.size == (width, height):
         return list(cells)
-    to_x, to_y = width / picture.width, height / picture.height
-    moved = []
-    for cell in cells:
-        x_min, y_min, x_max, y_max = cell.box
-        larger = replace(cell, box=(x_min * to_x, y_min * to_y, x_max * to_x, y_max * to_y), mask=None)
-        if cell.mask is not None:
-            left, top = larger.origin
-            size = math.ceil(larger.box[2]) - left, math.ceil(larger.box[3]) - top
-            larger.mask = np.asarray(Image.fromarray(cell.mask).resize(size, Image.Resampling.NEAREST))
-        moved.append(larger)
-    return moved
+    scale = width / picture.width, height / picture.height
+    return [cell.placed(0, 0, scale) for cell in cells]
 
 
 def _of_unreadable(tiles: Sequence[Tile], number: int) -> str:

@@ -73,7 +73,7 @@ def test_a_cell_moves_with_its_mask(left, top):
 
 def test_a_cell_of_a_reduced_image_grows_with_its_mask():
     mask = np.eye(4, dtype=bool)
-    cell = Cell(1, (2, 3, 6, 7), "A", 0.5, {}, mask).placed(0, 0, 2.5)
+    cell = Cell(1, (2, 3, 6, 7), "A", 0.5, {}, mask).placed(0, 0, (2.5, 2.5))
     assert cell.box == (5, 7.5, 15, 17.5) and cell.mask.shape == (11, 10)
     assert cell.mask.sum() == pytest.approx(4 * 2.5**2, rel=0.1)
-    assert Cell(1, (5, 5, 5, 5), "A", 0.5, {}, np.zeros((0, 0), bool)).placed(1.5, 0, 3).mask.shape == (0, 1)
+    assert Cell(1, (5, 5, 5, 5), "A", 0.5, {}, np.zeros((0, 0), bool)).placed(1.5, 0, (3, 3)).mask.shape == (0, 1)
