@@ -590,7 +590,7 @@ class Analyzer:
         for result, cells, logits in zip(results, found, outputs.logits, strict=True):
             result.classes = [name for i, name in enumerate(config.class_names) if asked is None or asked[i]]
             result.cells = [
-                Cell(number, cell["box"], cell["label"], cell["score"], cell["attributes"])
+                Cell(number, cell["box"], cell["label"], cell["score"], cell["attributes"], cell["mask"])
                 for number, cell in enumerate(cells, 1)
             ]
             _note_if_crowded(logits, thresholds, result)

@@ -50,7 +50,16 @@ SMEAR_CLASSES = [
     "basophil",
 ]
 
-LOSS_WEIGHTS = {"class": 1, "bbox": 5, "giou": 2, "morphology": 2, "dice": 2, "focal": 1}
+LOSS_WEIGHTS = {
+    "class": 1,
+    "bbox": 5,
+    "giou": 2,
+    "morphology": 2,
+    "mask_bce": 2,
+    "mask_dice": 2,
+    "dice": 2,
+    "focal": 1,
+}
 MATCHING_WEIGHTS = {"class": 2, "bbox": 5, "giou": 2}
 
 # What a field may be: the least, the most, and why not more. Limits are far beyond any published model of the kind.
@@ -183,6 +192,7 @@ class TrainingResults:
         segmentation_label (`str`): What the default segmentation prompt names.
         red_cell_diameter (`list[float]`, *optional*): Diameter of red cells in pixels of the model's input for detection: 5 %,
             50 % and 95 % of the training fields have a median below. By it an image is seen at the scale of the training.
+        cell_masks (`bool`): Whether the mask finder was trained on masks of single cells, so that detection gives each cell one.
     """
 
     tasks: list[str] | None = None
@@ -190,6 +200,7 @@ class TrainingResults:
     segmentation_threshold: float | int = 0.5
     segmentation_label: str = "white blood cell"
     red_cell_diameter: list[float | int] | None = None
+    cell_masks: bool = False
 
 
 def _in_bounds(part: str, value: Any, least: float, most: float, why: str) -> None:
@@ -313,8 +324,8 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         official_losses (`bool`): Train with the losses of the official code: an asymmetric loss instead of softmax over
             each attribute's values, and one Dice loss over all pixels of a batch instead of one an image.
         auxiliary_loss (`bool`): Losses on every decoder layer, not only the last.
-        loss_weights (`dict[str, float]`, *optional*): Weight of each loss: `class`, `bbox`, `giou` and `morphology` of
-            detection, `dice` and `focal` of segmentation. Weights left out have their defaults.
+        loss_weights (`dict[str, float]`, *optional*): Weight of each loss: `class`, `bbox`, `giou`, `morphology`, `mask_bce`
+            and `mask_dice` of detection, `dice` and `focal` of segmentation. Weights left out have their defaults.
         matching_weights (`dict[str, float]`, *optional*): Weights of the cost by which queries are matched to cells:
             `class`, `bbox` and `giou`. Weights left out have their defaults.
         focal_alpha (`float`): Weight of positives in the focal loss of detection classes and in the matching cost;

@@ -167,10 +167,11 @@ class SingleCellFeatureExtraction(nn.Module):
 
 
 class QueryGuidedMaskFinder(nn.Module):
-    """QGMF: the best query's mask over a feature map made of the finest encoder and backbone levels.
+    """QGMF: masks of queries over a feature map made of the finest encoder and backbone levels.
 
-    G = ReLU(W E_0) + conv1x1(F_1); Y = <MLP(Norm(h)), G>. The semantic mask of an image is that of query 0, so it is
-    the only one computed.
+    G = ReLU(W E_0) + conv1x1(F_1); Y = <MLP(Norm(h)), G>. The semantic mask of an image is that of query 0. In detection the
+    mask of a query is that of its cell: `embed` gives the two sides of the product, of which `cell_mask_logits` makes what is
+    wanted.
     """
 
     def __init__(self, config: UniHemaConfig):
@@ -193,13 +194,24 @@ class QueryGuidedMaskFinder(nn.Module):
             `tuple[torch.Tensor, torch.Tensor]`: Mask logits `[B, q, h, w]` at the finest level, and the two maps they
             were made from, `[B, 2d, h, w]`, for the upsampler.
         """
+        encoder_map, backbone_map = self._maps(tokens, levels)
+        logits = torch.einsum("bqd,bdhw->bqhw", self._of_queries(query_states), encoder_map + backbone_map)
+        return logits, torch.cat((encoder_map, backbone_map), 1)
+
+    def embed(
+        self, query_states: torch.Tensor, tokens: torch.Tensor, levels: FeatureLevels
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries `[B, q, d]` and pixels `[B, d, h, w]` whose product are the mask logits; arguments as of `forward`."""
+        encoder_map, backbone_map = self._maps(tokens, levels)
+        return self._of_queries(query_states), encoder_map + backbone_map
+
+    def _of_queries(self, query_states: torch.Tensor) -> torch.Tensor:
+        return self.query_head(self.query_norm(query_states))
+
+    def _maps(self, tokens: torch.Tensor, levels: FeatureLevels) -> tuple[torch.Tensor, torch.Tensor]:
         h, w = levels.shapes[0]
         encoder_map = nn.functional.relu(self.encoder_projection(tokens[:, : h * w])).transpose(1, 2)
-        encoder_map = encoder_map.unflatten(-1, (h, w))
-        backbone_map = self.backbone_projection(levels.maps[0])
-        queries = self.query_head(self.query_norm(query_states))
-        logits = torch.einsum("bqd,bdhw->bqhw", queries, encoder_map + backbone_map)
-        return logits, torch.cat((encoder_map, backbone_map), 1)
+        return encoder_map.unflatten(-1, (h, w)), self.backbone_projection(levels.maps[0])
 
 
 class HemaFormer(nn.Module):

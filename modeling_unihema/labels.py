@@ -8,6 +8,8 @@ import torch
 
 from unihema.errors import InputError, InputTypeError
 
+from .cell_masks import GRID, MASKS, UNKNOWN
+
 
 MISSING = -100
 # Boxes come from divisions in float32, so an edge may pass the image's by rounding.
@@ -29,7 +31,9 @@ def check_detection_labels(
     Args:
         labels (`Sequence[dict[str, torch.Tensor]]`): One dict an image with `class_labels` int64 `[n]`, `boxes`
             cxcywh `[n, 4]` in 0..1 of the image itself, optionally `morphology` int64 `[n, num_attributes]` (-100
-            missing), `annotated_classes` and `taught_classes` bool `[num_labels]`, `boxes_known` bool `[n]`.
+            missing), `annotated_classes` and `taught_classes` bool `[num_labels]`, `boxes_known` bool `[n]`, `masks` uint8
+            `[n, 32, 32]`: samples of each cell's mask over its box and an eighth of its sides around it (`mask_points`), 1
+            inside, 0 outside, 255 not known. Cells and images without masks are no background: they cost nothing.
         batch_size (`int`, *optional*): Number of images; not checked when `None`.
         num_labels (`int`): Detection classes of the model.
         num_attributes (`int`): Morphology attributes of the model.
@@ -56,7 +60,7 @@ def _check_image(image: dict[str, torch.Tensor], index: int, num_labels: int, nu
     missing = [key for key in ("class_labels", "boxes") if key not in image]
     if missing:
         raise InputError(f"Labels of image {index} lack {' and '.join(missing)}; got {sorted(image.keys())}.")
-    for key in ("class_labels", "boxes", "morphology", BOXES_KNOWN, *CLASS_MASKS):
+    for key in ("class_labels", "boxes", "morphology", BOXES_KNOWN, MASKS, *CLASS_MASKS):
         value = image.get(key)
         if value is not None and not isinstance(value, torch.Tensor):
             raise InputTypeError(f"{key} of image {index} must be a tensor, got {type(value).__name__}.")
@@ -85,6 +89,13 @@ def _check_image(image: dict[str, torch.Tensor], index: int, num_labels: int, nu
         mask = image.get(key)
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (length,)):
             raise InputError(f"{key} of image {index} must be bool [{length}], got {mask.dtype} {list(mask.shape)}.")
+
+    masks = image.get(MASKS)
+    if masks is not None and (masks.dtype != torch.uint8 or masks.shape != (len(classes), GRID, GRID)):
+        raise InputError(
+            f"masks of image {index} must be uint8 [{len(classes)}, {GRID}, {GRID}], samples of each cell's mask over its box; "
+            f"got {masks.dtype} {list(masks.shape)}."
+        )
 
 
 def boxes_known(image: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -220,6 +231,8 @@ class CellTargets:
         class_shares (`torch.Tensor`): float32 `[B, N, P]`, their shares of the cell, 0 for what only fills up.
         morphology (`torch.Tensor`): int64 `[B, N, attributes]`, -100 where missing.
         annotated (`torch.Tensor`): float32 `[B, 1, C]`, 1 where a class is annotated in an image.
+        masks (`torch.Tensor`, *optional*): uint8 `[B, N, GRID, GRID]`, see `check_detection_labels`; `None` without any.
+        num_masks (`int`): Targets that have a mask.
     """
 
     targets: list[torch.Tensor]
@@ -232,6 +245,8 @@ class CellTargets:
     class_shares: torch.Tensor
     morphology: torch.Tensor
     annotated: torch.Tensor
+    masks: torch.Tensor | None = None
+    num_masks: int = 0
 
     @classmethod
     def of(
@@ -278,7 +293,15 @@ class CellTargets:
         shares = positive.gather(-1, classes) / of_cell.clamp(min=1)[..., None]
         parts = (boxes, known, targeted, positive, counted, classes, shares, morphology, annotated)
         targets = [row.nonzero().flatten() for row in targeted]
-        return cls(targets, *(part.to(device, non_blocking=True) for part in parts))
+        masks, num_masks = None, 0
+        if any(MASKS in image for image in labels):
+            masks = torch.full((images, most, GRID, GRID), UNKNOWN, dtype=torch.uint8)
+            for row, image in enumerate(labels):
+                if MASKS in image:
+                    masks[row, : len(image["class_labels"])] = image[MASKS]
+            num_masks = int(((masks != UNKNOWN).flatten(2).any(-1) & targeted).sum())
+            masks = masks.to(device, non_blocking=True)
+        return cls(targets, *(part.to(device, non_blocking=True) for part in parts), masks, num_masks)
 
 
 def on_host(labels: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:

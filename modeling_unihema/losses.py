@@ -9,6 +9,7 @@ from torchvision.ops import box_convert
 
 from unihema.errors import InputError
 
+from .cell_masks import MASKS, UNKNOWN, cell_mask_loss
 from .configuration_unihema import UniHemaConfig
 from .denoising import DenoisingQueries
 from .labels import MISSING, CellTargets, ancestors_of, check_detection_labels, is_target
@@ -49,6 +50,7 @@ def detection_loss(
     denoising_logits: torch.Tensor | None = None,
     denoising_boxes: torch.Tensor | None = None,
     num_items: Mapping[str, torch.Tensor] | None = None,
+    masks: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Losses of classes, boxes and morphology on every decoder layer, the selected proposals and the denoising queries.
 
@@ -70,13 +72,16 @@ def detection_loss(
         denoising ([`DenoisingQueries`], *optional*): How the denoising queries were made.
         denoising_logits (`torch.Tensor`, *optional*): Class logits of the denoising queries, `[L, B, P, num_labels]`.
         denoising_boxes (`torch.Tensor`, *optional*): Their boxes, `[L, B, P, 4]`.
-        num_items (`Mapping[str, torch.Tensor]`, *optional*): Numbers of `cells` and `attributes` to divide by instead, such
-            as those of several accumulated batches, see `count_loss_items`. Denoising is scaled like the cells.
+        num_items (`Mapping[str, torch.Tensor]`, *optional*): Numbers of `cells`, `attributes` and `masks` to divide by instead,
+            such as those of several accumulated batches, see `count_loss_items`. Denoising is scaled like the cells.
+        masks (`tuple[torch.Tensor, torch.Tensor, torch.Tensor]`, *optional*): `cell_mask_queries`, `cell_mask_pixels` and
+            `cell_mask_ratios` of the trunk, for the masks of matched cells on the last layer.
 
     Returns:
         `tuple[torch.Tensor, dict[str, torch.Tensor]]`: The weighted sum, with a graph, and the unweighted, detached
         terms: `loss_ce`, `loss_bbox`, `loss_giou`, `loss_morphology` of the last layer; the same with `_{i}` for
-        earlier layers, `_enc` for the proposals (no morphology), `_dn` and `_dn_{i}` for denoising (no morphology).
+        earlier layers, `_enc` for the proposals (no morphology), `_dn` and `_dn_{i}` for denoising (no morphology);
+        `loss_mask_bce` and `loss_mask_dice` where a cell has a mask.
 
     Raises:
         TypeError: See `check_detection_labels`.
@@ -99,9 +104,11 @@ def detection_loss(
     placed = None if denoising is None else _denoised_cells(denoising, cells)
     num_positives = 0 if placed is None else placed[2].sum()
     num_attributes = None
+    num_masks: Any = cells.num_masks
     if num_items is None:
-        num_cells, num_positives = average_over_processes(num_cells, num_positives, device=device)
+        num_cells, num_positives, num_masks = average_over_processes(num_cells, num_positives, num_masks, device=device)
     else:
+        num_masks = num_items.get("masks", torch.as_tensor(num_masks).clamp(min=1))
         num_positives = torch.as_tensor(num_positives).clamp(min=1) * num_items["cells"] / max(num_cells, 1)
         num_cells, num_attributes = num_items["cells"], num_items["attributes"]
     noisy = {}
@@ -120,6 +127,10 @@ def detection_loss(
         else:
             vector = morphology_loss(described, values, value_counts, num_attributes)
         terms.append(("loss_morphology", vector, suffixes))
+
+    if masks is not None and cells.num_masks:
+        of_masks = cell_mask_loss(*masks, cells.boxes, cells.masks, query[-2], num_masks)
+        terms += [(name, value[None], [""]) for name, value in of_masks.items()]
 
     weights = {**config.loss_weights, "ce": config.loss_weights["class"]}
     loss = sum(weights[name.removeprefix("loss_")] * vector.sum() for name, vector, _ in terms)
@@ -281,8 +292,8 @@ def count_loss_items(task: str, labels: Any, config: UniHemaConfig) -> dict[str,
         config ([`UniHemaConfig`]): `ancestor_matrix`.
 
     Returns:
-        `dict[str, int]`: `cells` and `attributes` (labelled ones) for detection; `images` with a label for segmentation and
-        single cells; labelled `tokens` for questions and sentences.
+        `dict[str, int]`: `cells`, `attributes` (labelled ones) and `masks` for detection; `images` with a label for
+        segmentation and single cells; labelled `tokens` for questions and sentences.
     """
     if task == "detection":
         ancestors = ancestors_of(config)
@@ -297,7 +308,16 @@ def count_loss_items(task: str, labels: Any, config: UniHemaConfig) -> dict[str,
             for image, of_image in zip(labels, kept, strict=True)
             if image.get("morphology") is not None
         ]
-        return {"cells": sum(int(of_image.sum()) for of_image in kept), "attributes": sum(described)}
+        masked = [
+            int((image[MASKS].cpu()[of_image] != UNKNOWN).flatten(1).any(1).sum())
+            for image, of_image in zip(labels, kept, strict=True)
+            if image.get(MASKS) is not None
+        ]
+        return {
+            "cells": sum(int(of_image.sum()) for of_image in kept),
+            "attributes": sum(described),
+            "masks": sum(masked),
+        }
     labelled = labels != MISSING
     if task == "segmentation":
         return {"images": int(labelled.flatten(1).any(1).sum())}

@@ -21,6 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from unihema.errors import InputError
 
 from .adapter_mixin import WithAdapters
+from .cell_masks import MASKS
 from .configuration_unihema import UniHemaConfig
 from .denoising import ContrastiveDenoising
 from .hema_former import CrossModalFusion, HemaFormer, SingleCellFeatureExtraction
@@ -47,6 +48,8 @@ from .visual_backbone import FeatureLevels, VisualBackbone
 NO_CELL = -1e4
 # Parts of the trunk that `compile_parts` compiles.
 COMPILED_PARTS = ("visual_backbone", "image_encoder", "query_selection", "image_decoder")
+# What masks of cells are made of, in detection.
+CELL_MASK_OUTPUTS = ("cell_mask_queries", "cell_mask_pixels", "cell_mask_ratios")
 # Optional outputs of every layer, and the fields that return them.
 LAYER_OPTIONS = ("output_hidden_states", "output_attentions")
 LAYER_OUTPUTS = (
@@ -249,6 +252,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
         prompt_features: UniHemaPromptFeatures | None = None,
         text_only: bool = False,
         make_denoising: Callable | None = None,
+        cell_masks: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs,
@@ -265,6 +269,7 @@ class UniHemaModel(UniHemaPreTrainedModel):
             prompt_features ([`UniHemaPromptFeatures`], *optional*): Of `get_prompt_features`, instead of `input_ids`.
             text_only (`bool`): Language tasks: the text alone is read, E_W = E_T, as in the second stage of training.
             make_denoising (`Callable`, *optional*): From the number of queries to `DenoisingQueries`; training only.
+            cell_masks (`bool`): Detection: also return what masks of single cells are made of. Needs the mask finder.
             output_hidden_states (`bool`, *optional*): Also return the states of every layer.
             output_attentions (`bool`, *optional*): Also return the attention weights of every layer. Those between
                 queries and of the text branch need `attn_implementation="eager"`.
@@ -301,6 +306,11 @@ class UniHemaModel(UniHemaPreTrainedModel):
                 )
                 if levels.padded and not self.config.attend_to_padding:
                     output["mask_valid"] = levels.valid[0]
+            elif cell_masks:
+                output["cell_mask_queries"], output["cell_mask_pixels"] = (
+                    self.hema_former.query_guided_mask_finder.embed(output.last_hidden_state, tokens, levels)
+                )
+                output["cell_mask_ratios"] = levels.valid_ratios[:, 0]
         if states:
             output["encoder_hidden_states"] = encoded.hidden_states
         if weights:
@@ -438,7 +448,13 @@ def detect(
 ) -> UniHemaDetectionOutput:
     """Boxes, classes and attributes by a model's trunk, `detection_head` and `denoising`; see [`UniHemaForDetection`]."""
     make_denoising = partial(model.denoising, labels) if model.training and labels is not None else None
-    trunk = model.model(task="detection", make_denoising=make_denoising, return_dict=True, **inputs)
+    has_finder = hasattr(model.model.hema_former, "query_guided_mask_finder")
+    taught = labels is not None and any(MASKS in image for image in labels)
+    cell_masks = has_finder and (model.config.trained.cell_masks or taught)
+    trunk = model.model(
+        task="detection", make_denoising=make_denoising, cell_masks=cell_masks, return_dict=True, **inputs
+    )
+    masks = {name: trunk[name] for name in CELL_MASK_OUTPUTS if name in trunk}
     needed = trunk.decoder_states if labels is not None else trunk.decoder_states[-1:]
     logits, morphology = model.detection_head(needed)
     if trunk.query_padding is not None:
@@ -460,6 +476,7 @@ def detect(
             denoising_logits=noisy_logits,
             denoising_boxes=trunk.denoising_boxes,
             num_items=num_items,
+            masks=tuple(masks.values()) if masks else None,
         )
     return UniHemaDetectionOutput(
         loss=loss,
@@ -469,6 +486,7 @@ def detect(
         pred_morphology=morphology[-1],
         last_hidden_state=trunk.last_hidden_state,
         encoder_last_hidden_state=trunk.encoder_last_hidden_state,
+        **masks,
         **_of_layers(trunk, LAYER_OUTPUTS),
     )
 
@@ -569,8 +587,9 @@ class UniHemaForDetection(UniHemaPreTrainedModel):
             attention_mask (`torch.LongTensor`, *optional*): `[B, L]`.
             labels (`list[dict[str, torch.Tensor]]`, *optional*): For each image `class_labels` `[n]`, `boxes` `[n, 4]`
                 cxcywh in 0..1 relative to the image itself, optionally `morphology` `[n, attributes]` (-100 missing),
-                `annotated_classes` `[num_labels]` (`False`: neither target nor background) and `boxes_known` `[n]`
-                (`False`: the cell lies somewhere in its box).
+                `annotated_classes` `[num_labels]` (`False`: neither target nor background), `boxes_known` `[n]`
+                (`False`: the cell lies somewhere in its box) and `masks` (see `check_detection_labels`; learned by a model that
+                has the mask finder).
             image_features ([`UniHemaImageFeatures`], *optional*): Instead of `pixel_values`, see `get_image_features`.
             prompt_features ([`UniHemaPromptFeatures`], *optional*): Instead of `input_ids`, see `get_prompt_features`.
             num_items_in_batch (`Mapping[str, torch.Tensor]`, *optional*): What the loss divides by when batches are

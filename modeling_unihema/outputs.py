@@ -63,6 +63,9 @@ class UniHemaModelOutput(ModelOutput):
         mask_logits (`torch.FloatTensor`): Mask of query 0 at the finest level `[B, 1, h, w]`.
         mask_features (`torch.FloatTensor`): The maps it was made from `[B, 2d, h, w]`.
         mask_valid (`torch.BoolTensor`): Which of their pixels are image `[B, h, w]`; padded batches only.
+        cell_mask_queries (`torch.FloatTensor`): Queries as the mask finder takes them `[B, Q, d]`; detection with masks of cells.
+        cell_mask_pixels (`torch.FloatTensor`): Pixels of the finest level as it takes them `[B, d, h, w]`.
+        cell_mask_ratios (`torch.FloatTensor`): Share of that level's (width, height) that is image, `[B or 1, 2]`.
         encoder_hidden_states (`tuple[torch.FloatTensor, ...]`): Input and output of the image encoder's layers
             `[B, S, d]`; for language tasks of the text encoder's `[B, L, text width]`. On request, as all below.
         encoder_attentions (`tuple[torch.FloatTensor, ...]`): Sampling weights of each encoder layer
@@ -90,6 +93,9 @@ class UniHemaModelOutput(ModelOutput):
     mask_logits: torch.FloatTensor | None = None
     mask_features: torch.FloatTensor | None = None
     mask_valid: torch.BoolTensor | None = None
+    cell_mask_queries: torch.FloatTensor | None = None
+    cell_mask_pixels: torch.FloatTensor | None = None
+    cell_mask_ratios: torch.FloatTensor | None = None
     encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
     decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -108,6 +114,9 @@ class UniHemaDetectionOutput(ModelOutput):
         pred_boxes (`torch.FloatTensor`): Boxes cxcywh `[B, Q, 4]` in 0..1, relative to the image itself.
         pred_morphology (`torch.FloatTensor`): Logits `[B, Q, all values]`, attributes concatenated in the order of
             `config.morphology`; a softmax over each attribute's own values gives its probabilities.
+        cell_mask_queries, cell_mask_pixels, cell_mask_ratios:
+            Of a checkpoint trained on masks of cells (`config.trained.cell_masks`), see [`UniHemaModelOutput`]; `find_cells`
+            and `cell_mask_logits` make masks of them.
         last_hidden_state (`torch.FloatTensor`): Decoder queries `[B, Q, d]`.
         encoder_last_hidden_state (`torch.FloatTensor`): Encoded image tokens `[B, S, d]`.
         encoder_hidden_states, encoder_attentions, decoder_hidden_states, decoder_attentions, cross_attentions:
@@ -119,6 +128,9 @@ class UniHemaDetectionOutput(ModelOutput):
     logits: torch.FloatTensor | None = None
     pred_boxes: torch.FloatTensor | None = None
     pred_morphology: torch.FloatTensor | None = None
+    cell_mask_queries: torch.FloatTensor | None = None
+    cell_mask_pixels: torch.FloatTensor | None = None
+    cell_mask_ratios: torch.FloatTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
     encoder_last_hidden_state: torch.FloatTensor | None = None
     encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None

@@ -133,6 +133,8 @@ def parts_of(tasks: tuple[str, ...], config: Any = None) -> set[str]:
         config ([`UniHemaConfig`], *optional*): Leaves out the parts that it turns off.
     """
     parts = {part for task in tasks for part in TASK_TABLE[task].parts}
+    if config is not None and config.trained.cell_masks and "detection" in tasks:
+        parts.add("query_guided_mask_finder")
     if config is not None and not config.cross_modal_fusion:
         parts -= {"cross_modal_fusion"}
     if config is not None and not config.text_guided_refinement:

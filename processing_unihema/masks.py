@@ -63,7 +63,7 @@ def rle_decode(code: dict[str, Any]) -> np.ndarray:
         ValueError: The runs do not add up to the size.
     """
     height, width = code["size"]
-    counts = _runs(code)
+    counts = check_runs(code)
     return np.repeat(np.arange(len(counts), dtype=np.uint8) % 2, counts).reshape((height, width), order="F")
 
 
@@ -77,7 +77,7 @@ def rle_crop(code: dict[str, Any]) -> tuple[np.ndarray, tuple[int, int]]:
         ValueError: The runs do not add up to the size, or the rectangle is larger than `MOST_PIXELS`.
     """
     height, _ = code["size"]
-    borders = np.cumsum(_runs(code))
+    borders = np.cumsum(check_runs(code))
     starts, ends = borders[0::2], borders[1::2]
     starts = starts[: len(ends)]
     kept = ends > starts
@@ -95,7 +95,40 @@ def rle_crop(code: dict[str, Any]) -> tuple[np.ndarray, tuple[int, int]]:
     return columns[:, rows[0] : rows[-1] + 1].T.copy(), (first, int(rows[0]))
 
 
-def _runs(code: dict[str, Any]) -> np.ndarray:
+def outline_mask(outline: Any, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+    """The mask of a COCO `segmentation`: run lengths, compressed or not, or polygons.
+
+    Args:
+        outline (`dict` or `list`): As in the file.
+        size (`tuple[int, int]`): Height and width of the image.
+
+    Returns:
+        `tuple[np.ndarray, tuple[int, int]]`: bool `[h, w]`, the smallest rectangle around it, and the pixel (x, y) where that
+        begins.
+
+    Raises:
+        ValueError: Runs that do not add up to the image.
+    """
+    if isinstance(outline, dict):
+        if list(outline.get("size", size)) != list(size):
+            raise InputError(f"A mask of {outline['size']} pixels for an image of {list(size)}.")
+        return rle_crop({"counts": outline["counts"], "size": list(size)})
+    corners = [np.asarray(part, dtype=np.float64).reshape(-1, 2) for part in outline]
+    (left, top), (right, bottom) = np.concatenate(corners).min(0), np.concatenate(corners).max(0)
+    left, top = (int(np.clip(np.floor(value), 0, most)) for value, most in ((left, size[1]), (top, size[0])))
+    right, bottom = (int(np.clip(np.ceil(value), 0, most)) for value, most in ((right, size[1]), (bottom, size[0])))
+    return polygon_mask([[part] for part in corners], (left, top, right, bottom)), (left, top)
+
+
+def check_runs(code: dict[str, Any]) -> np.ndarray:
+    """The run lengths of a mask as numbers.
+
+    Args:
+        code (`dict`): "size", and "counts" as numbers or as COCO's compressed text.
+
+    Raises:
+        ValueError: They do not add up to the size.
+    """
     height, width = code["size"]
     counts = code["counts"]
     if isinstance(counts, (str, bytes)):
@@ -217,4 +250,13 @@ def polygon_mask(polygons: Iterable[Sequence[Sequence[Sequence[float]]]], box: t
     return mask
 
 
-__all__ = ["mask_polygons", "polygon_mask", "rle_crop", "rle_decode", "rle_encode", "rle_in_image"]
+__all__ = [
+    "check_runs",
+    "mask_polygons",
+    "outline_mask",
+    "polygon_mask",
+    "rle_crop",
+    "rle_decode",
+    "rle_encode",
+    "rle_in_image",
+]

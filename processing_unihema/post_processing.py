@@ -1,13 +1,16 @@
 """Model outputs to results in pixels of the original image."""
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torchvision.ops import box_area, box_iou
 
 from unihema.errors import InputError
+from unihema.modeling_unihema.cell_masks import masks_in_boxes
 
 from .class_names import has_nucleus, plain_name
 
@@ -15,6 +18,8 @@ from .class_names import has_nucleus, plain_name
 # Overlaps from which two boxes are one cell when results are shown: IoU, and the share of a box inside one of its class.
 NMS_IOU = 0.6
 NMS_WITHIN = 0.75
+# Pixels of the masks of an image's cells together.
+MOST_MASK_PIXELS = 1 << 28
 # A finer name needs this share of the coarser name's score.
 FINER_SHARE = 0.5
 
@@ -77,8 +82,9 @@ def find_cells(
 
     Returns:
         `list[list[dict]]`: For each image its cells, best first: `label` (`str`), `score` (`float`), `box` (xyxy, `list` of
-        4 `float`), `attributes` (attribute -> `{"value": str, "score": float}`, empty for cells without a nucleus) and
-        `query` (`int`), the query it came from.
+        4 `float`), `attributes` (attribute -> `{"value": str, "score": float}`, empty for cells without a nucleus),
+        `query` (`int`), the query it came from, and `mask` (bool array of the pixels that the box touches, `None` where the
+        checkpoint was not trained on masks of cells or boxes are not in pixels).
 
     Raises:
         ValueError: Not as many target sizes as images, or a threshold outside 0..1.
@@ -95,6 +101,7 @@ def find_cells(
         ancestors=config.ancestor_matrix,
     )
     described = post_process_morphology(outputs, found, config.morphology)
+    masks = post_process_cell_masks(outputs, found, target_sizes)
     names = config.class_names
     nucleated = [has_nucleus(name, config.label_parents) for name in names]
     keys = ("labels", "scores", "boxes", "queries")
@@ -106,13 +113,54 @@ def find_cells(
                 "box": box,
                 "attributes": attributes if nucleated[label] else {},
                 "query": query,
+                "mask": mask,
             }
-            for label, score, box, query, attributes in zip(
-                *(image[key].tolist() for key in keys), morphology, strict=True
+            for label, score, box, query, attributes, mask in zip(
+                *(image[key].tolist() for key in keys), morphology, of_image, strict=True
             )
         ]
-        for image, morphology in zip(found, described, strict=True)
+        for image, morphology, of_image in zip(found, described, masks, strict=True)
     ]
+
+
+def post_process_cell_masks(
+    outputs,
+    detections: Sequence[dict[str, torch.Tensor]],
+    target_sizes: torch.Tensor | Sequence[tuple[int, int]] | None,
+) -> list[list[np.ndarray | None]]:
+    """The mask of each cell, of the pixels that its box touches.
+
+    Args:
+        outputs (`UniHemaDetectionOutput`): With `cell_mask_queries`, `cell_mask_pixels` and `cell_mask_ratios` of a checkpoint
+            that was trained on masks of cells.
+        detections (`Sequence[dict[str, torch.Tensor]]`): Results of `post_process_object_detection`.
+        target_sizes (`torch.Tensor` or `Sequence[tuple[int, int]]`, *optional*): `(h, w)` of each original image, in whose
+            pixels the boxes are.
+
+    Returns:
+        `list[list[np.ndarray | None]]`: bool `[h, w]` from floor(x_min), floor(y_min) to ceil(x_max), ceil(y_max). `None` for
+        all without such outputs or sizes, and for the last cells of an image whose masks have more than `MOST_MASK_PIXELS`.
+    """
+    results: list[list[np.ndarray | None]] = []
+    queries = getattr(outputs, "cell_mask_queries", None)
+    for image, found in enumerate(detections):
+        if queries is None or target_sizes is None:
+            results.append([None] * len(found["queries"]))
+            continue
+        boxes = [[math.floor(x), math.floor(y), math.ceil(right), math.ceil(bottom)]
+                 for x, y, right, bottom in found["boxes"].tolist()]  # fmt: skip
+        areas = np.cumsum([(right - x) * (bottom - y) for x, y, right, bottom in boxes])
+        few = int((areas <= MOST_MASK_PIXELS).sum())
+        ratios = outputs.cell_mask_ratios
+        masks = masks_in_boxes(
+            queries[image, found["queries"][:few]],
+            outputs.cell_mask_pixels[image],
+            ratios[image % len(ratios)],
+            boxes[:few],
+            (int(target_sizes[image][0]), int(target_sizes[image][1])),
+        )
+        results.append([*(mask.numpy() for mask in masks), *[None] * (len(boxes) - few)])
+    return results
 
 
 def post_process_object_detection(

@@ -6,12 +6,14 @@ import shutil
 import pytest
 import torch
 
+from unihema.shipped import lay_down_checkpoint
 from unihema.training.data.readers import load_folder
 from unihema.training.evaluation import evaluate_model
 from unihema.training.run.config import (
     AugmentationSettings,
     DataConfig,
     LoggingConfig,
+    ModelConfig,
     OptimisationConfig,
     RunConfig,
 )
@@ -22,11 +24,14 @@ pytestmark = pytest.mark.slow
 IMAGES = 8
 
 
-def by_heart(folder, output, task: str, steps: int, size: dict[str, int], **data) -> dict:
+def by_heart(
+    folder, output, task: str, steps: int, size: dict[str, int], model: ModelConfig | None = None, **data
+) -> dict:
     """Trains on a folder whose train and val split are the same eight images; the report on them."""
     return train(
         RunConfig(
             output_dir=str(output),
+            model=model or ModelConfig(),
             data=DataConfig(
                 folders=[str(folder)],
                 tasks=[task],
@@ -58,6 +63,25 @@ def test_detection(data_dir, tmp_path):
         (tmp_path / "data" / f"{split}.json").write_text(json.dumps(truth))
     report = by_heart(tmp_path / "data", tmp_path / "run", "detection", 500, {"longest_edge": 320})
     assert report["detection"]["mAP50"] >= 0.95
+
+
+def test_masks_of_cells(data_dir, tmp_path):
+    """Every cell of eight crowded tiles has a mask of its own. The boxes are those of the shipped checkpoint to begin with."""
+    source = data_dir / "rbc_instances"
+    truth = json.loads((source / "train.json").read_text())
+    truth["images"] = truth["images"][:IMAGES]
+    kept = {image["id"] for image in truth["images"]}
+    truth["annotations"] = [cell for cell in truth["annotations"] if cell["image_id"] in kept]
+    for image in truth["images"]:
+        target = tmp_path / "data" / "images" / image["file_name"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / "images" / image["file_name"], target)
+    for split in ("train", "val"):
+        (tmp_path / "data" / f"{split}.json").write_text(json.dumps(truth))
+    initial = ModelConfig(initial_checkpoint=str(lay_down_checkpoint(tmp_path / "unihema")))
+    report = by_heart(tmp_path / "data", tmp_path / "run", "detection", 200, {"longest_edge": 448}, initial)
+    assert report["detection"]["masks"]["cells"] > 600
+    assert report["detection"]["masks"]["mAP50"] >= 0.95
 
 
 def copy_metadata(source, target, count: int, keep=lambda record: True) -> list[dict]:

@@ -1,7 +1,8 @@
 """A cell, and the checks of what is read of stored results."""
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,31 @@ class Cell:
     def center(self) -> tuple[float, float]:
         """x, y of the box's centre in pixels."""
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+    def placed(self, left: float, top: float, scale: tuple[float, float] = (1.0, 1.0)) -> "Cell":
+        """The cell of a part of an image, in the image, with its mask.
+
+        Args:
+            left, top (`float`): Pixel of the image where the part begins.
+            scale (`tuple[float, float]`): Pixels of the image across and down for one of the part.
+        """
+        offset, factor = (left, top, left, top), (*scale, *scale)
+        box = tuple(value * by + moved for value, by, moved in zip(self.box, factor, offset, strict=True))
+        mask = None
+        if self.mask is not None:
+            # Pixels are looked up where they come from: a scale may be any number, and sums are rounded.
+            columns, rows = (
+                np.floor(
+                    (np.arange(math.floor(box[axis]), math.ceil(box[axis + 2])) + 0.5 - offset[axis]) / scale[axis]
+                )
+                for axis in (0, 1)
+            )
+            columns, rows = columns.astype(int) - self.origin[0], rows.astype(int) - self.origin[1]
+            height, width = self.mask.shape
+            mask = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
+            if self.mask.size:
+                mask &= self.mask[np.clip(rows, 0, height - 1)[:, None], np.clip(columns, 0, width - 1)]
+        return replace(self, box=box, mask=mask)
 
     def to_dict(self) -> dict[str, Any]:
         """The cell as JSON types; the mask as a run-length code."""

@@ -343,17 +343,8 @@ def _in_file(cells: Sequence[Cell], picture: Image.Image, tile: Tile) -> list[Ce
     width, height = _size(tile.box)
     if picture.size == (width, height):
         return list(cells)
-    to_x, to_y = width / picture.width, height / picture.height
-    moved = []
-    for cell in cells:
-        x_min, y_min, x_max, y_max = cell.box
-        larger = replace(cell, box=(x_min * to_x, y_min * to_y, x_max * to_x, y_max * to_y), mask=None)
-        if cell.mask is not None:
-            left, top = larger.origin
-            size = math.ceil(larger.box[2]) - left, math.ceil(larger.box[3]) - top
-            larger.mask = np.asarray(Image.fromarray(cell.mask).resize(size, Image.Resampling.NEAREST))
-        moved.append(larger)
-    return moved
+    scale = width / picture.width, height / picture.height
+    return [cell.placed(0, 0, scale) for cell in cells]
 
 
 def _of_unreadable(tiles: Sequence[Tile], number: int) -> str:
@@ -595,7 +586,7 @@ def merged(
             box = max(x_min, 0), max(y_min, 0), min(x_max, width), min(y_max, height)
             if beyond > reach or box[0] >= box[2] or box[1] >= box[3]:
                 continue
-            cells.append(_with_box(replace(cell, box=(x_min, y_min, x_max, y_max)), box))
+            cells.append(_with_box(cell.placed(left, top), box))
             owners.append(number)
             # What the image's edge cuts is as whole as it can be.
             cut_off.append(
@@ -776,7 +767,7 @@ def _looks(
         number, diameter = red_cell_diameter(found, *_size(place.box), parents)
         numbers.append(number)
         sizes += [diameter] * number
-        cells.append([replace(cell, box=tuple(a + b for a, b in zip(cell.box, (left, top) * 2))) for cell in found])
+        cells.append([cell.placed(left, top) for cell in found])
     return _Looks(size, places, cells, sum(numbers), float(np.median(sizes)) * edge / size if sizes else 0.0)
 
 

@@ -1,6 +1,7 @@
 """One object that analyses: any image, several checkpoints, threads and processes, prepared or not."""
 
 import copy
+import json
 import multiprocessing
 import pickle
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -18,6 +19,7 @@ import unihema
 from unihema import Analyzer, CheckpointError, QueryCapWarning, SmearResult, UniHemaError, prepare_for_inference
 from unihema.errors import PreparedModelError
 from unihema.loading import load_model
+from unihema.modeling_unihema.configuration_unihema import TrainingResults
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::unihema.analyzer.QueryCapWarning")
@@ -360,3 +362,17 @@ def test_a_model_with_one_head_does_its_task(tmp_path):
 def test_a_source_that_is_nowhere_is_named(source):
     with pytest.raises(CheckpointError, match="no such checkpoint folder"):
         Analyzer.from_pretrained(source, local_files_only=True)
+
+
+def test_cells_have_masks_where_the_checkpoint_was_trained_on_them(tmp_path):
+    trained = TrainingResults(cell_masks=True, red_cell_diameter=[5, 6, 7])
+    analyzer = Analyzer.from_pretrained(save_lively(tmp_path / "masks", 3, trained=trained), device="cpu")
+    for image, tiles in ((noise(0, (61, 43)), "off"), (noise(1, (300, 200)), 64)):
+        result = analyzer(image, tiles=tiles)
+        assert result.cells and all(cell.mask is not None for cell in result.cells)
+        assert (result.tiling is None) == (tiles == "off")
+        again = SmearResult.from_dict(json.loads(json.dumps(result.to_dict())))
+        assert again.to_dict() == result.to_dict()
+        assert result.with_geojson(result.to_geojson()).changes == []
+    whole = analyzer.analyze_images([noise(0), noise(2)])
+    assert_same(whole[1], analyzer(noise(2)), atol=1e-4)

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from unihema.processing_unihema.masks import mask_polygons, rle_decode, rle_encode
+from unihema.results.smear_result import Cell
 
 
 def masks():
@@ -57,3 +58,22 @@ def test_run_lengths_are_those_of_coco(name):
 def test_runs_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="add up to 5 pixels, but its size is 2 x 3"):
         rle_decode({"size": [2, 3], "counts": [2, 3]})
+
+
+@pytest.mark.parametrize("left, top", [(7, 3), (100_000.0, 60_000.0), (-2, 0)])
+def test_a_cell_moves_with_its_mask(left, top):
+    mask = np.random.default_rng(0).random((7, 9)) < 0.5
+    # Its right edge is a whole pixel but for rounding, which goes with larger numbers.
+    cell = Cell(1, (2.25, 3.5, 10.999999999999998, 10.0), "A", 0.5, {}, mask)
+    moved = cell.placed(left, top)
+    assert moved.box == pytest.approx((2.25 + left, 3.5 + top, 11 + left, 10 + top))
+    assert moved.mask.sum() == mask.sum() and (moved.mask == mask).all()
+    assert moved.placed(-left, -top).mask.tolist() == mask.tolist()
+
+
+def test_a_cell_of_a_reduced_image_grows_with_its_mask():
+    mask = np.eye(4, dtype=bool)
+    cell = Cell(1, (2, 3, 6, 7), "A", 0.5, {}, mask).placed(0, 0, (2.5, 2.5))
+    assert cell.box == (5, 7.5, 15, 17.5) and cell.mask.shape == (11, 10)
+    assert cell.mask.sum() == pytest.approx(4 * 2.5**2, rel=0.1)
+    assert Cell(1, (5, 5, 5, 5), "A", 0.5, {}, np.zeros((0, 0), bool)).placed(1.5, 0, (3, 3)).mask.shape == (0, 1)

@@ -241,7 +241,7 @@ def test_counts_are_averaged_over_processes(monkeypatch):
 
     def add_other_process(counts):
         # Labelled attributes are counted in an exchange of their own.
-        counts[0] += 6.0 if len(counts) == 2 else 0.0
+        counts[0] += 6.0 if len(counts) == 3 else 0.0
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)

@@ -12,8 +12,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
 from unihema.errors import DatasetError, InputError
+from unihema.modeling_unihema.cell_masks import MASKS, sampled_masks
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 from unihema.processing_unihema.image_io import MAX_PIXELS, image_size, load_image
+from unihema.processing_unihema.masks import outline_mask
 from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng, drawn_scale
 from unihema.training.data.class_tree import as_known, with_covered_parents
 from unihema.training.data.image_cache import ImageCache
@@ -61,6 +63,7 @@ class SmearDataset(Dataset):
         pixels_as_bytes (`bool`): Batches have `pixel_values` in uint8, which [`UniHemaImageProcessor.normalise`] makes on the
             device what the model sees: a quarter of the memory on the way there.
         pad_multiple (`int`, *optional*): Padded sides are multiples of this, instead of the processor's own.
+        cell_masks (`bool`): Detection labels have the masks of cells that rows state.
 
     Raises:
         DatasetError: No rows, rows of another task, or names that are not listed.
@@ -84,6 +87,7 @@ class SmearDataset(Dataset):
         name_classes: bool = False,
         pixels_as_bytes: bool = False,
         pad_multiple: int | None = None,
+        cell_masks: bool = False,
     ):
         if not len(rows):
             raise DatasetError(f"No rows for {task}: check the folder and the split.")
@@ -111,6 +115,7 @@ class SmearDataset(Dataset):
         self.cache = cache
         self.pixels_as_bytes = pixels_as_bytes
         self.pad_multiple = pad_multiple
+        self.cell_masks = cell_masks
         self.text_only = text_only and task in LANGUAGE_TASKS
         self._groups = self._group_rows(questions_per_image)
         self.label_parents = dict(label_parents or {})
@@ -198,7 +203,11 @@ class SmearDataset(Dataset):
         boxes = self._boxes(row, width, height) if self.task == "detection" else None
         if boxes is not None and tuple(image.shape[-2:]) != (height, width):
             boxes *= torch.tensor([image.shape[-1] / width, image.shape[-2] / height]).repeat(2)
-        mask = self._mask(row, width, height, tuple(image.shape[-2:])) if self.task == "segmentation" else None
+        mask, kept_size = None, (int(image.shape[-2]), int(image.shape[-1]))
+        if self.task == "segmentation":
+            mask = self._mask(row, width, height, kept_size)
+        elif boxes is not None and self.cell_masks and any(row["objects"].get("segmentation") or ()):
+            mask = self._instances(row, kept_size)
         kept = range(len(boxes)) if boxes is not None else ()
         if self.augmentation is not None:
             task, views = self._seen_as(row)
@@ -209,7 +218,9 @@ class SmearDataset(Dataset):
             sample["scale"] = drawn_scale(self.augmentation, rng)
         sample["image"] = image
         if self.task == "detection":
-            sample["annotations"] = self._annotations(row, boxes, kept, index)
+            sample["annotations"], numbers = self._annotations(row, boxes, kept, index)
+            if mask is not None:
+                sample["masks"] = self._cell_masks(row, mask, sample["annotations"]["annotations"], numbers)
             sample["annotated_classes"] = row.get("annotated_classes")
             default = rng.random() < self.default_prompt_share
             sample["asked"] = None if default else sample["annotated_classes"] or self.class_names
@@ -308,9 +319,39 @@ class SmearDataset(Dataset):
             mask = np.asarray(Image.fromarray(mask).resize(kept[::-1], Image.Resampling.NEAREST))
         return torch.from_numpy(np.array(mask))
 
-    def _annotations(self, row: Row, boxes: torch.Tensor, kept: Sequence[int], index: int) -> dict[str, Any]:
+    def _instances(self, row: Row, kept: tuple[int, int]) -> torch.Tensor:
+        """An image of instances: the number of each cell, from 1, on the pixels of its mask. Of cells that overlap the smaller
+        has the pixel."""
+        width, height = row["size"]
+        masks = []
+        for number, outline in enumerate(row["objects"]["segmentation"]):
+            if outline:
+                try:
+                    masks.append((number, *outline_mask(outline, (height, width))))
+                except InputError as error:
+                    raise DatasetError(f"{row['dataset']}: {row['file_name']}: mask {number}: {error}") from error
+        instances = np.zeros((height, width), dtype=np.int32)
+        for number, inside, (x, y) in sorted(masks, key=lambda mask: -int(mask[1].sum())):
+            instances[y : y + inside.shape[0], x : x + inside.shape[1]][inside] = number + 1
+        if instances.shape != kept:
+            instances = np.asarray(Image.fromarray(instances).resize(kept[::-1], Image.Resampling.NEAREST))
+        return torch.from_numpy(np.array(instances))
+
+    def _cell_masks(
+        self, row: Row, instances: torch.Tensor, annotations: Sequence[Mapping[str, Any]], numbers: Sequence[int]
+    ) -> torch.Tensor:
+        outlines = row["objects"]["segmentation"]
+        boxes = torch.tensor([cell["bbox"] for cell in annotations], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, :2] += boxes[:, 2:] / 2
+        known = [number + 1 if outlines[number] else None for number in numbers]
+        return sampled_masks(instances, known, boxes)
+
+    def _annotations(
+        self, row: Row, boxes: torch.Tensor, kept: Sequence[int], index: int
+    ) -> tuple[dict[str, Any], list[int]]:
+        """The annotations, and the number of the cell in its row of each."""
         objects = row["objects"]
-        annotations = []
+        annotations, numbers = [], []
         for box, original in zip(boxes.tolist(), kept, strict=True):
             crowd = objects["iscrowd"][original] if "iscrowd" in objects else 0
             if crowd and not self.evaluation:
@@ -329,7 +370,8 @@ class SmearDataset(Dataset):
                     for name, values in self.morphology.items()
                 ]
             annotations.append(annotation)
-        return {"image_id": index, "annotations": annotations}
+            numbers.append(original)
+        return {"image_id": index, "annotations": annotations}, numbers
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Samples to a batch: the processor's tensors, `labels` and `task`; in evaluation the raw truth as well."""
@@ -368,6 +410,8 @@ class SmearDataset(Dataset):
             for labels, sample in zip(batch["labels"], samples, strict=True):
                 if sample["one_cell"]:
                     labels["boxes_known"] = torch.zeros_like(labels["class_labels"], dtype=torch.bool)
+                if "masks" in sample:
+                    labels[MASKS] = sample["masks"]
                 if sample["annotated_classes"] is not None:
                     annotated = set(with_covered_parents(sample["annotated_classes"], self.label_parents))
                     labels["annotated_classes"] = torch.tensor([name in annotated for name in self.class_names])

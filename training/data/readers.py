@@ -496,6 +496,9 @@ def _merge(first: Row, second: Row) -> None:
         there = set(zip(map(tuple, first["objects"]["bbox"]), first["objects"]["category"]))
         boxes = zip(map(tuple, second["objects"]["bbox"]), second["objects"]["category"])
         new = [number for number, box in enumerate(boxes) if box not in there]
+        if "segmentation" in first["objects"] or "segmentation" in second["objects"]:
+            for objects in (first["objects"], second["objects"]):
+                objects.setdefault("segmentation", [None] * len(objects["bbox"]))
         for name, values in second["objects"].items():
             first["objects"].setdefault(name, []).extend(values[number] for number in new)
         names = [*(first.get("annotated_classes") or ()), *(second.get("annotated_classes") or ())]

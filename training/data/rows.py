@@ -2,7 +2,8 @@
 
 Common keys: `image` (path or PIL image), `file_name`, `dataset`, `task`. Task keys:
 
-- detection: `objects` (`bbox` xywh pixels, `category` names, `morphology` {attribute: value}; `iscrowd` where present)
+- detection: `objects` (`bbox` xywh pixels, `category` names, `morphology` {attribute: value}; `iscrowd` where present, and
+  `segmentation`, the mask of each cell as in COCO, or None)
   and `annotated_classes` (names, or None when all are); `size` (width, height) of the image that the boxes refer to,
   where known; `from_attributes` marks a crop of one cell that is there for its attributes: its box is the whole image,
   and box losses ignore it;
@@ -178,7 +179,9 @@ def _check_row(
     check_types(row, where)
     if task == "detection":
         objects = row["objects"]
-        lengths = {key: len(objects[key]) for key in ("bbox", "category", "morphology") if key in objects}
+        lengths = {
+            key: len(objects[key]) for key in ("bbox", "category", "morphology", "segmentation") if key in objects
+        }
         if len(set(lengths.values())) > 1:
             raise DatasetError(f"{where}: lists of different lengths in objects: {lengths}. One entry a cell.")
         if class_names is not None:
@@ -283,6 +286,11 @@ def red_cell_diameter(rows: Sequence[Row], edge: int | None) -> list[float] | No
     if len(medians) < 10:
         return None
     return [round(float(value), 2) for value in np.percentile(medians, (5, 50, 95))]
+
+
+def have_cell_masks(rows: Iterable[Row]) -> bool:
+    """Whether some row of detection states the mask of a cell."""
+    return any(any(row["objects"].get("segmentation") or ()) for row in witnesses(rows))
 
 
 # Characters of what is said of one row.

@@ -1,5 +1,6 @@
 """Cells and their attributes, measured in pixels of the original image."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,8 @@ import numpy as np
 import torch
 
 from unihema.modeling_unihema.labels import ancestors_of, boxes_known
-from unihema.processing_unihema.post_processing import distinct_cells
+from unihema.processing_unihema.masks import outline_mask, rle_in_image
+from unihema.processing_unihema.post_processing import distinct_cells, post_process_cell_masks
 from unihema.training.data.rows import Row
 from unihema.training.evaluation.measured import FeatureListener, Measured, Resampler, class_names
 from unihema.training.metrics.coarse_classes import with_coarser_names, with_coarser_truth
@@ -26,7 +28,8 @@ from unihema.training.metrics.single_cell import one_hot_counts, scores_of_count
 
 class _Field(NamedTuple):
     """One image: the queries ranked under every class, as mAP counts them; each under its best class, as results are
-    shown; the true cells; and the attributes that were read, and that are right, of the cells that have some."""
+    shown; the true cells; the attributes that were read, and that are right, of the cells that have some; and, of images with
+    masks of cells, those of the ranked queries."""
 
     ranked: dict[str, np.ndarray]
     cells: dict[str, np.ndarray]
@@ -34,6 +37,7 @@ class _Field(NamedTuple):
     read: np.ndarray
     attributes: np.ndarray
     described: int
+    masks: list[dict[str, Any]] | None = None
 
 
 class MeasuredDetections(Measured):
@@ -58,7 +62,10 @@ class MeasuredDetections(Measured):
             truth = _reference(rows[index], sizes[image].tolist(), self.names)
             found = _arrays(cells[image])
             attributes = self._attributes(output, image, found, truth, batch["labels"][image])
-            self.keep(rows[index], _Field(_arrays(ranked[image]), found, truth, *attributes))
+            masks = None
+            if "masks" in truth and self.model.config.trained.cell_masks and "cell_mask_queries" in output:
+                masks = _codes(output, image, ranked[image], truth["size"])
+            self.keep(rows[index], _Field(_arrays(ranked[image]), found, truth, *attributes, masks))
 
     def _attributes(self, output, image: int, found, truth, labels) -> tuple[np.ndarray, np.ndarray, int]:
         sizes = self.model.config.morphology_sizes
@@ -93,6 +100,14 @@ class MeasuredDetections(Measured):
             annotated = self._annotated_names()
             figures["per_class"] = {name: figures["per_class"][name] for name in annotated}
         figures["at_threshold"] = self._at_threshold()
+        masked = [field for field in self.records if field.masks is not None]
+        if masked:
+            found = [field.ranked | {"masks": field.masks} for field in masked]
+            coarser = None if self.ancestors is None else self.ancestors.numpy()
+            truth = [with_coarser_truth(field.truth, coarser) for field in masked]
+            of_masks = mean_average_precision(found, truth, self.names, of_masks=True)
+            figures["masks"] = {name: of_masks[name] for name in ("mAP", "mAP50", "mAP75")}
+            figures["masks"]["cells"] = sum(of_class["cells"] for of_class in of_masks["per_class"].values())
         if self._described():
             figures["morphology"] = morphology_scores(
                 *self._read_and_true(), self.model.config.morphology, cells=self._described()
@@ -196,6 +211,20 @@ def _shown(
     return {name: values[above[kept]] for name, values in cells.items()}
 
 
+def _codes(output: Any, image: int, ranked: Mapping[str, torch.Tensor], size: tuple[int, int]) -> list[dict[str, Any]]:
+    """The mask of each ranked query as run lengths over the image; a query under several classes is looked at once."""
+    queries, place = np.unique(ranked["queries"].cpu().numpy(), return_index=True)
+    once = {name: values[torch.as_tensor(place, device=values.device)] for name, values in ranked.items()}
+    sizes = [size] * (image + 1)
+    everyone = [{name: values[:0] for name, values in once.items()}] * image + [once]
+    masks = post_process_cell_masks(output, everyone, sizes)[image]
+    codes = {}
+    for query, mask, box in zip(queries.tolist(), masks, once["boxes"].tolist(), strict=True):
+        origin = (math.floor(box[0]), math.floor(box[1]))
+        codes[query] = rle_in_image(np.zeros((0, 0)) if mask is None else mask, origin, size)
+    return [codes[query] for query in ranked["queries"].tolist()]
+
+
 def _arrays(detections: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {name: values.cpu().numpy() for name, values in detections.items()}
 
@@ -210,6 +239,12 @@ def _reference(row: Row, size: Sequence[int], names: list[str]) -> dict[str, Any
         "boxes": boxes.clip(0, [width, height, width, height]),
         "labels": [names.index(name) for name in row["objects"]["category"]],
     }
+    if any(row["objects"].get("segmentation") or ()) and tuple(row.get("size") or (width, height)) == (width, height):
+        reference["size"] = (int(height), int(width))
+        reference["masks"] = [
+            None if outline is None else rle_in_image(*outline_mask(outline, reference["size"]), reference["size"])
+            for outline in row["objects"]["segmentation"]
+        ]
     if "iscrowd" in row["objects"]:
         reference["iscrowd"] = row["objects"]["iscrowd"]
     if row.get("from_attributes"):

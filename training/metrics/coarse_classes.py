@@ -28,8 +28,11 @@ def with_coarser_truth(reference: Mapping[str, Any], ancestors: np.ndarray | Non
     allowed = annotated_classes(reference, len(ancestors))
     cell, coarser = np.nonzero(ancestors[labels] & allowed)
     open_cell, finer = np.nonzero(ancestors.T[labels] & allowed)
+    masks = reference.get("masks")
+    again = {} if masks is None else {"masks": [*masks, *(masks[number] for number in (*cell, *open_cell))]}
     return {
         **reference,
+        **again,
         "boxes": np.concatenate([boxes, boxes[cell], boxes[open_cell]]),
         "labels": np.concatenate([labels, coarser, finer]),
         "iscrowd": np.concatenate([crowd, crowd[cell], np.ones(len(finer), dtype=int)]).tolist(),

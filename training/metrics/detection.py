@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from unihema.errors import InputError
+from unihema.processing_unihema.masks import rle_in_image
 
 
 MAX_DETECTIONS = 300
@@ -18,8 +19,9 @@ def mean_average_precision(
     predictions: Sequence[Mapping[str, Any]],
     references: Sequence[Mapping[str, Any]],
     class_names: Sequence[str],
+    of_masks: bool = False,
 ) -> dict[str, Any]:
-    """COCO's average precision.
+    """COCO's average precision, of boxes or of masks.
 
     A class that an image's data set does not annotate is neither asked for nor counted in that image. Classes without
     any cell in the references are left out of the means.
@@ -29,6 +31,8 @@ def mean_average_precision(
         references (`Sequence[Mapping]`): For each image `boxes` `[m, 4]`, `labels` `[m]`, optionally `iscrowd` `[m]` and
             `annotated_classes`, the class indices that are annotated (`None`: all).
         class_names (`Sequence[str]`): Names of the class indices.
+        of_masks (`bool`): Overlap is that of `masks`, which predictions and references then have: one a box, run lengths over
+            the image (`rle_in_image`). A reference's may be `None`: its cell is ignored, like a crowd.
 
     Returns:
         `dict`: `mAP` (IoU 0.50 to 0.95), `mAP50`, `mAP75`, all in 0..1, and `per_class`: name -> `AP50`, `AP`, `cells`.
@@ -39,6 +43,10 @@ def mean_average_precision(
     """
     _check_lengths(predictions, references)
     from faster_coco_eval import COCO, COCOeval_faster
+    from faster_coco_eval.core import mask as coco_mask
+
+    def packed(code: Mapping[str, Any]) -> dict[str, Any]:
+        return coco_mask.frPyObjects(dict(code), *code["size"])
 
     images, truth, found = [], [], []
     cells = np.zeros(len(class_names), dtype=int)
@@ -50,6 +58,8 @@ def mean_average_precision(
             if not allowed[label]:
                 continue
             is_crowd = 0 if crowd is None else int(crowd[number])
+            if of_masks and reference["masks"][number] is None:
+                is_crowd = 1
             cells[label] += not is_crowd
             width, height = float(box[2] - box[0]), float(box[3] - box[1])
             truth.append(
@@ -62,8 +72,13 @@ def mean_average_precision(
                     "iscrowd": is_crowd,
                 }
             )
+            if of_masks:
+                size = reference["size"]
+                code = reference["masks"][number] or box_code(box, size)
+                truth[-1] |= {"segmentation": packed(code), "area": float(coco_mask.area(packed(code)))}
         labels = np.asarray(predicted["labels"], dtype=int)
-        for box, score, label in zip(boxes_of(predicted), np.asarray(predicted["scores"], dtype=float), labels):
+        scores = np.asarray(predicted["scores"], dtype=float)
+        for number, (box, score, label) in enumerate(zip(boxes_of(predicted), scores, labels)):
             if allowed[label]:
                 x1, y1, x2, y2 = map(float, box)
                 found.append(
@@ -74,10 +89,12 @@ def mean_average_precision(
                         "score": float(score),
                     }
                 )
+                if of_masks:
+                    found[-1] |= {"segmentation": packed(predicted["masks"][number])}
     categories = [{"id": number, "name": name} for number, name in enumerate(class_names)]
     with contextlib.redirect_stdout(io.StringIO()):
         dataset = COCO({"images": images, "annotations": truth, "categories": categories})
-        evaluation = COCOeval_faster(dataset, dataset.loadRes(found), iouType="bbox")
+        evaluation = COCOeval_faster(dataset, dataset.loadRes(found), iouType="segm" if of_masks else "bbox")
         evaluation.params.maxDets = [1, 10, MAX_DETECTIONS]
         evaluation.evaluate()
         evaluation.accumulate()
@@ -97,6 +114,12 @@ def mean_average_precision(
             for number, name in enumerate(class_names)
         },
     }
+
+
+def box_code(box: Sequence[float], size: tuple[int, int]) -> dict[str, Any]:
+    """A box `[4]` as run lengths over an image of height and width `size`."""
+    left, top, right, bottom = (int(value) for value in (*np.floor(box[:2]), *np.ceil(box[2:])))
+    return rle_in_image(np.ones((bottom - top, right - left), dtype=bool), (left, top), size)
 
 
 def score_matches(

@@ -23,6 +23,7 @@ from unihema.training.data.rows import (
     Row,
     check_rows,
     class_names,
+    have_cell_masks,
     morphology_schema,
     red_cell_diameter,
     single_cell_names,
@@ -247,6 +248,7 @@ def build(config: RunConfig, rows: dict[str, list[Row]]) -> tuple[UniHemaForMult
         model.config.trained.red_cell_diameter = (
             red_cell_diameter(rows.get("detection", ()), edge) or model.config.trained.red_cell_diameter
         )
+        model.config.trained.cell_masks |= have_cell_masks(rows.get("detection", ()))
         if config.data.label_parents is not None or model.config.label_parents is None:
             model.config.label_parents = _label_parents(config.data, list(model.config.id2label.values()))
         return model, processor
@@ -313,6 +315,7 @@ def _new_config(config: RunConfig, rows: dict[str, list[Row]], processor: UniHem
         fields["morphology"] = morphology_schema(everything)
         edge = processor.image_processor.task_sizes["detection"].get("longest_edge")
         trained["red_cell_diameter"] = red_cell_diameter(rows["detection"], edge)
+        trained["cell_masks"] = have_cell_masks(rows["detection"])
     prompts = [row["prompt"] for row in witnesses(rows.get("segmentation", ())) if row.get("prompt")]
     if prompts:
         processor.default_prompts["segmentation"] = trained["segmentation_label"] = prompts[0]

@@ -241,6 +241,7 @@ class _Run:
                 label_parents=model_config.label_parents,
                 pixels_as_bytes=True,
                 pad_multiple=COMPILED_SIDES if self.settings.compile else None,
+                cell_masks=model_config.trained.cell_masks,
             )
             for task, rows in self.rows.items()
         }

@@ -241,6 +241,8 @@ def _magnified_objects(row: Row, amount: float) -> dict[str, Any]:
     visible = sides.prod(1) / np.maximum((moved[:, 2:] - moved[:, :2]).prod(1), 1e-6)
     kept = np.flatnonzero((visible >= MIN_VISIBLE) & (sides.min(1, initial=np.inf) >= 1))
     objects = {name: [values[number] for number in kept] for name, values in row["objects"].items()}
+    # Masks are not magnified; what is measured here are boxes.
+    objects.pop("segmentation", None)
     objects["bbox"] = np.concatenate((clipped[:, :2], sides), 1)[kept].tolist()
     return objects
 

@@ -258,3 +258,51 @@ def test_masks_of_every_kind(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(DatasetError, match=r"broken\.png: not a readable mask"):
         read_mask(str(tmp_path / "broken.png"))
+
+
+def discs(size=(96, 72)):
+    """Two discs as compressed runs and as a polygon, and what the model is to learn of them: the discs."""
+    from faster_coco_eval.core import mask as coco_mask
+
+    y, x = np.ogrid[: size[1], : size[0]]
+    round_one = (x - 34.5) ** 2 + (y - 19.5) ** 2 < 9.5**2
+    packed = coco_mask.encode(np.asfortranarray(round_one.astype(np.uint8)))
+    compressed = {"size": [size[1], size[0]], "counts": packed["counts"].decode()}
+    angles = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    polygon = np.stack((66 + 6 * np.cos(angles), 48 + 8 * np.sin(angles)), 1).flatten().tolist()
+    return [compressed, [polygon]], [[25, 10, 20, 20], [60, 40, 12, 16]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_masks_of_cells_follow_every_view(processor, seed):
+    outlines, boxes = discs()
+    row = detection_row(segmentation=outlines)
+    row["objects"]["bbox"] = boxes
+    views = dataclasses.replace(AugmentationConfig.for_task("detection"), zoom=1.0, flip=0.5, transpose=0.5)
+    data = SmearDataset([row], processor, "detection", views, class_names=CLASSES, seed=seed, cell_masks=True)
+    (labels,) = data.collate([data[0]])["labels"]
+    assert labels["masks"].dtype == torch.uint8 and labels["masks"].shape == (len(labels["boxes"]), 32, 32)
+    plain = SmearDataset([row], processor, "detection", class_names=CLASSES, cell_masks=True)
+    (still,) = plain.collate([plain[0]])["labels"]
+    # Shares of their boxes, and the box 1/1.25^2 of what is sampled.
+    shares = [np.pi * 9.5**2 / 20**2 / 1.25**2, np.pi / 4 / 1.25**2]
+    assert (still["masks"] == 1).float().mean((1, 2)).tolist() == pytest.approx(shares, abs=0.02)
+    for box, samples in zip(labels["boxes"], labels["masks"], strict=True):
+        # Symmetric where the whole cell is seen.
+        if box.tolist()[0] > 0.2 and 0.2 < box.tolist()[1] < 0.8 and abs(box[2] * 4 / (box[3] * 3) - 1) < 0.1:
+            assert ((samples == 1) == (samples == 1).flip(1)).float().mean() > 0.85
+
+
+def test_cells_without_a_mask_are_not_known_and_rows_without_masks_say_nothing(processor):
+    (compressed, _), boxes = discs()
+    rows = [detection_row(segmentation=[compressed, None]), detection_row(1)]
+    rows[0]["objects"]["bbox"] = boxes
+    data = SmearDataset(rows, processor, "detection", class_names=CLASSES, cell_masks=True)
+    first, second = data.collate([data[0], data[1]])["labels"]
+    assert (first["masks"][1] == 255).all() and (first["masks"][0] == 1).any()
+    assert "masks" not in second
+    without = SmearDataset(rows, processor, "detection", class_names=CLASSES)
+    assert "masks" not in without.collate([without[0]])["labels"][0]
+    wrong = detection_row(segmentation=[{"size": [5, 5], "counts": "0"}, None])
+    with pytest.raises(DatasetError, match="0.png: mask 0: A mask of"):
+        SmearDataset([wrong], processor, "detection", class_names=CLASSES, cell_masks=True)[0]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from unihema.processing_unihema.masks import rle_in_image
 from unihema.training.metrics.detection import (
     best_threshold,
     box_iou,
@@ -200,3 +201,18 @@ def test_evaluate_modules_need_no_network():
         predictions=[found((A, 0.5, 0))], references=[truth((A, 0), annotated_classes=[])], class_names=NAMES
     )
     assert detection["mAP50"] == pytest.approx(1.0)
+
+
+def test_average_precision_of_masks_is_of_their_pixels():
+    inside = np.zeros((10, 10), bool)
+    inside[:, :5] = True
+    code, size = (lambda mask, place: rle_in_image(mask, place, (70, 70))), (70, 70)
+    true = truth((A, 0), (B, 0), masks=[code(inside, (0, 0)), None], size=size)
+    right = found((A, 0.9, 0), (B, 0.8, 0)) | {"masks": [code(inside, (0, 0)), code(~inside, (20, 20))]}
+    scores = mean_average_precision([right], [true], NAMES, of_masks=True)
+    # The cell without a mask is neither found nor missed.
+    assert scores["mAP"] == pytest.approx(1.0) and scores["per_class"]["red"]["cells"] == 1
+    # The box is right, the mask the other half of it.
+    wrong = right | {"masks": [code(~inside, (0, 0)), code(inside, (20, 20))]}
+    assert mean_average_precision([wrong], [true], NAMES, of_masks=True)["mAP50"] == 0.0
+    assert mean_average_precision([wrong], [true], NAMES)["mAP50"] == pytest.approx(1.0)

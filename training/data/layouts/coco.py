@@ -1,4 +1,4 @@
-"""COCO files: boxes, class names and, where an annotation has them, attributes."""
+"""COCO files: boxes, class names and, where an annotation has them, attributes and masks."""
 
 import math
 from collections import Counter
@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unihema.errors import DatasetError
+from unihema.errors import DatasetError, InputError
+from unihema.processing_unihema.masks import check_runs
 from unihema.training.data.layouts.files import (
     LONGEST_NAME,
     ClippedBoxes,
@@ -100,7 +101,7 @@ def read_coco(
                 "file_name": file_name,
                 "dataset": dataset,
                 "task": "detection",
-                "objects": {"bbox": [], "category": [], "morphology": [], "iscrowd": []},
+                "objects": {"bbox": [], "category": [], "morphology": [], "iscrowd": [], "segmentation": []},
                 "annotated_classes": classes,
                 "size": recorded_size(image, found),
                 **group_ids(image, source),
@@ -118,6 +119,9 @@ def read_coco(
                 _add_object(rows, image_id, annotation, names, source, boxes)
                 scored += annotation.get("score") is not None
     boxes.report()
+    if not any(mask for row in rows.values() for mask in row["objects"]["segmentation"]):
+        for row in rows.values():
+            del row["objects"]["segmentation"]
     if scored:
         bad.note(f"{path}: {scored} boxes have a score, as predictions have. They are taken for the truth.")
     _keep_classes_of_attributes(list(rows.values()), path, bad)
@@ -144,12 +148,23 @@ def _add_object(
         raise DatasetError(f"{source}.category_id {where}: {shown(category)} is not among the categories ({known}).")
     given = require(annotation, "bbox", f"{source} {where}")
     box = boxes.checked(given, *row["size"], f"{source}.bbox {where}")
-    _check_outline(annotation.get("segmentation"), given, row["size"], f"{source}.segmentation {where}")
+    outline = annotation.get("segmentation")
+    _check_outline(outline, given, row["size"], f"{source}.segmentation {where}")
     attributes = _record(annotation.get("attributes") or {}, f"{source}.attributes {where}")
     row["objects"]["bbox"].append(box)
     row["objects"]["category"].append(names[category])
     row["objects"]["morphology"].append({key: value for key, value in attributes.items() if value is not None})
     row["objects"]["iscrowd"].append(int(bool(annotation.get("iscrowd"))))
+    row["objects"]["segmentation"].append(_as_mask(outline))
+
+
+def _as_mask(outline: Any) -> dict[str, Any] | list[list[float]] | None:
+    """What is kept of a checked outline; a polygon of two corners is none."""
+    if isinstance(outline, Mapping):
+        counts = outline.get("counts")
+        return {"size": list(outline["size"]), "counts": counts} if counts and outline.get("size") else None
+    polygons = [part for part in outline or () if len(part) >= 6]
+    return polygons or None
 
 
 def _check_pixels(annotations: Sequence[Any], path: Path) -> None:
@@ -186,6 +201,13 @@ def _check_outline(outline: Any, box: Sequence[float], size: tuple[int, int], so
                 raise DatasetError(f"{source}: counts must be whole numbers of 0 or more.")
             if sum(counts) != size[0] * size[1]:
                 raise DatasetError(f"{source}: a mask of {sum(counts)} pixels, but the image has {size[0] * size[1]}.")
+        elif isinstance(counts, str):
+            try:
+                check_runs({"size": [size[1], size[0]], "counts": counts})
+            except InputError as error:
+                raise DatasetError(f"{source}: {error}") from error
+        elif counts is not None:
+            raise DatasetError(f"{source}: counts must be a list or a text, got {shown(counts)}.")
         return
     if not isinstance(outline, list) or not outline:
         return
