@@ -74,6 +74,7 @@ class Request:
         prompts (`dict`): Task -> what its prompt gives the queries, of one image.
         tiles (`str` or `int`): `"auto"`, `"off"`, or the longer edge of a tile in pixels of the image.
         um_per_pixel (`float`, *optional*): Size of a pixel of the images, in micrometres.
+        white_cells (`int`, *optional*): How many white cells are looked for, alone.
     """
 
     tasks: tuple[str, ...]
@@ -85,6 +86,7 @@ class Request:
     prompts: dict[str, "UniHemaPromptFeatures"] = field(default_factory=dict)
     tiles: str | int = "auto"
     um_per_pixel: float | None = None
+    white_cells: int | None = None
 
 
 class Analyzer:
@@ -228,6 +230,7 @@ class Analyzer:
         threshold: float | None = None,
         tiles: str | int = "auto",
         um_per_pixel: float | None = None,
+        white_cells: int | None = None,
     ) -> SmearResult:
         """Analyses one image.
 
@@ -246,6 +249,9 @@ class Analyzer:
                 number is the longer edge of a tile in pixels of the image.
             um_per_pixel (`float`, *optional*): Size of a pixel in micrometres, where it is known; the scale follows from it
                 instead of from what the file says, or from the red cells that are found.
+            white_cells (`int`, *optional*): In an image that is seen in tiles, white cells are looked for at low power, by their
+                nuclei, and seen at full power until so many are found: for a differential of a whole slide. Other cells are not
+                counted.
 
         Returns:
             [`SmearResult`]: Coordinates in pixels of the image as it stands in its file.
@@ -255,7 +261,7 @@ class Analyzer:
             CheckpointError: The checkpoint lacks a head.
             RequestError: Unknown task, a threshold outside 0..1, or a question longer than the limit.
         """
-        return self.analyze_images([image], tasks, prompt, questions, threshold, tiles, um_per_pixel)[0]
+        return self.analyze_images([image], tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells)[0]
 
     def ask(
         self, image: "str | Path | Image.Image | numpy.ndarray", questions: str | Sequence[str]
@@ -287,17 +293,18 @@ class Analyzer:
         threshold: float | None = None,
         tiles: str | int = "auto",
         um_per_pixel: float | None = None,
+        white_cells: int | None = None,
     ) -> list[SmearResult]:
         """Analyses several images at once; each has the result it has alone, up to float rounding.
 
         Args:
             images (`Sequence`): Images, best of one size: they are padded to the largest.
-            tasks, prompt, questions, threshold, tiles, um_per_pixel: As for a single image.
+            tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells: As for a single image.
 
         Returns:
             `list[SmearResult]`: One for each image.
         """
-        return self.run(self.request(tasks, prompt, questions, threshold, tiles, um_per_pixel), images)
+        return self.run(self.request(tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells), images)
 
     def analyze_files(
         self,
@@ -313,6 +320,7 @@ class Analyzer:
         on_image: Callable[[int, int, Path, SmearResult | str | None], None] | None = None,
         tiles: str | int = "auto",
         um_per_pixel: float | None = None,
+        white_cells: int | None = None,
         on_tile: Callable[[str | None, int, int, int], None] | None = None,
     ) -> "BatchReport":
         """Analyses files, folders and glob patterns into a results folder.
@@ -323,7 +331,7 @@ class Analyzer:
         Args:
             inputs (`Sequence[str | Path]`): Image files, folders (with subfolders) and glob patterns.
             output (`str` or `Path`): Folder for the results; made when missing.
-            tasks, prompt, questions, threshold, tiles, um_per_pixel: As for a single image.
+            tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells: As for a single image.
             formats (`Sequence[str]`): Files of other programs to write for each image beside the tables: `geojson` (QuPath),
                 `coco`, `labels` (an image of instances), `imagej` (a zip file of ROIs).
             overwrite (`bool`): Analyse every image again, whatever the folder was written with.
@@ -349,7 +357,7 @@ class Analyzer:
             output,
             self,
             inputs,
-            (tasks, prompt, questions, threshold, tiles, um_per_pixel),
+            (tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells),
             formats,
             overwrite,
             batch_size,
@@ -365,11 +373,12 @@ class Analyzer:
         threshold: float | None = None,
         tiles: str | int = "auto",
         um_per_pixel: float | None = None,
+        white_cells: int | None = None,
     ) -> Request:
         """Checks, before any image is opened, that the checkpoint can do what is asked, and reads the texts.
 
         Args:
-            tasks, prompt, questions, threshold, tiles, um_per_pixel: As for a single image.
+            tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells: As for a single image.
 
         Returns:
             [`Request`]: To be given to [`Analyzer.run`], as long as the weights stay what they are.
@@ -398,6 +407,14 @@ class Analyzer:
             raise RequestError(f"A pixel is 0.001 to 100 micrometres wide, got {um_per_pixel}.")
         if um_per_pixel is not None and self.model.config.trained.red_cell_diameter is None:
             raise RequestError("This checkpoint does not say how large its cells are, so micrometres tell it nothing.")
+        if white_cells is not None and not (type(white_cells) is int and white_cells >= 1):
+            raise RequestError(f"white_cells is a number of cells from 1, got {white_cells!r}.")
+        if white_cells is not None and (tiles == "off" or self.model.config.trained.red_cell_diameter is None):
+            raise RequestError(
+                "White cells are looked for alone in tiles (not with tiles=off), by a checkpoint that says how large cells are."
+            )
+        if white_cells is not None and "detection" not in tasks:
+            raise RequestError("White cells are found by the task detection, which was not asked for.")
         require_tasks(self.model, [*tasks, *dict.fromkeys(map(_language_task, questions))])
         tasks = tuple(task for task in IMAGE_TASKS if task in tasks)
         asked = {
@@ -415,7 +432,9 @@ class Analyzer:
             with torch.inference_mode():
                 prompts = {task: self.model.get_prompt_features(**texts[task], task=task) for task in asked}
         kept = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
-        return Request(tasks, kept, questions, threshold, texts, question_texts, prompts, tiles, um_per_pixel)
+        return Request(
+            tasks, kept, questions, threshold, texts, question_texts, prompts, tiles, um_per_pixel, white_cells
+        )
 
     def _tokens(self, text: str | Sequence[str] | None, task: str) -> "dict[str, torch.Tensor]":
         return dict(self.processor(text=text, task=task).to(self.model.device))
@@ -532,6 +551,7 @@ class Analyzer:
             store,
             None if on_tile is None else lambda done, number, cells: on_tile(source.name, done, number, cells),
             search,
+            request.white_cells,
         )
         result.warnings += [text for text in within.warnings if text not in result.warnings]
 
@@ -710,7 +730,7 @@ class _WithinMemory:
             old = self._request
             self._look, self._on_cpu = on_cpu.look, lambda: None
             self._request = on_cpu.request(
-                old.tasks, old.prompt, old.questions, old.threshold, old.tiles, old.um_per_pixel
+                old.tasks, old.prompt, old.questions, old.threshold, old.tiles, old.um_per_pixel, old.white_cells
             )
         return found
 

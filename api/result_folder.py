@@ -148,6 +148,7 @@ def _settings(analyzer: "Analyzer", request: "Request", formats: Sequence[str]) 
         "threshold": request.threshold,
         "tiles": request.tiles,
         "um_per_pixel": request.um_per_pixel,
+        "white_cells": request.white_cells,
         "image_sizes": {task: dict(processor.task_sizes[task]) for task in request.tasks},
         "formats": [form for form in FORMATS if form in formats],
     }

@@ -58,6 +58,12 @@ def _tiles(context: click.Context, parameter: click.Parameter, value: str) -> st
     help="Size of a pixel in micrometres; otherwise as the file says, or by the red cells that are found.",
 )
 @click.option(
+    "--white-cells",
+    type=click.IntRange(1),
+    metavar="NUMBER",
+    help="On a slide look for white cells alone, until so many are found.",
+)
+@click.option(
     "--format", "formats", type=click.Choice(FORMATS), multiple=True,
     help="Also write a file for QuPath (geojson), of COCO, of instances (labels), or of ImageJ's ROIs; may be repeated.",
 )  # fmt: skip
@@ -76,6 +82,7 @@ def predict(
     threshold: float | None,
     tiles: str | int,
     um_per_pixel: float | None,
+    white_cells: int | None,
     formats: tuple[str, ...],
     image_sizes: Sequence[tuple[str | None, int]],
     batch_sizes: Sequence[tuple[str | None, int]],
@@ -147,6 +154,7 @@ def predict(
             on_image=on_image,
             tiles=tiles,
             um_per_pixel=um_per_pixel,
+            white_cells=white_cells,
             on_tile=on_tile,
         )
     finally:

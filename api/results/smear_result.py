@@ -302,7 +302,8 @@ class SmearResult:
 def _is_tiling(value: Any) -> bool:
     known = {"tiles": is_side, "tile": is_list(is_side, 2), "scale": is_number, "scale_source": is_text}
     # Of a checkpoint that does not say how large its cells are there is no size of a pixel.
-    optional = {"um_per_pixel": is_number, "empty": is_side, "unreadable": is_side}
+    optional = {"um_per_pixel": is_number, "empty": is_side, "unreadable": is_side, "white_cells": is_side}
+    optional |= dict.fromkeys(("seen", "with_nuclei"), is_number)
     known |= {name: check for name, check in optional.items() if isinstance(value, dict) and name in value}
     return has(**known)(value)
 

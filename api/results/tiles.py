@@ -1,20 +1,27 @@
 """Wide fields, and cells of another size than a checkpoint knows: an image seen in overlapping tiles at the right scale."""
 
 import math
+from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from PIL import Image
 
 from unihema.errors import RequestError, UnreadableImageError
 from unihema.files import OpenedImage
-from unihema.processing_unihema.class_names import cell_kind, is_untyped_white_cell, is_white_cell
+from unihema.processing_unihema.class_names import (
+    cell_kind,
+    is_beside_differential,
+    is_untyped_white_cell,
+    is_white_cell,
+)
 from unihema.processing_unihema.image_io import MAX_PIXELS
 from unihema.processing_unihema.masks import rle_decode, rle_encode
 from unihema.processing_unihema.post_processing import NMS_IOU, NMS_WITHIN
+from unihema.results.nuclei import find_nuclei
 from unihema.results.smear_result import CROWDED, OTHER_SIZE, Cell, SmearResult
 from unihema.slides import ImageRegions, RegionSource, UnreadableRegionError
 
@@ -115,6 +122,7 @@ def see_in_tiles(
     store: TileStore | None = None,
     on_tile: Callable[[int, int, int], None] | None = None,
     search: Callable[[list[Image.Image]], list[SmearResult]] | None = None,
+    white_cells: int | None = None,
 ) -> None:
     """Sees an image in tiles, where that is asked for or its cells are not of the size that the model knows, and puts what they
     show into its result.
@@ -132,6 +140,8 @@ def see_in_tiles(
             seams some are counted twice).
         search (`Callable`, *optional*): What is seen of parts of the image when its scale is searched, where `look` finds not all
             classes, or not at the thresholds of the checkpoint.
+        white_cells (`int`, *optional*): Only tiles with nuclei are seen, in an order of chance that is always the same, until so
+            many white cells are found; other cells are not counted.
 
     Raises:
         RequestError: With pixels of this size no cell of the image could be seen.
@@ -161,6 +171,10 @@ def see_in_tiles(
     if scale is None and _is_crowded(result):
         scale, scale_source = max(source.size) / edge / 2, "halved, as there were more cells than the model has queries"
     if scale is None:
+        if white_cells is not None:
+            result.warnings.append(
+                "The image was seen whole, so that all of its cells are counted, not white cells alone."
+            )
         if source.streams and known is not None:
             result.warnings.append(
                 f"The image has {source.width} x {source.height} pixels and was seen whole, as no red cells by which to tell its "
@@ -176,11 +190,16 @@ def see_in_tiles(
         )
     glass = empty_glass(source, placed)
     looked_at = [tile for tile, empty in zip(placed, glass, strict=True) if not empty]
+    filled = len(looked_at)
+    if white_cells is not None:
+        size = result.um_per_pixel or cast("KnownSize", known).um_per_pixel / scale
+        looked_at = tiles_with_nuclei(source, looked_at, size)
     mask = None if result.mask is None else _Mask(source.size)
     layout = {"size": list(source.size), "scale": scale, "tiles": len(placed), "looked_at": len(looked_at)}
+    layout |= {} if white_cells is None else {"white_cells": white_cells}
     found: deque[list[Cell]] = deque()
     unreadable: list[Tile] = []
-    full = split = cells = 0
+    full = split = cells = white = 0
     store = store if len(looked_at) >= WORTH_KEEPING else None
     for start, seen in _seen(source, looked_at, look, mask, layout, store):
         for tile, of_tile in zip(looked_at[start:], seen, strict=False):
@@ -188,19 +207,23 @@ def see_in_tiles(
             full += of_tile["full"]
             split += of_tile["split"]
             cells += len(of_tile["cells"])
+            white += _white_cells_within(tile, of_tile["cells"], result.class_parents)
             if of_tile["unreadable"]:
                 unreadable.append(tile)
             elif mask is not None and of_tile["mask"] is not None:
                 mask.put(tile, of_tile["mask"])
         if on_tile:
             on_tile(start + len(seen), len(looked_at), cells)
+        if white_cells is not None and white >= white_cells:
+            break
+    with_nuclei, looked_at = len(looked_at), looked_at[: len(found)]
     if unreadable and len(unreadable) == len(looked_at):
         raise UnreadableImageError(
             f"{result.image or 'image'}: none of its {len(looked_at)} tiles can be read. Copy it again or export it anew."
         )
     # White cells may be known from whole fields, at their size there, as well.
-    white = [cell for cell in first_look if _is_white_cell_of(cell, usual * scale, result.class_parents)]
-    found.append(white)
+    of_whole = [cell for cell in first_look if _is_white_cell_of(cell, usual * scale, result.class_parents)]
+    found.append(of_whole if white_cells is None else [])
     # Each list goes as its cells are taken: of a slide there are hundreds of thousands, and more than one copy is too many.
     lists = (found.popleft() for _ in range(len(found)))
     result.cells = merged([*looked_at, whole], lists, result.class_parents, usual * scale)
@@ -211,9 +234,11 @@ def see_in_tiles(
         result.tiling["um_per_pixel"] = result.um_per_pixel or known.um_per_pixel / scale
     result.warnings = [text for text in result.warnings if CROWDED not in text and OTHER_SIZE not in text]
     result.warnings.append(f"Seen in {len(placed)} tiles of {width} x {height} pixels; their size is {scale_source}.")
-    if len(looked_at) < len(placed):
-        result.tiling["empty"] = len(placed) - len(looked_at)
-        result.warnings.append(f"{len(placed) - len(looked_at)} of {len(placed)} tiles are empty glass.")
+    if filled < len(placed):
+        result.tiling["empty"] = len(placed) - filled
+        result.warnings.append(f"{len(placed) - filled} of {len(placed)} tiles are empty glass.")
+    if white_cells is not None:
+        _count_white_cells_alone(result, white_cells, len(looked_at), with_nuclei, filled)
     if unreadable:
         result.tiling["unreadable"] = len(unreadable)
         result.warnings.append(_of_unreadable(unreadable, len(placed)))
@@ -227,6 +252,52 @@ def see_in_tiles(
         result.warnings.append(
             f"In {full} of {len(placed)} tiles all {CROWDED}: the counts are too low. Give smaller tiles."
         )
+
+
+def tiles_with_nuclei(source: RegionSource, tiles: Sequence[Tile], um_per_pixel: float) -> list[Tile]:
+    """The tiles whose core holds what may be the nucleus of a white cell.
+
+    Args:
+        source ([`RegionSource`]): The image.
+        tiles (`Sequence[Tile]`): Tiles of a grid.
+        um_per_pixel (`float`): Size of a pixel of the image in micrometres.
+
+    Returns:
+        `list[Tile]`: In an order of chance, so that the first of them stand for the whole smear; it is the same each time.
+    """
+    columns, rows = (sorted({tile.core[axis] for tile in tiles}) for axis in (0, 1))
+    at = {tile.core[:2]: number for number, tile in enumerate(tiles)}
+    chosen = set()
+    for x, y in find_nuclei(source, um_per_pixel).tolist():
+        corner = columns[max(bisect(columns, x) - 1, 0)], rows[max(bisect(rows, y) - 1, 0)]
+        # Not in a tile of empty glass.
+        if corner in at and x < tiles[at[corner]].core[2] and y < tiles[at[corner]].core[3]:
+            chosen.add(at[corner])
+    return [tiles[number] for number in np.random.default_rng(0).permutation(sorted(chosen))]
+
+
+def _white_cells_within(tile: Tile, cells: Sequence[Cell], parents: dict[str, str]) -> int:
+    """White cells whose centre lies in the core of their tile."""
+    left, top = tile.box[:2]
+    centres = [cell.center for cell in cells if is_white_cell(cell.label, parents)]
+    return sum(tile.core[0] <= x + left < tile.core[2] and tile.core[1] <= y + top < tile.core[3] for x, y in centres)
+
+
+def _count_white_cells_alone(result: SmearResult, asked: int, seen: int, with_nuclei: int, tiles: int) -> None:
+    """Leaves white cells, and what stands beside them in a differential: others were seen only where these are."""
+    parents = result.class_parents
+    result.classes = [
+        name for name in result.classes if is_white_cell(name, parents) or is_beside_differential(name, parents)
+    ]
+    result.cells = [cell for cell in result.cells if cell.label in result.classes]
+    result.cells = [replace(cell, id=number) for number, cell in enumerate(result.cells, 1)]
+    found = sum(is_white_cell(cell.label, parents) for cell in result.cells)
+    result.tiling |= {"white_cells": asked, "seen": seen, "with_nuclei": with_nuclei}
+    enough = "" if found >= asked else f" That is less than the {asked} that were asked for."
+    result.warnings.append(
+        f"White cells alone: {found} found in {seen} of {with_nuclei} tiles with nuclei (of {tiles} with anything), in an order "
+        f"of chance. Other cells are not counted.{enough}"
+    )
 
 
 def _seen(
