@@ -405,7 +405,7 @@ class _Mask:
 
 
 def crowded_places(source: RegionSource) -> tuple[tuple[float, float], ...]:
-    """Where much lies on the glass of an image, as shares of its width and height: in three parts of it that are as full as usual,
+    """Where something lies on the glass of an image, as shares of its width and height: in three parts that are as full as usual,
     and not where cells lie so thick that nothing can be told apart.
 
     Args:
