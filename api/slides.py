@@ -376,13 +376,7 @@ def _pages(file: Any) -> tuple[list[Any], list[str]]:
     Raises:
         UnreadableImageError: The picture's pixels cannot be read in parts.
     """
-    listed = []
-    for number in range(MAX_PAGES):
-        try:
-            listed.append(file.pages[number])
-        # After the last one, or at one that is damaged.
-        except Exception:
-            break
+    listed = _listed(file)
     plain = [page for page in listed if not page.subfiletype & 1]
     first = max(listed, key=lambda page: page.imagewidth * page.imagelength, default=None)
     if first is None:
@@ -417,8 +411,23 @@ def _pages(file: Any) -> tuple[list[Any], list[str]]:
     return levels, notes
 
 
+def _listed(file: Any) -> list[Any]:
+    """The pages of a TIFF, up to the first that cannot be read."""
+    listed = []
+    for number in range(MAX_PAGES):
+        try:
+            listed.append(file.pages[number])
+        # After the last one, or at one that is damaged.
+        except Exception:
+            break
+    return listed
+
+
 def _not_in_parts(page: Any) -> str | None:
     """Why a page cannot be read in parts, in words."""
+    sides = (page.imagewidth, page.imagelength, *_chunk_size(page))
+    if not all(isinstance(side, int) and side > 0 for side in sides):
+        return "its size, or that of its tiles, is none"
     if page.dtype != np.uint8 or page.bitspersample != 8:
         return f"pixels of {page.bitspersample} bits are not read in parts"
     if page.samplesperpixel not in (1, 3, 4) or (page.samplesperpixel > 1 and page.planarconfig != 1):
@@ -500,6 +509,8 @@ class OpenSlideRegions(RegionSource):
         import openslide
 
         self._path = path
+        if _is_tiff(path):
+            _check_tiles(path)
         with _of_file(str(path)):
             self._slide = openslide.OpenSlide(str(path))
             properties = self._slide.properties
@@ -527,6 +538,14 @@ class OpenSlideRegions(RegionSource):
                 self._slide = openslide.OpenSlide(str(self._path))
             raise UnreadableRegionError(f"{self.name}: {box} cannot be read ({shortened(error)}).") from error
         return to_rgb(part)
+
+
+def _check_tiles(path: Path) -> None:
+    """Refuses a TIFF with tiles of a size that nobody writes: OpenSlide would end the process where memory for one is missing."""
+    with _of_file(str(path)), _tifffile().TiffFile(path) as file:
+        for page in _listed(file):
+            if page.is_tiled and math.prod((*_chunk_size(page), page.samplesperpixel)) > LARGEST_CHUNK:
+                raise UnreadableImageError(f"{path}: it names tiles of {page.tilewidth} x {page.tilelength} pixels.")
 
 
 def _float(text: str) -> float:
@@ -631,7 +650,7 @@ _OWN_LIBRARY = tuple(suffix for suffix in (*SLIDE_SUFFIXES, *_SERIES) if suffix 
 def _readers(path: Path) -> list[tuple[tuple[str, ...], Callable[[Path], RegionSource]]]:
     """Modules that are needed, and what reads a file with them, in the order in which they are tried."""
     tiff = (("tifffile", "imagecodecs"), TiffRegions)
-    slide = (("openslide",), OpenSlideRegions)
+    slide = (("openslide", "tifffile"), OpenSlideRegions)
     plain = (("pyvips", "tifffile", "imagecodecs"), _decoded_once)
     if path.suffix.lower() in _OWN_LIBRARY:
         return [slide, tiff] if _is_tiff(path) else [slide]

@@ -1,5 +1,6 @@
 """Damaged image files are read or refused; in a folder of several, what is wrong with some changes nothing for the others."""
 
+import contextlib
 import csv
 import functools
 import json
@@ -7,6 +8,7 @@ import os
 import tempfile
 import unicodedata
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 
 from unihema import Analyzer
 from unihema.processing_unihema.image_io import image_size, load_mask, read_image
+from unihema.slides import UnreadableRegionError, open_regions
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::unihema.analyzer.QueryCapWarning")
@@ -93,6 +96,55 @@ def test_damaged_images(changes):
 
     names = [f"{number}{change.name}" for number, change in enumerate(changes)]
     confined("images", *[lambda given, out, name=name: read(given / name) for name in names], lay_down=lay_all_down)
+
+
+@functools.cache
+def slides() -> dict[str, bytes]:
+    """Small pyramids: of sub-files, and of pages with Aperio's description."""
+    tifffile = pytest.importorskip("tifffile")
+    pytest.importorskip("imagecodecs")
+    from microscope_files import field
+
+    pixels, files = field((80, 64)), {}
+    for name, packed in (("ome.tif", "deflate"), ("jpeg.svs", "jpeg")):
+        buffer = BytesIO()
+        pyramid = name == "ome.tif"
+        with tifffile.TiffWriter(buffer, ome=pyramid) as file:
+            options = {"photometric": "rgb", "tile": (16, 16), "compression": packed}
+            description = {} if pyramid else {"description": "Aperio|MPP = 0.25", "metadata": None}
+            file.write(pixels, **options, **description, **({"subifds": 1} if pyramid else {}))
+            file.write(pixels[::2, ::2], **options, **description, **({"subfiletype": 1} if pyramid else {}))
+        files[name] = buffer.getvalue()
+    return files | {name: images()[name] for name in ("rgb.png", "progressive.jpg")}
+
+
+@st.composite
+def damaged_slides(draw: Callable) -> Change:
+    """A file that is read in parts, with its content damaged."""
+    name = draw(st.sampled_from(sorted(slides())))
+    return Change(name, *draw(changed_image(slides()[name])))
+
+
+def read_in_parts(path: Path) -> None:
+    with open_regions(path, max_pixels=100) as source:
+        assert source.pixels.mode == "RGB" and (source.um_per_pixel is None or 0.02 <= source.um_per_pixel <= 2)
+        width, height = source.size
+        for box in ((0, 0, min(width, 50), min(height, 50)), (width // 2, height // 2, width, height)):
+            with contextlib.suppress(UnreadableRegionError):
+                source.read_region(box, (30, 20))
+
+
+@attack(inputs=40, share=0.1, each=8)
+@given(st.lists(damaged_slides(), min_size=8, max_size=8))
+def test_damaged_slides(changes):
+    def lay_all_down(given):
+        for number, change in enumerate(changes):
+            (given / f"{number}{change.name}").write_bytes(change.content)
+
+    names = [f"{number}{change.name}" for number, change in enumerate(changes)]
+    confined(
+        "slides", *[lambda given, out, name=name: read_in_parts(given / name) for name in names], lay_down=lay_all_down
+    )
 
 
 def test_undamaged_images_are_read(lab, tmp_path):
