@@ -235,6 +235,17 @@ def test_a_field_with_more_cells_than_queries_is_seen_in_tiles_whatever_the_chec
     assert not any(CROWDED in text for text in result.warnings)
 
 
+def test_tiles_are_judged_for_the_monolayer():
+    image, _ = discs(1600, 1200, 110, share=0.4)
+    image.paste((BACKGROUND,) * 3, (0, 0, 800, 1200))
+    result, _ = seen(image)
+    wrong = {tuple(tile["outside"]) for tile in result.monolayer["tiles"] if tile["box"][2] <= 800}
+    assert wrong <= {("too few red cells",), ("too few red cells", "too little focus")} and wrong
+    assert all(not tile["outside"] for tile in result.monolayer["tiles"] if tile["box"][0] > 900)
+    assert any("tiles lie outside the monolayer" in text for text in result.warnings)
+    assert result.monolayer_counts["RBC"] <= result.counts["RBC"]
+
+
 def test_white_cells_of_the_whole_field_keep_their_type():
     image, _ = discs(2560, 1920, 110)
     detector = Detector()
@@ -278,7 +289,8 @@ def field(tmp_path_factory):
 
 def test_fields_side_by_side_have_the_cells_of_both(analyzer, field):
     alone = analyzer(field, ["detection"])
-    assert alone.tiling is None
+    assert alone.tiling is None and len(alone.monolayer["tiles"]) == 1
+    assert analyzer(field, ["detection"], prompt="WBC").monolayer is None
     wide = Image.new("RGB", (2 * field.width, 2 * field.height))
     for x in range(2):
         for y in range(2):
