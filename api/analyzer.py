@@ -535,6 +535,7 @@ class Analyzer:
             store,
             None if on_tile is None else lambda done, number, cells: on_tile(source.name, done, number, cells),
             search,
+            request.threshold is None,
         )
         if result.tiling is None:
             judge_whole(result, source)

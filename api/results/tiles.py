@@ -115,6 +115,7 @@ def see_in_tiles(
     store: TileStore | None = None,
     on_tile: Callable[[int, int, int], None] | None = None,
     search: Callable[[list[Image.Image]], list[SmearResult]] | None = None,
+    calibrated: bool = True,
 ) -> None:
     """Sees an image in tiles, where that is asked for or its cells are not of the size that the model knows, and puts what they
     show into its result.
@@ -132,6 +133,8 @@ def see_in_tiles(
             seams some are counted twice).
         search (`Callable`, *optional*): What is seen of parts of the image when its scale is searched, where `look` finds not all
             classes, or not at the thresholds of the checkpoint.
+        calibrated (`bool`): Whether cells are those above the thresholds of the checkpoint. With others it says nothing that all
+            queries found one, and nothing is seen in smaller tiles for that.
 
     Raises:
         RequestError: With pixels of this size no cell of the image could be seen.
@@ -158,7 +161,7 @@ def see_in_tiles(
     if search and tiles == "auto" and um_per_pixel is None:
         (red_cells,) = cells_of([whole])
     scale, scale_source = _scale(source, result, red_cells, cells_of, edge, known, tiles, um_per_pixel)
-    if scale is None and _is_crowded(result):
+    if scale is None and calibrated and known is not None and _is_crowded(result):
         scale, scale_source = max(source.size) / edge / 2, "halved, as there were more cells than the model has queries"
     if scale is None:
         if source.streams and known is not None:
@@ -183,7 +186,7 @@ def see_in_tiles(
     focus: list[tuple[tuple[int, int, int, int], float]] = []
     full = split = cells = 0
     store = store if len(looked_at) >= WORTH_KEEPING else None
-    for start, seen in _seen(source, looked_at, look, mask, layout, store, usual * scale):
+    for start, seen in _seen(source, looked_at, look, mask, layout, store, usual * scale, calibrated):
         for tile, of_tile in zip(looked_at[start:], seen, strict=False):
             found.append(of_tile["cells"])
             full += of_tile["full"]
@@ -255,7 +258,7 @@ def judge_whole(result: SmearResult, source: RegionSource) -> None:
         source ([`RegionSource`]): The image.
     """
     number, diameter = red_cell_diameter(result.cells, *source.size, result.class_parents)
-    if number < FEW:
+    if number < FEW or not diameter:
         diameter = USUAL_SHARE * max(source.size)
     focus = focus_of(source.pixels, diameter * source.pixels.width / source.width)
     judge_tiles(result, [((0, 0, *source.size), focus)])
@@ -269,6 +272,7 @@ def _seen(
     layout: dict[str, Any],
     store: TileStore | None,
     diameter: float,
+    may_split: bool,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """The number of the first tile of each group, and what they show: first all that was kept, then what is looked at."""
     kept = [_from_store(of_tile) for group in (store.begin(layout) if store else ()) for of_tile in group]
@@ -295,7 +299,7 @@ def _seen(
             part = None if mask is None or of_tile.mask is None else mask.core(tile, of_tile.mask)
             cells = _in_file(of_tile.cells, picture, tile)
             crowded = split = _is_crowded(of_tile)
-            if crowded:
+            if crowded and may_split:
                 cells, crowded = seen_closer(source, tile, cells, look, of_tile.class_parents)
             focus = focus_of(picture, diameter * picture.width / (tile.box[2] - tile.box[0]))
             split = split and not crowded

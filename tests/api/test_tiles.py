@@ -225,11 +225,19 @@ def test_tiles_with_more_cells_than_queries_are_seen_in_smaller_ones():
     assert not any(CROWDED in text for text in result.warnings)
 
 
-def test_a_field_with_more_cells_than_queries_is_seen_in_tiles_whatever_the_checkpoint_knows():
+def test_at_other_thresholds_it_says_nothing_that_all_queries_found_a_cell():
+    image, _ = discs(1600, 1200, 60)
+    detector = Detector(cap=14)
+    (result,) = detector([image])
+    see_in_tiles(image, result, detector, EDGE, KNOWN, tiles=500, calibrated=False)
+    assert detector.looks == 1 + result.tiling["tiles"] and any(CROWDED in text for text in result.warnings)
+
+
+def test_a_field_with_more_cells_than_queries_is_seen_in_tiles_also_where_no_scale_is_found():
     image, centres = discs(1600, 1200, 190, share=0.6)
     (result,) = (detector := Detector(cap=20))([image])
     assert len(centres) > 20 == len(result.cells)
-    see_in_tiles(image, result, detector, EDGE, None)
+    see_in_tiles(image, result, detector, EDGE, KnownSize(30.0, 38.0, 47.0))
     assert "halved, as there were more cells" in result.tiling["scale_source"]
     assert matched(result, centres, 40) == len(centres) == len(result.cells)
     assert not any(CROWDED in text for text in result.warnings)
