@@ -60,6 +60,7 @@ setup(
     package_dir=PACKAGE_DIR,
     package_data={
         "unihema": ["py.typed", "shipped_files/*/*"],
+        "unihema.results": ["monolayer_bands.json"],
         "unihema.processing_unihema": ["tokenizer/*.json"],
         "unihema.training.data.curation": ["catalog.json"],
         "unihema.hub_cards": ["templates/*.jinja"],

@@ -23,7 +23,7 @@ from unihema.files import OpenedImage
 from unihema.loading import available_tasks, load_model, require_tasks
 from unihema.modeling_unihema.tasks import IMAGE_TASKS, TASK_TABLE, TASKS
 from unihema.results.smear_result import CROWDED, Cell, SmearResult
-from unihema.results.tiles import SMALLEST_TILE, KnownSize, TileStore, see_in_tiles, state_pixel_size
+from unihema.results.tiles import SMALLEST_TILE, KnownSize, TileStore, judge_whole, see_in_tiles, state_pixel_size
 from unihema.slides import RegionSource, open_regions
 from unihema.version import __version__
 
@@ -527,10 +527,13 @@ class Analyzer:
         store: TileStore | None,
         on_tile: Callable[[str | None, int, int, int], None] | None,
     ) -> None:
-        """Sees an image in tiles where the request, or the size of its cells, says so."""
+        """Sees an image in tiles where the request, or the size of its cells, says so, and judges the monolayer."""
         tasks = tuple(task for task in request.tasks if task in ("detection", "segmentation"))
         edge = self.processor.image_processor.task_sizes["detection"].get("longest_edge")
-        if request.tiles == "off" or "detection" not in tasks or not edge:
+        if "detection" not in tasks or not edge:
+            return
+        if request.tiles == "off":
+            judge_whole(result, source)
             return
         alone = replace(request, tasks=tasks, questions=(), question_texts=())
         within = _WithinMemory(alone, self.look, self._on_cpu)
@@ -552,7 +555,10 @@ class Analyzer:
             None if on_tile is None else lambda done, number, cells: on_tile(source.name, done, number, cells),
             search,
             request.white_cells,
+            request.threshold is None,
         )
+        if result.tiling is None:
+            judge_whole(result, source)
         result.warnings += [text for text in within.warnings if text not in result.warnings]
 
     def _on_cpu(self) -> "Analyzer | None":

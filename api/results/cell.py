@@ -161,7 +161,7 @@ def checked(values: Any, checks: Mapping[str, Callable[[Any], bool]], what: str)
         raise InputError(f"{what} is stored as a dictionary, not as {shortened(repr(values), 60)}.")
     # Older results lack some of these.
     optional = {"attributes", "mask", "class_parents", "out_of_distribution", "tiling", "changes"}
-    optional |= {"um_per_pixel", "um_source"}
+    optional |= {"um_per_pixel", "um_source", "monolayer"}
     for name in (*values, *(name for name in checks if name not in values and name not in optional)):
         if name not in checks or name not in values or not checks[name](values[name]):
             shown = shortened(repr(values.get(name, "missing")), 60)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 
 
 BANDS_FILE = Path(__file__).with_name("monolayer_bands.json")
+RED = "red blood cell"
 MEASURES = ("density", "overlap", "focus")
 # What a tile is that lies below and above the band of a measure.
 OUTSIDE = {
     "density": ("too few red cells", "too many red cells"),
-    "overlap": ("too few overlapping cells", "too many overlapping cells"),
-    "focus": ("out of focus", "too sharp"),
+    "overlap": ("too few cells that overlap", "too many cells that overlap"),
+    "focus": ("too little focus", "too sharp edges"),
 }
 # A red cell overlaps another where this share of the smaller box lies in the other's. Cells that touch share their corners.
 OVERLAPPING = 0.2
@@ -151,20 +153,23 @@ def judged(
         `overlap` (share of its red cells that overlap another; `None` with fewer than five), `focus`, and `outside`: what is
         wrong with it, empty in the monolayer.
     """
-    red = [cell for cell in cells if cell_kind(cell.label, dict(parents)) == "red blood cell"]
+    red = [cell for cell in cells if cell_kind(cell.label, dict(parents)) == RED]
     corners = np.array([cell.box for cell in red]).reshape(-1, 4)
     centres, sizes = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
     overlapping = _overlapping(corners)
+    order = np.argsort(centres[:, 0])
+    sorted_x = centres[order, 0]
     tiles = []
     for (left, top, right, bottom), sharpness in zip(boxes, focus, strict=True):
-        inside = ((centres >= (left, top)) & (centres < (right, bottom))).all(1)
-        number = int(inside.sum())
+        inside = order[slice(*np.searchsorted(sorted_x, (left, right)))]
+        inside = inside[(centres[inside, 1] >= top) & (centres[inside, 1] < bottom)]
+        number = len(inside)
         tile = {
             "box": [left, top, right, bottom],
             "red_cells": number,
-            "density": float(math.pi / 4 * sizes[inside].prod(1).sum() / ((right - left) * (bottom - top))),
-            "overlap": float(overlapping[inside].mean()) if number >= FEW else None,
-            "focus": float(sharpness),
+            "density": round(math.pi / 4 * float(sizes[inside].prod(1).sum()) / ((right - left) * (bottom - top)), 4),
+            "overlap": round(float(overlapping[inside].mean()), 4) if number >= FEW else None,
+            "focus": round(float(sharpness), 5),
         }
         tiles.append(tile)
     return judged_again({"tiles": tiles}, bands)
@@ -191,20 +196,47 @@ def judged_again(monolayer: Mapping[str, Any], bands: Mapping[str, Any] | None =
     return {"bands": bands, "tiles": tiles}
 
 
-def outside_monolayer(monolayer: Mapping[str, Any], cells: Sequence["Cell"]) -> list[bool]:
-    """Of each cell, whether its centre lies in a tile outside the monolayer.
+def outside_monolayer(monolayer: Mapping[str, Any] | None, cells: Sequence["Cell"]) -> list[bool]:
+    """Of each cell, whether its centre lies in a tile outside the monolayer. Of an image that is seen whole none does: whoever
+    took it chose the place.
 
     Args:
-        monolayer (`Mapping`): See [`judged`].
+        monolayer (`Mapping`, *optional*): See [`judged`].
         cells (`Sequence[Cell]`): Cells of the image.
     """
     centres = np.array([cell.center for cell in cells]).reshape(-1, 2)
     outside = np.zeros(len(cells), dtype=bool)
-    for tile in monolayer["tiles"]:
+    tiles = monolayer["tiles"] if monolayer else []
+    order = np.argsort(centres[:, 0])
+    sorted_x = centres[order, 0]
+    for tile in tiles if len(tiles) > 1 else ():
         if tile["outside"]:
             left, top, right, bottom = tile["box"]
-            outside |= ((centres >= (left, top)) & (centres < (right, bottom))).all(1)
+            column = order[slice(*np.searchsorted(sorted_x, (left, right)))]
+            outside[column[(centres[column, 1] >= top) & (centres[column, 1] < bottom)]] = True
     return outside.tolist()
+
+
+def told(monolayer: Mapping[str, Any], cells: Sequence["Cell"], parents: Mapping[str, str]) -> str | None:
+    """One sentence on what of an image in tiles lies outside the monolayer; `None` where nothing does.
+
+    Args:
+        monolayer (`Mapping`): See [`judged`].
+        cells (`Sequence[Cell]`): Cells of the image.
+        parents (`Mapping[str, str]`): Class -> coarser class.
+    """
+    tiles = monolayer["tiles"]
+    outside = [tile for tile in tiles if tile["outside"]]
+    if len(tiles) < 2 or not outside:
+        return None
+    reasons = Counter(reason for tile in outside for reason in tile["outside"])
+    where = outside_monolayer(monolayer, cells)
+    red = [there for cell, there in zip(cells, where, strict=True) if cell_kind(cell.label, dict(parents)) == RED]
+    return (
+        f"{len(outside)} of {len(tiles)} tiles lie outside the monolayer by the bands of {monolayer['bands']['name']} ("
+        + ", ".join(f"{number} with {reason}" for reason, number in reasons.most_common())
+        + f"): {sum(red)} of {len(red)} red cells."
+    )
 
 
 def _overlapping(boxes: np.ndarray) -> np.ndarray:
@@ -223,4 +255,13 @@ def _overlapping(boxes: np.ndarray) -> np.ndarray:
     return found
 
 
-__all__ = ["focus_of", "judged", "judged_again", "outside_monolayer", "read_bands", "usual_bands"]
+__all__ = [
+    "focus_of",
+    "is_monolayer",
+    "judged",
+    "judged_again",
+    "outside_monolayer",
+    "read_bands",
+    "told",
+    "usual_bands",
+]

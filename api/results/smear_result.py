@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from unihema.files import shortened
 
 from ..processing_unihema.class_names import (
     UNIDENTIFIED,
+    cell_kind,
     is_beside_differential,
     is_untyped_white_cell,
     is_white_cell,
@@ -32,6 +34,7 @@ from .cell import (
 )
 from .edits import UNCLASSIFIED, of_coco, of_geojson, of_imagej, of_labels
 from .export import cell_columns, cell_row, coco, geojson, imagej, label_image, supervision_detections
+from .monolayer import RED, is_monolayer, judged_again, outside_monolayer, read_bands, told
 from .overlay import draw_overlay
 
 
@@ -75,6 +78,8 @@ class SmearResult:
             glass and `unreadable` ones. `None`: it was seen whole.
         um_per_pixel (`float`, *optional*): Size of a pixel of the image in micrometres.
         um_source (`str`, *optional*): Where that comes from: given, from the file, or estimated.
+        monolayer (`dict`, *optional*): How densely red cells lie in each tile, how many overlap, and focus, and which tiles lie
+            outside the monolayer by which bands, see [`judged`]. Of an image that was seen whole its one tile, to know.
         warnings (`list[str]`): What a reader of the counts must know, such as a reached query cap.
         changes (`list[dict]`): What a person changed in another program (`with_geojson` and its like): number of the `cell`,
             `what` (`added`, `deleted`, `class`, `shape`, `score`, or `attribute` and its name), and the text `before` and
@@ -96,6 +101,7 @@ class SmearResult:
     tiling: dict[str, Any] | None = None
     um_per_pixel: float | None = None
     um_source: str | None = None
+    monolayer: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
     changes: list[dict[str, Any]] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -107,6 +113,33 @@ class SmearResult:
         for cell in self.cells:
             counts[cell.label] = counts.get(cell.label, 0) + 1
         return counts
+
+    @property
+    def monolayer_counts(self) -> dict[str, int]:
+        """The counts, red cells of each class in the monolayer alone, see [`outside_monolayer`]."""
+        counts = self.counts
+        for cell, outside in zip(self.cells, outside_monolayer(self.monolayer, self.cells), strict=True):
+            if outside and cell_kind(cell.label, self.class_parents) == RED:
+                counts[cell.label] -= 1
+        return counts
+
+    def judge_monolayer(self, bands: str | Path | Mapping[str, Any] | None = None) -> None:
+        """Judges anew which tiles lie in the monolayer.
+
+        Args:
+            bands (`str`, `Path` or `Mapping`, *optional*): A file of bands, or its content, see [`read_bands`]; those of the
+                package when missing.
+
+        Raises:
+            InputError: The file is none of bands, or the tiles of this result were never measured.
+        """
+        if self.monolayer is None:
+            raise InputError(f"{self.image or 'image'}: its tiles were never measured; analyse it again.")
+        bands = read_bands(bands) if isinstance(bands, (str, Path)) else bands
+        old = told(self.monolayer, self.cells, self.class_parents)
+        self.monolayer = judged_again(self.monolayer, bands)
+        new = told(self.monolayer, self.cells, self.class_parents)
+        self.warnings = [text for text in self.warnings if text != old] + [new] * bool(new)
 
     @property
     def differential(self) -> dict[str, float]:
@@ -151,6 +184,7 @@ class SmearResult:
             "tiling": self.tiling,
             "um_per_pixel": self.um_per_pixel,
             "um_source": self.um_source,
+            "monolayer": self.monolayer,
             "warnings": self.warnings,
             "changes": self.changes,
             "provenance": self.provenance,
@@ -326,6 +360,7 @@ _RESULT = {
     "tiling": or_none(_is_tiling),
     "um_per_pixel": or_none(is_number),
     "um_source": or_none(is_text),
+    "monolayer": or_none(is_monolayer),
     "warnings": is_list(is_text),
     "changes": is_list(has(cell=is_side, what=is_text, before=or_none(is_text), after=or_none(is_text))),
     "provenance": lambda value: isinstance(value, dict),

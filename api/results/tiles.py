@@ -21,6 +21,7 @@ from unihema.processing_unihema.class_names import (
 from unihema.processing_unihema.image_io import MAX_PIXELS
 from unihema.processing_unihema.masks import rle_decode, rle_encode
 from unihema.processing_unihema.post_processing import NMS_IOU, NMS_WITHIN
+from unihema.results.monolayer import RED, focus_of, judged, told
 from unihema.results.nuclei import find_nuclei
 from unihema.results.smear_result import CROWDED, OTHER_SIZE, Cell, SmearResult
 from unihema.slides import ImageRegions, RegionSource, UnreadableRegionError
@@ -28,7 +29,6 @@ from unihema.slides import ImageRegions, RegionSource, UnreadableRegionError
 
 # Mean diameter of a normal red cell on a smear (LAB: 6 to 8 micrometres), which tells the size of a pixel.
 RED_CELL_MICROMETRES = 7.2
-RED = "red blood cell"
 # Red cells by which a size can be told.
 FEW = 5
 # Diameters of white cells, in those of red ones.
@@ -123,6 +123,7 @@ def see_in_tiles(
     on_tile: Callable[[int, int, int], None] | None = None,
     search: Callable[[list[Image.Image]], list[SmearResult]] | None = None,
     white_cells: int | None = None,
+    calibrated: bool = True,
 ) -> None:
     """Sees an image in tiles, where that is asked for or its cells are not of the size that the model knows, and puts what they
     show into its result.
@@ -142,6 +143,8 @@ def see_in_tiles(
             classes, or not at the thresholds of the checkpoint.
         white_cells (`int`, *optional*): Only tiles with nuclei are seen, in an order of chance that is always the same, until so
             many white cells are found; other cells are not counted.
+        calibrated (`bool`): Whether cells are those above the thresholds of the checkpoint. With others it says nothing that all
+            queries found one, and nothing is seen in smaller tiles for that.
 
     Raises:
         RequestError: With pixels of this size no cell of the image could be seen.
@@ -168,7 +171,7 @@ def see_in_tiles(
     if search and tiles == "auto" and um_per_pixel is None:
         (red_cells,) = cells_of([whole])
     scale, scale_source = _scale(source, result, red_cells, cells_of, edge, known, tiles, um_per_pixel)
-    if scale is None and _is_crowded(result):
+    if scale is None and calibrated and known is not None and _is_crowded(result):
         scale, scale_source = max(source.size) / edge / 2, "halved, as there were more cells than the model has queries"
     if scale is None:
         if white_cells is not None:
@@ -199,9 +202,10 @@ def see_in_tiles(
     layout |= {} if white_cells is None else {"white_cells": white_cells}
     found: deque[list[Cell]] = deque()
     unreadable: list[Tile] = []
+    focus: list[tuple[tuple[int, int, int, int], float]] = []
     full = split = cells = white = 0
     store = store if len(looked_at) >= WORTH_KEEPING else None
-    for start, seen in _seen(source, looked_at, look, mask, layout, store):
+    for start, seen in _seen(source, looked_at, look, mask, layout, store, usual * scale, calibrated):
         for tile, of_tile in zip(looked_at[start:], seen, strict=False):
             found.append(of_tile["cells"])
             full += of_tile["full"]
@@ -210,7 +214,9 @@ def see_in_tiles(
             white += _white_cells_within(tile, of_tile["cells"], result.class_parents)
             if of_tile["unreadable"]:
                 unreadable.append(tile)
-            elif mask is not None and of_tile["mask"] is not None:
+            else:
+                focus.append((tile.core, of_tile["focus"]))
+            if mask is not None and of_tile["mask"] is not None:
                 mask.put(tile, of_tile["mask"])
         if on_tile:
             on_tile(start + len(seen), len(looked_at), cells)
@@ -244,6 +250,7 @@ def see_in_tiles(
         result.warnings.append(_of_unreadable(unreadable, len(placed)))
     if mask is not None and mask.share < 1:
         result.warnings.append(f"The mask is kept at {mask.pixels.shape[1]} x {mask.pixels.shape[0]} pixels.")
+    judge_tiles(result, focus)
     if split:
         result.warnings.append(
             f"{split} of {len(placed)} tiles held more cells than the model has queries and were seen in smaller ones."
@@ -300,6 +307,34 @@ def _count_white_cells_alone(result: SmearResult, asked: int, seen: int, with_nu
     )
 
 
+def judge_tiles(result: SmearResult, focus: Sequence[tuple[tuple[int, int, int, int], float]]) -> None:
+    """Says of each tile whether it lies in the monolayer, where red cells were looked for.
+
+    Args:
+        result ([`SmearResult`]): Changed.
+        focus (`Sequence[tuple]`): Of each tile what it answers for, and its focus, see [`focus_of`].
+    """
+    if any(cell_kind(name, result.class_parents) == RED for name in result.classes):
+        boxes, sharpness = zip(*focus) if focus else ((), ())
+        result.monolayer = judged(boxes, sharpness, result.cells, result.class_parents)
+        text = told(result.monolayer, result.cells, result.class_parents)
+        result.warnings += [text] if text else []
+
+
+def judge_whole(result: SmearResult, source: RegionSource) -> None:
+    """Judges an image that is seen whole as one tile.
+
+    Args:
+        result ([`SmearResult`]): Changed.
+        source ([`RegionSource`]): The image.
+    """
+    number, diameter = red_cell_diameter(result.cells, *source.size, result.class_parents)
+    if number < FEW or not diameter:
+        diameter = USUAL_SHARE * max(source.size)
+    focus = focus_of(source.pixels, diameter * source.pixels.width / source.width)
+    judge_tiles(result, [((0, 0, *source.size), focus)])
+
+
 def _seen(
     source: RegionSource,
     tiles: Sequence[Tile],
@@ -307,6 +342,8 @@ def _seen(
     mask: "_Mask | None",
     layout: dict[str, Any],
     store: TileStore | None,
+    diameter: float,
+    may_split: bool,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """The number of the first tile of each group, and what they show: first all that was kept, then what is looked at."""
     kept = [_from_store(of_tile) for group in (store.begin(layout) if store else ()) for of_tile in group]
@@ -325,16 +362,20 @@ def _seen(
         seen: list[dict[str, Any]] = []
         for tile, picture in zip(group, pictures, strict=True):
             if picture is None:
-                seen.append({"cells": [], "mask": None, "full": False, "split": False, "unreadable": True})
+                seen.append(
+                    {"cells": [], "mask": None, "full": False, "split": False, "focus": None, "unreadable": True}
+                )
                 continue
             of_tile = next(results)
             part = None if mask is None or of_tile.mask is None else mask.core(tile, of_tile.mask)
             cells = _in_file(of_tile.cells, picture, tile)
             crowded = split = _is_crowded(of_tile)
-            if crowded:
+            if crowded and may_split:
                 cells, crowded = seen_closer(source, tile, cells, look, of_tile.class_parents)
+            focus = focus_of(picture, diameter * picture.width / (tile.box[2] - tile.box[0]))
+            split = split and not crowded
             seen.append(
-                {"cells": cells, "mask": part, "full": crowded, "split": split and not crowded, "unreadable": False}
+                {"cells": cells, "mask": part, "full": crowded, "split": split, "focus": focus, "unreadable": False}
             )
         if store:
             store.append([_to_store(of_tile) for of_tile in seen])

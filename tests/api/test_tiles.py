@@ -225,14 +225,33 @@ def test_tiles_with_more_cells_than_queries_are_seen_in_smaller_ones():
     assert not any(CROWDED in text for text in result.warnings)
 
 
-def test_a_field_with_more_cells_than_queries_is_seen_in_tiles_whatever_the_checkpoint_knows():
+def test_at_other_thresholds_it_says_nothing_that_all_queries_found_a_cell():
+    image, _ = discs(1600, 1200, 60)
+    detector = Detector(cap=14)
+    (result,) = detector([image])
+    see_in_tiles(image, result, detector, EDGE, KNOWN, tiles=500, calibrated=False)
+    assert detector.looks == 1 + result.tiling["tiles"] and any(CROWDED in text for text in result.warnings)
+
+
+def test_a_field_with_more_cells_than_queries_is_seen_in_tiles_also_where_no_scale_is_found():
     image, centres = discs(1600, 1200, 190, share=0.6)
     (result,) = (detector := Detector(cap=20))([image])
     assert len(centres) > 20 == len(result.cells)
-    see_in_tiles(image, result, detector, EDGE, None)
+    see_in_tiles(image, result, detector, EDGE, KnownSize(30.0, 38.0, 47.0))
     assert "halved, as there were more cells" in result.tiling["scale_source"]
     assert matched(result, centres, 40) == len(centres) == len(result.cells)
     assert not any(CROWDED in text for text in result.warnings)
+
+
+def test_tiles_are_judged_for_the_monolayer():
+    image, _ = discs(1600, 1200, 110, share=0.4)
+    image.paste((BACKGROUND,) * 3, (0, 0, 800, 1200))
+    result, _ = seen(image)
+    wrong = {tuple(tile["outside"]) for tile in result.monolayer["tiles"] if tile["box"][2] <= 800}
+    assert wrong <= {("too few red cells",), ("too few red cells", "too little focus")} and wrong
+    assert all(not tile["outside"] for tile in result.monolayer["tiles"] if tile["box"][0] > 900)
+    assert any("tiles lie outside the monolayer" in text for text in result.warnings)
+    assert result.monolayer_counts["RBC"] <= result.counts["RBC"]
 
 
 def test_white_cells_of_the_whole_field_keep_their_type():
@@ -278,7 +297,8 @@ def field(tmp_path_factory):
 
 def test_fields_side_by_side_have_the_cells_of_both(analyzer, field):
     alone = analyzer(field, ["detection"])
-    assert alone.tiling is None
+    assert alone.tiling is None and len(alone.monolayer["tiles"]) == 1
+    assert analyzer(field, ["detection"], prompt="WBC").monolayer is None
     wide = Image.new("RGB", (2 * field.width, 2 * field.height))
     for x in range(2):
         for y in range(2):
