@@ -44,6 +44,7 @@ SLIDES = [
     "pyvips-binary>=8.16,<9",
 ]
 IMAGEJ = ["roifile>=2026.2.10,<2027"]
+SHAPES = ["scikit-image>=0.25,<1"]
 SUPERVISION = ["supervision>=0.25,<1"]
 ONNX = ["onnx>=1.19,<2", "onnxscript>=0.6.2,<1", "onnxruntime>=1.22,<2"]
 
@@ -113,6 +114,7 @@ setup(
             *ONNX,
             *PLOTS,
             *PEERS,
+            *SHAPES,
             *SUPERVISION,
             *IMAGENET,
             *SLIDES,
@@ -125,6 +127,7 @@ setup(
         "slides": SLIDES,
         "peers": [*PEERS, *IMAGENET],
         "imagenet": IMAGENET,
+        "shapes": SHAPES,
         "supervision": SUPERVISION,
         "tokenizer-training": ["sentencepiece>=0.2.3,<1"],
     },

@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import os
 import unicodedata
 import uuid
@@ -34,6 +35,7 @@ from unihema.files import (
 )
 from unihema.inference.int8 import is_int8
 from unihema.results.export import FORMATS, as_file, cell_columns, cell_row, import_roifile, table_text
+from unihema.results.shapes import can_measure
 from unihema.results.smear_result import FORMAT, Cell, SmearResult
 from unihema.slides import RegionSource, image_sha256, open_regions
 from unihema.version import __version__
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 
     from unihema.analyzer import Analyzer, Request
 
+
+logger = logging.getLogger(__name__)
 
 COUNT_COLUMNS = ["image", "label", "count", "percent_of_white_cells", "differential", "warnings"]
 # Images are held back until a batch of one size is full: so many batches of them at most.
@@ -121,6 +125,10 @@ def analyze_into(
     settings = _settings(analyzer, checked, formats)
     report = BatchReport(failed=dict(problems))
     attributes = list(analyzer.model.config.morphology) if "detection" in checked.tasks else []
+    shapes = "detection" in checked.tasks and analyzer.model.config.trained.cell_masks
+    if shapes and not can_measure():
+        logger.warning("cells.csv has no shapes: scikit-image is not installed. pip install 'unihema[shapes]'")
+        shapes = False
     with exclusive(output, ["records"]):
         # Not before: another run's settings are its own.
         claim_folder(output, settings, overwrite=overwrite)
@@ -129,7 +137,7 @@ def analyze_into(
         try:
             run.all(images, batch_size, on_image)
         finally:
-            folder.write_tables(attributes, report)
+            folder.write_tables(attributes, report, shapes)
     return report
 
 
@@ -398,7 +406,7 @@ class ResultFolder:
         )
         write_text(self._record(name), pieces)
 
-    def write_tables(self, attributes: Sequence[str], report: BatchReport) -> None:
+    def write_tables(self, attributes: Sequence[str], report: BatchReport, shapes: bool) -> None:
         """Writes `cells.csv`, `counts.csv` and `results.json` from the records, and completes the report."""
         failed = {str(real_path(item)) for item in report.failed}
         totals: dict[str, int] = {}
@@ -411,8 +419,8 @@ class ResultFolder:
                 for label, count in record["result"]["counts"].items():
                     totals[label] = totals.get(label, 0) + count
         report.totals, report.images = totals, len(current)
-        columns = cell_columns(attributes)
-        write_text(self.folder / "cells.csv", _csv(columns, self._cell_rows(current, attributes)))
+        columns = cell_columns(attributes, shapes)
+        write_text(self.folder / "cells.csv", _csv(columns, self._cell_rows(current, attributes, shapes)))
         write_text(
             self.folder / "counts.csv",
             _csv(COUNT_COLUMNS, self._counts(current)),
@@ -423,12 +431,12 @@ class ResultFolder:
         for path in paths:
             yield self._read(path)["result"]
 
-    def _cell_rows(self, paths: Sequence[Path], attributes: Sequence[str]) -> Iterator[list[Any]]:
+    def _cell_rows(self, paths: Sequence[Path], attributes: Sequence[str], shapes: bool) -> Iterator[list[Any]]:
         for values in self._results(paths):
             result = SmearResult.from_dict(values | {"mask": None, "cells": []})
             # One at a time: a slide has hundreds of thousands.
             for cell in values["cells"]:
-                yield list(cell_row(result, Cell.from_dict(cell), attributes).values())
+                yield list(cell_row(result, Cell.from_dict(cell), attributes, shapes).values())
 
     def _counts(self, paths: Sequence[Path]) -> Iterator[list[Any]]:
         for values in self._results(paths):

@@ -18,6 +18,7 @@ from unihema.files import printable
 
 from ..processing_unihema.masks import mask_polygons, rle_in_image
 from .overlay import class_colors
+from .shapes import SHAPE_COLUMNS, cell_shape
 
 
 if TYPE_CHECKING:
@@ -57,18 +58,20 @@ MOST_DENSE_MASKS = 1 << 30
 LARGEST_ROI = 60_000
 
 
-def cell_columns(attributes: Sequence[str]) -> list[str]:
-    """Columns of a cell table: `CELL_COLUMNS`, then value and score of each attribute."""
-    return CELL_COLUMNS + [column for name in attributes for column in (name, f"{name}_score")]
+def cell_columns(attributes: Sequence[str], shapes: bool = False) -> list[str]:
+    """Columns of a cell table: `CELL_COLUMNS`, with `shapes` `SHAPE_COLUMNS`, then value and score of each attribute."""
+    of_attributes = [column for name in attributes for column in (name, f"{name}_score")]
+    return CELL_COLUMNS + (SHAPE_COLUMNS if shapes else []) + of_attributes
 
 
-def cell_row(result: "SmearResult", cell: "Cell", attributes: Sequence[str]) -> dict[str, Any]:
+def cell_row(result: "SmearResult", cell: "Cell", attributes: Sequence[str], shapes: bool = False) -> dict[str, Any]:
     """One row of a cell table; positions and sizes in pixels, to a hundredth, and sizes in micrometres where those are known.
 
     Args:
         result ([`SmearResult`]): The result the cell is of.
         cell ([`Cell`]): The cell.
         attributes (`Sequence[str]`): Attributes to list; `None` stands where the cell has none.
+        shapes (`bool`): Measure the mask, see `cell_shape`.
     """
     x_min, y_min, x_max, y_max = cell.box
     um = result.um_per_pixel
@@ -86,6 +89,8 @@ def cell_row(result: "SmearResult", cell: "Cell", attributes: Sequence[str]) -> 
             strict=True,
         )
     )
+    if shapes:
+        row |= cell_shape(cell.mask, um)
     for name in attributes:
         attribute = cell.attributes.get(name, {})
         row[name] = attribute.get("value")

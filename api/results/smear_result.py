@@ -36,6 +36,7 @@ from .edits import UNCLASSIFIED, of_coco, of_geojson, of_imagej, of_labels
 from .export import cell_columns, cell_row, coco, geojson, imagej, label_image, supervision_detections
 from .monolayer import RED, is_monolayer, judged_again, outside_monolayer, read_bands, told
 from .overlay import draw_overlay
+from .shapes import can_measure
 
 
 if TYPE_CHECKING:
@@ -314,12 +315,14 @@ class SmearResult:
         return of_imagej(self, source)
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """A row a cell: box, centre and size in pixels, class, score, attributes (the columns of `cells.csv`)."""
+        """A row a cell: box, centre and size in pixels, class, score, attributes (the columns of `cells.csv`); of cells with
+        masks their shapes too, where scikit-image is installed (the extra `shapes`)."""
         import pandas
 
         attributes = list(dict.fromkeys(name for cell in self.cells for name in cell.attributes))
-        rows = [cell_row(self, cell, attributes) for cell in self.cells]
-        return pandas.DataFrame(rows, columns=cell_columns(attributes))
+        shapes = can_measure() and any(cell.mask is not None for cell in self.cells)
+        rows = [cell_row(self, cell, attributes, shapes) for cell in self.cells]
+        return pandas.DataFrame(rows, columns=cell_columns(attributes, shapes))
 
     def overlay(self, image: Image.Image) -> Image.Image:
         """The image with boxes, classes, scores and mask drawn on it, and a legend with the counts beside it.
