@@ -169,7 +169,7 @@ class OptimisationConfig:
         ema_decay (`float`, *optional*): Keep an exponential moving average of the weights, evaluate and save that.
         ema_warmup (`float`): The decay at step t is at most (1 + t) / (`ema_warmup` + t).
         seed (`int`): Of everything random.
-        device (`str`): Device, such as cpu or cuda:0; the first GPU by default.
+        device (`str`): Device, such as cpu, cuda:0 or mps; the first GPU by default.
         compile (`bool`): Compile the model with `torch.compile`, for training only: minutes at the start, faster steps on a GPU.
         gradient_checkpointing (`bool`): Compute layers again in the backward pass instead of keeping what they gave: less
             memory, more time.
