@@ -238,8 +238,9 @@ def cell_part(image: np.ndarray, cell: "Cell") -> tuple[np.ndarray, np.ndarray]:
     left, top = cell.origin
     right, bottom = (int(np.ceil(side)) for side in cell.box[2:])
     part = image[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
-    inside = np.ones((bottom - top, right - left), dtype=bool) if cell.mask is None else cell.mask
-    return part, inside[max(-top, 0) :, max(-left, 0) :][: part.shape[0], : part.shape[1]]
+    if cell.mask is None:
+        return part, np.ones(part.shape, dtype=bool)
+    return part, cell.mask[max(-top, 0) :, max(-left, 0) :][: part.shape[0], : part.shape[1]]
 
 
 def labels_suffix(labels: np.ndarray) -> str:

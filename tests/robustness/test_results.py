@@ -38,6 +38,7 @@ def stored_result() -> bytes:
     found.single_cell = {"label": "neutrophil", "score": 0.8}
     found.answers = [{"question": "Which?", "answer": "A cell."}]
     found.out_of_distribution = {"distance": 1.5, "limit": 2.0, "nearest": "smears"}
+    found.changes = [{"cell": 2, "what": "class", "before": "RBC", "after": "platelet"}]
     found.warnings, found.provenance = ["It is blurred."], {"unihema": "1", "tasks": ["detection"]}
     return json.dumps(found.to_dict()).encode()
 
@@ -48,6 +49,9 @@ def use(content: bytes) -> None:
     again = SmearResult.from_dict(json.loads(json.dumps(result.to_dict())))
     assert again.to_dict() == result.to_dict()
     json.dumps([result.to_coco(), result.to_geojson()])
+    assert result.with_geojson(result.to_geojson()).changes == result.changes
+    if result.width * result.height < 1 << 20:
+        result.to_labels()
     result.to_dataframe()
     result.overlay(Image.new("RGB", (48, 36))).tobytes()
     assert sum(result.counts.values()) == len(result.cells)
