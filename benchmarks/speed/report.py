@@ -60,6 +60,12 @@ def page(results: dict, exponents: dict[str, float]) -> str:
             if section in NOTES:
                 lines += [NOTES[section], ""]
             lines += [_markdown(frame), ""]
+    lines += [
+        "## Images of any size",
+        "",
+        "Memory and time of slides and wide fields: [predict](../predict.md#memory-and-time-of-slides).",
+        "",
+    ]
     lines += _on_a_gpu(results)
     if exponents:
         lines += ["## Growth", "", "![time by pixels](growth.png)", ""]
