@@ -98,7 +98,7 @@ def predict(given: Path, folder: Path) -> None:
 
 def slide(given: Path, folder: Path) -> None:
     """One image of more than a hundred tiles, each of which a run that was killed has, or has not, seen."""
-    command("predict", given / "checkpoint", given / "slide.png", "-o", folder, "--geojson", "--tiles", 64)
+    command("predict", given / "checkpoint", given / "slide.png", "-o", folder, "--format", "geojson", "--tiles", 64)
 
 
 def train(given: Path, folder: Path) -> None:
