@@ -41,6 +41,8 @@ MARGIN = 0.6
 REACH = 0.3
 # Score from which such a cell counts although the other tile does not see it: so near to a tile's edge cells are missed.
 SURE = 0.35
+# What a score is worth, of the same cell in two tiles, where a tile's edge cuts it, and where it is a white cell without a type.
+WORSE = 0.5
 # How many times as much a closer look must show: where red cells of another size are seen, and where hardly any are.
 MORE_OF_SMALL, MORE_OF_USUAL, MORE = 1.1, 1.3, 1.5
 # Parts of an image that are looked at for its scale are smaller by this factor each time, down to this share of the input's edge.
@@ -48,6 +50,8 @@ STEP, SMALLEST_PART = math.sqrt(2), 0.4
 # A picture whose longer edge is less than this many of the input's, with no red cell, may be a crop of one cell.
 SMALL_PICTURE = 1.5
 TILES_AT_ONCE = 4
+# How often a tile with more cells than queries is divided in four.
+SPLITS = 2
 # Of a tile that micrometres ask for: its longer edge in pixels of the file, at least, and in that of the image, at most.
 SMALLEST_TILE, LARGEST_VIEW = 64, 8
 # An image is seen whole where that differs by less than this factor from the scale that it should have.
@@ -392,6 +396,7 @@ def seen_closer(
     cells: list[Cell],
     look: Callable[[list[Image.Image]], list[SmearResult]],
     parents: dict[str, str],
+    times: int = SPLITS,
 ) -> tuple[list[Cell], bool]:
     """Sees a tile with more cells than the model has queries in four smaller ones, and these again, as long as that shows more.
 
@@ -401,12 +406,13 @@ def seen_closer(
         cells (`list[Cell]`): What was seen in it, in pixels of the image from its corner.
         look (`Callable`): What is seen of parts of the image.
         parents (`dict[str, str]`): Class -> coarser class.
+        times (`int`): How often it may be divided.
 
     Returns:
         `tuple[list[Cell], bool]`: Its cells, and whether there are still too many somewhere.
     """
     width, height = _size(tile.box)
-    if min(width, height) < SMALLEST_TILE:
+    if not times or min(width, height) < SMALLEST_TILE:
         return cells, True
     _, diameter = red_cell_diameter(cells, width, height, parents)
     # Of cells in such numbers several lie side by side in an eighth of the tile.
@@ -419,7 +425,7 @@ def seen_closer(
     for part, picture, of_part in zip(placed, pictures, look(pictures), strict=True):
         of_cells = _in_file(of_part.cells, picture, part)
         if _is_crowded(of_part):
-            of_cells, still = seen_closer(source, part, of_cells, look, parents)
+            of_cells, still = seen_closer(source, part, of_cells, look, parents, times - 1)
             crowded |= still
         found.append(of_cells)
     closer = merged(parts, found, parents, diameter)
@@ -677,7 +683,7 @@ def merged(
 
     A cell is that of the tile whose core holds its centre. What another tile sees a little outside its own core, and this one
     does not, counts where it is sure, or where the two disagree on the centre, so that each takes it for the other's. Of what
-    two tiles show of one cell, that which is whole is kept, then the better one; where both are cut, a box around both.
+    two tiles show of one cell the surer is kept, and rather one that is whole; the box of one that is cut goes around both.
 
     Args:
         tiles (`Sequence[Tile]`): The tiles.
@@ -733,7 +739,8 @@ def _once(
     centres, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     kinds = [cell_kind(cell.label, parents) or cell.label for cell in cells]
     untyped = [is_untyped_white_cell(cell.label) for cell in cells]
-    order = sorted(range(len(cells)), key=lambda i: (cut_off[i], untyped[i], -cells[i].score))
+    worth = [cell.score * WORSE ** (cut + no_type) for cell, cut, no_type in zip(cells, cut_off, untyped, strict=True)]
+    order = sorted(range(len(cells)), key=lambda i: -worth[i])
     rank = {cell: place for place, cell in enumerate(order)}
     tree = cKDTree(centres)
     gone: set[int] = set()
@@ -751,7 +758,7 @@ def _once(
             if overlap > NMS_IOU * (sum(areas) - overlap) or overlap > NMS_WITHIN * min(areas):
                 gone.add(j)
                 counts = True
-                if cut_off[i]:
+                if cut_off[i] and cells[j].score >= WORSE * cells[i].score:
                     box = np.concatenate((np.minimum(box[:2], boxes[j, :2]), np.maximum(box[2:], boxes[j, 2:])))
         if counts:
             kept.append(_with_box(cells[i], tuple(box.tolist())))
