@@ -22,8 +22,9 @@ from unihema.errors import RequestError
 from unihema.files import OpenedImage
 from unihema.loading import available_tasks, load_model, require_tasks
 from unihema.modeling_unihema.tasks import IMAGE_TASKS, TASK_TABLE, TASKS
+from unihema.results.cell_size import KnownSize
 from unihema.results.smear_result import CROWDED, Cell, SmearResult
-from unihema.results.tiles import SMALLEST_TILE, KnownSize, TileStore, judge_whole, see_in_tiles, state_pixel_size
+from unihema.results.tiles import SMALLEST_TILE, TileStore, judge_whole, see_in_tiles, state_pixel_size
 from unihema.slides import RegionSource, open_regions
 from unihema.version import __version__
 
@@ -549,13 +550,13 @@ class Analyzer:
             lambda parts: within.look([OpenedImage(part, *part.size, None) for part in parts]),
             edge,
             None if diameters is None else KnownSize(*diameters),
-            request.tiles,
-            request.um_per_pixel,
-            store,
-            None if on_tile is None else lambda done, number, cells: on_tile(source.name, done, number, cells),
-            search,
-            request.white_cells,
-            request.threshold is None,
+            tiles=request.tiles,
+            um_per_pixel=request.um_per_pixel,
+            white_cells=request.white_cells,
+            calibrated=request.threshold is None,
+            search=search,
+            store=store,
+            on_tile=None if on_tile is None else lambda done, of, cells: on_tile(source.name, done, of, cells),
         )
         if result.tiling is None:
             judge_whole(result, source)

@@ -3,9 +3,30 @@
 Each kind is also the kind of Python's own errors that it stands for, so that `except ValueError` works as elsewhere.
 """
 
+import unicodedata
+
+
+def printable(text: str) -> str:
+    """Text in one line and as it reads: control characters, line ends, what is no character and what turns the direction of
+    the text after it, as escapes such as `\\n`."""
+    escaped = ("Cc", "Cs", "Zl", "Zp")
+    turning = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    return "".join(
+        repr(each)[1:-1]
+        if unicodedata.category(each) in escaped or unicodedata.bidirectional(each) in turning
+        else each
+        for each in text
+    )
+
 
 class UniHemaError(Exception):
-    """Something about the input, the settings or the machine; the message names it and the remedy."""
+    """Something about the input, the settings or the machine; the message names it and the remedy.
+
+    Whatever of a file or a name is told in it is shown as text: no character of it drives a terminal.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(printable(line) for line in super().__str__().split("\n"))
 
 
 class InputError(UniHemaError, ValueError):

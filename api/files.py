@@ -10,7 +10,6 @@ import shutil
 import socket
 import tempfile
 import time
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import numpy
 from PIL import Image
 
-from unihema.errors import InputError, OutputError, UniHemaError
+from unihema.errors import InputError, OutputError, UniHemaError, printable
 
 from .processing_unihema.image_io import IMAGE_SUFFIXES, SLIDE_SUFFIXES, image_size, read_image
 
@@ -314,19 +313,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
-
-
-def printable(text: str) -> str:
-    """Text in one line and as it reads: control characters, line ends, what is no character and what turns the direction of
-    the text after it, as escapes such as `\\n`."""
-    escaped = ("Cc", "Cs", "Zl", "Zp")
-    turning = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
-    return "".join(
-        repr(each)[1:-1]
-        if unicodedata.category(each) in escaped or unicodedata.bidirectional(each) in turning
-        else each
-        for each in text
-    )
 
 
 def shortened(text: object, most: int = 300) -> str:

@@ -384,7 +384,13 @@ def _check_memory(opened: Image.Image, name: "str | Path", file: "str | Path | b
     # PIL reads as far as the next part, and takes the memory for that first.
     if any((tile.offset or 0) > held for tile in getattr(opened, "tile", [])):
         raise UnreadableImageError(f"{name}: the file ends before its pixels do. Copy it again or export it anew.")
-    deep = any(";16" in layout for layout in _rawmodes(opened)) and not opened.mode.startswith("I")
+    planes = opened.format == "TIFF" and max(_numbers(opened, _BITS), default=8) > 8
+    deep = (planes or any(";16" in layout for layout in _rawmodes(opened))) and opened.mode in (
+        "RGB",
+        "RGBA",
+        "RGBX",
+        "LA",
+    )
     of_pixel = _BYTES_OF_DEEP_COLOUR if deep else _BYTES_OF_MODE.get(opened.mode, 4)
     needed = opened.width * opened.height * of_pixel
     if needed > MAX_BYTES and needed > MAX_COMPRESSION * held:

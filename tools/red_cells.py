@@ -14,8 +14,9 @@ from torchvision.ops import box_iou
 from unihema import Analyzer
 from unihema.processing_unihema.class_names import cell_kind
 from unihema.processing_unihema.image_io import load_image
+from unihema.results.cell_size import KnownSize
 from unihema.results.smear_result import Cell, SmearResult
-from unihema.results.tiles import KnownSize, see_in_tiles
+from unihema.results.tiles import see_in_tiles
 from unihema.shipped import lay_down_checkpoint
 from unihema.training.data.readers import load_folder
 from unihema.training.data.rows import Row

@@ -208,7 +208,7 @@ class SmearResult:
             values = {("out_of_distribution" if name == "familiarity" else name): of for name, of in values.items()}
         values = checked(values, _RESULT, "a result")
         masks = [cell["mask"] for cell in values["cells"] if isinstance(cell, dict) and cell.get("mask")]
-        if sum(np.prod(mask["size"]) for mask in [*masks, values["mask"]] if is_mask(mask)) > MOST_MASK_PIXELS:
+        if sum(np.prod(mask["size"]) for mask in [*masks, values.get("mask")] if is_mask(mask)) > MOST_MASK_PIXELS:
             raise InputError(f"The masks of a result have more than {MOST_MASK_PIXELS:,} pixels together.")
         derived = {"format", "counts", "differential", "cells", "mask"}
         return cls(

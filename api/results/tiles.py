@@ -1,11 +1,10 @@
 """Wide fields, and cells of another size than a checkpoint knows: an image seen in overlapping tiles at the right scale."""
 
 import math
-from bisect import bisect
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, cast
 
 import numpy as np
 from PIL import Image
@@ -15,47 +14,43 @@ from unihema.files import OpenedImage
 from unihema.processing_unihema.class_names import (
     cell_kind,
     is_beside_differential,
-    is_untyped_white_cell,
     is_white_cell,
 )
 from unihema.processing_unihema.image_io import MAX_PIXELS
 from unihema.processing_unihema.masks import rle_decode, rle_encode
-from unihema.processing_unihema.post_processing import NMS_IOU, NMS_WITHIN
+from unihema.results.cell_size import (
+    FEW,
+    RED_CELL_MICROMETRES,
+    SAME_SCALE,
+    USUAL_SHARE,
+    KnownSize,
+    find_scale,
+    red_cell_diameter,
+)
 from unihema.results.monolayer import RED, focus_of, judged, told
-from unihema.results.nuclei import find_nuclei
 from unihema.results.smear_result import CROWDED, OTHER_SIZE, Cell, SmearResult
+from unihema.results.tile_layout import (
+    MARGIN,
+    Tile,
+    crowded_places,
+    cut,
+    empty_glass,
+    lay_tiles,
+    size_of,
+    tiles_at,
+    tiles_with_nuclei,
+)
+from unihema.results.tile_merging import merged
 from unihema.slides import ImageRegions, RegionSource, UnreadableRegionError
 
 
-# Mean diameter of a normal red cell on a smear (LAB: 6 to 8 micrometres), which tells the size of a pixel.
-RED_CELL_MICROMETRES = 7.2
-# Red cells by which a size can be told.
-FEW = 5
 # Diameters of white cells, in those of red ones.
 WHITE_CELL = (0.8, 3.0)
-# Width to height of a tile, as of most fields.
-SHAPE = 4 / 3
-# Overlap on each side of a tile's core, in diameters of a red cell.
-MARGIN = 0.6
-# How far outside a tile's core the centre of a cell may be that two tiles disagree on, in diameters of a red cell.
-REACH = 0.3
-# Score from which such a cell counts although the other tile does not see it: so near to a tile's edge cells are missed.
-SURE = 0.35
-# What a score is worth, of the same cell in two tiles, where a tile's edge cuts it, and where it is a white cell without a type.
-WORSE = 0.5
-# How many times as much a closer look must show: where red cells of another size are seen, and where hardly any are.
-MORE_OF_SMALL, MORE_OF_USUAL, MORE = 1.1, 1.3, 1.5
-# Parts of an image that are looked at for its scale are smaller by this factor each time, down to this share of the input's edge.
-STEP, SMALLEST_PART = math.sqrt(2), 0.4
-# A picture whose longer edge is less than this many of the input's, with no red cell, may be a crop of one cell.
-SMALL_PICTURE = 1.5
 TILES_AT_ONCE = 4
 # How often a tile with more cells than queries is divided in four.
 SPLITS = 2
 # Of a tile that micrometres ask for: its longer edge in pixels of the file, at least, and in that of the image, at most.
 SMALLEST_TILE, LARGEST_VIEW = 64, 8
-# An image is seen whole where that differs by less than this factor from the scale that it should have.
-SAME_SCALE = 1.15
 # What a file says of its pixels is not believed where the red cells say something else by more than this factor.
 CONTRADICTION = 1.6
 ESTIMATED = "estimated from the red cells"
@@ -65,44 +60,6 @@ SHARPEST = 2
 WORTH_KEEPING = 16
 # Tiles of an image at most, and pixels of the mask of one that is larger than `MAX_PIXELS`.
 MOST_TILES, MOST_MASK_PIXELS = 1_000_000, 16_000_000
-# A slide is divided into so many parts along its longer side to find where something lies on the glass.
-PARTS = 32
-# Empty glass: levels of gray between its darkest and brightest pixel (a share of the image's contrast, within limits), and how
-# far it may be below the brightest glass. What is darker is no glass: it may be what could not be read.
-EVEN_SHARE, EVEN, GLASS_BELOW, GLASS = 0.15, (4.0, 10.0), 30, 100
-# Of a checkpoint that does not say how large red cells are: this part of the longer edge of a field.
-USUAL_SHARE = 1 / 6
-
-
-class KnownSize(NamedTuple):
-    """How large red cells are in the fields that a checkpoint was trained on, in pixels of the model's input.
-
-    Args:
-        low, usual, high (`float`): 5 %, 50 % and 95 % of the fields have cells (the median of a field) below this.
-    """
-
-    low: float
-    usual: float
-    high: float
-
-    @property
-    def um_per_pixel(self) -> float:
-        """Size of a pixel of the model's input on the glass."""
-        return RED_CELL_MICROMETRES / self.usual
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A part of an image.
-
-    Args:
-        box (`tuple[int, int, int, int]`): What is looked at: x_min, y_min, x_max, y_max in pixels. It may pass the image's edge
-            where the image is smaller than a tile.
-        core (`tuple[int, int, int, int]`): What it answers for; the cores of all tiles cover the image once.
-    """
-
-    box: tuple[int, int, int, int]
-    core: tuple[int, int, int, int]
 
 
 class TileStore(Protocol):
@@ -123,11 +80,12 @@ def see_in_tiles(
     known: KnownSize | None,
     tiles: str | int = "auto",
     um_per_pixel: float | None = None,
-    store: TileStore | None = None,
-    on_tile: Callable[[int, int, int], None] | None = None,
-    search: Callable[[list[Image.Image]], list[SmearResult]] | None = None,
+    *,
     white_cells: int | None = None,
     calibrated: bool = True,
+    search: Callable[[list[Image.Image]], list[SmearResult]] | None = None,
+    store: TileStore | None = None,
+    on_tile: Callable[[int, int, int], None] | None = None,
 ) -> None:
     """Sees an image in tiles, where that is asked for or its cells are not of the size that the model knows, and puts what they
     show into its result.
@@ -238,7 +196,7 @@ def see_in_tiles(
     lists = (found.popleft() for _ in range(len(found)))
     result.cells = merged([*looked_at, whole], lists, result.class_parents, usual * scale)
     result.mask = None if mask is None else mask.pixels
-    width, height = _size(placed[0].box)
+    width, height = size_of(placed[0].box)
     result.tiling = {"tiles": len(placed), "tile": [width, height], "scale": scale, "scale_source": scale_source}
     if known is not None:
         result.tiling["um_per_pixel"] = result.um_per_pixel or known.um_per_pixel / scale
@@ -263,28 +221,6 @@ def see_in_tiles(
         result.warnings.append(
             f"In {full} of {len(placed)} tiles all {CROWDED}: the counts are too low. Give smaller tiles."
         )
-
-
-def tiles_with_nuclei(source: RegionSource, tiles: Sequence[Tile], um_per_pixel: float) -> list[Tile]:
-    """The tiles whose core holds what may be the nucleus of a white cell.
-
-    Args:
-        source ([`RegionSource`]): The image.
-        tiles (`Sequence[Tile]`): Tiles of a grid.
-        um_per_pixel (`float`): Size of a pixel of the image in micrometres.
-
-    Returns:
-        `list[Tile]`: In an order of chance, so that the first of them stand for the whole smear; it is the same each time.
-    """
-    columns, rows = (sorted({tile.core[axis] for tile in tiles}) for axis in (0, 1))
-    at = {tile.core[:2]: number for number, tile in enumerate(tiles)}
-    chosen = set()
-    for x, y in find_nuclei(source, um_per_pixel).tolist():
-        corner = columns[max(bisect(columns, x) - 1, 0)], rows[max(bisect(rows, y) - 1, 0)]
-        # Not in a tile of empty glass.
-        if corner in at and x < tiles[at[corner]].core[2] and y < tiles[at[corner]].core[3]:
-            chosen.add(at[corner])
-    return [tiles[number] for number in np.random.default_rng(0).permutation(sorted(chosen))]
 
 
 def _white_cells_within(tile: Tile, cells: Sequence[Cell], parents: dict[str, str]) -> int:
@@ -411,7 +347,7 @@ def seen_closer(
     Returns:
         `tuple[list[Cell], bool]`: Its cells, and whether there are still too many somewhere.
     """
-    width, height = _size(tile.box)
+    width, height = size_of(tile.box)
     if not times or min(width, height) < SMALLEST_TILE:
         return cells, True
     _, diameter = red_cell_diameter(cells, width, height, parents)
@@ -458,7 +394,7 @@ def state_pixel_size(result: SmearResult, source: RegionSource, given: float | N
 
 def _in_file(cells: Sequence[Cell], picture: Image.Image, tile: Tile) -> list[Cell]:
     """Cells of a picture of a tile in pixels of the file, from the tile's corner."""
-    width, height = _size(tile.box)
+    width, height = size_of(tile.box)
     if picture.size == (width, height):
         return list(cells)
     scale = width / picture.width, height / picture.height
@@ -533,10 +469,6 @@ def _scale(
     return estimated, "estimated from the red cells that are found"
 
 
-def _size(box: tuple[int, int, int, int]) -> tuple[int, int]:
-    return box[2] - box[0], box[3] - box[1]
-
-
 class _Mask:
     """The mask of an image, uint8 `[h, w]`, made of the cores of its tiles; reduced where it would have too many pixels."""
 
@@ -548,7 +480,7 @@ class _Mask:
 
     def core(self, tile: Tile, mask: np.ndarray) -> np.ndarray:
         """The part of a tile's mask that is its core, as it stands in the mask of the image."""
-        width, height = _size(tile.box)
+        width, height = size_of(tile.box)
         left, top, right, bottom = (
             core - start for core, start in zip(tile.core, (*tile.box[:2], *tile.box[:2]), strict=True)
         )
@@ -574,376 +506,3 @@ class _Mask:
         top, bottom = (value * height // self.size[1] for value in tile.core[1::2])
         # A core of less than a pixel has one all the same.
         return slice(min(top, height - 1), max(bottom, top + 1)), slice(min(left, width - 1), max(right, left + 1))
-
-
-def crowded_places(source: RegionSource) -> tuple[tuple[float, float], ...]:
-    """Where much lies on the glass of an image, as shares of its width and height: in three parts that are as full as usual,
-    and not where cells lie so thick that nothing can be told apart.
-
-    Args:
-        source ([`RegionSource`]): The image.
-    """
-    gray = np.asarray(source.pixels.convert("L").resize((PARTS, PARTS * 3 // 4), Image.Resampling.BOX), dtype=np.int16)
-    darkness = np.percentile(gray, 98) - gray
-    filled = np.argwhere(darkness > max(EVEN[0], 0.25 * np.percentile(darkness, 95)))
-    if len(filled) < len(source.places):
-        return source.places
-    # Of the parts in order of darkness those in the middle: the thinnest are almost empty, the darkest the thick end.
-    order = filled[np.argsort(darkness[tuple(filled.T)], kind="stable")]
-    chosen = [order[len(order) * share // 8] for share in (4, 2, 6)]
-    return tuple(((x + 0.5) / gray.shape[1], (y + 0.5) / gray.shape[0]) for y, x in chosen)
-
-
-def empty_glass(source: RegionSource, tiles: Sequence[Tile]) -> list[bool]:
-    """Of each tile, whether nothing lies on the glass there: bright and even in the picture of the whole image.
-
-    Args:
-        source ([`RegionSource`]): The image.
-        tiles (`Sequence[Tile]`): Its tiles.
-    """
-    gray = np.asarray(source.pixels.convert("L"))
-    sample = gray[:: max(1, gray.shape[0] // 1000), :: max(1, gray.shape[1] // 1000)]
-    dark, bright = (float(value) for value in np.percentile(sample, (2, 98)))
-    # Of an image that is nothing but glass, and of a faint one, less is even.
-    even = min(max(EVEN_SHARE * (bright - dark), EVEN[0]), EVEN[1])
-    to_x, to_y = gray.shape[1] / source.width, gray.shape[0] / source.height
-    empty = []
-    for tile in tiles:
-        left, right = max(int(tile.box[0] * to_x), 0), max(math.ceil(tile.box[2] * to_x), 1)
-        top, bottom = max(int(tile.box[1] * to_y), 0), max(math.ceil(tile.box[3] * to_y), 1)
-        part = gray[top:bottom, left:right]
-        low, high = (int(part.min()), int(part.max())) if part.size else (0, 255)
-        empty.append(high - low <= even and low >= max(bright - GLASS_BELOW, GLASS))
-    return empty
-
-
-def lay_tiles(width: int, height: int, tile_width: int, tile_height: int, margin: int) -> list[Tile]:
-    """Tiles of one size that cover an image, row by row.
-
-    Args:
-        width, height (`int`): Of the image, in pixels.
-        tile_width, tile_height (`int`): Of a tile.
-        margin (`int`): How far a tile reaches beyond its core, at least, but at the image's edges.
-    """
-    tiles = []
-    rows, columns = _intervals(height, tile_height, margin), _intervals(width, tile_width, margin)
-    for (top, bottom), (core_top, core_bottom) in rows:
-        for (left, right), (core_left, core_right) in columns:
-            tiles.append(Tile((left, top, right, bottom), (core_left, core_top, core_right, core_bottom)))
-    return tiles
-
-
-def _intervals(length: int, tile: int, margin: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Spans and cores along one axis; the spans are spread evenly."""
-    if length <= tile:
-        # In the middle of a tile that is larger.
-        start = (length - tile) // 2
-        return [((start, start + tile), (0, length))]
-    number = math.ceil((length - 2 * margin) / max(tile - 2 * margin, 1))
-    starts = [round(i * (length - tile) / (number - 1)) for i in range(number)]
-    borders = [0, *((a + tile + b) // 2 for a, b in zip(starts, starts[1:])), length]
-    return [((start, start + tile), core) for start, core in zip(starts, zip(borders, borders[1:]))]
-
-
-def cut(source: RegionSource, tile: Tile, strict: bool = True) -> Image.Image:
-    """The pixels of a tile. What lies beyond the image gets the median colour of its edge.
-
-    Args:
-        source ([`RegionSource`]): The image. Where it says how large a picture is at most, larger tiles are reduced.
-        tile ([`Tile`]): The tile.
-        strict (`bool`): Raise at what cannot be read. Otherwise it is black.
-
-    Raises:
-        UnreadableRegionError: It cannot be read.
-    """
-    left, top, right, bottom = tile.box
-    inside = max(left, 0), max(top, 0), min(right, source.width), min(bottom, source.height)
-    shrink = max(1.0, max(_size(tile.box)) / source.longest) if source.longest else 1.0
-    size = tuple(max(1, round(side / shrink)) for side in _size(inside)) if shrink > 1 else None
-    part = source.read_region(inside, size, strict)
-    if inside == tile.box:
-        return part
-    to_x, to_y = part.width / (inside[2] - inside[0]), part.height / (inside[3] - inside[1])
-    canvas = Image.new("RGB", (round((right - left) * to_x), round((bottom - top) * to_y)), border_colour(part))
-    canvas.paste(part, (round((inside[0] - left) * to_x), round((inside[1] - top) * to_y)))
-    return canvas
-
-
-def border_colour(image: Image.Image) -> tuple[int, ...]:
-    """The median colour of an image's outermost pixels."""
-    pixels = np.asarray(image)
-    border = np.concatenate((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
-    return tuple(int(value) for value in np.median(border, axis=0))
-
-
-def merged(
-    tiles: Sequence[Tile], found: Iterable[Sequence[Cell]], parents: dict[str, str], diameter: float
-) -> list[Cell]:
-    """The cells of all tiles, in pixels of the image, each once, best score first.
-
-    A cell is that of the tile whose core holds its centre. What another tile sees a little outside its own core, and this one
-    does not, counts where it is sure, or where the two disagree on the centre, so that each takes it for the other's. Of what
-    two tiles show of one cell the surer is kept, and rather one that is whole; the box of one that is cut goes around both.
-
-    Args:
-        tiles (`Sequence[Tile]`): The tiles.
-        found (`Iterable[Sequence[Cell]]`): The cells of each, in pixels of the tile.
-        parents (`dict[str, str]`): Class -> coarser class.
-        diameter (`float`): Of a red cell, in pixels.
-    """
-    width, height = max(tile.core[2] for tile in tiles), max(tile.core[3] for tile in tiles)
-    reach = REACH * diameter
-    cells, owners, cut_off, own = [], [], [], []
-    for number, (tile, of_tile) in enumerate(zip(tiles, found, strict=True)):
-        left, top, right, bottom = tile.box
-        for cell in of_tile:
-            x_min, y_min, x_max, y_max = (a + b for a, b in zip(cell.box, (left, top, left, top)))
-            x, y = (x_min + x_max) / 2, (y_min + y_max) / 2
-            beyond = max(tile.core[0] - x, x - tile.core[2], tile.core[1] - y, y - tile.core[3])
-            # A tile may be larger than the image: around it there is nothing to see.
-            box = max(x_min, 0), max(y_min, 0), min(x_max, width), min(y_max, height)
-            if beyond > reach or box[0] >= box[2] or box[1] >= box[3]:
-                continue
-            cells.append(_with_box(cell.placed(left, top), box))
-            owners.append(number)
-            # What the image's edge cuts is as whole as it can be.
-            cut_off.append(
-                0 < left >= x_min - 1
-                or 0 < top >= y_min - 1
-                or width > right <= x_max + 1
-                or height > bottom <= y_max + 1
-            )
-            own.append(tile.core[0] <= x < tile.core[2] and tile.core[1] <= y < tile.core[3])
-    kept = _once(cells, owners, cut_off, own, parents)
-    kept.sort(key=lambda cell: -cell.score)
-    return [replace(cell, id=number) for number, cell in enumerate(kept, 1)]
-
-
-def _once(
-    cells: list[Cell], owners: list[int], cut_off: list[bool], own: list[bool], parents: dict[str, str]
-) -> list[Cell]:
-    """Of cells of one kind that overlap, as in one field, but come from different tiles, the best.
-
-    Args:
-        cells (`list[Cell]`): Cells of all tiles, in pixels of the image.
-        owners (`list[int]`): Of each, the number of its tile.
-        cut_off (`list[bool]`): Whether it touches an edge of its tile beyond which the image goes on.
-        own (`list[bool]`): Whether its tile's core holds its centre. Where not, it counts if it is sure, or a second tile saw it.
-        parents (`dict[str, str]`): Class -> coarser class.
-    """
-    from scipy.spatial import cKDTree
-
-    if not cells:
-        return []
-    boxes = np.array([cell.box for cell in cells])
-    centres, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-    kinds = [cell_kind(cell.label, parents) or cell.label for cell in cells]
-    untyped = [is_untyped_white_cell(cell.label) for cell in cells]
-    worth = [cell.score * WORSE ** (cut + no_type) for cell, cut, no_type in zip(cells, cut_off, untyped, strict=True)]
-    order = sorted(range(len(cells)), key=lambda i: -worth[i])
-    rank = {cell: place for place, cell in enumerate(order)}
-    tree = cKDTree(centres)
-    gone: set[int] = set()
-    kept = []
-    for i in order:
-        if i in gone:
-            continue
-        box, counts = boxes[i], own[i] or (cells[i].score >= SURE and not cut_off[i])
-        for j in tree.query_ball_point(centres[i], float(sizes[i].max())):
-            if j == i or j in gone or owners[i] == owners[j] or kinds[i] != kinds[j] or rank[j] < rank[i]:
-                continue
-            low, high = np.maximum(boxes[i, :2], boxes[j, :2]), np.minimum(boxes[i, 2:], boxes[j, 2:])
-            overlap = float(np.prod(np.clip(high - low, 0, None)))
-            areas = float(np.prod(sizes[i])), float(np.prod(sizes[j]))
-            if overlap > NMS_IOU * (sum(areas) - overlap) or overlap > NMS_WITHIN * min(areas):
-                gone.add(j)
-                counts = True
-                if cut_off[i] and cells[j].score >= WORSE * cells[i].score:
-                    box = np.concatenate((np.minimum(box[:2], boxes[j, :2]), np.maximum(box[2:], boxes[j, 2:])))
-        if counts:
-            kept.append(_with_box(cells[i], tuple(box.tolist())))
-    return kept
-
-
-def _with_box(cell: Cell, box: tuple[float, float, float, float]) -> Cell:
-    """The cell with another box; of its mask what lies within."""
-    if cell.mask is None or box == cell.box:
-        return replace(cell, box=box)
-    left, top = math.floor(box[0]), math.floor(box[1])
-    mask = np.zeros((math.ceil(box[3]) - top, math.ceil(box[2]) - left), dtype=bool)
-    x, y = cell.origin[0] - left, cell.origin[1] - top
-    height, width = cell.mask.shape
-    rows, columns = slice(max(y, 0), max(y + height, 0)), slice(max(x, 0), max(x + width, 0))
-    part = mask[rows, columns]
-    part[:] = cell.mask[max(-y, 0) :, max(-x, 0) :][: part.shape[0], : part.shape[1]]
-    return replace(cell, box=box, mask=mask)
-
-
-def red_cell_diameter(cells: Sequence[Cell], width: float, height: float, parents: dict[str, str]) -> tuple[int, float]:
-    """How many red cells there are, and their median diameter in pixels (0 without any).
-
-    Args:
-        cells (`Sequence[Cell]`): Cells of an image or tile.
-        width, height (`float`): Of it, in pixels: of a cell that its edge cuts the longer side is taken.
-        parents (`dict[str, str]`): Class -> coarser class.
-    """
-    sizes = []
-    for cell in cells:
-        if cell_kind(cell.label, parents) == RED:
-            x_min, y_min, x_max, y_max = cell.box
-            sides = x_max - x_min, y_max - y_min
-            whole = x_min > 1 and y_min > 1 and x_max < width - 1 and y_max < height - 1
-            sizes.append(math.sqrt(sides[0] * sides[1]) if whole else max(sides))
-    return len(sizes), float(np.median(sizes)) if sizes else 0.0
-
-
-class _Looks(NamedTuple):
-    """What places of one size show.
-
-    Args:
-        size (`float`): Their longer edge, in pixels of the image.
-        places (`list[Tile]`): The places.
-        cells (`list[Sequence[Cell]]`): Of each its cells, in pixels of the image.
-        number (`int`): Red cells of all places.
-        diameter (`float`): Their median diameter, in pixels of the model's input.
-    """
-
-    size: float
-    places: list[Tile]
-    cells: list[Sequence[Cell]]
-    number: int
-    diameter: float
-
-
-def find_scale(
-    image: RegionSource,
-    first_look: Sequence[Cell],
-    crowded: bool,
-    known: KnownSize,
-    edge: int,
-    parents: dict[str, str],
-    cells_of: Callable[[Sequence[Tile]], list[list[Cell]]],
-) -> tuple[float | None, float | None]:
-    """Pixels of the image for a pixel of the model's input, by the red cells that are found.
-
-    Of cells that are too small a model finds some, and draws them too large, so that their size alone does not tell. Where
-    it is small, or hardly a cell is found, parts of the image are looked at more and more closely, as long as that shows more
-    at the same place: more red cells, or surer ones.
-
-    Args:
-        image ([`RegionSource`]): The image.
-        first_look (`Sequence[Cell]`): Cells of the whole image.
-        crowded (`bool`): Whether there were more of them than can be found at once.
-        known ([`KnownSize`]): Of the checkpoint.
-        edge (`int`): Longer edge of the model's input.
-        parents (`dict[str, str]`): Class -> coarser class.
-        cells_of (`Callable`): Finds the cells of tiles, in pixels of the image from the tile's corner.
-
-    Returns:
-        `tuple[float | None, float | None]`: That scale, `None` where the image is best seen whole, and the diameter of its red
-        cells in pixels, `None` where there are too few to tell.
-    """
-    longer = max(image.size)
-    number, diameter = red_cell_diameter(first_look, *image.size, parents)
-    diameter *= edge / longer
-    if number and diameter > known.high * SAME_SCALE and not crowded:
-        # No further away than needed: the larger cells are, the better they are seen.
-        return longer / edge * diameter / known.high, longer / edge * diameter
-    small = math.sqrt(known.low * known.usual)
-    if number >= FEW and diameter >= small and not crowded:
-        return None, longer / edge * diameter
-    if not number and longer < SMALL_PICTURE * edge:
-        return None, None
-    whole = Tile((0, 0, *image.size), (0, 0, *image.size))
-    best = _Looks(longer, [whole], [first_look], number, diameter)
-    for power in range(1, int(math.log(longer / (SMALLEST_PART * edge), STEP)) + 1):
-        looks = _looks(image, longer / STEP**power, edge, parents, cells_of)
-        if looks.number < FEW or not known.low <= looks.diameter <= known.high:
-            continue
-        now, before = _evidence(looks, best, image, known.usual / edge, parents)
-        needed = MORE if best.number < FEW else MORE_OF_SMALL if best.diameter < known.low else MORE_OF_USUAL
-        if now < needed * before:
-            break
-        best = looks
-        if looks.diameter >= small:
-            break
-    enough = best.number >= FEW and best.diameter >= known.low
-    return None if best.size == longer else best.size / edge, best.size / edge * best.diameter if enough else None
-
-
-def _looks(
-    image: RegionSource,
-    size: float,
-    edge: int,
-    parents: dict[str, str],
-    cells_of: Callable[[Sequence[Tile]], list[list[Cell]]],
-) -> _Looks:
-    """What places whose longer edge is `size` show."""
-    places = _places(image, size)
-    cells, numbers, sizes = [], [], []
-    for place, found in zip(places, cells_of(places), strict=True):
-        left, top = place.box[:2]
-        number, diameter = red_cell_diameter(found, *_size(place.box), parents)
-        numbers.append(number)
-        sizes += [diameter] * number
-        cells.append([cell.placed(left, top) for cell in found])
-    return _Looks(size, places, cells, sum(numbers), float(np.median(sizes)) * edge / size if sizes else 0.0)
-
-
-def _shared(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> int:
-    """Pixels that two boxes share."""
-    width, height = (min(one[axis + 2], other[axis + 2]) - max(one[axis], other[axis]) for axis in (0, 1))
-    return max(width, 0) * max(height, 0)
-
-
-def _evidence(
-    looks: _Looks, before: _Looks, image: RegionSource, share: float, parents: dict[str, str]
-) -> tuple[float, float]:
-    """How surely red cells are seen in places: the sum of their scores, now and in wider looks at the same places.
-
-    Args:
-        looks, before ([`_Looks`]): Of the places, and of wider ones around them.
-        image ([`RegionSource`]): The image.
-        share (`float`): Diameter of a red cell by the longer edge of a place: so near to its edge cells may be missed.
-        parents (`dict[str, str]`): Class -> coarser class.
-    """
-    sums = [0.0, 0.0]
-    margin = share * looks.size / 2
-    for place, cells in zip(looks.places, looks.cells, strict=True):
-        left, top, right, bottom = place.box
-        # Each place lies in one of the wider looks.
-        around = before.cells[max(range(len(before.places)), key=lambda i: _shared(place.box, before.places[i].box))]
-        left, top = (edge + margin if edge > 0 else edge for edge in (left, top))
-        right, bottom = (edge - margin if edge < limit else edge for edge, limit in zip((right, bottom), image.size))
-        for number, found in enumerate((cells, around)):
-            for cell in found:
-                x, y = cell.center
-                if left <= x < right and top <= y < bottom and cell_kind(cell.label, parents) == RED:
-                    sums[number] += cell.score
-    return sums[0], sums[1]
-
-
-def _places(image: RegionSource, size: float) -> list[Tile]:
-    """Tiles whose longer edge is `size`: one in the middle of the image, and two apart where it is larger than a tile."""
-    width, height = round(size), round(size / SHAPE)
-    found = {}
-    for x, y in image.places:
-        left, top = round(x * image.width - width / 2), round(y * image.height - height / 2)
-        left = min(max(left, 0), image.width - width) if image.width > width else (image.width - width) // 2
-        top = min(max(top, 0), image.height - height) if image.height > height else (image.height - height) // 2
-        box = (left, top, left + width, top + height)
-        found[box] = Tile(box, box)
-    return list(found.values())
-
-
-def tiles_at(image: RegionSource, scale: float, edge: int, diameter: float) -> list[Tile]:
-    """The tiles of an image in which it is seen at a scale.
-
-    Args:
-        image ([`RegionSource`]): The image.
-        scale (`float`): Pixels of the image for a pixel of the model's input.
-        edge (`int`): Longer edge of the model's input.
-        diameter (`float`): Of a red cell in the model's input.
-    """
-    width, height = round(edge * scale), round(edge * scale / SHAPE)
-    return lay_tiles(*image.size, width, height, round(MARGIN * diameter * scale))

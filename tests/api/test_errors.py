@@ -53,3 +53,9 @@ def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("UNIHEMA_DEBUG", "1")
     with pytest.raises(unihema.InputError):
         unihema_cli.main()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_file_says_is_shown_as_text(kind):
+    error = kind("a.png: \x1b[2J\x00 \u202e named so\nand a second line \ud800")
+    assert str(error) == "a.png: \\x1b[2J\\x00 \\u202e named so\nand a second line \\ud800"

@@ -129,3 +129,19 @@ def test_overlay_draws_on_a_copy(result, size):
 def test_an_impossible_box_is_refused():
     with pytest.raises(ValueError, match="box|Box"):
         Cell(1, (10, 10, 5, 20), "platelet", 0.5)
+
+
+def test_a_result_without_a_field_that_older_ones_lack_is_read():
+    written = SmearResult(20, 10, cells=[Cell(1, (1, 2, 5, 6), "platelet", 0.5)]).to_dict()
+    for name in (
+        "mask",
+        "tiling",
+        "class_parents",
+        "out_of_distribution",
+        "um_per_pixel",
+        "um_source",
+        "changes",
+        "monolayer",
+    ):
+        less = {key: value for key, value in written.items() if key != name}
+        assert SmearResult.from_dict(less).to_dict() == written

@@ -12,8 +12,9 @@ from scipy import ndimage
 from unihema import slides
 from unihema.errors import InputError, UnreadableImageError
 from unihema.processing_unihema.image_io import pixel_size
+from unihema.results.cell_size import KnownSize
 from unihema.results.smear_result import Cell, SmearResult
-from unihema.results.tiles import KnownSize, see_in_tiles
+from unihema.results.tiles import see_in_tiles
 from unihema.slides import OpenSlideRegions, TiffRegions, UnreadableRegionError, open_regions
 
 

@@ -12,7 +12,8 @@ from scipy.spatial import cKDTree
 from torchvision.ops import box_iou
 
 from unihema.results.smear_result import Cell
-from unihema.results.tiles import MARGIN, lay_tiles, merged
+from unihema.results.tile_layout import MARGIN, lay_tiles
+from unihema.results.tile_merging import merged
 
 
 DIAMETER, TILE = 40, (208, 156)

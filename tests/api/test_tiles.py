@@ -10,8 +10,10 @@ from scipy import ndimage
 
 from unihema import Analyzer
 from unihema.errors import RequestError
+from unihema.results.cell_size import KnownSize
 from unihema.results.smear_result import CROWDED, Cell, SmearResult
-from unihema.results.tiles import KnownSize, lay_tiles, see_in_tiles
+from unihema.results.tile_layout import lay_tiles
+from unihema.results.tiles import see_in_tiles
 from unihema.shipped import copy_examples, lay_down_checkpoint
 from unihema.training.data.rows import red_cell_diameter
 

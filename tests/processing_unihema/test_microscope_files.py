@@ -370,6 +370,17 @@ def test_a_header_that_promises_more_than_its_file_holds_is_refused_before_memor
             load_image(content)
 
 
+def test_planes_of_sixteen_bits_take_as_much_memory_as_pixels_of_them(tmp_path):
+    """Planes of 40 x 3 089 092 pixels need more on their way to RGB than the bytes of an RGB image."""
+    path = write_tiff(tmp_path / "planar.tif", [np.zeros((32, 40, 3), dtype=np.uint16)], planar=True, order=">")
+    content = path.read_bytes()
+    entry = struct.pack(">HHII", 257, 4, 1, 32)
+    assert content.count(entry) == 1
+    path.write_bytes(content.replace(entry, struct.pack(">HHII", 257, 4, 1, 3_089_092)))
+    with pytest.raises(UnreadableImageError, match="far too small for the 40 x 3089092 pixels"):
+        load_image(path)
+
+
 @pytest.mark.parametrize("seed", range(150))
 def test_damaged_files_are_named_whatever_is_wrong(tmp_path, seed):
     rng = np.random.default_rng(seed)

@@ -498,8 +498,10 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def unknown_message(name: str, known: Any, prefix: str, source: str) -> str:
+def unknown_message(name: object, known: Any, prefix: str, source: str) -> str:
     """What to say about a setting that does not exist."""
+    # A file may have a number or a truth for a name.
+    name = str(name)
     close = difflib.get_close_matches(name[:80], list(known), n=1, cutoff=0.4)
     hint = f" Did you mean '{prefix}{close[0]}'?" if close else ""
     return f"{source}: unknown setting '{prefix}{shortened(name, 80)}'.{hint} Known: {', '.join(known)}."

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 from unihema.errors import InputError, InputTypeError
 from unihema.processing_unihema.image_io import image_size, load_image
-from unihema.results.tiles import border_colour
+from unihema.results.tile_layout import border_colour
 from unihema.training.data.layouts.masks import read_mask
 from unihema.training.data.rows import Row
 from unihema.training.data.shards import StoredFile

@@ -196,6 +196,7 @@ def test_a_mix_is_read_beside_its_folders(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("true: 1", "unknown setting 'True'"),
         ("data: {folder: [a]}", "unknown setting 'data.folder'. Did you mean 'data.folders'"),
         ("- a\n- b", "a mix is a set of settings"),
         ("data: [", "broken YAML"),
