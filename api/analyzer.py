@@ -537,17 +537,15 @@ class Analyzer:
             judge_whole(result, source)
             return
         alone = replace(request, tasks=tasks, questions=(), question_texts=())
-        within = _WithinMemory(alone, self.look, self._on_cpu)
-        search = None
+        within, search = _WithinMemory(alone, self.look, self._on_cpu), None
         if request.prompt is not None or request.threshold is not None:
             # Whatever is asked for, red cells tell the scale.
-            all_cells = _WithinMemory(self.request(["detection"]), self.look, self._on_cpu)
-            search = lambda parts: all_cells.look([OpenedImage(part, *part.size, None) for part in parts])
+            search = _WithinMemory(self.request(["detection"]), self.look, self._on_cpu).look_at_parts
         diameters = self.model.config.trained.red_cell_diameter
         see_in_tiles(
             source,
             result,
-            lambda parts: within.look([OpenedImage(part, *part.size, None) for part in parts]),
+            within.look_at_parts,
             edge,
             None if diameters is None else KnownSize(*diameters),
             tiles=request.tiles,
@@ -712,6 +710,10 @@ class _WithinMemory:
         self._most: int | None = None
         self.warnings: list[str] = []
 
+    def look_at_parts(self, parts: "Sequence[Image.Image]") -> list[SmearResult]:
+        """What is seen of parts of images."""
+        return self.look([OpenedImage(part, part.width, part.height, None) for part in parts])
+
     def look(self, images: Sequence[OpenedImage]) -> list[SmearResult]:
         """What is seen of whole images."""
         import torch
@@ -799,8 +801,8 @@ class _SeenImages:
             encoding = next(iter(tasks), task)
             prompts = [self.request.prompts[other] for other in tasks if other in self.request.prompts]
             pixels, mask = self.batch(task).values()
-            texts = [text for prompt in prompts for text in (prompt.last_hidden_state, prompt.attention_mask)]
-            texts = [self._of_each(text) for text in texts]
+            parts = [part for prompt in prompts for part in (prompt.last_hidden_state, prompt.attention_mask)]
+            texts = [self._of_each(part) for part in parts]
             compute = partial(self._compute, encoding, tasks)
             if self.recorder is None:
                 self._seen[size] = compute(pixels, mask, *texts)
@@ -817,7 +819,7 @@ class _SeenImages:
         tasks: tuple[str, ...],
         pixels: "torch.Tensor",
         mask: "torch.Tensor | None",
-        *texts: "torch.Tensor",
+        *texts: Any,
     ) -> "tuple[UniHemaImageFeatures, dict[str, Any]]":
         from unihema.modeling_unihema.outputs import UniHemaPromptFeatures
 

@@ -11,7 +11,7 @@ import socket
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -255,7 +255,7 @@ def append_line(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
 
 
-def read_lines(path: Path) -> Iterator[Any]:
+def read_lines(path: Path) -> Generator[Any, None, None]:
     """The values that [`append_line`] wrote, up to the first that is not whole; what a killed process left of that is cut off."""
     if not path.is_file():
         return

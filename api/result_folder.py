@@ -16,9 +16,10 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from unihema.errors import OutputError, RequestError
 from unihema.files import (
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
     from unihema.analyzer import Analyzer, Request
+    from unihema.results.tiles import TileStore
 
 
 logger = logging.getLogger(__name__)
@@ -231,7 +233,7 @@ class _Run:
             return
         outcomes: Sequence[SmearResult | str]
         try:
-            stores = [self.folder.part(work.name, work.digest) for work in waiting]
+            stores: list[TileStore | None] = [self.folder.part(work.name, work.digest) for work in waiting]
             outcomes = self.analyzer.run(self.request, [work.opened for work in waiting], stores, self.on_tile)
         except _FAILURES as error:
             if len(waiting) > 1:
@@ -379,7 +381,8 @@ class ResultFolder:
 
         overlay = result.overlay(pixels)
         # At the usual level packing the overlay takes longer than finding the cells; this one makes files a quarter larger.
-        files = {f"{name}_overlay.png": lambda file: overlay.save(file, "PNG", compress_level=1)}
+        files: dict[str, Callable[[IO[bytes]], Any]] = {}
+        files[f"{name}_overlay.png"] = lambda file: overlay.save(file, "PNG", compress_level=1)
         if result.mask is not None:
             mask = Image.fromarray(result.mask * 255)
             files[f"{name}_mask.png"] = lambda file: mask.save(file, "PNG")
@@ -390,7 +393,7 @@ class ResultFolder:
                 # One image too large for a form is no reason to stop.
                 result.warnings.append(f"Not written as {form}: {error}")
                 continue
-            files[f"{name}{ending}"] = lambda file, content=content: file.write(content)
+            files[f"{name}{ending}"] = partial(_write_bytes, content)
         for file, write in files.items():
             write_atomically(self.folder / file, write)
         record = {
@@ -481,7 +484,11 @@ class ResultFolder:
                 yield path, record
 
 
-def _with_cells(record: dict[str, Any], cells: Iterable[Any], **options: bool) -> Iterator[str]:
+def _write_bytes(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
+
+
+def _with_cells(record: dict[str, Any], cells: Iterable[Any], **options: Any) -> Iterator[str]:
     """A record as JSON in pieces, of a slide it is large, with cells in its result."""
     place = uuid.uuid4().hex
     text = json.dumps({**record, "result": {**record["result"], "cells": [place]}}, **options)

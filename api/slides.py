@@ -90,6 +90,8 @@ class RegionSource(ABC):
         scale: tuple[float, str] | None = None,
     ):
         self.name, self.levels, self.notes = name, levels, tuple(notes)
+        self.um_per_pixel: float | None
+        self.um_source: str | None
         self.um_per_pixel, self.um_source = scale or (None, None)
         self.longest: int | None = None
         self.closing = ExitStack()
@@ -218,7 +220,7 @@ class ImageRegions(RegionSource):
             self.levels.append(self.image.size)
 
     @property
-    def pixels(self) -> Image.Image:  # type: ignore[override]
+    def pixels(self) -> Image.Image:
         """The image."""
         return self.image
 

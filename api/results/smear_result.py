@@ -140,7 +140,7 @@ class SmearResult:
         old = told(self.monolayer, self.cells, self.class_parents)
         self.monolayer = judged_again(self.monolayer, bands)
         new = told(self.monolayer, self.cells, self.class_parents)
-        self.warnings = [text for text in self.warnings if text != old] + [new] * bool(new)
+        self.warnings = [text for text in self.warnings if text != old] + ([new] if new else [])
 
     @property
     def differential(self) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -65,7 +65,7 @@ MOST_TILES, MOST_MASK_PIXELS = 1_000_000, 16_000_000
 class TileStore(Protocol):
     """Keeps what tiles show while an image is being seen, so that work that is stopped goes on."""
 
-    def begin(self, layout: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    def begin(self, layout: dict[str, Any]) -> Iterable[list[dict[str, Any]]]:
         """What was kept of an image that is seen in just this way, a list for each call of `append`."""
 
     def append(self, seen: list[dict[str, Any]]) -> None:
@@ -239,7 +239,7 @@ def _count_white_cells_alone(result: SmearResult, asked: int, seen: int, with_nu
     result.cells = [cell for cell in result.cells if cell.label in result.classes]
     result.cells = [replace(cell, id=number) for number, cell in enumerate(result.cells, 1)]
     found = sum(is_white_cell(cell.label, parents) for cell in result.cells)
-    result.tiling |= {"white_cells": asked, "seen": seen, "with_nuclei": with_nuclei}
+    result.tiling = {**(result.tiling or {}), "white_cells": asked, "seen": seen, "with_nuclei": with_nuclei}
     enough = "" if found >= asked else f" That is less than the {asked} that were asked for."
     result.warnings.append(
         f"White cells alone: {found} found in {seen} of {with_nuclei} tiles with nuclei (of {tiles} with anything), in an order "
@@ -355,7 +355,10 @@ def seen_closer(
     margin = round(min(MARGIN * diameter or math.inf, width / 8, height / 8))
     parts = lay_tiles(width, height, math.ceil(width / 2) + margin, math.ceil(height / 2) + margin, margin)
     left, top = tile.box[:2]
-    placed = [replace(part, box=tuple(a + b for a, b in zip(part.box, (left, top) * 2))) for part in parts]
+    placed = [
+        replace(part, box=(part.box[0] + left, part.box[1] + top, part.box[2] + left, part.box[3] + top))
+        for part in parts
+    ]
     pictures = [cut(source, part, strict=False) for part in placed]
     found, crowded = [], False
     for part, picture, of_part in zip(placed, pictures, look(pictures), strict=True):
