@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from scipy import ndimage
+from scipy.spatial import cKDTree
 
 from unihema import slides
 from unihema.errors import InputError, UnreadableImageError
@@ -230,6 +231,26 @@ def test_cells_of_a_slide_are_counted_once_where_they_are(written, kind, monkeyp
     assert (again.um_per_pixel, again.um_source, again.tiling) == (
         result.um_per_pixel, result.um_source, result.tiling
     )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain.png", "plain.jpg"])
+def test_cells_of_a_plain_file_of_400_million_pixels(tmp_path, name):
+    pyvips = pytest.importorskip("pyvips")
+    step = 2000
+    block = np.full((step, step, 3), GLASS, np.uint8)
+    block[:HEIGHT, :WIDTH] = PIXELS
+    image = pyvips.Image.new_from_array(block).replicate(10, 10).cast("uchar").copy(interpretation="srgb")
+    image.write_to_file(str(tmp_path / name), **({"Q": 95} if name.endswith("jpg") else {"compression": 1}))
+    with open_regions(tmp_path / name) as source:
+        assert source.streams and source.size == (20_000, 20_000)
+        result = seen(source)
+    offsets = np.array([(step * x, step * y) for y in range(10) for x in range(10)])
+    centres = (CENTRES[None] + offsets[:, None]).reshape(-1, 2)
+    found = np.array([cell.center for cell in result.cells])
+    assert len(found) == len(centres)
+    distances, nearest = cKDTree(found).query(centres)
+    assert distances.max() < DIAMETER / 6 and len(set(nearest.tolist())) == len(centres)
 
 
 def test_openslide_reads_what_it_knows(written):
