@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -213,7 +214,8 @@ def of_field(analyzer: Analyzer, row: Row, tiles: str) -> dict[str, Any]:
 @click.pass_context
 def main(context: click.Context, checkpoint: str | None, part: str, every: int, records: Path | None) -> None:
     if checkpoint is None:
-        checkpoint = str(lay_down_checkpoint(Path("unihema")))
+        folder = context.with_resource(TemporaryDirectory())
+        checkpoint = str(lay_down_checkpoint(Path(folder) / "unihema"))
     context.obj = Analyzer.from_pretrained(checkpoint), part, every, Records(records)
 
 
