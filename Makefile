@@ -44,7 +44,7 @@ test-lowest:
 # the number of inputs of all kinds together. SEED, which is printed, repeats them; what failed is kept in .attacks/ and tried first.
 attack: install
 	@echo "SEED=$(SEED)"
-	UNIHEMA_ATTACK=$(ATTACK) $(BIN)/python -m pytest -n auto --maxprocesses 4 -rA --hypothesis-seed=$(SEED) tests/robustness
+	UNIHEMA_ATTACK=$(ATTACK) UNIHEMA_ATTACK_SEED=$(SEED) $(BIN)/python -m pytest -n auto --maxprocesses 4 -rA tests/robustness
 
 # Imports and types are read from the installed package, in which the folders lie as they are imported.
 lint: install
