@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from unihema.errors import OutputError, RequestError
+from unihema.errors import OutputError, RequestError, UniHemaError
 from unihema.files import (
     append_line,
     claim_folder,
@@ -290,7 +290,8 @@ def in_buckets(items: Iterable[_Work], key: Callable[[_Work], object], size: int
 
 
 def _one_line(error: Exception, path: Path) -> str:
-    text = str(error).removeprefix(f"{path}: ")
+    # As it was raised: shown, a name is as it can be printed.
+    text = str(error.args[0] if isinstance(error, UniHemaError) and error.args else error).removeprefix(f"{path}: ")
     return " ".join(text.split()) or type(error).__name__
 
 

@@ -79,6 +79,7 @@ def test_two_files_of_one_image_are_one_row_with_both_their_classes(tmp_path):
         ({"segmentation": {"size": [72, 96], "counts": [10, 20]}}, "a mask of 30 pixels, but the image has 6912"),
         ({"segmentation": [[60, 40, 80, 40, 80, 60]]}, "the outline lies at [60, 40, 20, 20], but the box is [2, 3, 20, 15]"),
         ({"segmentation": [[20, 30, 220, 30, 220, 180]]}, "One of them is of another cell or of another size"),
+        ({"segmentation": {"size": [72, 96], "counts": "abc"}}, "Mask runs add up to 0 pixels, but its size is 72 x 96"),
         ({"segmentation": [[2, 3, 22]]}, "polygons are lists of x and y in turn"),
         ({"bbox": [0.1, 0.2, 0.3, 0.2]}, "all 1 boxes are fractions of the image"),
         ({"image_id": 9}, "image_id: 9 is not among the images"),
@@ -89,7 +90,13 @@ def test_annotations_that_contradict_themselves(tmp_path, change, words):
     assert said(bad, words), bad.messages
 
 
-@pytest.mark.parametrize("outline", [[], [[2, 3, 22, 3, 22, 18, 2, 18]], {"size": [72, 96], "counts": "abc"}, None])
+# As pycocotools packs it.
+PACKED = {"size": [72, 96], "counts": "c4?i10000000000000000000000000000000000000]V5"}
+
+
+@pytest.mark.parametrize(
+    "outline", [[], [[2, 3, 22, 3, 22, 18, 2, 18]], PACKED, None], ids=["none", "polygon", "packed", "null"]
+)
 def test_outlines_that_fit(tmp_path, outline):
     rows, bad = write(tmp_path, coco(tmp_path, segmentation=outline))
     assert bad.messages == [] and rows[0]["objects"]["bbox"] == [BOX]
