@@ -23,6 +23,8 @@ CALL_SECONDS = 1800.0
 MOST_LIST = 1 << 20
 # An answer in memory; one whose length the Hub does not say; any other file, and weights.
 MOST_ANSWER, MOST_UNSAID, MOST_FILE, MOST_WEIGHTS = 32 << 20, 256 << 20, 256 << 20, 200 << 30
+# All of one call together, but its weights.
+MOST_TOGETHER = 512 << 20
 # Compressed, as nobody asked for: a thousand times that is what it may become.
 MOST_COMPRESSED = 1 << 20
 # Downloads slower than this, in bytes a second, do not come to an end.
@@ -46,17 +48,21 @@ class _Call:
         left (`int`): Requests.
         start (`float`): When it began.
         received (`int`): Bytes.
+        beside (`int`): Those that are of no weights.
     """
 
     left: int
     start: float = field(default_factory=time.monotonic)
     received: int = 0
+    beside: int = 0
 
     def is_over(self) -> bool:
-        return self.left <= 0 or time.monotonic() - self.start > max(CALL_SECONDS, self.received / SLOWEST)
+        if self.left <= 0 or self.beside > MOST_TOGETHER:
+            return True
+        return time.monotonic() - self.start > max(CALL_SECONDS, self.received / SLOWEST)
 
 
-def _count(received: int = 0) -> None:
+def _count(received: int = 0, beside: bool = False) -> None:
     """Takes a request, or bytes of its answer, off what the calls have; several at once share it.
 
     Raises:
@@ -65,10 +71,11 @@ def _count(received: int = 0) -> None:
     with _lock:
         call = next((call for call in _calls if not call.is_over()), None)
         if call is None and _calls:
-            raise RunError("more requests, or more time, than a checkpoint takes")
+            raise RunError("more requests, bytes or time than a checkpoint takes")
         if call is not None:
             call.left -= not received
             call.received += received
+            call.beside += received if beside else 0
 
 
 def hidden(text: object, token: str | None = None, most: int = 300) -> str:
@@ -218,7 +225,7 @@ def _bounded_stream(response: Any, most: int) -> Any:
             start, size = time.monotonic(), 0
             for part in self.stream:
                 size += len(part)
-                _count(len(part))
+                _count(len(part), beside=most < MOST_WEIGHTS)
                 if size > most:
                     raise library.RemoteProtocolError(
                         f"an answer of more than {most >> 10} KB", request=response.request

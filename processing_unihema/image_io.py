@@ -382,7 +382,8 @@ def _check_memory(opened: Image.Image, name: "str | Path", file: "str | Path | b
     """Refuses, before anything is decoded, an image whose size its file cannot hold, or whose parts lie beyond its end."""
     held = _file_bytes(name if file is None else file)
     # PIL reads as far as the next part, and takes the memory for that first.
-    if any((tile.offset or 0) > held for tile in getattr(opened, "tile", [])):
+    offsets = [tile.offset or 0 for tile in getattr(opened, "tile", [])]
+    if not all(isinstance(offset, int) and offset <= held for offset in offsets):
         raise UnreadableImageError(f"{name}: the file ends before its pixels do. Copy it again or export it anew.")
     planes = opened.format == "TIFF" and max(_numbers(opened, _BITS), default=8) > 8
     deep = (planes or any(";16" in layout for layout in _rawmodes(opened))) and opened.mode in (

@@ -306,6 +306,10 @@ def _is_number(value: Any, least: float, most: float, kind: Any = (int, float)) 
     return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
 
 
+# Options that are never without a value.
+NEEDED = ("pad_multiple", "rescale_factor", "image_mean", "image_std", "invalid_boxes")
+
+
 def _check_options(options: Mapping[str, Any]) -> None:
     """Checks what is given in a call, or stands in a file, before any pixel is touched by it.
 
@@ -315,7 +319,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
     checks = {name: lambda value: isinstance(value, bool) for name in options if name.startswith("do_")}
     checks |= {
         "pad_multiple": lambda value: _is_number(value, 1, 1024, int),
-        "rescale_factor": lambda value: _is_number(value, -1e3, 1e3),
+        "rescale_factor": lambda value: _is_number(value, -1e3, 1e3) and abs(value) >= 1e-6,
         "invalid_boxes": lambda value: value in ("error", "drop"),
         "task_sizes": lambda value: isinstance(value, dict) and not set(value) - set(TASKS),
     }
@@ -327,7 +331,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
         )
     for name, check in checks.items():
         value = options.get(name)
-        if value is not None and not check(value):
+        if (value is not None or name in NEEDED) and not check(value):
             raise InputError(f"{name} cannot be {repr(value)[:60]}: see the options of UniHemaImageProcessor.")
     if options.get("resample") is not None:
         resampling(options["resample"])

@@ -4,6 +4,9 @@ import pytest
 import torch
 from both_backends import assert_same, noise
 
+from unihema.errors import InputError
+from unihema.processing_unihema.image_processing_unihema import UniHemaImageProcessor
+
 
 QUESTION = "What type of white blood cell is this?"
 
@@ -136,3 +139,19 @@ def test_an_unknown_argument_of_the_image_processor_is_named(image_processor):
 def test_arguments_given_twice_are_refused(processor, arguments, group):
     with pytest.raises(ValueError, match=f"given twice: as an argument and in {group}"):
         processor(images=noise(50, 60), text="Why?", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pad_multiple", None),
+        ("rescale_factor", None),
+        ("rescale_factor", 1e-300),
+        ("image_mean", None),
+        ("image_std", None),
+        ("invalid_boxes", None),
+    ],
+)
+def test_a_file_whose_options_have_no_value_is_refused_when_it_is_read(name, value):
+    with pytest.raises(InputError, match=f"{name} cannot be {value}"):
+        UniHemaImageProcessor.from_dict(UniHemaImageProcessor().to_dict() | {name: value})
