@@ -178,7 +178,7 @@ def adapter_base(folder: str | Path) -> Path:
     except (HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
         raise CheckpointError(
             f"{folder}: an adapter of {shortened(repr(name), 200)}, which is neither a folder here, nor lies beside the adapter "
-            f"as {shortened(beside, 400)}, nor was downloaded before. Copy the base there, or download it (hf download), or write "
+            f"as {shortened(beside, 400)}, nor was downloaded. Copy the base there, or download it (hf download), or write "
             f"its folder as base_model_name_or_path into {ADAPTER_CONFIG}."
         ) from None
 
