@@ -45,12 +45,10 @@ if TYPE_CHECKING:
 
 # From this share of the queries on, cells were probably left without one.
 FULL = 0.95
-_making = threading.Lock()
-
-
 SMALL_MEMORY = (
     "The device has not enough memory for one image at this size, so the processor does the rest, more slowly."
 )
+_making = threading.Lock()
 
 
 class OutOfMemoryWarning(UserWarning):
@@ -566,6 +564,8 @@ class Analyzer:
 
         if self.model.device.type == "cpu":
             return None
+        if self.recorder is not None:
+            self.recorder.forget()
         there = {}
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             here = tensor.detach().cpu()
@@ -800,7 +800,7 @@ class _SeenImages:
             tasks = tuple(other for other in self.request.tasks if self._size(other) == size)
             encoding = next(iter(tasks), task)
             prompts = [self.request.prompts[other] for other in tasks if other in self.request.prompts]
-            pixels, mask = self.batch(task).values()
+            pixels, mask = (self.batch(task)[name] for name in ("pixel_values", "pixel_mask"))
             parts = [part for prompt in prompts for part in (prompt.last_hidden_state, prompt.attention_mask)]
             texts = [self._of_each(part) for part in parts]
             compute = partial(self._compute, encoding, tasks)

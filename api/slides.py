@@ -557,6 +557,10 @@ def _float(text: str) -> float:
         return 0.0
 
 
+# The process that has used libvips. In one that was forked from it the threads of libvips are gone, and it would wait for ever.
+_vips_process: int | None = None
+
+
 def _decoded_once(path: Path) -> RegionSource:
     """A plain file of any size, decoded once from top to bottom into a temporary pyramid, which is read in parts.
 
@@ -565,6 +569,12 @@ def _decoded_once(path: Path) -> RegionSource:
     """
     import pyvips
 
+    global _vips_process
+    if _vips_process not in (None, os.getpid()):
+        raise UnreadableImageError(
+            f"{path}: libvips was in use before this process was forked, and does not work in it. Start processes by spawn."
+        )
+    _vips_process = os.getpid()
     stack = ExitStack()
     try:
         folder = stack.enter_context(scratch_folder())

@@ -385,13 +385,10 @@ def _check_memory(opened: Image.Image, name: "str | Path", file: "str | Path | b
     offsets = [tile.offset or 0 for tile in getattr(opened, "tile", [])]
     if not all(isinstance(offset, int) and offset <= held for offset in offsets):
         raise UnreadableImageError(f"{name}: the file ends before its pixels do. Copy it again or export it anew.")
-    planes = opened.format == "TIFF" and max(_numbers(opened, _BITS), default=8) > 8
-    deep = (planes or any(";16" in layout for layout in _rawmodes(opened))) and opened.mode in (
-        "RGB",
-        "RGBA",
-        "RGBX",
-        "LA",
-    )
+    # Of 16-bit planes PIL names no layout.
+    bits = max(_numbers(opened, _BITS), default=8) if opened.format == "TIFF" else 8
+    deep = bits > 8 or any(";16" in layout for layout in _rawmodes(opened))
+    deep = deep and opened.mode in ("RGB", "RGBA", "RGBX", "LA")
     of_pixel = _BYTES_OF_DEEP_COLOUR if deep else _BYTES_OF_MODE.get(opened.mode, 4)
     needed = opened.width * opened.height * of_pixel
     if needed > MAX_BYTES and needed > MAX_COMPRESSION * held:

@@ -49,37 +49,32 @@ def by_heart(
     )
 
 
-def test_detection(data_dir, tmp_path):
-    source = data_dir / "cbc"
+def first_images(source, folder):
+    """A data folder of the first images of another, the same for training and validation."""
     truth = json.loads((source / "train.json").read_text())
     truth["images"] = truth["images"][:IMAGES]
     kept = {image["id"] for image in truth["images"]}
     truth["annotations"] = [cell for cell in truth["annotations"] if cell["image_id"] in kept]
     for image in truth["images"]:
-        target = tmp_path / "data" / "images" / image["file_name"]
+        target = folder / "images" / image["file_name"]
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / "images" / image["file_name"], target)
     for split in ("train", "val"):
-        (tmp_path / "data" / f"{split}.json").write_text(json.dumps(truth))
-    report = by_heart(tmp_path / "data", tmp_path / "run", "detection", 500, {"longest_edge": 320})
+        (folder / f"{split}.json").write_text(json.dumps(truth))
+    return folder
+
+
+def test_detection(data_dir, tmp_path):
+    fields = first_images(data_dir / "cbc", tmp_path / "data")
+    report = by_heart(fields, tmp_path / "run", "detection", 500, {"longest_edge": 320})
     assert report["detection"]["mAP50"] >= 0.95
 
 
 def test_masks_of_cells(data_dir, tmp_path):
     """Every cell of eight crowded tiles has a mask of its own. The boxes are those of the shipped checkpoint to begin with."""
-    source = data_dir / "rbc_instances"
-    truth = json.loads((source / "train.json").read_text())
-    truth["images"] = truth["images"][:IMAGES]
-    kept = {image["id"] for image in truth["images"]}
-    truth["annotations"] = [cell for cell in truth["annotations"] if cell["image_id"] in kept]
-    for image in truth["images"]:
-        target = tmp_path / "data" / "images" / image["file_name"]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source / "images" / image["file_name"], target)
-    for split in ("train", "val"):
-        (tmp_path / "data" / f"{split}.json").write_text(json.dumps(truth))
+    tiles = first_images(data_dir / "rbc_instances", tmp_path / "data")
     initial = ModelConfig(initial_checkpoint=str(lay_down_checkpoint(tmp_path / "unihema")))
-    report = by_heart(tmp_path / "data", tmp_path / "run", "detection", 200, {"longest_edge": 448}, initial)
+    report = by_heart(tiles, tmp_path / "run", "detection", 200, {"longest_edge": 448}, initial)
     assert report["detection"]["masks"]["cells"] > 600
     assert report["detection"]["masks"]["mAP50"] >= 0.95
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.ops import box_iou
 
 from unihema import Analyzer
-from unihema.processing_unihema.class_names import cell_kind
+from unihema.processing_unihema.class_names import RED_CELL, cell_kind
 from unihema.processing_unihema.image_io import load_image
 from unihema.results.cell_size import KnownSize
 from unihema.results.smear_result import Cell, SmearResult
@@ -25,7 +25,7 @@ from unihema.training.metrics.detection import MAX_DETECTIONS, mean_average_prec
 from unihema.training.studies.corruptions import CORRUPTIONS, shifted_rows
 
 
-KIND, OVERLAP = "red blood cell", 0.5
+OVERLAP = 0.5
 # A cell is at a seam of a mosaic if its box is within so many pixels of it.
 AT_SEAM = 8
 # The least score of a box that counts for average precision.
@@ -200,8 +200,8 @@ def of_field(analyzer: Analyzer, row: Row, tiles: str) -> dict[str, Any]:
     """How many red cells of a field are found, and how many of what is found are."""
     result = analyzer(picture(row), ["detection"], tiles=tiles)
     names = zip(row["objects"]["bbox"], row["objects"]["category"], strict=True)
-    true = corners([box for box, name in names if cell_kind(name) == KIND])
-    found = boxes_of([cell for cell in result.cells if cell_kind(cell.label, result.class_parents) == KIND])
+    true = corners([box for box, name in names if cell_kind(name) == RED_CELL])
+    found = boxes_of([cell for cell in result.cells if cell_kind(cell.label, result.class_parents) == RED_CELL])
     right = len(matches(found, true))
     return {"right": right, "found": len(found), "true": len(true), "tiled": result.tiling is not None}
 

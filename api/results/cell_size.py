@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unihema.processing_unihema.class_names import cell_kind
+from unihema.processing_unihema.class_names import RED_CELL, cell_kind
 from unihema.results.cell import Cell
-from unihema.results.monolayer import RED
 from unihema.results.tile_layout import SHAPE, Tile, size_of
 from unihema.slides import RegionSource
 
@@ -56,7 +55,7 @@ def red_cell_diameter(cells: Sequence[Cell], width: float, height: float, parent
     """
     sizes = []
     for cell in cells:
-        if cell_kind(cell.label, parents) == RED:
+        if cell_kind(cell.label, parents) == RED_CELL:
             x_min, y_min, x_max, y_max = cell.box
             sides = x_max - x_min, y_max - y_min
             whole = x_min > 1 and y_min > 1 and x_max < width - 1 and y_max < height - 1
@@ -185,7 +184,7 @@ def _evidence(
         for number, found in enumerate((cells, around)):
             for cell in found:
                 x, y = cell.center
-                if left <= x < right and top <= y < bottom and cell_kind(cell.label, parents) == RED:
+                if left <= x < right and top <= y < bottom and cell_kind(cell.label, parents) == RED_CELL:
                     sums[number] += cell.score
     return sums[0], sums[1]
 

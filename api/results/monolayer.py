@@ -1,6 +1,5 @@
 """Where red cells lie side by side: each tile of an image is judged by how densely they lie, how many overlap, and focus."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,17 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unihema.errors import InputError
-from unihema.processing_unihema.class_names import cell_kind
+from unihema.files import read_json_object
+from unihema.processing_unihema.class_names import RED_CELL, cell_kind
+from unihema.results.cell import Cell, has, is_list, is_number, is_text, or_none
 
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from unihema.results.smear_result import Cell
-
 
 BANDS_FILE = Path(__file__).with_name("monolayer_bands.json")
-RED = "red blood cell"
 MEASURES = ("density", "overlap", "focus")
 # What a tile is that lies below and above the band of a measure.
 OUTSIDE = {
@@ -56,63 +54,35 @@ def read_bands(file: str | Path) -> dict[str, Any]:
     Raises:
         InputError: It cannot be read, or is no such file.
     """
-    try:
-        bands = json.loads(Path(file).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: the bands of the monolayer cannot be read ({error}).") from error
+    remedy = (
+        "Bands of the monolayer are JSON with name and source (texts) and density, overlap and focus, each with its lowest and "
+        f"highest value or null, as in {BANDS_FILE}."
+    )
+    bands = read_json_object(Path(file), InputError, remedy)
     if not is_bands(bands):
-        raise InputError(
-            f"{file}: bands of the monolayer are JSON with name and source (texts) and density, overlap and focus, each with "
-            f"its lowest and highest value or null, as in {BANDS_FILE}."
-        )
+        raise InputError(f"{file}: no bands. {remedy}")
     return bands
 
 
 def is_bands(value: Any) -> bool:
     """Whether something that was stored is a file of bands."""
-    return (
-        isinstance(value, dict)
-        and value.keys() == {"name", "source", *MEASURES}
-        and all(isinstance(value[name], str) and len(value[name]) <= 8192 for name in ("name", "source"))
-        and all(_is_band(value[name]) for name in MEASURES)
-    )
+    return has(name=is_text, source=is_text, **dict.fromkeys(MEASURES, _is_band))(value)
 
 
 def _is_band(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(each is None or _is_finite(each) for each in value)
-        and (None in value or value[0] <= value[1])
-    )
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return is_list(or_none(is_number), 2)(value) and len(value) == 2 and (None in value or value[0] <= value[1])
 
 
 def is_monolayer(value: Any) -> bool:
     """Whether something that was stored is what [`judged`] gives."""
-    return (
-        isinstance(value, dict)
-        and value.keys() == {"bands", "tiles"}
-        and is_bands(value["bands"])
-        and isinstance(value["tiles"], list)
-        and all(map(_is_tile, value["tiles"]))
+    reasons = {text for texts in OUTSIDE.values() for text in texts}
+    is_tile = has(
+        box=lambda box: is_list(is_number, 4)(box) and len(box) == 4,
+        red_cells=is_number,
+        outside=is_list(lambda text: is_text(text) and text in reasons),
+        **dict.fromkeys(MEASURES, or_none(is_number)),
     )
-
-
-def _is_tile(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() == {"box", "red_cells", "outside", *MEASURES}
-        and isinstance(value["box"], list)
-        and len(value["box"]) == 4
-        and all(_is_finite(each) for each in (*value["box"], value["red_cells"]))
-        and all(value[name] is None or _is_finite(value[name]) for name in MEASURES)
-        and isinstance(value["outside"], list)
-        and all(any(text in texts for texts in OUTSIDE.values()) for text in value["outside"])
-    )
+    return has(bands=is_bands, tiles=is_list(is_tile))(value)
 
 
 def focus_of(image: "Image.Image", diameter: float) -> float:
@@ -135,7 +105,7 @@ def focus_of(image: "Image.Image", diameter: float) -> float:
 def judged(
     boxes: Sequence[tuple[float, float, float, float]],
     focus: Sequence[float],
-    cells: Sequence["Cell"],
+    cells: Sequence[Cell],
     parents: Mapping[str, str],
     bands: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -153,7 +123,7 @@ def judged(
         `overlap` (share of its red cells that overlap another; `None` with fewer than five), `focus`, and `outside`: what is
         wrong with it, empty in the monolayer.
     """
-    red = [cell for cell in cells if cell_kind(cell.label, dict(parents)) == RED]
+    red = [cell for cell in cells if cell_kind(cell.label, dict(parents)) == RED_CELL]
     corners = np.array([cell.box for cell in red]).reshape(-1, 4)
     centres, sizes = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
     overlapping = _overlapping(corners)
@@ -196,7 +166,7 @@ def judged_again(monolayer: Mapping[str, Any], bands: Mapping[str, Any] | None =
     return {"bands": bands, "tiles": tiles}
 
 
-def outside_monolayer(monolayer: Mapping[str, Any] | None, cells: Sequence["Cell"]) -> list[bool]:
+def outside_monolayer(monolayer: Mapping[str, Any] | None, cells: Sequence[Cell]) -> list[bool]:
     """Of each cell, whether its centre lies in a tile outside the monolayer. Of an image that is seen whole none does: whoever
     took it chose the place.
 
@@ -217,7 +187,7 @@ def outside_monolayer(monolayer: Mapping[str, Any] | None, cells: Sequence["Cell
     return outside.tolist()
 
 
-def told(monolayer: Mapping[str, Any], cells: Sequence["Cell"], parents: Mapping[str, str]) -> str | None:
+def told(monolayer: Mapping[str, Any], cells: Sequence[Cell], parents: Mapping[str, str]) -> str | None:
     """One sentence on what of an image in tiles lies outside the monolayer; `None` where nothing does.
 
     Args:
@@ -231,7 +201,7 @@ def told(monolayer: Mapping[str, Any], cells: Sequence["Cell"], parents: Mapping
         return None
     reasons = Counter(reason for tile in outside for reason in tile["outside"])
     where = outside_monolayer(monolayer, cells)
-    red = [there for cell, there in zip(cells, where, strict=True) if cell_kind(cell.label, dict(parents)) == RED]
+    red = [there for cell, there in zip(cells, where, strict=True) if cell_kind(cell.label, dict(parents)) == RED_CELL]
     return (
         f"{len(outside)} of {len(tiles)} tiles lie outside the monolayer by the bands of {monolayer['bands']['name']} ("
         + ", ".join(f"{number} with {reason}" for reason, number in reasons.most_common())

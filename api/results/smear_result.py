@@ -12,6 +12,7 @@ from unihema.errors import InputError
 from unihema.files import shortened
 
 from ..processing_unihema.class_names import (
+    RED_CELL,
     UNIDENTIFIED,
     cell_kind,
     is_beside_differential,
@@ -34,14 +35,12 @@ from .cell import (
 )
 from .edits import UNCLASSIFIED, of_coco, of_geojson, of_imagej, of_labels
 from .export import cell_columns, cell_row, coco, geojson, imagej, label_image, supervision_detections
-from .monolayer import RED, is_monolayer, judged_again, outside_monolayer, read_bands, told
+from .monolayer import is_monolayer, judged_again, outside_monolayer, read_bands, told
 from .overlay import draw_overlay
 from .shapes import can_measure
 
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import pandas
     import supervision
 
@@ -120,7 +119,7 @@ class SmearResult:
         """The counts, red cells of each class in the monolayer alone, see [`outside_monolayer`]."""
         counts = self.counts
         for cell, outside in zip(self.cells, outside_monolayer(self.monolayer, self.cells), strict=True):
-            if outside and cell_kind(cell.label, self.class_parents) == RED:
+            if outside and cell_kind(cell.label, self.class_parents) == RED_CELL:
                 counts[cell.label] -= 1
         return counts
 

@@ -12,6 +12,7 @@ from PIL import Image
 from unihema.errors import RequestError, UnreadableImageError
 from unihema.files import OpenedImage
 from unihema.processing_unihema.class_names import (
+    RED_CELL,
     cell_kind,
     is_beside_differential,
     is_white_cell,
@@ -27,7 +28,7 @@ from unihema.results.cell_size import (
     find_scale,
     red_cell_diameter,
 )
-from unihema.results.monolayer import RED, focus_of, judged, told
+from unihema.results.monolayer import focus_of, judged, told
 from unihema.results.smear_result import CROWDED, OTHER_SIZE, Cell, SmearResult
 from unihema.results.tile_layout import (
     MARGIN,
@@ -173,7 +174,8 @@ def see_in_tiles(
             full += of_tile["full"]
             split += of_tile["split"]
             cells += len(of_tile["cells"])
-            white += _white_cells_within(tile, of_tile["cells"], result.class_parents)
+            if white_cells is not None:
+                white += _white_cells_within(tile, of_tile["cells"], result.class_parents)
             if of_tile["unreadable"]:
                 unreadable.append(tile)
             else:
@@ -254,7 +256,7 @@ def judge_tiles(result: SmearResult, focus: Sequence[tuple[tuple[int, int, int, 
         result ([`SmearResult`]): Changed.
         focus (`Sequence[tuple]`): Of each tile what it answers for, and its focus, see [`focus_of`].
     """
-    if any(cell_kind(name, result.class_parents) == RED for name in result.classes):
+    if any(cell_kind(name, result.class_parents) == RED_CELL for name in result.classes):
         boxes, sharpness = zip(*focus) if focus else ((), ())
         result.monolayer = judged(boxes, sharpness, result.cells, result.class_parents)
         text = told(result.monolayer, result.cells, result.class_parents)

@@ -1,6 +1,7 @@
 """Images of any size, read in parts: files of every kind that a slide scanner or a microscope writes, made here."""
 
 import math
+import multiprocessing
 import re
 from pathlib import Path
 
@@ -468,6 +469,21 @@ def test_of_pages_of_one_size_the_middle_is_read_and_said(tmp_path):
     with open_regions(path, max_pixels=1000) as source:
         assert (np.asarray(source.read_region((0, 0, 10, 10))) == 100).all()
         assert "only page 2, in the middle, is read" in source.notes[0]
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork")
+def test_a_process_forked_after_libvips_was_used_does_not_wait_for_it(written):
+    path = written("png")
+    open_regions(path, max_pixels=1000).close()
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        notes = pool.apply_async(_notes_of, (path,)).get(60)
+    assert "libvips was in use before this process was forked" in notes[-1]
+
+
+def _notes_of(path):
+    with open_regions(path, max_pixels=1000) as source:
+        assert source.size == (WIDTH, HEIGHT)
+        return source.notes
 
 
 def test_temporary_files_of_a_plain_file_are_gone_when_it_is_closed(written, tmp_path, monkeypatch):

@@ -90,12 +90,19 @@ def damaged(draw: Callable) -> Change:
 @attack(inputs=80, share=0.24, each=8)
 @given(st.lists(damaged(), min_size=8, max_size=8))
 def test_damaged_images(changes):
+    try_each("images", changes, read)
+
+
+def try_each(attack_name: str, changes: list[Change], attempt: Callable[[Path], object]) -> None:
+    """Tries each of some damaged files, in one child."""
+
     def lay_all_down(given):
         for number, change in enumerate(changes):
             (given / f"{number}{change.name}").write_bytes(change.content)
 
     names = [f"{number}{change.name}" for number, change in enumerate(changes)]
-    confined("images", *[lambda given, out, name=name: read(given / name) for name in names], lay_down=lay_all_down)
+    attempts = [lambda given, out, name=name: attempt(given / name) for name in names]
+    confined(attack_name, *attempts, lay_down=lay_all_down)
 
 
 @functools.cache
@@ -137,14 +144,7 @@ def read_in_parts(path: Path) -> None:
 @attack(inputs=40, share=0.1, each=8)
 @given(st.lists(damaged_slides(), min_size=8, max_size=8))
 def test_damaged_slides(changes):
-    def lay_all_down(given):
-        for number, change in enumerate(changes):
-            (given / f"{number}{change.name}").write_bytes(change.content)
-
-    names = [f"{number}{change.name}" for number, change in enumerate(changes)]
-    confined(
-        "slides", *[lambda given, out, name=name: read_in_parts(given / name) for name in names], lay_down=lay_all_down
-    )
+    try_each("slides", changes, read_in_parts)
 
 
 def test_undamaged_images_are_read(lab, tmp_path):

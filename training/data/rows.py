@@ -29,7 +29,7 @@ import numpy as np
 
 from unihema.errors import DatasetError, InputError
 from unihema.modeling_unihema.tasks import TASKS
-from unihema.processing_unihema.class_names import cell_kind
+from unihema.processing_unihema.class_names import RED_CELL, cell_kind
 
 
 logger = logging.getLogger(__name__)
@@ -280,7 +280,7 @@ def red_cell_diameter(rows: Sequence[Row], edge: int | None) -> list[float] | No
     medians = []
     for row in witnesses(rows) if edge else ():
         size, objects = row.get("size"), row["objects"]
-        boxes = [box for box, name in zip(objects["bbox"], objects["category"]) if cell_kind(name) == "red blood cell"]
+        boxes = [box for box, name in zip(objects["bbox"], objects["category"]) if cell_kind(name) == RED_CELL]
         if size and len(boxes) >= 5:
             medians.append(np.median([math.sqrt(w * h) for _, _, w, h in boxes]) * edge / max(size))
     if len(medians) < 10:
