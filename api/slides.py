@@ -24,6 +24,7 @@ from unihema.errors import InputError, UnreadableImageError
 from unihema.files import OpenedImage, open_image, scratch_folder, sha256, shortened
 
 from .processing_unihema.image_io import (
+    FOCUS_WINDOW,
     MAX_COMPRESSION,
     MAX_PAGES,
     MAX_PIXELS,
@@ -32,6 +33,8 @@ from .processing_unihema.image_io import (
     image_size,
     pixel_size,
     plausible_pixel_size,
+    sharpest_plane,
+    sharpness,
     to_rgb,
 )
 
@@ -260,17 +263,30 @@ class TiffRegions(RegionSource):
         try:
             with _of_file(name):
                 file = stack.enter_context(tifffile.TiffFile(path))
-                pages, notes = _pages(file)
+                self._file = file.filehandle
+                self._forget()
+                pages, notes = _pages(file, self._sharpness)
+                self._forget()
                 scale = _scale_of_tags(pages[0], file.pages[0].description or "")
             _check_plausible(path, name, pages[0].imagewidth, pages[0].imagelength)
             super().__init__(name, [(page.imagewidth, page.imagelength) for page in pages], notes, scale)
         except BaseException:
             stack.close()
             raise
-        self._pages, self._file = pages, file.filehandle
+        self._pages = pages
         self.closing = stack
+
+    def _forget(self) -> None:
         self._kept: OrderedDict[tuple[int, int], np.ndarray | None] = OrderedDict()
         self._kept_bytes = 0
+
+    def _sharpness(self, page: Any) -> float:
+        """Of the middle of a page, negative where nothing of it can be read."""
+        self._forget()
+        self._pages = [page]
+        width, height = min(FOCUS_WINDOW, page.imagewidth), min(FOCUS_WINDOW, page.imagelength)
+        left, top = (page.imagewidth - width) // 2, (page.imagelength - height) // 2
+        return sharpness(np.asarray(self._read(0, (left, top, left + width, top + height), strict=False)))
 
     def _read(self, level: int, box: Box, strict: bool) -> Image.Image:
         page, (left, top, right, bottom) = self._pages[level], box
@@ -372,8 +388,10 @@ def _of_file(name: str) -> Iterator[None]:
         ) from error
 
 
-def _pages(file: Any) -> tuple[list[Any], list[str]]:
+def _pages(file: Any, sharpness_of: Callable[[Any], float]) -> tuple[list[Any], list[str]]:
     """The pages of a TIFF that are levels of one picture, largest first, and what has to be said of the others.
+
+    Of a z-stack it is the plane in focus.
 
     Raises:
         UnreadableImageError: The picture's pixels cannot be read in parts.
@@ -391,10 +409,9 @@ def _pages(file: Any) -> tuple[list[Any], list[str]]:
     same = [page for page in plain if (page.imagewidth, page.imagelength) == (first.imagewidth, first.imagelength)]
     notes = []
     if len(same) > 1:
-        first = same[len(same) // 2]
-        notes.append(
-            f"The file has {len(same)} pages of one size: only page {len(same) // 2 + 1}, in the middle, is read."
-        )
+        number = sharpest_plane(len(same), lambda plane: sharpness_of(same[plane]))
+        first = same[number]
+        notes.append(f"The file has {len(same)} pages of one size: only page {number + 1}, the sharpest, is read.")
     reductions = [page for page in listed if page is not first and page not in same]
     try:
         reductions += list(first.pages or ())

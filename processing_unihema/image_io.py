@@ -6,7 +6,7 @@ import struct
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
@@ -30,6 +30,8 @@ MAX_BYTES = 1 << 29
 MAX_COMPRESSION = 200
 # Pages of a TIFF that are looked at.
 MAX_PAGES = 4096
+# Planes of a stack whose focus is measured, and the side of the window in their middle where it is, in pixels.
+MOST_PLANES, FOCUS_WINDOW = 32, 1024
 # Share of pixels that may be brighter than white: hot pixels, and a burned-in scale bar, all of whose pixels are equal.
 HOT_PIXELS = 0.001
 SCALE_BAR = 0.05
@@ -107,7 +109,7 @@ def read_image(
     Palettes are resolved, transparency laid over white, CMYK, Lab, grayscale and inverted grayscale converted and EXIF
     rotation applied. Pixels of more than 8 bits are scaled by the bit depth that the file states (OME `SignificantBits`, PNG
     `sBIT`, TIFF `MaxSampleValue`), else by the bits that its pixels use; hot pixels and a burned-in scale bar do not count.
-    Three gray pages of a TIFF are red, green and blue; of a z-stack the middle page is read, of a time series the first.
+    Three gray pages of a TIFF are red, green and blue; of a z-stack the plane in focus is read, of a time series the first.
 
     Args:
         image (`str`, `Path`, `bytes`, `PIL.Image.Image` or `np.ndarray`): A file, its content, an opened image, or pixels
@@ -401,7 +403,7 @@ def _check_memory(opened: Image.Image, name: "str | Path", file: "str | Path | b
 def _read(file: "str | Path | bytes", name: "str | Path", max_pixels: int | None) -> tuple[Image.Image, list[str]]:
     notes: list[str] = []
     with _reading(file, name) as opened:
-        pages = _pages(opened, notes)
+        pages = _pages(file, name, opened, notes)
         first = _plane(file, name, opened, pages[0], max_pixels, notes)
         if len(pages) == 1 and isinstance(first.pixels, Image.Image):
             return to_rgb(first.pixels, notes), notes
@@ -632,7 +634,7 @@ class _Page(NamedTuple):
     mode: str
 
 
-def _pages(opened: Image.Image, notes: list[str]) -> list[int]:
+def _pages(file: "str | Path | bytes", name: "str | Path", opened: Image.Image, notes: list[str]) -> list[int]:
     """The pages of a file to read: one, or those of red, green and blue.
 
     Raises:
@@ -668,9 +670,9 @@ def _pages(opened: Image.Image, notes: list[str]) -> list[int]:
         strides[axis], step = step, step * sizes.get(axis, 1)
     start = 0
     if sizes.get("Z", 1) > 1:
-        middle = sizes["Z"] // 2
-        start += middle * strides["Z"]
-        notes.append(f"The file is a stack of {sizes['Z']} planes: only plane {middle + 1}, in its middle, is read.")
+        sharpest = _plane_in_focus(file, name, opened, [same[plane * strides["Z"]] for plane in range(sizes["Z"])])
+        start += sharpest * strides["Z"]
+        notes.append(f"The file is a stack of {sizes['Z']} planes: only plane {sharpest + 1}, the sharpest, is read.")
     if sizes.get("T", 1) > 1:
         notes.append(f"The file is a series of {sizes['T']} times: only the first is read.")
     if sizes.get("?", 1) > 1:
@@ -689,6 +691,59 @@ def _pages(opened: Image.Image, notes: list[str]) -> list[int]:
         listed = f" (they are named {', '.join(names)})" if names else ""
         notes.append(f"Three gray pages are read as red, green and blue{listed}.")
     return [same[start + channel * strides["C"]] for channel in chosen]
+
+
+def _plane_in_focus(file: "str | Path | bytes", name: "str | Path", opened: Image.Image, pages: Sequence[int]) -> int:
+    """Which of these pages is the sharpest; of equals, and where none can be read, the one nearest to the middle."""
+
+    def sharpness_of(plane: int) -> float:
+        try:
+            _go_to(opened, pages[plane])
+            _check_memory(opened, name, file)
+            with _pil():
+                opened.load()
+        except (OSError, SyntaxError, ValueError, EOFError, MemoryError):
+            return -1.0
+        left, top = (max(0, (side - FOCUS_WINDOW) // 2) for side in opened.size)
+        window = opened.crop(
+            (left, top, left + min(FOCUS_WINDOW, opened.width), top + min(FOCUS_WINDOW, opened.height))
+        )
+        return sharpness(np.asarray(window))
+
+    return sharpest_plane(len(pages), sharpness_of)
+
+
+def sharpest_plane(count: int, sharpness_of: Callable[[int], float]) -> int:
+    """The plane of a z-stack that is in focus.
+
+    Args:
+        count (`int`): Planes of the stack; of more than `MOST_PLANES` so many are looked at, evenly spread.
+        sharpness_of (`Callable`): Number of a plane -> its [`sharpness`], negative where it cannot be read.
+
+    Returns:
+        `int`: Its number; of equals the one nearest to the middle.
+    """
+    looked_at = np.unique(np.linspace(0, count - 1, min(count, MOST_PLANES)).round().astype(int)).tolist()
+    looked_at.sort(key=lambda plane: abs(plane - count // 2))
+    return max(looked_at, key=sharpness_of)
+
+
+def sharpness(pixels: np.ndarray) -> float:
+    """How much fine detail a picture has, by its mean brightness: higher in focus. Comparable between planes of one place only.
+
+    Args:
+        pixels (`np.ndarray`): `[H, W]` or `[H, W, C]`, of any range.
+    """
+    gray = pixels.astype(np.float32)
+    gray = gray.mean(-1) if gray.ndim == 3 else gray
+    # Averaged over 2 x 2: the noise of single pixels is no detail.
+    height, width = (side // 2 * 2 for side in gray.shape)
+    if min(height, width) < 6:
+        return 0.0
+    small = gray[:height, :width].reshape(height // 2, 2, width // 2, 2).mean((1, 3))
+    laplacian = small[:-2, 1:-1] + small[2:, 1:-1] + small[1:-1, :-2] + small[1:-1, 2:] - 4 * small[1:-1, 1:-1]
+    found = float(laplacian.std() / (abs(small.mean()) + 1e-6))
+    return found if np.isfinite(found) else 0.0
 
 
 def _further_pages(opened: Image.Image) -> Iterator[_Page]:

@@ -65,6 +65,7 @@ def draw_overlay(result: "SmearResult", image: Image.Image) -> Image.Image:
     if result.mask is not None:
         canvas = _tinted(canvas, result.mask)
     colors = class_colors(result.counts)
+    _tint_cells(canvas, result, colors)
     _draw_cells(canvas, result, colors)
     return _with_legend(canvas, result, colors)
 
@@ -85,13 +86,32 @@ def _resized(image: Image.Image) -> Image.Image:
 
 def _tinted(canvas: Image.Image, mask: np.ndarray) -> Image.Image:
     inside = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(canvas.size, Image.Resampling.NEAREST)) > 0
+    return Image.composite(Image.new("RGB", canvas.size, _MASK_COLOR), canvas, _tint(inside, 77))
+
+
+def _tint(inside: np.ndarray, core_weight: int) -> Image.Image:
+    """How much a mask colours each pixel, 0 to 255: its edge nearly whole, the rest as said."""
     padded = np.pad(inside, 2)
     height, width = inside.shape
     core = inside.copy()
     for dy, dx in ((0, 2), (4, 2), (2, 0), (2, 4)):
         core &= padded[dy : dy + height, dx : dx + width]
-    weight = np.where(inside, np.where(core, 77, 242), 0).astype(np.uint8)
-    return Image.composite(Image.new("RGB", canvas.size, _MASK_COLOR), canvas, Image.fromarray(weight))
+    return Image.fromarray(np.where(inside, np.where(core, core_weight, 242), 0).astype(np.uint8))
+
+
+def _tint_cells(canvas: Image.Image, result: "SmearResult", colors: dict[str, Color]) -> None:
+    """Colours each cell that has a mask."""
+    scale_x, scale_y = canvas.width / result.width, canvas.height / result.height
+    for cell in result.cells:
+        if cell.mask is None or not cell.mask.any():
+            continue
+        height, width = cell.mask.shape
+        left, top = round(cell.origin[0] * scale_x), round(cell.origin[1] * scale_y)
+        right, bottom = round((cell.origin[0] + width) * scale_x), round((cell.origin[1] + height) * scale_y)
+        # Of a slide a cell is less than a pixel.
+        size = max(1, right - left), max(1, bottom - top)
+        inside = np.asarray(Image.fromarray(cell.mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)) > 0
+        canvas.paste(colors[cell.label], (left, top), _tint(inside, 25))
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -126,6 +126,16 @@ def test_overlay_draws_on_a_copy(result, size):
     assert len(drawn.getcolors(1 << 24)) > 5
 
 
+def test_the_overlay_colours_the_mask_of_a_cell_and_not_what_else_is_in_its_box():
+    mask = np.zeros((400, 400), bool)
+    mask[100:300, 100:300] = True
+    cell = Cell(1, (500, 500, 900, 900), "platelet", 0.5, mask=mask)
+    drawn = SmearResult(1600, 1600, cells=[cell]).overlay(Image.new("RGB", (1600, 1600), "white"))
+    red, green, blue = drawn.getpixel((700, 700))
+    assert red > green > 200 and drawn.getpixel((600, 700))[1] < 100, "core and edge"
+    assert drawn.getpixel((560, 700)) == drawn.getpixel((840, 700)) == (255, 255, 255)
+
+
 def test_an_impossible_box_is_refused():
     with pytest.raises(ValueError, match="box|Box"):
         Cell(1, (10, 10, 5, 20), "platelet", 0.5)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
@@ -461,14 +461,26 @@ def test_an_image_of_more_than_8_bits_is_reduced_rather_than_guessed_at_part_by_
         assert not source.streams and any("pixels of 16 bits are not read in parts" in note for note in source.notes)
 
 
-def test_of_pages_of_one_size_the_middle_is_read_and_said(tmp_path):
+@pytest.mark.parametrize("sharp", [0, 1, 3])
+def test_of_pages_of_one_size_the_one_in_focus_is_read_and_said(tmp_path, sharp):
+    path = tmp_path / "stack.tif"
+    picture = Image.fromarray(PIXELS[:480, :640])
+    with tifffile.TiffWriter(path) as file:
+        for plane in range(4):
+            pixels = np.asarray(picture.filter(ImageFilter.GaussianBlur(2 * abs(plane - sharp))))
+            file.write(pixels, photometric="rgb", tile=(240, 240), metadata=None)
+    with open_regions(path, max_pixels=1000) as source:
+        assert (np.asarray(source.read_region((0, 0, 640, 480))) == np.asarray(picture)).all()
+        assert f"only page {sharp + 1}, the sharpest, is read" in source.notes[0]
+
+
+def test_of_pages_alike_the_middle_is_read(tmp_path):
     path = tmp_path / "stack.tif"
     with tifffile.TiffWriter(path) as file:
         for level in (50, 100, 150):
             file.write(np.full((480, 640, 3), level, np.uint8), photometric="rgb", tile=(240, 240), metadata=None)
     with open_regions(path, max_pixels=1000) as source:
         assert (np.asarray(source.read_region((0, 0, 10, 10))) == 100).all()
-        assert "only page 2, in the middle, is read" in source.notes[0]
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork")
