@@ -476,6 +476,9 @@ class ResultFolder:
             return None
         if digest != _record_sha256(record, result["cells"]):
             return None
+        # Of another image, copied to this name.
+        if f"{path.stem}_overlay.png" not in record["files"]:
+            return None
         return record
 
     def _read_all(self) -> Iterator[tuple[Path, dict[str, Any]]]:

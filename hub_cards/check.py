@@ -10,6 +10,7 @@ from huggingface_hub.repocard import RepoCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from unihema.errors import CardError
+from unihema.files import shortened
 
 
 # Identifiers that the Hub accepts as `license`. Its "unknown" is not among them: that would be an empty field.
@@ -54,7 +55,7 @@ def check_card(text: str, repo_type: str = "model", source: str = "README.md") -
     try:
         card = (DatasetCard if repo_type == "dataset" else ModelCard)(text)
     except Exception as error:
-        raise CardError(f"{source}: metadata that cannot be read ({error}).") from error
+        raise CardError(f"{source}: metadata that cannot be read ({shortened(error)}).") from error
     values = card.data.to_dict()
     for name in REQUIRED[repo_type]:
         if name not in values:

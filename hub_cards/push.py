@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 from unihema.checkpoint_files import ADAPTER_CONFIG, REFERENCE_FILE, adapter_files, checkpoint_files, read_json
 from unihema.errors import CardError, CheckpointError, InputError, PushError
-from unihema.files import scratch_folder
+from unihema.files import scratch_folder, shortened
 from unihema.hub import bounded_hub, hidden, seconds_to_wait
 from unihema.modeling_unihema.remote_code import code_files
 
@@ -278,7 +278,9 @@ def _check_whole(files: list[Path]) -> None:
                 with safe_open(path, "np"):
                     pass
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: damaged weights ({error}). Copy or save them again.") from error
+                raise CheckpointError(
+                    f"{path}: damaged weights ({shortened(error)}). Copy or save them again."
+                ) from error
 
 
 def _card(folder: Path, repo_id: str, base_model: str | None) -> str:

@@ -281,7 +281,7 @@ def _check_patterns(source: str, config: Any) -> None:
                 re.compile("" if slow else pattern)
             except (re.error, TypeError, ValueError, OverflowError, RecursionError) as error:
                 raise InputError(
-                    f"{source}: {field} has {repr(pattern)[:80]}, which is no pattern ({error})."
+                    f"{source}: {field} has {repr(pattern)[:80]}, which is no pattern ({str(error)[:200]})."
                 ) from error
             if slow:
                 raise InputError(
@@ -366,7 +366,7 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
         result = set_peft_model_state_dict(model, weights, adapter_name=name)
     except (KeyError, RuntimeError) as error:
         raise InputError(
-            f"{source}: the adapter does not fit this {type(model).__name__} ({error}). Load its own base."
+            f"{source}: the adapter does not fit this {type(model).__name__} ({str(error)[:1000]}). Load its own base."
         ) from error
     absent = {key for key in result.missing_keys if f".{name}." in f"{key}." and name in key.split(".")}
     if result.unexpected_keys:

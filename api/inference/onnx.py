@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from unihema.errors import CheckpointError, InputError, PackageMissingError
-from unihema.files import scratch_folder
+from unihema.files import scratch_folder, shortened
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.outputs import UniHemaClassificationOutput, UniHemaDetectionOutput
 
@@ -130,7 +130,7 @@ def load_onnx(path: str | Path) -> "tuple[OnnxModel, UniHemaProcessor]":
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise CheckpointError(f"{path}: not readable as ONNX ({error}). Export it again.") from error
+        raise CheckpointError(f"{path}: not readable as ONNX ({shortened(error)}). Export it again.") from error
     metadata = session.get_modelmeta().custom_metadata_map
     if metadata.get(METADATA_TASK) not in OUTPUTS:
         raise CheckpointError(f"{path}: not made by `unihema export`: its metadata names no task of UniHema.")

@@ -22,7 +22,7 @@ import torch
 
 from unihema.checkpoint_files import REFERENCE_FILE
 from unihema.errors import CheckpointError, InputError
-from unihema.files import write_atomically
+from unihema.files import shortened, write_atomically
 from unihema.modeling_unihema.outputs import UniHemaImageFeatures
 from unihema.results.smear_result import OTHER_SIZE, SmearResult
 
@@ -252,7 +252,7 @@ class ModelReference:
             return cls(tasks, about["backbone"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{path}: cannot be read ({error}). Delete it, or write it anew with `unihema reference`."
+                f"{path}: cannot be read ({shortened(error)}). Delete it, or write it anew with `unihema reference`."
             ) from error
 
 

@@ -117,8 +117,11 @@ def test_only_what_changed_is_analysed_again(analyzer, draw, tmp_path):
     assert analyzer.analyze_files([a, b], results).analysed == [b]
     (results / "a_overlay.png").unlink()
     assert analyzer.analyze_files([a, b], results).analysed == [a]
-    (results / "records" / "b.json").write_text("{half a rec")
-    assert analyzer.analyze_files([a, b], results).analysed == [b]
+    for content in ("{half a rec", (results / "records" / "a.json").read_text()):
+        tables = (results / "cells.csv").read_bytes()
+        (results / "records" / "b.json").write_text(content)
+        assert analyzer.analyze_files([a, b], results).analysed == [b]
+        assert (results / "cells.csv").read_bytes() == tables
     with pytest.raises(OutputError, match=r"other settings: threshold was None, now it is 0\.9.*--overwrite"):
         analyzer.analyze_files([a], results, threshold=0.9)
     assert analyzer.analyze_files([a, b], results).analysed == []

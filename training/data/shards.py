@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from unihema.errors import DatasetError, InputError
-from unihema.files import contents, exclusive, write_atomically, write_json
+from unihema.files import contents, exclusive, shortened, write_atomically, write_json
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
 from unihema.processing_unihema.image_io import load_image
 from unihema.training.data.class_tree import rename_rows, row_names
@@ -252,7 +252,9 @@ class StoredFile(str):
             raise
         except Exception as error:
             # PIL's readers raise anything on bytes that were damaged on purpose.
-            raise DatasetError(f"{self}: not a readable image ({error}). Write the shards again without it.") from error
+            raise DatasetError(
+                f"{self}: not a readable image ({shortened(error)}). Write the shards again without it."
+            ) from error
 
 
 class StoredRows(LazyRows):
@@ -633,7 +635,7 @@ def _file(row: Row, column: str) -> dict[str, Any]:
         try:
             return {"bytes": Path(source).read_bytes(), "path": Path(source).name}
         except OSError as error:
-            raise DatasetError(f"{source}: cannot be read ({error}).") from error
+            raise DatasetError(f"{source}: cannot be read ({shortened(error)}).") from error
     picture = source if isinstance(source, Image.Image) else Image.fromarray(np.asarray(source))
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from unihema.errors import DatasetError, InputError, RunConfigError
+from unihema.files import shortened
 from unihema.training.data.rows import GROUP_KEYS, PROVENANCE_KEYS, Row
 
 
@@ -61,7 +62,7 @@ def _crc32(path: str) -> int:
             while block := file.read(1 << 20):
                 number = zlib.crc32(block, number)
     except OSError as error:
-        raise DatasetError(f"{path}: cannot be read ({error}).") from error
+        raise DatasetError(f"{path}: cannot be read ({shortened(error)}).") from error
     return number
 
 
@@ -109,7 +110,7 @@ def compile_patterns(patterns: Mapping[str, str]) -> dict[str, re.Pattern]:
         try:
             compiled[group] = re.compile(pattern)
         except re.error as error:
-            raise DatasetError(f"{group} pattern {pattern!r} is no regular expression ({error}).") from error
+            raise DatasetError(f"{group} pattern {pattern!r} is no regular expression ({shortened(error)}).") from error
         if compiled[group].groups < 1:
             raise DatasetError(f"{group} pattern {pattern!r} needs brackets around the identifier, such as '-(\\d+)_'.")
     return compiled

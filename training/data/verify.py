@@ -12,6 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from unihema.errors import DatasetError
+from unihema.files import shortened
 from unihema.processing_unihema.image_io import MAX_PIXELS, load_image
 from unihema.training.data.layouts.files import LARGEST_IMAGE, image_size
 from unihema.training.data.layouts.masks import read_mask
@@ -140,7 +141,9 @@ def _look_at_image(path: str) -> _Seen:
             load_image(path)
     except Exception as error:
         # PIL's readers raise anything on bytes that were damaged on purpose.
-        return _Seen(problem=str(error) if path in str(error) else f"{path}: not a readable image ({error}).")
+        return _Seen(
+            problem=str(error) if path in str(error) else f"{path}: not a readable image ({shortened(error)})."
+        )
     return _Seen(size)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unihema.errors import FileMissingError, OutputError, RunConfigError, TrainingError
-from unihema.files import json_sha256, plain, read_json_object, remove_whole, scratch_folder, write_json
+from unihema.files import json_sha256, plain, read_json_object, remove_whole, scratch_folder, shortened, write_json
 from unihema.hub_cards.data_record import RECORD_FILE
 from unihema.training.adapters import CONFIG, load_adapter_weights, save_adapter
 from unihema.training.evaluation.report import read_figures
@@ -150,7 +150,7 @@ def save_trained(model, processor, folder: str | Path) -> None:
             for file in sorted(partial.iterdir(), key=lambda file: file.name in ("config.json", CONFIG)):
                 os.replace(file, folder / file.name)
         except OSError as error:
-            raise OutputError(f"{folder}: the model cannot be written ({error}).") from error
+            raise OutputError(f"{folder}: the model cannot be written ({shortened(error)}).") from error
 
 
 def load_trained(model, folder: str | Path):

@@ -469,7 +469,7 @@ class _Run:
         try:
             return self._call(task, batch), None
         except NotFiniteError as error:
-            return None, f"the {task} loss is nan ({error})"
+            return None, f"the {task} loss is nan ({shortened(error)})"
 
     def _call(self, task: str, packed: dict[str, Any]) -> Any:
         ours = isinstance(self._plain(), UniHemaPreTrainedModel)

@@ -10,7 +10,7 @@ from typing import Any
 
 from unihema.checkpoint_files import is_adapter
 from unihema.errors import CheckpointError, DatasetError, RunConfigError
-from unihema.files import real_path
+from unihema.files import real_path, shortened
 from unihema.hub_cards import is_repo_id
 from unihema.loading import available_tasks, load_model
 from unihema.training.adapters import WEIGHTS
@@ -224,7 +224,7 @@ def find_base(base: str | Path) -> tuple[Path, str]:
         return Path(snapshot_download(str(base))), str(base)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
-            f"{base}: no such checkpoint folder, and not to be had from the Hub ({error})."
+            f"{base}: no such checkpoint folder, and not to be had from the Hub ({shortened(error)})."
         ) from error
 
 

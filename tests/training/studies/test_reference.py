@@ -307,3 +307,12 @@ def test_a_model_with_one_head_has_one_too(tmp_path, made):
     analyzer = Analyzer.from_pretrained(folder, device="cpu")
     result = analyzer(strange_images()["noise"])
     assert set(analyzer.reference.tasks) == {"single_cell"} and result.out_of_distribution["nearest"] == "smears"
+
+
+def test_what_a_library_says_of_a_damaged_reference_is_shortened(tmp_path):
+    checkpoint = save_tiny_checkpoint(tmp_path / "unihema")
+    header = b'"' + b"x" * 5000 + b'"'
+    (checkpoint / REFERENCE_FILE).write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match=f"{REFERENCE_FILE}: cannot be read") as caught:
+        Analyzer.from_pretrained(checkpoint)
+    assert len(str(caught.value)) < 1000

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from unihema.errors import DatasetError
-from unihema.files import whole_folder
+from unihema.files import shortened, whole_folder
 from unihema.training.data.layouts.files import UnsafeNameError, inside
 from unihema.training.data.rows import first_lines
 
@@ -289,9 +289,9 @@ def _reading(path: Path) -> Iterator[None]:
         raise error if str(path) in str(error) else ArchiveError(f"{path}: {error}.") from error
     except tarfile.ReadError as error:
         raise ArchiveError(
-            f"{path}: not a zip or tar archive, or a damaged one ({error}). Download it again."
+            f"{path}: not a zip or tar archive, or a damaged one ({shortened(error)}). Download it again."
         ) from error
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise ArchiveError(f"{path}: damaged ({error}). Download it again.") from error
+        raise ArchiveError(f"{path}: damaged ({shortened(error)}). Download it again.") from error
     except OSError as error:
-        raise ArchiveError(f"{path}: cannot be unpacked ({error}).") from error
+        raise ArchiveError(f"{path}: cannot be unpacked ({shortened(error)}).") from error

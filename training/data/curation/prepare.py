@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from unihema.errors import DatasetError, UnreadableImageError
-from unihema.files import real_path, whole_folder, write_json, write_text
+from unihema.files import real_path, shortened, whole_folder, write_json, write_text
 from unihema.processing_unihema.image_io import load_mask
 from unihema.results.export import table_text
 from unihema.training.data.class_tree import OFFICIAL_NAMES, label_map, rename_rows, row_names
@@ -405,7 +405,7 @@ class _SplitWriter:
         try:
             shutil.copyfile(row["image"], target)
         except OSError as error:
-            raise DatasetError(f"{row['image']}: cannot be copied ({error}).") from error
+            raise DatasetError(f"{row['image']}: cannot be copied ({shortened(error)}).") from error
         self._taken.add(f"{place}/{candidate}".lower())
         self._placed[key] = name
         return name

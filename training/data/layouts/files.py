@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from unihema.errors import DatasetError, InputError
-from unihema.files import real_path
+from unihema.files import real_path, shortened
 from unihema.processing_unihema.image_io import IMAGE_SUFFIXES
 from unihema.processing_unihema.image_io import image_size as upright_size
 from unihema.results.export import table_text
@@ -404,7 +404,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
         with path.open("rb") as file:
             return file.read(status.st_size)
     except OSError as error:
-        raise DatasetError(f"{path}: cannot be read ({error}).") from error
+        raise DatasetError(f"{path}: cannot be read ({shortened(error)}).") from error
 
 
 def read_text(path: Path, limit: int = LARGEST_TEXT) -> str:
@@ -452,7 +452,7 @@ def parse_json(text: str, source: str) -> Any:
     except UnicodeEncodeError as error:
         raise DatasetError(f"{source}: half a surrogate pair (\\ud800 and the like) is no text.") from error
     except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{source}: cannot be read as JSON ({error}).") from error
+        raise DatasetError(f"{source}: cannot be read as JSON ({shortened(error)}).") from error
     return value
 
 
@@ -516,7 +516,7 @@ def read_table(path: Path, bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]
     try:
         columns = [_column(name) for name in next(reader, [])]
     except csv.Error as error:
-        raise DatasetError(f"{source}: not a table row ({error}).") from error
+        raise DatasetError(f"{source}: not a table row ({shortened(error)}).") from error
     if not any(columns):
         raise DatasetError(f"{source}: a header line with the names of the columns is needed.")
     if len(set(columns)) != len(columns):
@@ -527,7 +527,9 @@ def read_table(path: Path, bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                raise DatasetError(f"{path}:{first + reader.line_num}: not a table row ({error}).") from error
+                raise DatasetError(
+                    f"{path}:{first + reader.line_num}: not a table row ({shortened(error)})."
+                ) from error
             if cells is None:
                 return
             source = f"{path}:{first + reader.line_num}"
@@ -674,5 +676,7 @@ def image_size(path: str) -> tuple[int, int]:
             raise ValueError(f"{size} bytes for {width}x{height} pixels")
     except Exception as error:
         # PIL's readers raise anything on bytes that were damaged on purpose.
-        raise DatasetError(f"{path}: not a readable image ({error}). Copy it again or take it out.") from error
+        raise DatasetError(
+            f"{path}: not a readable image ({shortened(error)}). Copy it again or take it out."
+        ) from error
     return width, height

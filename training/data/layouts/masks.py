@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from unihema.errors import DatasetError
+from unihema.files import shortened
 from unihema.training.data.layouts.files import ImageFinder, image_size
 from unihema.training.data.rows import BadRows, Row, same_shape
 
@@ -115,7 +116,7 @@ def read_mask(source: Any) -> np.ndarray:
                     values, lossy = _levels(opened)
         except Exception as error:
             # PIL's readers raise anything on bytes that were damaged on purpose.
-            raise DatasetError(f"{name}: not a readable mask ({error}). Export it again as PNG.") from error
+            raise DatasetError(f"{name}: not a readable mask ({shortened(error)}). Export it again as PNG.") from error
         if lossy and 0 < int(values.max(initial=0)) < 128:
             raise DatasetError(
                 f"{name}: a JPEG whose brightest level is {values.max()}: cells cannot be told from noise. Export it as PNG."

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from unihema.errors import DatasetError
+from unihema.files import shortened
 from unihema.training.data.layouts.files import (
     ClippedBoxes,
     ImageFinder,
@@ -200,5 +201,5 @@ def _parse(path: Path) -> _Element:
         if isinstance(error, DatasetError):
             raise
         # An encoding that Python does not have, or cannot take byte by byte.
-        raise DatasetError(f"{path}: cannot be read as XML ({error}).") from error
+        raise DatasetError(f"{path}: cannot be read as XML ({shortened(error)}).") from error
     return roots[0]

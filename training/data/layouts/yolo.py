@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from unihema.errors import DatasetError
+from unihema.files import shortened
 from unihema.training.data.layouts.files import (
     ClippedBoxes,
     DataFiles,
@@ -206,7 +207,7 @@ def _names_of_yaml(path: Path) -> list[str] | None:
     except (ValueError, RecursionError) as error:
         if isinstance(error, DatasetError):
             raise
-        raise DatasetError(f"{path}: cannot be read as YAML ({error}).") from error
+        raise DatasetError(f"{path}: cannot be read as YAML ({shortened(error)}).") from error
     if not isinstance(root, yaml.MappingNode):
         return None
     nodes = {key.value: value for key, value in root.value if isinstance(key, yaml.ScalarNode)}
