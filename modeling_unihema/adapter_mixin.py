@@ -17,6 +17,7 @@ ADAPTER_FIELDS = (
     "id2label",
     "label_parents",
     "single_cell_labels",
+    "single_cell_parents",
     "default_prompt_ids",
     "trained",
 )
@@ -212,6 +213,9 @@ def adapter_fields(peft_config: Any) -> dict[str, Any]:
     if trained := take_old_fields("trained", stored):
         stored["trained"] = trained
     fields = {name: stored[name] for name in ADAPTER_FIELDS if name in stored}
+    if "single_cell_labels" in fields:
+        # Groups of the base are none of an older adapter's classes.
+        fields.setdefault("single_cell_parents", None)
     if fields.get("id2label"):
         fields["id2label"] = {int(index): name for index, name in fields["id2label"].items()}
         # Older adapters do not say how large the cells were that they learned; they need not be as large as the base's.

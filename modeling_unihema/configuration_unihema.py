@@ -150,6 +150,20 @@ def take_old_fields(part: str, fields: dict[str, Any]) -> dict[str, Any]:
     return {key: fields.pop(name) for name, key in OLD_FIELDS[part].items() if name in fields}
 
 
+def ancestors(name: str, parents: Mapping[str, str]) -> list[str]:
+    """The coarser classes of a class, the closest first.
+
+    Args:
+        name (`str`): The class.
+        parents (`Mapping[str, str]`): Class -> coarser class.
+    """
+    found: list[str] = []
+    while (parent := parents.get(name)) is not None and parent not in found:
+        found.append(parent)
+        name = parent
+    return found
+
+
 def _check_bounds(part: str, fields: Mapping[str, Any], bounds: Mapping[str, tuple[float, float, str]]) -> None:
     for name, (least, most, why) in bounds.items():
         if fields.get(name) is not None:
@@ -316,6 +330,9 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         label_parents (`dict[str, str]`, *optional*): Detection class -> the coarser class that its cells belong to as
             well, such as neutrophil -> WBC. Classes that are not in `id2label` may stand in between.
         single_cell_labels (`list[str]`): Classes of the single-cell head.
+        single_cell_parents (`dict[str, str]`, *optional*): Single-cell class or group -> the group that it belongs to, such as
+            neutrophil -> WBC. A group is a name that is no class: it is as probable as its classes together, and a crop may be
+            labelled with it. Without groups each class stands for itself.
         morphology (`dict[str, list[str]]`): Attributes read off each cell, each with its values, in the order of labels
             and logits. `config.json` sorts the keys of dictionaries, so there it is a list of `name` and `values`.
         default_prompt_ids (`dict[str, list[int]]`): Token ids of the prompt a task uses when called without text.
@@ -391,6 +408,7 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
 
     label_parents: dict[str, str] | None = None
     single_cell_labels: list[str] | None = None
+    single_cell_parents: dict[str, str] | None = None
     morphology: dict[str, list[str]] | list[dict[str, Any]] | None = None
     default_prompt_ids: dict[str, list[int]] | None = None
     trained: TrainingResults | dict[str, Any] | None = None
@@ -491,9 +509,11 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         for name, values in (self.morphology or {}).items():
             if len(values) < 2:
                 raise InputError(f"Morphology attribute '{name}' needs at least two values, got {values}.")
-        for name in self.label_parents or {}:
-            if name in self._ancestor_names(name):
-                raise InputError(f"label_parents makes '{name}' its own ancestor: {self.label_parents}.")
+        for part in ("label_parents", "single_cell_parents"):
+            parents = getattr(self, part) or {}
+            for name in parents:
+                if name in ancestors(name, parents):
+                    raise InputError(f"{part} makes '{name}' its own ancestor: {parents}.")
         backbone_levels = len(getattr(self.backbone_config, "out_indices", None) or [None])
         if self.num_feature_levels < backbone_levels:
             raise InputError(
@@ -521,8 +541,9 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
             if isinstance(values, str):
                 raise InputError(f"morphology: '{attribute}' needs a list of values, not {values[:40]!r}.")
             _checked_names(f"morphology: '{attribute}'", values, MOST_ATTRIBUTES, least=0)
-        if self.label_parents:
-            _checked_names("label_parents", [*self.label_parents, *self.label_parents.values()], 2 * MOST_CLASSES)
+        for part in ("label_parents", "single_cell_parents"):
+            if parents := getattr(self, part):
+                _checked_names(part, [*parents, *parents.values()], 2 * MOST_CLASSES)
         thresholds = {
             "segmentation_threshold": self.trained.segmentation_threshold,
             **self.trained.detection_thresholds,
@@ -625,13 +646,6 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         # Two classes called LABEL_0 and LABEL_1 are Transformers' default, but not ours.
         return {**super().to_diff_dict(), "id2label": self.id2label, "label2id": self.label2id}
 
-    def _ancestor_names(self, name: str) -> list[str]:
-        found: list[str] = []
-        while (parent := (self.label_parents or {}).get(name)) is not None and parent not in found:
-            found.append(parent)
-            name = parent
-        return found
-
     @property
     def class_names(self) -> list[str]:
         """The detection classes, in the order of their ids."""
@@ -644,9 +658,23 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         names = self.class_names
         if not self.label_parents:
             return None
-        coarser = [set(self._ancestor_names(name)) for name in names]
+        coarser = [set(ancestors(name, self.label_parents)) for name in names]
         matrix = [[other in own for other in names] for own in coarser]
         return matrix if any(map(any, matrix)) else None
+
+    @property
+    def single_cell_names(self) -> list[str]:
+        """What the crop of a single cell may be labelled: the classes, then the groups of `single_cell_parents` that have any."""
+        parents = self.single_cell_parents or {}
+        groups = {group for name in self.single_cell_labels for group in ancestors(name, parents)}
+        return [*self.single_cell_labels, *sorted(groups.difference(self.single_cell_labels))]
+
+    @property
+    def single_cell_members(self) -> list[list[bool]]:
+        """For each of `single_cell_names` which classes it is made of: a class of itself and those that are kinds of it."""
+        parents = self.single_cell_parents or {}
+        lines = [{name, *ancestors(name, parents)} for name in self.single_cell_labels]
+        return [[name in line for line in lines] for name in self.single_cell_names]
 
     def class_thresholds(self, threshold: float | None = None) -> list[float]:
         """The smallest detection score that counts, for each class.

@@ -16,7 +16,7 @@ MISSING = -100
 BOX_TOLERANCE = 1e-4
 # False where the cell lies somewhere in its box, and its edges are not known.
 BOXES_KNOWN = "boxes_known"
-CLASS_MASKS = ("annotated_classes", "taught_classes")
+CLASS_MASKS = ("annotated_classes", "taught_classes", "exact_classes")
 
 
 def check_detection_labels(
@@ -31,9 +31,10 @@ def check_detection_labels(
     Args:
         labels (`Sequence[dict[str, torch.Tensor]]`): One dict an image with `class_labels` int64 `[n]`, `boxes`
             cxcywh `[n, 4]` in 0..1 of the image itself, optionally `morphology` int64 `[n, num_attributes]` (-100
-            missing), `annotated_classes` and `taught_classes` bool `[num_labels]`, `boxes_known` bool `[n]`, `masks` uint8
-            `[n, 32, 32]`: samples of each cell's mask over its box and an eighth of its sides around it (`mask_points`), 1
-            inside, 0 outside, 255 not known. Cells and images without masks are no background: they cost nothing.
+            missing), `annotated_classes`, `taught_classes` and `exact_classes` bool `[num_labels]`, `boxes_known` bool `[n]`,
+            `masks` uint8 `[n, 32, 32]`: samples of each cell's mask over its box and an eighth of its sides around it
+            (`mask_points`), 1 inside, 0 outside, 255 not known. Cells and images without masks are no background:
+            they cost nothing.
         batch_size (`int`, *optional*): Number of images; not checked when `None`.
         num_labels (`int`): Detection classes of the model.
         num_attributes (`int`): Morphology attributes of the model.
@@ -189,11 +190,12 @@ def class_targets(image: dict[str, Any], num_labels: int, ancestors: torch.Tenso
 
     A neutrophil is a positive of `WBC` as well, even in an image whose data set does not annotate `WBC`, provided that
     another data set does (`taught_classes`): a class trained on positives alone would be predicted everywhere. A cell
-    labelled `WBC` may be a neutrophil or not, so finer classes have no loss there.
+    labelled `WBC` may be a neutrophil or not, so finer classes have no loss there, unless its data set gives each cell the finest
+    name (`exact_classes`): a red cell of a set that boxes infected ones by their stage is not infected.
 
     Args:
-        image (`dict[str, torch.Tensor]`): Labels of one image: `class_labels` `[n]`, optionally `annotated_classes` and
-            `taught_classes`, bool `[num_labels]`.
+        image (`dict[str, torch.Tensor]`): Labels of one image: `class_labels` `[n]`, optionally `annotated_classes`,
+            `taught_classes` and `exact_classes`, bool `[num_labels]`.
         num_labels (`int`): Classes of the model.
         ancestors (`torch.Tensor`): See `ancestors_of`.
 
@@ -213,6 +215,9 @@ def class_targets(image: dict[str, Any], num_labels: int, ancestors: torch.Tenso
     coarser, finer = ancestors[classes], ancestors.T[classes]
     implied = coarser if taught is None else coarser & (annotated | taught.to(device))
     positive = (own & annotated) | implied
+    exact = image.get("exact_classes")
+    if exact is not None:
+        finer = finer & ~exact.to(device)[classes][:, None]
     return positive, positive | (annotated & ~finer)
 
 

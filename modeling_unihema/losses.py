@@ -213,14 +213,20 @@ def single_cell_loss(
     labels: torch.Tensor,
     label_smoothing: float = 0.0,
     num_items: torch.Tensor | int | None = None,
+    members: Sequence[Sequence[bool]] | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of the class of a single cell, averaged over the labelled images.
+
+    A label may be a group of classes: its loss is minus the logarithm of their probabilities' sum, so that a cell known to be
+    white says nothing about which white cell it is.
 
     Args:
         logits (`torch.Tensor`): `[B, n]`.
         labels (`torch.Tensor`): Class ids, int64 `[B]`; -100 has no label and costs nothing.
         label_smoothing (`float`): Share of the target spread over all classes.
         num_items (`torch.Tensor` or `int`, *optional*): Number of labelled images to divide by instead.
+        members (`Sequence[Sequence[bool]]`, *optional*): `[m, n]`, which classes each of m labels is made of
+            (`config.single_cell_members`); each label is the class of that number when not given.
 
     Returns:
         `torch.Tensor`: Scalar; 0, but with a graph, without any label.
@@ -232,7 +238,18 @@ def single_cell_loss(
         raise InputError(
             f"Single-cell labels must be one class id per image, [{len(logits)}], got shape {tuple(labels.shape)}."
         )
-    return _cross_entropy(logits, labels, label_smoothing, "Single-cell class id", num_items)
+    if members is None or len(members) == logits.shape[-1]:
+        return _cross_entropy(logits, labels, label_smoothing, "Single-cell class id", num_items)
+    labels = _sent(labels, len(members), "Single-cell class id", logits.device)
+    # On the host first, so that nothing waits for the device.
+    own = torch.tensor(members).to(logits.device, non_blocking=True)[labels.clamp(min=0)]
+    log_probability = logits.float().log_softmax(-1)
+    costs = -log_probability.masked_fill(~own, -torch.inf).logsumexp(-1)
+    costs = (1 - label_smoothing) * costs - label_smoothing * log_probability.mean(-1)
+    labelled = labels != MISSING
+    if num_items is None:
+        (num_items,) = average_over_processes(labelled.sum(), device=logits.device)
+    return (costs * labelled).sum() / num_items
 
 
 def text_loss(
@@ -267,19 +284,23 @@ def _cross_entropy(
     what: str,
     num_items: torch.Tensor | int | None,
 ) -> torch.Tensor:
-    classes = logits.shape[-1]
-    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != MISSING)]
-    if len(wrong):
-        raise InputError(
-            f"{what} {wrong[0].item()} is out of range: the model has ids 0 to {classes - 1} ({MISSING} for none)."
-        )
-    labels = labels.to(logits.device, torch.int64, non_blocking=True)
+    labels = _sent(labels, logits.shape[-1], what, logits.device)
     total = functional.cross_entropy(
         logits.float(), labels, ignore_index=MISSING, reduction="sum", label_smoothing=label_smoothing
     )
     if num_items is None:
         (num_items,) = average_over_processes((labels != MISSING).sum(), device=logits.device)
     return total / num_items
+
+
+def _sent(labels: torch.Tensor, classes: int, what: str, device: torch.device) -> torch.Tensor:
+    """Class ids, checked where they are and sent to the device."""
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != MISSING)]
+    if len(wrong):
+        raise InputError(
+            f"{what} {wrong[0].item()} is out of range: the model has ids 0 to {classes - 1} ({MISSING} for none)."
+        )
+    return labels.to(device, torch.int64, non_blocking=True)
 
 
 def count_loss_items(task: str, labels: Any, config: UniHemaConfig) -> dict[str, int]:

@@ -537,7 +537,10 @@ def classify(
     trunk = model.model(task="single_cell", return_dict=True, **inputs)
     features = trunk.last_hidden_state[:, 0]
     logits = model.single_cell_head(features)
-    loss = None if labels is None else single_cell_loss(logits, labels, num_items=num_items)
+    loss = None
+    if labels is not None:
+        members = model.config.single_cell_members if model.config.single_cell_parents else None
+        loss = single_cell_loss(logits, labels, num_items=num_items, members=members)
     return UniHemaClassificationOutput(
         loss=loss,
         logits=logits,
@@ -707,7 +710,8 @@ class UniHemaForImageClassification(UniHemaPreTrainedModel):
         Args:
             pixel_values (`torch.FloatTensor`): Normalised crops `[B, 3, H, W]`.
             pixel_mask (`torch.LongTensor`, *optional*): `[B, H, W]`, 1 on the image, 0 on padding.
-            labels (`torch.LongTensor`, *optional*): `[B]`, indices into `config.single_cell_labels`; -100 ignored.
+            labels (`torch.LongTensor`, *optional*): `[B]`, indices into `config.single_cell_names`, the classes
+                (`config.single_cell_labels`) and then their groups; -100 ignored.
             image_features ([`UniHemaImageFeatures`], *optional*): Instead of `pixel_values`, see `get_image_features`.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): Labelled images of all accumulated batches, which the
                 loss divides by. Transformers' Trainer gives it.

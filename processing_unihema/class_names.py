@@ -32,6 +32,13 @@ _SAME_CELL = {
     "neutrophil band": "band neutrophil",
     "neutrophil segmented": "segmented neutrophil",
     "sickle": "sickle cell",
+    "infected rbc": "infected red cell",
+    "infected red blood cell": "infected red cell",
+    "parasitized": "infected red cell",
+    "parasitised": "infected red cell",
+    "uninfected": "uninfected red cell",
+    "uninfected rbc": "uninfected red cell",
+    "uninfected red blood cell": "uninfected red cell",
 }
 
 # Coarser class -> its kinds.
@@ -71,14 +78,15 @@ _KINDS = {
     "blast": ("myeloblast", "lymphoblast", "monoblast", "blast no lineage"),
     "promyelocyte": ("abnormal promyelocyte",),
     "eosinophil": ("abnormal eosinophil",),
-    "rbc": ("sickle cell",),
+    "rbc": ("sickle cell", "infected red cell", "uninfected red cell"),
+    "infected red cell": ("ring", "trophozoite", "schizont", "gametocyte"),
     "platelet": ("giant thrombocyte", "giant platelet"),
     "parasite": ("concentrated leishman parasite", "leishman parasite"),
 }
 # Shapes and stains of red cells. Training does not take them for kinds of a class `RBC`: a data set may box the odd shapes
 # and leave ordinary red cells without a box, or box those under a name such as "normal cell", and would then teach that
 # these are no red cells.
-_RED_CELL_SHAPES = (
+RED_CELL_SHAPES = (
     "acanthocyte",
     "bite cell",
     "blister cell",
@@ -162,7 +170,7 @@ def _standard_kind(name: str) -> str | None:
     return _KINDS_OF_CELLS.get(name) or _BESIDE_BY_NAME.get(name)
 
 
-_KIND_BY_NAME = dict.fromkeys(map(usual_name, _RED_CELL_SHAPES), RED_CELL) | {
+_KIND_BY_NAME = dict.fromkeys(map(usual_name, RED_CELL_SHAPES), RED_CELL) | {
     name: _standard_kind(name) for name in (*STANDARD_PARENTS, *_KINDS_OF_CELLS, *_BESIDE_BY_NAME)
 }
 
@@ -218,6 +226,7 @@ __all__ = [
     "NUCLEATED_RED_CELL",
     "PLATELET",
     "RED_CELL",
+    "RED_CELL_SHAPES",
     "SMUDGE_CELL",
     "STANDARD_PARENTS",
     "UNIDENTIFIED",

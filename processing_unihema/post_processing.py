@@ -11,8 +11,9 @@ from torchvision.ops import box_area, box_iou
 
 from unihema.errors import InputError
 from unihema.modeling_unihema.cell_masks import masks_in_boxes
+from unihema.modeling_unihema.configuration_unihema import ancestors
 
-from .class_names import has_nucleus, plain_name
+from .class_names import has_nucleus, plain_name, usual_name
 
 
 # Overlaps from which two boxes are one cell when results are shown: IoU, and the share of a box inside one of its class.
@@ -121,6 +122,73 @@ def find_cells(
         ]
         for image, morphology, of_image in zip(found, described, masks, strict=True)
     ]
+
+
+def single_cell_probabilities(logits: torch.Tensor, config, labels: Sequence[str] | None = None) -> torch.Tensor:
+    """How probable each label of a single cell is.
+
+    Args:
+        logits (`torch.Tensor`): Of the single-cell head, `[B, classes]`.
+        config (`UniHemaConfig`): Of the checkpoint.
+        labels (`Sequence[str]`, *optional*): The labels that the cell may have, classes or groups in any spelling
+            (`config.single_cell_names`); all classes when not given. The others are left out of the softmax. A class counts for
+            the finest label asked for that it is a kind of: beside `neutrophil`, `WBC` is any other white cell.
+
+    Returns:
+        `torch.Tensor`: float32 `[B, labels]`, in the order of `labels`; rows sum to 1.
+
+    Raises:
+        ValueError: A label that the checkpoint does not have, none, or one that is there twice.
+    """
+    probabilities = logits.float().softmax(-1)
+    if labels is None:
+        return probabilities
+    members = torch.tensor(config.single_cell_members)[_asked_labels(config, labels)]
+    # The finest label is the one with the fewest classes.
+    finest = torch.where(members, members.sum(1, keepdim=True), members.shape[1] + 1).argmin(0)
+    counted = members & (torch.arange(len(members))[:, None] == finest)
+    logits = logits.float().masked_fill(~counted.any(0).to(logits.device), -torch.inf)
+    return logits.softmax(-1) @ counted.to(logits.device, torch.float32).T
+
+
+def most_probable_labels(probabilities: torch.Tensor, config, labels: Sequence[str] | None = None) -> torch.Tensor:
+    """The label of each single cell, chosen from coarse to fine: the kind of cell first, then what it is among its kind. So a
+    white cell whose type is unsure is never called a red cell's shape.
+
+    Args:
+        probabilities (`torch.Tensor`): Of [`single_cell_probabilities`], `[B, labels]`.
+        config (`UniHemaConfig`): Of the checkpoint.
+        labels (`Sequence[str]`, *optional*): As there.
+
+    Returns:
+        `torch.Tensor`: Numbers of the labels, int64 `[B]`; the most probable one each where the checkpoint has no groups.
+    """
+    parents = config.single_cell_parents or {}
+    names = list(config.single_cell_labels)
+    if labels is not None:
+        names = [config.single_cell_names[index] for index in _asked_labels(config, labels)]
+    lines = [[*reversed(ancestors(name, parents)), name] for name in names]
+    left = probabilities
+    for depth in range(max(map(len, lines))):
+        # A label that is reached stands for itself from there on.
+        nodes = [line[min(depth, len(line) - 1)] for line in lines]
+        same = torch.tensor([[node == other for other in nodes] for node in nodes], device=left.device)
+        best = (left @ same.to(left.dtype)).argmax(-1)
+        left = left.masked_fill(~same[best], 0)
+    return left.argmax(-1)
+
+
+def _asked_labels(config, labels: Sequence[str]) -> list[int]:
+    """Numbers of labels among `config.single_cell_names`."""
+    known = {usual_name(name): index for index, name in reversed(list(enumerate(config.single_cell_names)))}
+    unknown = [name for name in labels if usual_name(name) not in known]
+    if unknown or not labels:
+        wrong = f"no single-cell label {unknown[0]!r}" if unknown else "no label is asked for"
+        raise InputError(f"labels: {wrong}; there are {', '.join(config.single_cell_names)}.")
+    asked = [known[usual_name(name)] for name in labels]
+    if len(set(asked)) < len(asked):
+        raise InputError(f"labels: one is there twice in {', '.join(labels)}.")
+    return asked
 
 
 def post_process_cell_masks(

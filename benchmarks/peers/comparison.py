@@ -148,6 +148,7 @@ def _peer_run(name: str, config: RunConfig, rate: float, rows: list[Row], val_ro
         names = unihema.config
         # Of a coarser class no peer is taught.
         names.label_parents = {}
+        names.single_cell_parents = {}
         if kind.compared != ATTRIBUTES:
             # No detector reads attributes, and what no model answers is not asked.
             names.morphology = {}

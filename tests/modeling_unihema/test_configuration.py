@@ -58,7 +58,8 @@ def test_an_older_file_says_the_same_and_is_saved_in_the_new_form(name, tmp_path
     others = {"auto_map", "custom_pipelines", "transformers_version", "backbone_config", "text_config"}
     same = old.keys() - DROPPED - changed - others
     assert {field: written[field] for field in same} == {field: old[field] for field in same}
-    assert written.keys() - old.keys() <= changed | others
+    assert written.keys() - old.keys() <= changed | others | {"single_cell_parents"}
+    assert written.get("single_cell_parents") is None
     for network in ("backbone_config", "text_config"):
         # Which defaults Transformers writes differs from release to release.
         kept = written[network].keys() & old[network].keys()

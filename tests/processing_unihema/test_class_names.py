@@ -90,7 +90,8 @@ def test_the_shipped_tree_and_the_usual_one_for_what_it_leaves_open(shipped):
         ("Nucleated Red Blood Cells", NUCLEATED_RED_CELL),
         ("smudge_cell", SMUDGE_CELL),
         ("megakaryocytes", MEGAKARYOCYTE),
-        ("trophozoite", None),
+        ("trophozoite", RED_CELL),
+        ("parasitized", RED_CELL),
         ("artefact", None),
     ],
 )

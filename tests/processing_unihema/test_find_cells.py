@@ -45,7 +45,7 @@ def test_command_pipeline_and_network_agree_on_a_field(options):
 
 
 def test_attributes_by_the_class_tree_not_by_spelling():
-    names = ["odd red cell 7", "NRBC", "Giant-Platelets", "my white cell", "trophozoite"]
+    names = ["odd red cell 7", "NRBC", "Giant-Platelets", "my white cell", "odd thing"]
     config = UniHemaConfig.tiny(
         id2label=dict(enumerate(names)),
         label_parents={"odd red cell 7": "RBC", "my white cell": "neutrophil"},

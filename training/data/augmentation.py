@@ -10,6 +10,8 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from unihema.errors import InputError
+from unihema.training.data.framing import USUAL_FILL, box_window, seen_through, whole_window
+from unihema.training.data.optics import as_bytes, recoloured, smoothed, through_another_lens
 
 
 @dataclass
@@ -32,6 +34,21 @@ class AugmentationConfig:
         min_visible (`float`): A cell stays a target if at least this part of its box is inside the window.
         scale (`float`): Largest relative change of the size at which the images of a batch are seen, for microscopes of other
             magnifications: 0.5 draws a size between 1 / 1.5 and 1.5 times the task's. Larger sizes take longer.
+        colour (`float`): Strength of the stain and light of another microscope, 0 to 2, instead of `brightness`, `contrast`,
+            `saturation`, `hue` and `stain`. At 1 the optical density has an overall factor of exp(0.35 n), one of exp(0.2 n) for
+            each channel, mixing of 0.12 n between channels and a background of 0.06 |n|; gamma is exp(0.25 n), the gain of each
+            channel exp(0.12 n), an offset 0.04 n, saturation exp(0.35 n), each n normally distributed. Answers about colours
+            would not stay true.
+        optics (`float`): How often an image is of another lens or camera, instead of `blur`. At 1 every third is at half or a
+            third of its resolution, every fifth out of focus, every fifth sharpened, every second noisy, three in ten compressed.
+        framing (`float`): Probability of framing a single cell anew, instead of `zoom`. Beyond the edge the image goes on
+            mirrored, or its last pixels are repeated.
+        seen_min (`float`): Least of the crop's sides that is seen.
+        seen_max (`float`): Most of them; above 1 the crop is seen with a margin.
+        shift (`float`): How far the middle of what is seen may be from the crop's, as part of its sides; of a cell cut from a
+            field, from the middle of its box, so that the cell is still the one nearest to the middle.
+        aspect (`float`): Largest relative change of height to width.
+        fill_min (`float`): Least part of the view's sides that a cell cut from a field fills; the most is all of it.
     """
 
     flip: float = 0.5
@@ -46,11 +63,25 @@ class AugmentationConfig:
     zoom_min: float = 0.6
     min_visible: float = 0.5
     scale: float = 0.0
+    colour: float = 0.0
+    optics: float = 0.0
+    framing: float = 0.0
+    seen_min: float = 0.45
+    seen_max: float = 1.15
+    shift: float = 0.17
+    aspect: float = 0.1
+    fill_min: float = 0.25
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not 0 <= value <= 1:
-                raise InputError(f"AugmentationConfig.{name}={value} must lie in [0, 1].")
+            most = 2 if name in ("colour", "seen_max") else 1
+            if not 0 <= value <= most:
+                raise InputError(f"AugmentationConfig.{name}={value} must lie in [0, {most}].")
+        if self.framing and not (0.1 <= self.seen_min <= self.seen_max and self.fill_min >= 0.05):
+            raise InputError(
+                f"AugmentationConfig: seen_min={self.seen_min} must be 0.1 or more and at most seen_max={self.seen_max}, "
+                f"fill_min={self.fill_min} 0.05 or more, or nothing of a cell is seen."
+            )
         if self.zoom and self.zoom_min < 0.1:
             raise InputError(
                 f"AugmentationConfig.zoom_min={self.zoom_min} leaves nothing of the image: use 0.1 or more."
@@ -66,13 +97,14 @@ class AugmentationConfig:
         """The defaults of a task.
 
         A window would make answers about counts and sizes untrue, and strong colour changes those about colours, so
-        language tasks have neither; single cells fill their crop, so their window is nearly all of it.
+        language tasks have neither. A classifier of single cells that has seen one framing and one stain knows no other; in
+        fields cells of all sizes and places are seen anyway, and half the colour is enough.
         """
         if task in ("question_answering", "cloze"):
             return cls(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.0, stain=0.08, zoom=0.0)
         if task == "single_cell":
-            return cls(zoom_min=0.8)
-        return cls()
+            return cls(zoom=0.0, colour=1.0, optics=1.0, framing=1.0)
+        return cls(colour=0.5, optics=0.5)
 
 
 def augmentation_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -92,6 +124,8 @@ def augment(
     boxes: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    cell: Sequence[float] | None = None,
+    edge: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
     """One random view.
 
@@ -103,6 +137,8 @@ def augment(
         mask (`torch.Tensor`, *optional*): uint8 `[H, W]`.
         reduce (`Callable`, *optional*): Gives of a window the pixels that the model sees of it, where these are fewer. Colour and
             focus are then changed in these alone.
+        cell (`Sequence[float]`, *optional*): The box of the cell that the view is of, xywh pixels; the view is cut around it.
+        edge (`int`, *optional*): The longest side of the model's input, where a view that is framed anew need not be larger.
 
     Returns:
         image uint8 `[3, h, w]`; boxes `[m, 4]` or None; int64 `[m]`, the indices of the cells that are still targets;
@@ -110,6 +146,9 @@ def augment(
     """
     # Always the same draws, so that changing one setting does not change what the others do.
     draws = rng.random(16)
+    framing, nuisance = rng.spawn(2)
+    if boxes is None and mask is None:
+        image = framed(image, config, framing, cell, edge)
     count = 0 if boxes is None else len(boxes)
     kept = torch.arange(count)
     parts: list[torch.Tensor] = [tv_tensors.Image(image)]
@@ -143,11 +182,51 @@ def augment(
             share = smaller.shape[-1] / parts[0].shape[-1]
             parts = [tv_tensors.Image(smaller), *(_at_size(part, smaller.shape[-2:]) for part in parts[1:])]
     pixels = parts[0].as_subclass(torch.Tensor)
-    if draws[7] < config.blur:
-        pixels = _blurred(pixels, share * (0.5 + 0.7 * draws[8]))
-    pixels = _stain(pixels, config, draws[9:16] * 2 - 1)
+    if not config.optics and draws[7] < config.blur:
+        pixels = smoothed(pixels.float(), share * (0.5 + 0.7 * draws[8])).round_().to(torch.uint8)
+    if not config.colour:
+        pixels = _stain(pixels, config, draws[9:16] * 2 - 1)
+    if config.colour or config.optics:
+        changed = recoloured(pixels, config.colour, nuisance) if config.colour else pixels.float() / 255
+        pixels = as_bytes(through_another_lens(changed, config.optics, nuisance))
     rest = [part.as_subclass(torch.Tensor) for part in parts[1:]]
     return pixels, rest.pop(0) if boxes is not None else None, kept, rest.pop(0) if mask is not None else None
+
+
+def framed(
+    image: torch.Tensor,
+    config: AugmentationConfig | None,
+    rng: np.random.Generator | None = None,
+    cell: Sequence[float] | None = None,
+    edge: int | None = None,
+) -> torch.Tensor:
+    """A single cell as it is framed: its crop as it is, or anew; a cell of a field cut out.
+
+    Args:
+        image (`torch.Tensor`): uint8 `[3, H, W]`, a crop or the field.
+        config (`AugmentationConfig`, *optional*): How far to go; a cell of a field is cut out at twice its box, in the middle,
+            without it or where `framing` does not happen.
+        rng (`np.random.Generator`, *optional*): Needed with `config`.
+        cell (`Sequence[float]`, *optional*): The box of the cell in a field, xywh pixels.
+        edge (`int`, *optional*): The longest side of what is given, at most.
+
+    Returns:
+        `torch.Tensor`: uint8 `[3, h, w]`.
+    """
+    draws = rng.random(6) if config is not None else np.zeros(6)
+    anew = config is not None and draws[0] < config.framing
+    if not anew:
+        return image if cell is None else seen_through(image, box_window(cell, USUAL_FILL, (0, 0), 1), 1, edge, False)
+    stretch = (1 + config.aspect) ** (2 * draws[2] - 1)
+    shift = config.shift * (2 * draws[3:5] - 1)
+    mirrored = bool(draws[5] < 0.5)
+    if cell is not None:
+        fill = config.fill_min ** (1 - draws[1])
+        return seen_through(image, box_window(cell, fill, shift, stretch), 1, edge, mirrored)
+    height, width = image.shape[-2:]
+    seen = config.seen_min + (config.seen_max - config.seen_min) * draws[1]
+    window = whole_window((height, width), seen, shift, stretch)
+    return seen_through(image, window, height / width, edge, mirrored)
 
 
 def _at_size(part: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -180,26 +259,6 @@ def _crop(
         inside = torch.cat([start, size], dim=-1)[kept]
         parts[1] = tv_tensors.BoundingBoxes(inside, format="XYWH", canvas_size=(h, w))
     return parts, kept
-
-
-def _blurred(image: torch.Tensor, sigma: float) -> torch.Tensor:
-    """A uint8 image `[3, H, W]` under a Gaussian of five pixels a side, mirrored at its edges.
-
-    One axis after the other, by sums of shifted images: five times as fast as torchvision's, whose convolution has both at once.
-    """
-    weights = torch.exp(-0.5 * (torch.arange(3) / sigma) ** 2)
-    centre, near, far = (weights / (weights[0] + 2 * weights[1:].sum())).tolist()
-    pixels = image.float()
-    for axis in (2, 1):
-        size = pixels.shape[axis]
-        # Images narrower than the Gaussian repeat their edge instead.
-        mode = "reflect" if size > 2 else "replicate"
-        padded = torch.nn.functional.pad(pixels[None], (2, 2, 0, 0) if axis == 2 else (0, 0, 2, 2), mode=mode)[0]
-        shifted = [padded.narrow(axis, start, size) for start in range(5)]
-        pixels = shifted[2] * centre
-        pixels.add_(shifted[1], alpha=near).add_(shifted[3], alpha=near)
-        pixels.add_(shifted[0], alpha=far).add_(shifted[4], alpha=far)
-    return pixels.round_().to(torch.uint8)
 
 
 def _stain(image: torch.Tensor, config: AugmentationConfig, draws: np.ndarray) -> torch.Tensor:

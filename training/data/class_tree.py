@@ -1,10 +1,12 @@
 """Classes of data sets: one name for a class that is spelled in several ways, and which classes are kinds of which."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 
+from unihema.modeling_unihema.configuration_unihema import ancestors
 from unihema.official.labels import OFFICIAL_CELLS, OFFICIAL_CLASSES
-from unihema.processing_unihema.class_names import STANDARD_PARENTS, short_name, usual_name
+from unihema.processing_unihema.class_names import RED_CELL_SHAPES, STANDARD_PARENTS, short_name, usual_name
 from unihema.training.data.rows import Row, witnesses
 
 
@@ -13,6 +15,22 @@ OFFICIAL_NAMES = {
     "detection": tuple(name for name in OFFICIAL_CLASSES if name != "unused"),
     "single_cell": tuple(OFFICIAL_CELLS),
 }
+
+# How groups of single cells are spelled.
+GROUP_NAMES = {"rbc": "RBC", "wbc": "WBC", "platelet": "Platelets"}
+# What a red cell is called whose data set tells infected ones apart, and has no finer name for it.
+UNINFECTED = "uninfected red cell"
+# What sets of red-cell shapes call the rest. Elsewhere these words say nothing about the kind of cell.
+_BESIDE_SHAPES = ("normal", "normal cell", "uncategorised", "uncategorized")
+# Labels of whole fields, which are no cells.
+_FIELDS = ("all benign", "all early", "all pre", "all pro")
+# Of single cells every label has its kind: a crop has one label, so unlike a box it cannot be left out.
+_SINGLE_CELL_PARENTS = (
+    STANDARD_PARENTS
+    | dict.fromkeys(map(usual_name, RED_CELL_SHAPES), UNINFECTED)
+    | {"sickle cell": UNINFECTED}
+    | dict.fromkeys(_FIELDS, "field")
+)
 
 
 def official_name(name: str, task: str) -> str | None:
@@ -98,8 +116,9 @@ def rename_rows(rows: Sequence[Row], names: Mapping[str, str]) -> list[Row]:
 def known_parents(names: Sequence[str]) -> dict[str, str]:
     """For each class, its closest coarser class among `names`.
 
-    Nucleated red cells, stages of a parasite (the box may be that of the red cell around it), debris and unknown cells have no
-    parent: a wrong one would teach the opposite.
+    Nucleated red cells, shapes of red cells, debris and unknown cells have no parent: a wrong one would teach the opposite.
+    Stages of malaria are those of an infected red cell, which is what thin smears have a box for; for thick films, whose boxes
+    are of the parasite alone, `data.label_parents` says otherwise.
 
     Args:
         names (`Sequence[str]`): Detection classes, in any spelling.
@@ -116,6 +135,40 @@ def known_parents(names: Sequence[str]) -> dict[str, str]:
         if parent is not None:
             found[name] = listed[parent]
     return found
+
+
+def single_cell_tree(
+    names: Sequence[str], parents: Mapping[str, str] | None = None, keep: Collection[str] = ()
+) -> tuple[list[str], dict[str, str]]:
+    """Classes and groups of single cells.
+
+    A label of which the data have at least two kinds is a group, and no class: a cell labelled `WBC` is one of the white cells.
+
+    Args:
+        names (`Sequence[str]`): Labels of the data, and of the model, in any spelling.
+        parents (`Mapping[str, str]`, *optional*): Label or group -> group; what is known when not given.
+        keep (`Collection[str]`): Labels that stay classes, such as those of a checkpoint.
+
+    Returns:
+        `tuple[list[str], dict[str, str]]`: The classes; and class or group -> group, as `UniHemaConfig.single_cell_labels` and
+        `single_cell_parents` take them.
+    """
+    if parents is None:
+        shapes = set(map(usual_name, names)) & set(map(usual_name, RED_CELL_SHAPES))
+        table = _SINGLE_CELL_PARENTS | (dict.fromkeys(_BESIDE_SHAPES, UNINFECTED) if len(shapes) > 1 else {})
+        spelled = dict(GROUP_NAMES)
+    else:
+        table = {usual_name(name): usual_name(group) for name, group in parents.items()}
+        spelled = {usual_name(group): group for group in parents.values()}
+    kinds = Counter(group for key in {*map(usual_name, names)} for group in ancestors(key, table))
+    classes = [name for name in names if name in keep or kinds[usual_name(name)] < 2]
+    spelled |= {usual_name(name): name for name in reversed(classes)}
+    found: dict[str, str] = {}
+    for name in classes:
+        for group in ancestors(usual_name(name), table):
+            found[name] = spelled.get(group, group)
+            name = found[name]
+    return classes, found
 
 
 def with_covered_parents(annotated: Sequence[str], parents: Mapping[str, str]) -> list[str]:
@@ -149,8 +202,9 @@ def _renamed(row: Row, names: Mapping[str, str]) -> Row:
         return row | {"label": names.get(row["label"], row["label"])}
     objects = row["objects"]
     row = row | {"objects": {**objects, "category": [names.get(name, name) for name in objects["category"]]}}
-    if row.get("annotated_classes") is not None:
-        row["annotated_classes"] = list(dict.fromkeys(names.get(name, name) for name in row["annotated_classes"]))
+    for key in ("annotated_classes", "exact_classes"):
+        if row.get(key) is not None:
+            row[key] = list(dict.fromkeys(names.get(name, name) for name in row[key]))
     return row
 
 

@@ -16,7 +16,7 @@ from unihema.modeling_unihema.cell_masks import MASKS, sampled_masks
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 from unihema.processing_unihema.image_io import MAX_PIXELS, image_size, load_image
 from unihema.processing_unihema.masks import outline_mask
-from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng, drawn_scale
+from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng, drawn_scale, framed
 from unihema.training.data.class_tree import as_known, with_covered_parents
 from unihema.training.data.image_cache import ImageCache
 from unihema.training.data.layouts.masks import read_mask
@@ -30,6 +30,8 @@ REDUCED_BELOW = 0.7
 # Share of training images that are asked for all classes, although their data set annotates only some. `unihema predict`
 # does so without a prompt, which would otherwise be new to a model of several data sets.
 DEFAULT_PROMPT_SHARE = 0.5
+# Least side of the window of a crop with attributes, as part of the crop's.
+CLOSEST_CROP = 0.8
 _TEXT_KEYS = {"question_answering": ("question", "answer"), "cloze": ("masked", "completed")}
 
 
@@ -145,6 +147,14 @@ class SmearDataset(Dataset):
         return [(name, [numbers]) for name, numbers in samples.items()]
 
     @property
+    def classes(self) -> np.ndarray | None:
+        """The class of each sample, int64 `[samples]`; `None` where it has many, or rows are not in memory."""
+        if self.task != "single_cell" or isinstance(self.rows, LazyRows):
+            return None
+        numbers = {name: number for number, name in enumerate(self.single_cell_labels)}
+        return np.array([numbers[self.rows[group[0]]["label"]] for group in self._groups])
+
+    @property
     def one_cell(self) -> np.ndarray:
         """Which samples are crops of one cell in detection, bool `[samples]`.
 
@@ -209,11 +219,17 @@ class SmearDataset(Dataset):
         elif boxes is not None and self.cell_masks and any(row["objects"].get("segmentation") or ()):
             mask = self._instances(row, kept_size)
         kept = range(len(boxes)) if boxes is not None else ()
+        cell, edge = self._cell(row, width, height), None
+        if cell is not None and self.augmentation is None:
+            image = framed(image, None, cell=cell)
+            sample["original_size"] = tuple(image.shape[-2:])
         if self.augmentation is not None:
             task, views = self._seen_as(row)
             # Where the batch is to have a scale of its own, its size is not known here.
             reduce = partial(self.processor.image_processor.reduced, task=task) if not views.scale else None
-            image, boxes, kept, mask = augment(image, views, rng, boxes, mask, reduce)
+            if self.task == "single_cell" and not views.scale:
+                edge = self.processor.image_processor.task_sizes[task].get("longest_edge")
+            image, boxes, kept, mask = augment(image, views, rng, boxes, mask, reduce, cell, edge)
             kept = kept.tolist()
             sample["scale"] = drawn_scale(self.augmentation, rng)
         sample["image"] = image
@@ -222,6 +238,7 @@ class SmearDataset(Dataset):
             if mask is not None:
                 sample["masks"] = self._cell_masks(row, mask, sample["annotations"]["annotations"], numbers)
             sample["annotated_classes"] = row.get("annotated_classes")
+            sample["exact_classes"] = row.get("exact_classes")
             default = rng.random() < self.default_prompt_share
             sample["asked"] = None if default else sample["annotated_classes"] or self.class_names
             sample["one_cell"] = bool(row.get("from_attributes"))
@@ -235,11 +252,11 @@ class SmearDataset(Dataset):
         return sample
 
     def _views_of(self, row: Row) -> AugmentationConfig:
-        """The augmentation of a row. Crops of one cell are cut no closer than single cells, or their cell could be lost."""
+        """The augmentation of a row. Crops with attributes are cut no closer than `CLOSEST_CROP`, or their cell could be lost,
+        and keep their colours, which attributes are about."""
         if not row.get("from_attributes"):
             return self.augmentation
-        least = AugmentationConfig.for_task("single_cell").zoom_min
-        return replace(self.augmentation, zoom_min=max(self.augmentation.zoom_min, least))
+        return replace(self.augmentation, zoom_min=max(self.augmentation.zoom_min, CLOSEST_CROP), colour=0, optics=0)
 
     def _question_texts(self, indices: Sequence[int]) -> dict[str, list[str]]:
         asked, answered = _TEXT_KEYS[self.task]
@@ -257,7 +274,7 @@ class SmearDataset(Dataset):
             # All that the reduction hangs on.
             task, views = self._seen_as(row)
             sizes = self.processor.image_processor.task_sizes[task]
-            rule = repr((sorted(sizes.items()), views and (views.zoom > 0, views.zoom_min, views.scale)))
+            rule = repr((sorted(sizes.items()), _closest(views), "box" in row))
             pixels, size = self.cache.load(source, rule, lambda: self._decoded(row))
         return torch.from_numpy(pixels), size
 
@@ -289,14 +306,22 @@ class SmearDataset(Dataset):
     def _needed_share(self, row: Row, size: tuple[int, int]) -> float:
         """Share of an image's sides that its closest view needs; 1 where that is most of them, and without views."""
         task, views = self._seen_as(row)
-        if views is None:
+        if views is None or "box" in row:
             return 1.0
-        closest = (1 + views.scale) / (views.zoom_min if views.zoom else 1.0)
-        share = self.processor.image_processor.scale(size, task) * closest
+        share = self.processor.image_processor.scale(size, task) * _closest(views)
         return share if share < REDUCED_BELOW else 1.0
+
+    def _cell(self, row: Row, width: int, height: int) -> list[float] | None:
+        """The box of the cell of a field that a row of single cells is of."""
+        if "box" not in row:
+            return None
+        return self._scaled(row, torch.tensor([row["box"]], dtype=torch.float32), width, height)[0].tolist()
 
     def _boxes(self, row: Row, width: int, height: int) -> torch.Tensor:
         boxes = torch.tensor(row["objects"]["bbox"], dtype=torch.float32).reshape(-1, 4)
+        return self._scaled(row, boxes, width, height)
+
+    def _scaled(self, row: Row, boxes: torch.Tensor, width: int, height: int) -> torch.Tensor:
         recorded = row.get("size") or (width, height)
         if tuple(recorded) != (width, height):
             # Very large images are reduced on opening. Any other difference means that the boxes belong to another image.
@@ -417,6 +442,9 @@ class SmearDataset(Dataset):
                     labels["annotated_classes"] = torch.tensor([name in annotated for name in self.class_names])
                     if self._taught is not None:
                         labels["taught_classes"] = self._taught
+                if sample["exact_classes"]:
+                    exact = sample["exact_classes"]
+                    labels["exact_classes"] = torch.tensor([name in exact for name in self.class_names])
         batch["task"] = self.task
         if self.text_only:
             batch["text_only"] = True
@@ -435,6 +463,14 @@ class SmearDataset(Dataset):
         default = self.processor.default_prompts[self.task]
         texts = [default if names is None else names if isinstance(names, str) else ", ".join(names) for names in asked]
         return None if all(text == default for text in texts) else texts
+
+
+def _closest(views: AugmentationConfig | None) -> float:
+    """How much more of an image's pixels its closest view needs than all of it."""
+    if views is None:
+        return 1.0
+    least = views.zoom_min if views.zoom else 1.0
+    return (1 + views.scale) / (min(least, views.seen_min) if views.framing else least)
 
 
 def _filled(samples: Sequence[dict[str, Any]], key: str, count: int, filler: Any = None) -> list[Any]:

@@ -1,5 +1,6 @@
 """Mixing of tasks and data sets. The sampler draws batches, each of one task."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -38,6 +39,9 @@ class TaskMixer(Sampler[list[Key]]):
         dataset_weights (`Mapping[str, float]`, *optional*): Share of a task's samples that a data set has, relative to the
             others; those left out share what the temperature gives them.
         dataset_temperature (`float`): Exponent of the sizes of a task's data sets: 1 by size, 0 all alike.
+        classes (`Mapping[str, np.ndarray]`, *optional*): Task -> the class of each of its samples (`SmearDataset.classes`).
+        class_temperature (`float`): Exponent of the sizes of a data set's classes, where these are given: 1 as many samples of a
+            class as there are, 0 all classes equally often.
         one_cell (`Mapping[str, np.ndarray]`, *optional*): Task -> which of its samples are smaller images of one cell
             (`SmearDataset.one_cell`); they get batches of their own.
         one_cell_batch_size (`int`, *optional*): Samples of such a batch; the task's by default.
@@ -59,6 +63,8 @@ class TaskMixer(Sampler[list[Key]]):
         sources: Mapping[str, Sources] | None = None,
         dataset_weights: Mapping[str, float] | None = None,
         dataset_temperature: float = 1.0,
+        classes: Mapping[str, np.ndarray] | None = None,
+        class_temperature: float = 1.0,
         one_cell: Mapping[str, np.ndarray] | None = None,
         one_cell_batch_size: int | None = None,
     ):
@@ -89,11 +95,13 @@ class TaskMixer(Sampler[list[Key]]):
         shares = {task: weights.get(task, powers[task] / total) for task in lengths}
         plain = temperature == 1.0 and not weights and self.steps_per_epoch == sum(one_pass.values())
         self.steps = one_pass if plain or not shuffle else _allocate(shares, self.steps_per_epoch)
+        self._classes = dict(classes or {}) if class_temperature != 1.0 else {}
+        self._class_temperature = class_temperature
         by_size = dataset_temperature == 1.0 and not dataset_weights
         self._mixed_sources = {
             task: (parts, self._share_out(task, parts, dataset_weights, dataset_temperature))
             for task, parts in sources.items()
-            if shuffle and not (by_size and all(len(blocks) == 1 for _, blocks in parts))
+            if shuffle and not (by_size and task not in self._classes and all(len(blocks) == 1 for _, blocks in parts))
         }
 
     def _batches_of_all(self, task: str) -> int:
@@ -168,10 +176,24 @@ class TaskMixer(Sampler[list[Key]]):
         """Rounds that draw from each data set by its share, each from where the round before stopped."""
         parts, counts = self._mixed_sources[task]
         rng = np.random.default_rng(np.random.SeedSequence(seed))
-        streams = {number: _shuffled(parts[number][1], [*seed, number + 1]) for number in counts if counts[number]}
+        streams = {
+            number: self._stream(task, parts[number][1], [*seed, number + 1]) for number in counts if counts[number]
+        }
         turns = np.repeat(np.array(list(counts), dtype=np.int32), list(counts.values()))
         while True:
             yield (next(streams[int(number)]) for number in rng.permutation(turns))
+
+    def _stream(self, task: str, blocks: Sequence[Sequence[int]], seed: list[int]) -> Iterator[int]:
+        """Endless samples of a data set, with its classes in the shares that the temperature gives them."""
+        if task not in self._classes:
+            return _shuffled(blocks, seed)
+        samples = np.concatenate([np.asarray(block) for block in blocks])
+        of_sample = self._classes[task][samples]
+        names, sizes = np.unique(of_sample, return_counts=True)
+        shares = sizes.astype(float) ** self._class_temperature
+        streams = [_shuffled([samples[of_sample == name]], [*seed, int(name) + 1]) for name in names]
+        rng = np.random.default_rng(np.random.SeedSequence(seed))
+        return (next(streams[rng.choice(len(streams), p=shares / shares.sum())]) for _ in itertools.count())
 
 
 class MixedSmears(Dataset):

@@ -6,9 +6,9 @@ Common keys: `image` (path or PIL image), `file_name`, `dataset`, `task`. Task k
   `segmentation`, the mask of each cell as in COCO, or None)
   and `annotated_classes` (names, or None when all are); `size` (width, height) of the image that the boxes refer to,
   where known; `from_attributes` marks a crop of one cell that is there for its attributes: its box is the whole image,
-  and box losses ignore it;
+  and box losses ignore it; `exact_classes` are coarser classes whose cells are of no finer class that is annotated;
 - segmentation: `mask` (path or array, nonzero = cell), `prompt` (what the mask shows);
-- single_cell: `label`;
+- single_cell: `label`; `box` (xywh pixels, of the image of `size`) where the cell is one of a field, cut out when it is read;
 - question_answering: `question`, `answer`;
 - cloze: `masked` (sentinels in T5's order), `completed` (the whole sentence).
 

@@ -138,7 +138,7 @@ def _ask(
     name_classes: bool = False,
     text_only: bool = False,
 ) -> None:
-    known = {"detection": class_names(measured.model), "single_cell": measured.model.config.single_cell_labels}
+    known = {"detection": class_names(measured.model), "single_cell": measured.model.config.single_cell_names}
     rows = as_known(rows, known[task]) if task in known else rows
     with torch.inference_mode():
         options = {"name_classes": name_classes, "text_only": text_only}
@@ -162,7 +162,7 @@ def _batches(
         processor,
         task,
         class_names=class_names(model),
-        single_cell_labels=config.single_cell_labels,
+        single_cell_labels=config.single_cell_names,
         morphology=config.morphology,
         questions_per_image=QUESTIONS_AT_ONCE,
         evaluation=True,

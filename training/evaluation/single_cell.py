@@ -5,29 +5,33 @@ from typing import Any
 
 import numpy as np
 
+from unihema.processing_unihema.post_processing import most_probable_labels, single_cell_probabilities
 from unihema.training.data.rows import Row
 from unihema.training.evaluation.measured import Measured, Resampler
 from unihema.training.metrics.single_cell import classification_scores, one_hot_counts, scores_of_counts
 
 
 class MeasuredCells(Measured):
-    """Predicted and true class of each image."""
+    """Predicted and true label of each image. Where the truth is a group, such as any white cell, all its classes are right."""
 
     def add(self, batch: dict[str, Any], rows: Sequence[Row]) -> None:
-        predicted = self.model(task="single_cell", **self.inputs(batch)).logits.argmax(-1).tolist()
+        config = self.model.config
+        logits = self.model(task="single_cell", **self.inputs(batch)).logits
+        predicted = most_probable_labels(single_cell_probabilities(logits, config), config).tolist()
+        members = config.single_cell_members
         for index, found, true in zip(batch["row_indices"], predicted, batch["labels"].tolist()):
-            self.keep(rows[index], (found, true))
+            self.keep(rows[index], (true if members[true][found] else found, true))
 
     def figures(self, part: bool = False) -> dict[str, Any]:
         predicted, true = zip(*self.records)
-        figures = classification_scores(predicted, true, self.model.config.single_cell_labels)
+        figures = classification_scores(predicted, true, self.model.config.single_cell_names)
         if part:
             figures["per_class"] = {name: values for name, values in figures["per_class"].items() if values["cells"]}
             del figures["confusion"]
         return figures
 
     def resampler(self) -> Resampler:
-        names = self.model.config.single_cell_labels
+        names = self.model.config.single_cell_names
         predicted, true = zip(*self.records)
         counts = one_hot_counts(predicted, true, len(names))
 

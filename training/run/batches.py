@@ -84,6 +84,8 @@ class RunBatches:
             sources={task: data.sources for task, data in datasets.items()},
             dataset_weights=config.dataset_weights,
             dataset_temperature=config.dataset_temperature,
+            classes={task: classes for task, data in datasets.items() if (classes := data.classes) is not None},
+            class_temperature=config.class_temperature,
             one_cell={task: data.one_cell for task, data in datasets.items()},
             one_cell_batch_size=config.batch_size.get("single_cell", 4) * processes,
         )

@@ -11,12 +11,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from unihema.errors import DatasetError, RunConfigError
+from unihema.files import real_path
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.adapters import attach_adapter
-from unihema.training.data.class_tree import as_known, known_parents, row_names, unify_names
+from unihema.training.data.cell_crops import MOST_CROPS, MOST_MEASURED, crops_of_boxes, with_exact_classes
+from unihema.training.data.class_tree import as_known, known_parents, row_names, single_cell_tree, unify_names
 from unihema.training.data.readers import load_folder
 from unihema.training.data.rows import (
     BadRows,
@@ -35,6 +37,7 @@ from unihema.training.data.splits import fold_rows, is_held_out
 from unihema.training.data.verify import verify_rows
 from unihema.training.evaluation import draw_rows
 from unihema.training.run.config import DataConfig, RunConfig
+from unihema.training.run.growth import grow
 
 
 # Part -> the module of `UniHemaForMultiTask` that holds it; together they hold every parameter.
@@ -73,27 +76,47 @@ LITE0_BACKBONE: dict[str, Any] = {
 BACKBONES_IN_MINUS_ONE_TO_ONE = ("efficientnet-lite0",)
 
 
-def load_rows(config: DataConfig, split: str, tasks: Sequence[str] | None = None) -> dict[str, list[Row]]:
+def load_rows(
+    config: DataConfig, split: str, tasks: Sequence[str] | None = None, most_crops: int | None = MOST_CROPS
+) -> dict[str, list[Row]]:
     """Rows of each task from all folders; of `tasks`, or of `config.tasks` when not given. A folder may have none of them.
 
+    Args:
+        config ([`DataConfig`]): The folders and how to read them.
+        split (`str`): The split.
+        tasks (`Sequence[str]`, *optional*): Tasks wanted.
+        most_crops (`int`, *optional*): See `crops_of_boxes`.
+
     Raises:
-        DatasetError: No folder, a folder without the split, or none that has any of the tasks.
+        DatasetError: No folder, a folder without the split, none that has any of the tasks, or a data set in `boxes_as_crops` or
+            `exact_classes` that is not among them.
     """
     if not config.folders:
         raise DatasetError("No data folder given.")
     tasks = config.tasks if tasks is None else tasks
     several = len(config.folders) > 1
+    names = {real_path(Path(folder)).name: folder for folder in config.folders}
+    cut = list(names) if config.boxes_as_crops is True else list(config.boxes_as_crops or ())
+    if unknown := [name for name in (*cut, *config.exact_classes) if name not in names]:
+        raise DatasetError(
+            f"data.boxes_as_crops or data.exact_classes: no data folder is called {unknown[0]!r}; there are {', '.join(names)}."
+        )
     parts: dict[str, list[Sequence[Row]]] = {}
     for folder in config.folders:
         found = load_folder(
             folder,
             split,
-            tasks=None if several else tasks,
+            tasks=None if several or cut else tasks,
             prompt=config.segmentation_prompt,
             rename=config.rename,
             attributes_as_detection=config.attributes_as_detection,
             on_invalid=config.on_invalid,
         )
+        name = real_path(Path(folder)).name
+        if exact := config.exact_classes.get(name):
+            found["detection"] = with_exact_classes(found.get("detection", []), exact)
+        if name in cut and (crops := crops_of_boxes(found.get("detection", []), most_crops)):
+            found["single_cell"] = joined([part for part in (found.get("single_cell"), crops) if part])
         for task, more in found.items():
             if tasks is None or task in tasks:
                 parts.setdefault(task, []).append(
@@ -137,7 +160,7 @@ def validation_rows(config: RunConfig, tasks: Any) -> dict[str, list[Row]]:
         return {task: held_out[task] for task in tasks if task in held_out}
     if not config.data.val_split:
         return {}
-    rows = load_rows(config.data, config.data.val_split, list(tasks))
+    rows = load_rows(config.data, config.data.val_split, list(tasks), MOST_MEASURED)
     return {task: rows[task] for task in tasks if task in rows}
 
 
@@ -177,8 +200,12 @@ def warn_of_missing_classes(
         val_rows (`Mapping[str, Sequence[Row]]`): Task -> validation rows.
     """
     parents = getattr(model.config, "label_parents", None) or {}
-    tasks = {"detection": ("box", model.config.class_names), "single_cell": ("crop", model.config.single_cell_labels)}
-    for task, (what, known) in tasks.items():
+    groups = getattr(model.config, "single_cell_parents", None) or {}
+    tasks = {
+        "detection": ("box", model.config.class_names, parents),
+        "single_cell": ("crop", model.config.single_cell_names, groups),
+    }
+    for task, (what, known, parents) in tasks.items():
         listed, taught = _listed_and_shown(as_known(rows.get(task, ()), known), parents)
         if unseen := sorted(listed - taught):
             warn(f"No {what} of {', '.join(unseen)} in the training data: not learned.")
@@ -208,7 +235,7 @@ def check_val_names(model: Any, val_rows: dict[str, list[Row]]) -> None:
     Raises:
         BadRowsError: Classes, labels or values that it does not know.
     """
-    for task, known in (("detection", model.config.class_names), ("single_cell", model.config.single_cell_labels)):
+    for task, known in (("detection", model.config.class_names), ("single_cell", model.config.single_cell_names)):
         if task in val_rows:
             rows = witnesses(as_known(val_rows[task], known))
             check_rows(rows, known, known, model.config.morphology)
@@ -249,6 +276,8 @@ def build(config: RunConfig, rows: dict[str, list[Row]]) -> tuple[UniHemaForMult
             red_cell_diameter(rows.get("detection", ()), edge) or model.config.trained.red_cell_diameter
         )
         model.config.trained.cell_masks |= have_cell_masks(rows.get("detection", ()))
+        if config.model.grow_classes:
+            grow(model, processor, rows, config.data.single_cell_parents)
         if config.data.label_parents is not None or model.config.label_parents is None:
             model.config.label_parents = _label_parents(config.data, list(model.config.id2label.values()))
         return model, processor
@@ -310,7 +339,9 @@ def _new_config(config: RunConfig, rows: dict[str, list[Row]], processor: UniHem
         fields["label_parents"] = _label_parents(config.data, names)
         processor.default_prompts["detection"] = ", ".join(names)
     if labels := single_cell_names(everything):
-        fields["single_cell_labels"] = labels
+        fields["single_cell_labels"], fields["single_cell_parents"] = single_cell_tree(
+            labels, config.data.single_cell_parents
+        )
     if "detection" in rows:
         fields["morphology"] = morphology_schema(everything)
         edge = processor.image_processor.task_sizes["detection"].get("longest_edge")

@@ -55,6 +55,8 @@ class DataConfig:
         dataset_weights (`dict[str, float]`): Share of a task's samples that a data set (the name of its folder) has; others
             share what `dataset_temperature` gives them.
         dataset_temperature (`float`): Exponent of the sizes of a task's data sets: 1 by size, 0 all alike.
+        class_temperature (`float`): Exponent of the sizes of the single-cell classes of a data set: 1 by size, 0 all alike. Rows
+            in shards are drawn by size.
         steps_per_epoch (`int`, *optional*): Batches of an epoch; one pass over everything when not given.
         batch_size (`dict[str, int]`): Images of a batch, for each task (on each process).
         questions_per_image (`int`): Questions asked of an image in a batch of a language task.
@@ -67,8 +69,14 @@ class DataConfig:
         canonical_names (`bool`): Give a class that the folders spell in several ways (`Platelets`, `thrombocyte`) one name.
         label_parents (`dict[str, str]`, *optional*): Detection class -> the coarser class that its cells belong to as well;
             what `unihema.training.data.class_tree` knows (the types of white cells -> WBC) when not given.
+        single_cell_parents (`dict[str, str]`, *optional*): Single-cell label or group -> the group that it belongs to; what
+            `unihema.training.data.class_tree` knows when not given. An initial checkpoint keeps its own unless it grows.
         attributes_as_detection (`bool` or `list[str]`): Train morphology on labelled single-cell images, as one
             cell somewhere in an image of `single_cell`'s size and batch size; with the attributes named, or WBCAtt's.
+        boxes_as_crops (`bool` or `list[str]`): Train single cells also on the boxes of fields, cut out at random framing; of all
+            data sets, or of those named. At most 3 000 boxes of a class and a data set take part, and 100 in validation.
+        exact_classes (`dict[str, list[str]]`): Data set -> coarser classes whose cells are of no finer class that it boxes, such
+            as RBC where infected red cells have the name of their stage alone. Elsewhere a coarser name leaves finer ones open.
         on_invalid (`"error"` or `"skip"`): Whether bad rows stop the reading, or are left out with a warning each.
         max_samples (`int`, *optional*): Train on at most this many rows of a task (a seeded draw).
         folds (`int`, *optional*): Divide the training rows into this many parts, and validate on one of them instead of
@@ -88,6 +96,7 @@ class DataConfig:
     temperature: float = 1.0
     dataset_weights: dict[str, float] = field(default_factory=dict)
     dataset_temperature: float = 1.0
+    class_temperature: float = 1.0
     steps_per_epoch: int | None = None
     batch_size: dict[str, int] = field(
         default_factory=lambda: {
@@ -106,7 +115,10 @@ class DataConfig:
     hold_out: dict[str, list[str]] = field(default_factory=dict)
     canonical_names: bool = True
     label_parents: dict[str, str] | None = None
+    single_cell_parents: dict[str, str] | None = None
     attributes_as_detection: bool | list[str] = False
+    boxes_as_crops: bool | list[str] = False
+    exact_classes: dict[str, list[str]] = field(default_factory=dict)
     on_invalid: Literal["error", "skip"] = "error"
     max_samples: int | None = None
     folds: int | None = None
@@ -125,6 +137,8 @@ class ModelConfig:
         overrides (`dict[str, Any]`): Fields of `UniHemaConfig` to set otherwise; they win over what the data says.
         initial_checkpoint (`str`, *optional*): Folder of a trained model to go on from, instead of a preset. Its class
             lists stay; data with other classes are an error.
+        grow_classes (`bool`): Add classes that the data have and the initial checkpoint has not to the end of its lists. Those
+            that it has keep their weights.
         tokenizer (`str`, *optional*): Name or folder of a T5 tokenizer for a new model; our own when not given.
         backbone_weights (`str`, *optional*): ImageNet weights that the backbone of a new model starts from, see
             `load_pretrained_backbone`. `"efficientnet-lite0"` makes the backbone one of that kind.
@@ -135,6 +149,7 @@ class ModelConfig:
     preset: Literal["tiny", "base"] = "tiny"
     overrides: dict[str, Any] = field(default_factory=dict)
     initial_checkpoint: str | None = None
+    grow_classes: bool = False
     tokenizer: str | None = None
     backbone_weights: str | None = None
     trained_parts: list[str] | None = None
@@ -414,6 +429,10 @@ class RunConfig:
         folds = self.data.folds
         if folds is not None and not (folds >= 2 and 0 <= self.data.fold < folds):
             raise RunConfigError(f"data.fold={self.data.fold} of data.folds={folds}: at least 2, counted from 0.")
+        if self.model.grow_classes and (not self.model.initial_checkpoint or self.adapter.method != "none"):
+            raise RunConfigError(
+                "model.grow_classes adds classes to model.initial_checkpoint; an adapter brings its own."
+            )
         if self.adapter.method != "none":
             if not self.model.initial_checkpoint:
                 raise RunConfigError("adapter.method needs a base: set model.initial_checkpoint.")

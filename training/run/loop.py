@@ -70,7 +70,7 @@ class Trainable(Protocol):
     """What `train` asks of a model, an `nn.Module`. UniHema is one, the peers in `benchmarks/peers` are others.
 
     Args:
-        config (`Any`): Has `id2label`, `single_cell_labels`, `morphology` and `label_parents`, which say what labels the batches
+        config (`Any`): Has `id2label`, `single_cell_names`, `morphology` and `label_parents`, which say what labels the batches
             get.
     """
 
@@ -232,7 +232,7 @@ class _Run:
                 task,
                 augmentation=self.config.augmentation.for_task(task),
                 class_names=list(model_config.id2label.values()),
-                single_cell_labels=model_config.single_cell_labels,
+                single_cell_labels=model_config.single_cell_names,
                 morphology=model_config.morphology,
                 seed=self.settings.seed,
                 questions_per_image=self.config.data.questions_per_image,

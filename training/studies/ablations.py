@@ -271,7 +271,7 @@ def _of_known_classes(task: str, rows: Sequence[Row], model_config) -> list[Row]
     """Rows with the classes that a model knows: cells of others are left out, and so are images of other cells."""
     if task not in ("detection", "single_cell"):
         return list(rows)
-    known = list(model_config.id2label.values()) if task == "detection" else model_config.single_cell_labels
+    known = list(model_config.id2label.values()) if task == "detection" else model_config.single_cell_names
     rows = as_known(rows, known)
     if task == "single_cell":
         return [row for row in rows if row["label"] in known]

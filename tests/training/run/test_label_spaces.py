@@ -89,6 +89,7 @@ def test_known_parents_are_the_closest_in_the_list():
         "band neutrophil": "Neutrophil",
         "myeloblast": "White Blood Cells",
         "sickle cells": "RBC",
+        "trophozoite": "RBC",
     }
     assert known_parents(["neutrophil", "RBC"]) == {}
 
@@ -137,7 +138,7 @@ def test_a_model_trained_on_gets_the_hierarchy_of_its_own_names(tmp_path):
 def test_classes_without_an_example_are_named(caplog):
     config = SimpleNamespace(
         class_names=["RBC", "WBC", "neutrophil", "platelet"],
-        single_cell_labels=["monocyte", "ig"],
+        single_cell_names=["monocyte", "ig"],
         label_parents={"neutrophil": "WBC"},
     )
     names = ["RBC", "WBC", "neutrophil", "platelet"]
