@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,9 @@ from unihema.errors import RequestError
 from unihema.files import OpenedImage
 from unihema.loading import available_tasks, load_model, require_tasks
 from unihema.modeling_unihema.tasks import IMAGE_TASKS, TASK_TABLE, TASKS
+from unihema.processing_unihema.class_names import NUCLEUS, WHITE_CELL, cell_kind
 from unihema.results.cell_size import KnownSize
+from unihema.results.shapes import nucleus_of
 from unihema.results.smear_result import CROWDED, Cell, SmearResult
 from unihema.results.tiles import SMALLEST_TILE, TileStore, judge_whole, see_in_tiles, state_pixel_size
 from unihema.slides import RegionSource, open_regions
@@ -421,19 +424,24 @@ class Analyzer:
             for task in tasks
             if TASK_TABLE[task].reads_text
         }
+        if prompt is None and {"detection", "segmentation"} <= set(tasks) and self._tells_nuclei():
+            asked[NUCLEUS] = NUCLEUS
         try:
-            texts = {task: self._tokens(text, task) for task, text in asked.items()}
+            texts = {task: self._tokens(text, head_of(task)) for task, text in asked.items()}
             question_texts = tuple(self._tokens(question, _language_task(question)) for question in questions)
         except ValueError as error:
             raise RequestError(str(error)) from error
         prompts = {}
         if hasattr(self.model, "get_prompt_features") and self.model.config.text_guided_refinement:
             with torch.inference_mode():
-                prompts = {task: self.model.get_prompt_features(**texts[task], task=task) for task in asked}
+                prompts = {task: self.model.get_prompt_features(**texts[task], task=head_of(task)) for task in asked}
         kept = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
         return Request(
             tasks, kept, questions, threshold, texts, question_texts, prompts, tiles, um_per_pixel, white_cells
         )
+
+    def _tells_nuclei(self) -> bool:
+        return NUCLEUS in (self.model.config.trained.mask_prompts or ())
 
     def _tokens(self, text: str | Sequence[str] | None, task: str) -> "dict[str, torch.Tensor]":
         return dict(self.processor(text=text, task=task).to(self.model.device))
@@ -503,6 +511,8 @@ class Analyzer:
                 {"detection": self._detect, "segmentation": self._segment, "single_cell": self._classify}[task](
                     request, seen, results
                 )
+            if NUCLEUS in request.texts:
+                self._measure_nuclei(seen, results)
             self._compare(request, seen, results)
             for question, tokens in zip(request.questions, request.question_texts, strict=True):
                 for result, answer in zip(results, self._answers(question, tokens, seen), strict=True):
@@ -621,17 +631,36 @@ class Analyzer:
             _note_if_crowded(logits, thresholds, result)
 
     def _segment(self, request: Request, seen: "_SeenImages", results: list[SmearResult]) -> None:
-        outputs = seen.outputs("segmentation")
+        masks = self._masks("segmentation", seen)
+        asked = request.prompt or self.processor.default_prompts.get("segmentation")
+        for result, mask in zip(results, masks, strict=True):
+            result.mask = mask
+            result.mask_label = ", ".join([asked] if isinstance(asked, str) else asked or ["cell"])
+
+    def _masks(self, asked: str, seen: "_SeenImages") -> "list[numpy.ndarray]":
+        """What is asked of the mask head, uint8 at the size of each image."""
         masks = self.processor.image_processor.post_process_semantic_segmentation(
-            outputs,
+            seen.outputs(asked),
             target_sizes=[image.size[::-1] for image in seen.images],
             pixel_mask=seen.batch("segmentation")["pixel_mask"],
             threshold=self.model.config.trained.segmentation_threshold,
         )
-        asked = request.prompt or self.processor.default_prompts.get("segmentation")
-        for result, mask in zip(results, masks, strict=True):
-            result.mask = mask.to("cpu").numpy().astype("uint8")
-            result.mask_label = ", ".join([asked] if isinstance(asked, str) else asked or ["cell"])
+        return [mask.to("cpu").numpy().astype("uint8") for mask in masks]
+
+    def _measure_nuclei(self, seen: "_SeenImages", results: list[SmearResult]) -> None:
+        """The areas of nucleus and cytoplasm of each white cell; of one without a mask of its own, the mask within its box."""
+        for result, nuclei in zip(results, self._masks(NUCLEUS, seen), strict=True):
+            to_x, to_y = nuclei.shape[1] / result.width, nuclei.shape[0] / result.height
+            for cell in result.cells:
+                if cell_kind(cell.label, result.class_parents) != WHITE_CELL:
+                    continue
+                left, top = int(cell.box[0] * to_x), int(cell.box[1] * to_y)
+                place = slice(top, math.ceil(cell.box[3] * to_y)), slice(left, math.ceil(cell.box[2] * to_x))
+                region = result.mask[place] > 0
+                if cell.mask is not None and cell.mask.shape == region.shape:
+                    region = cell.mask
+                areas = nucleus_of(region, nuclei[place])
+                cell.nucleus = areas and {name: area / (to_x * to_y) for name, area in areas.items()}
 
     def _classify(self, request: Request, seen: "_SeenImages", results: list[SmearResult]) -> None:
         best = seen.outputs("single_cell").logits.float().softmax(-1).max(-1)
@@ -768,13 +797,13 @@ class _SeenImages:
         self._seen: dict[tuple, tuple[UniHemaImageFeatures, dict[str, Any]]] = {}
 
     def _size(self, task: str) -> tuple:
-        return tuple(sorted(self.processor.image_processor.task_sizes[task].items()))
+        return tuple(sorted(self.processor.image_processor.task_sizes[head_of(task)].items()))
 
     def batch(self, task: str) -> "dict[str, torch.Tensor]":
         """`pixel_values` and `pixel_mask` at the size of a task."""
         size = self._size(task)
         if size not in self._batches:
-            batch = self.processor.image_processor(list(self.images), task=task)
+            batch = self.processor.image_processor(list(self.images), task=head_of(task))
             # On the host, where the model reads whether there is padding without waiting for a device.
             mask = batch["pixel_mask"]
             batch = batch.to(self.model.device)
@@ -797,7 +826,8 @@ class _SeenImages:
         """Features and the outputs of all tasks that look at the size of this one."""
         size = self._size(task)
         if size not in self._seen:
-            tasks = tuple(other for other in self.request.tasks if self._size(other) == size)
+            asked = (*self.request.tasks, *((NUCLEUS,) if NUCLEUS in self.request.texts else ()))
+            tasks = tuple(other for other in asked if self._size(other) == size)
             encoding = next(iter(tasks), task)
             prompts = [self.request.prompts[other] for other in tasks if other in self.request.prompts]
             pixels, mask = (self.batch(task)[name] for name in ("pixel_values", "pixel_mask"))
@@ -836,7 +866,7 @@ class _SeenImages:
         return text.expand(len(self.images), *text.shape[1:])
 
     def _named(self, task: str) -> dict[str, str]:
-        return {"task": task} if len(self.model.tasks) > 1 else {}
+        return {"task": head_of(task)} if len(self.model.tasks) > 1 else {}
 
 
 def set_image_sizes(processor: "UniHemaProcessor", sizes: Mapping[str, int]) -> None:
@@ -873,6 +903,11 @@ def _weight_sums(model: Any) -> tuple[float, ...]:
     if not hasattr(model, "parameters"):
         return ()
     return tuple(float(tensor.detach().float().sum()) for _, tensor in _weights(model))
+
+
+def head_of(asked: str) -> str:
+    """The task whose head answers: nuclei are a second question to the mask head."""
+    return "segmentation" if asked == NUCLEUS else asked
 
 
 def _language_task(text: str) -> str:

@@ -35,6 +35,7 @@ from unihema.files import (
     write_text,
 )
 from unihema.inference.int8 import is_int8
+from unihema.processing_unihema.class_names import NUCLEUS
 from unihema.results.export import FORMATS, as_file, cell_columns, cell_row, import_roifile, table_text
 from unihema.results.shapes import can_measure
 from unihema.results.smear_result import FORMAT, Cell, SmearResult
@@ -131,6 +132,7 @@ def analyze_into(
     if shapes and not can_measure():
         logger.warning("cells.csv has no shapes: scikit-image is not installed. pip install 'unihema[shapes]'")
         shapes = False
+    groups = shapes, NUCLEUS in checked.texts
     with exclusive(output, ["records"]):
         # Not before: another run's settings are its own.
         claim_folder(output, settings, overwrite=overwrite)
@@ -139,7 +141,7 @@ def analyze_into(
         try:
             run.all(images, batch_size, on_image)
         finally:
-            folder.write_tables(attributes, report, shapes)
+            folder.write_tables(attributes, report, groups)
     return report
 
 
@@ -410,7 +412,7 @@ class ResultFolder:
         )
         write_text(self._record(name), pieces)
 
-    def write_tables(self, attributes: Sequence[str], report: BatchReport, shapes: bool) -> None:
+    def write_tables(self, attributes: Sequence[str], report: BatchReport, groups: tuple[bool, bool]) -> None:
         """Writes `cells.csv`, `counts.csv` and `results.json` from the records, and completes the report."""
         failed = {str(real_path(item)) for item in report.failed}
         totals: dict[str, int] = {}
@@ -423,8 +425,8 @@ class ResultFolder:
                 for label, count in record["result"]["counts"].items():
                     totals[label] = totals.get(label, 0) + count
         report.totals, report.images = totals, len(current)
-        columns = cell_columns(attributes, shapes)
-        write_text(self.folder / "cells.csv", _csv(columns, self._cell_rows(current, attributes, shapes)))
+        columns = cell_columns(attributes, *groups)
+        write_text(self.folder / "cells.csv", _csv(columns, self._cell_rows(current, attributes, groups)))
         write_text(
             self.folder / "counts.csv",
             _csv(COUNT_COLUMNS, self._counts(current)),
@@ -435,12 +437,14 @@ class ResultFolder:
         for path in paths:
             yield self._read(path)["result"]
 
-    def _cell_rows(self, paths: Sequence[Path], attributes: Sequence[str], shapes: bool) -> Iterator[list[Any]]:
+    def _cell_rows(
+        self, paths: Sequence[Path], attributes: Sequence[str], groups: tuple[bool, bool]
+    ) -> Iterator[list[Any]]:
         for values in self._results(paths):
             result = SmearResult.from_dict(values | {"mask": None, "cells": []})
             # One at a time: a slide has hundreds of thousands.
             for cell in values["cells"]:
-                yield list(cell_row(result, Cell.from_dict(cell), attributes, shapes).values())
+                yield list(cell_row(result, Cell.from_dict(cell), attributes, *groups).values())
 
     def _counts(self, paths: Sequence[Path]) -> Iterator[list[Any]]:
         for values in self._results(paths):

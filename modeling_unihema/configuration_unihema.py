@@ -204,6 +204,8 @@ class TrainingResults:
         detection_thresholds (`dict[str, float]`): Calibrated operating threshold of each detection class.
         segmentation_threshold (`float`): Probability above which a pixel belongs to the mask.
         segmentation_label (`str`): What the default segmentation prompt names.
+        mask_prompts (`list[str]`, *optional*): All that masks were learned of; the nuclei of white cells are asked for where
+            `"nucleus"` is among them.
         red_cell_diameter (`list[float]`, *optional*): Diameter of red cells in pixels of the model's input for detection: 5 %,
             50 % and 95 % of the training fields have a median below. By it an image is seen at the scale of the training.
         cell_masks (`bool`): Whether the mask finder was trained on masks of single cells, so that detection gives each cell one.
@@ -213,6 +215,7 @@ class TrainingResults:
     detection_thresholds: dict[str, float | int] = dataclasses.field(default_factory=dict)
     segmentation_threshold: float | int = 0.5
     segmentation_label: str = "white blood cell"
+    mask_prompts: list[str] | None = None
     red_cell_diameter: list[float | int] | None = None
     cell_masks: bool = False
 

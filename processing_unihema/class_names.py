@@ -13,6 +13,8 @@ PLATELET = "platelet"
 NUCLEATED_RED_CELL = "nucleated red cell"
 SMUDGE_CELL = "smudge cell"
 MEGAKARYOCYTE = "megakaryocyte"
+# What masks of the nuclei of white cells are asked for with.
+NUCLEUS = "nucleus"
 
 # How a differential count calls white cells without a type.
 UNIDENTIFIED = "unidentified"

@@ -29,6 +29,8 @@ class Cell:
         attributes (`dict[str, dict]`): Attribute -> {"value": str, "score": float}.
         mask (`np.ndarray`, *optional*): bool, the box's pixels from floor(x_min), floor(y_min) to ceil(x_max),
             ceil(y_max).
+        nucleus (`dict[str, float]`, *optional*): Of a white cell whose nucleus was told apart: `nucleus_area` and
+            `cytoplasm_area` in pixels of the image.
 
     Raises:
         ValueError: The box is upside down, or the mask has not the box's size.
@@ -40,6 +42,7 @@ class Cell:
     score: float
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     mask: np.ndarray | None = None
+    nucleus: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         x_min, y_min, x_max, y_max = (float(value) for value in self.box)
@@ -86,7 +89,8 @@ class Cell:
             mask = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
             if self.mask.size:
                 mask &= self.mask[np.clip(rows, 0, height - 1)[:, None], np.clip(columns, 0, width - 1)]
-        return replace(self, box=box, mask=mask)
+        nucleus = self.nucleus and {name: area * scale[0] * scale[1] for name, area in self.nucleus.items()}
+        return replace(self, box=box, mask=mask, nucleus=nucleus)
 
     def to_dict(self) -> dict[str, Any]:
         """The cell as JSON types; the mask as a run-length code."""
@@ -95,6 +99,8 @@ class Cell:
             out["attributes"] = self.attributes
         if self.mask is not None:
             out["mask"] = rle_encode(self.mask)
+        if self.nucleus is not None:
+            out["nucleus"] = self.nucleus
         return out
 
     @classmethod
@@ -160,7 +166,7 @@ def checked(values: Any, checks: Mapping[str, Callable[[Any], bool]], what: str)
     if not isinstance(values, dict):
         raise InputError(f"{what} is stored as a dictionary, not as {shortened(repr(values), 60)}.")
     # Older results lack some of these.
-    optional = {"attributes", "mask", "class_parents", "out_of_distribution", "tiling", "changes"}
+    optional = {"attributes", "mask", "nucleus", "class_parents", "out_of_distribution", "tiling", "changes"}
     optional |= {"um_per_pixel", "um_source", "monolayer"}
     for name in (*values, *(name for name in checks if name not in values and name not in optional)):
         if name not in checks or name not in values or not checks[name](values[name]):
@@ -176,6 +182,7 @@ _CELL = {
     "score": is_number,
     "attributes": is_mapping(has(value=is_text, score=is_number)),
     "mask": or_none(is_mask),
+    "nucleus": or_none(has(nucleus_area=is_number, cytoplasm_area=is_number)),
 }
 
 

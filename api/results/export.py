@@ -18,7 +18,7 @@ from unihema.files import printable
 
 from ..processing_unihema.masks import mask_polygons, rle_in_image
 from .overlay import class_colors
-from .shapes import SHAPE_COLUMNS, cell_shape
+from .shapes import NUCLEUS_COLUMNS, SHAPE_COLUMNS, cell_shape, nucleus_row
 
 
 if TYPE_CHECKING:
@@ -58,13 +58,16 @@ MOST_DENSE_MASKS = 1 << 30
 LARGEST_ROI = 60_000
 
 
-def cell_columns(attributes: Sequence[str], shapes: bool = False) -> list[str]:
-    """Columns of a cell table: `CELL_COLUMNS`, with `shapes` `SHAPE_COLUMNS`, then value and score of each attribute."""
+def cell_columns(attributes: Sequence[str], shapes: bool = False, nuclei: bool = False) -> list[str]:
+    """Columns of a cell table: `CELL_COLUMNS`, with `shapes` `SHAPE_COLUMNS`, with `nuclei` `NUCLEUS_COLUMNS`, then value and
+    score of each attribute."""
     of_attributes = [column for name in attributes for column in (name, f"{name}_score")]
-    return CELL_COLUMNS + (SHAPE_COLUMNS if shapes else []) + of_attributes
+    return CELL_COLUMNS + (SHAPE_COLUMNS if shapes else []) + (NUCLEUS_COLUMNS if nuclei else []) + of_attributes
 
 
-def cell_row(result: "SmearResult", cell: "Cell", attributes: Sequence[str], shapes: bool = False) -> dict[str, Any]:
+def cell_row(
+    result: "SmearResult", cell: "Cell", attributes: Sequence[str], shapes: bool = False, nuclei: bool = False
+) -> dict[str, Any]:
     """One row of a cell table; positions and sizes in pixels, to a hundredth, and sizes in micrometres where those are known.
 
     Args:
@@ -72,6 +75,7 @@ def cell_row(result: "SmearResult", cell: "Cell", attributes: Sequence[str], sha
         cell ([`Cell`]): The cell.
         attributes (`Sequence[str]`): Attributes to list; `None` stands where the cell has none.
         shapes (`bool`): Measure the mask, see `cell_shape`.
+        nuclei (`bool`): Give the areas of nucleus and cytoplasm, see `nucleus_row`.
     """
     x_min, y_min, x_max, y_max = cell.box
     um = result.um_per_pixel
@@ -91,6 +95,8 @@ def cell_row(result: "SmearResult", cell: "Cell", attributes: Sequence[str], sha
     )
     if shapes:
         row |= cell_shape(cell.mask, um)
+    if nuclei:
+        row |= nucleus_row(cell.nucleus)
     for name in attributes:
         attribute = cell.attributes.get(name, {})
         row[name] = attribute.get("value")
@@ -148,6 +154,9 @@ def geojson(result: "SmearResult") -> dict[str, Any]:
     for cell in result.cells:
         measurements = {"score": cell.score}
         measurements.update({f"{name} score": found["score"] for name, found in cell.attributes.items()})
+        if cell.nucleus is not None:
+            of_nucleus = nucleus_row(cell.nucleus).items()
+            measurements.update({name.replace("_", " "): value for name, value in of_nucleus if value is not None})
         polygons = outline(cell)
         metadata = {CELL_KEY: str(cell.id)}
         if polygons:

@@ -18,6 +18,8 @@ SHAPE_COLUMNS = [
     "equivalent_diameter_um",
     "perimeter_um",
 ]
+# Of white cells whose nucleus was told apart, the ratio of the two areas.
+NUCLEUS_COLUMNS = ["nucleus_area", "cytoplasm_area", "nuclear_cytoplasmic_ratio"]
 
 
 def can_measure() -> bool:
@@ -57,4 +59,31 @@ def cell_shape(mask: np.ndarray | None, um_per_pixel: float | None = None) -> di
     return found
 
 
-__all__ = ["SHAPE_COLUMNS", "can_measure", "cell_shape"]
+def nucleus_of(cell: np.ndarray, nuclei: np.ndarray) -> dict[str, float] | None:
+    """The areas of a cell's nucleus and cytoplasm; `None` where no nucleus is seen in it.
+
+    Args:
+        cell (`np.ndarray`): bool `[h, w]`, the cell.
+        nuclei (`np.ndarray`): The same place in a mask of nuclei.
+    """
+    nucleus = int((cell & (nuclei > 0)).sum())
+    if not nucleus:
+        return None
+    return {"nucleus_area": float(nucleus), "cytoplasm_area": float(cell.sum() - nucleus)}
+
+
+def nucleus_row(areas: dict[str, float] | None) -> dict[str, Any]:
+    """Of each of `NUCLEUS_COLUMNS` a number, or `None` where there is none; the ratio is none of a cell that is all nucleus."""
+    if areas is None:
+        return dict.fromkeys(NUCLEUS_COLUMNS)
+    nucleus, cytoplasm = areas["nucleus_area"], areas["cytoplasm_area"]
+    return dict(
+        zip(
+            NUCLEUS_COLUMNS,
+            (round(nucleus, 1), round(cytoplasm, 1), round(nucleus / cytoplasm, 3) if cytoplasm > 0 else None),
+            strict=True,
+        )
+    )
+
+
+__all__ = ["NUCLEUS_COLUMNS", "SHAPE_COLUMNS", "can_measure", "cell_shape", "nucleus_of", "nucleus_row"]

@@ -320,8 +320,9 @@ class SmearResult:
 
         attributes = list(dict.fromkeys(name for cell in self.cells for name in cell.attributes))
         shapes = can_measure() and any(cell.mask is not None for cell in self.cells)
-        rows = [cell_row(self, cell, attributes, shapes) for cell in self.cells]
-        return pandas.DataFrame(rows, columns=cell_columns(attributes, shapes))
+        nuclei = any(cell.nucleus is not None for cell in self.cells)
+        rows = [cell_row(self, cell, attributes, shapes, nuclei) for cell in self.cells]
+        return pandas.DataFrame(rows, columns=cell_columns(attributes, shapes, nuclei))
 
     def overlay(self, image: Image.Image) -> Image.Image:
         """The image with boxes, classes, scores and mask drawn on it, and a legend with the counts beside it.

@@ -334,7 +334,7 @@ class SmearDataset(Dataset):
         return boxes
 
     def _mask(self, row: Row, width: int, height: int, kept: tuple[int, int]) -> torch.Tensor:
-        mask = read_mask(row["mask"])
+        mask = read_mask(row["mask"], row.get("mask_levels"))
         if mask.shape != kept:
             if not same_shape(mask.shape[::-1], (width, height)):
                 raise DatasetError(

@@ -24,7 +24,7 @@ class MeasuredMasks(Measured):
             threshold=self.model.config.trained.segmentation_threshold,
         )
         for index, mask in zip(batch["row_indices"], masks):
-            true = torch.from_numpy(read_mask(rows[index]["mask"]))
+            true = torch.from_numpy(read_mask(rows[index]["mask"], rows[index].get("mask_levels")))
             if true.shape != mask.shape:
                 # Very large images are reduced on opening; the mask follows.
                 true = torch.nn.functional.interpolate(true[None, None].float(), size=mask.shape)[0, 0]

@@ -19,6 +19,7 @@ from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.adapters import attach_adapter
 from unihema.training.data.cell_crops import MOST_CROPS, MOST_MEASURED, crops_of_boxes, with_exact_classes
 from unihema.training.data.class_tree import as_known, known_parents, row_names, single_cell_tree, unify_names
+from unihema.training.data.layouts.masks import rows_of_levels
 from unihema.training.data.readers import load_folder
 from unihema.training.data.rows import (
     BadRows,
@@ -88,8 +89,8 @@ def load_rows(
         most_crops (`int`, *optional*): See `crops_of_boxes`.
 
     Raises:
-        DatasetError: No folder, a folder without the split, none that has any of the tasks, or a data set in `boxes_as_crops` or
-            `exact_classes` that is not among them.
+        DatasetError: No folder, a folder without the split, none that has any of the tasks, or a data set in `boxes_as_crops`,
+            `exact_classes` or `mask_levels` that is not among them.
     """
     if not config.folders:
         raise DatasetError("No data folder given.")
@@ -97,9 +98,10 @@ def load_rows(
     several = len(config.folders) > 1
     names = {real_path(Path(folder)).name: folder for folder in config.folders}
     cut = list(names) if config.boxes_as_crops is True else list(config.boxes_as_crops or ())
-    if unknown := [name for name in (*cut, *config.exact_classes) if name not in names]:
+    if unknown := [name for name in (*cut, *config.exact_classes, *config.mask_levels) if name not in names]:
         raise DatasetError(
-            f"data.boxes_as_crops or data.exact_classes: no data folder is called {unknown[0]!r}; there are {', '.join(names)}."
+            f"data.boxes_as_crops, data.exact_classes or data.mask_levels: no data folder is called {unknown[0]!r}; there are "
+            f"{', '.join(names)}."
         )
     parts: dict[str, list[Sequence[Row]]] = {}
     for folder in config.folders:
@@ -113,6 +115,8 @@ def load_rows(
             on_invalid=config.on_invalid,
         )
         name = real_path(Path(folder)).name
+        if levels := config.mask_levels.get(name):
+            found["segmentation"] = rows_of_levels(found.get("segmentation", []), levels)
         if exact := config.exact_classes.get(name):
             found["detection"] = with_exact_classes(found.get("detection", []), exact)
         if name in cut and (crops := crops_of_boxes(found.get("detection", []), most_crops)):
@@ -276,6 +280,8 @@ def build(config: RunConfig, rows: dict[str, list[Row]]) -> tuple[UniHemaForMult
             red_cell_diameter(rows.get("detection", ()), edge) or model.config.trained.red_cell_diameter
         )
         model.config.trained.cell_masks |= have_cell_masks(rows.get("detection", ()))
+        learned = [*(model.config.trained.mask_prompts or ()), *_mask_prompts(rows)]
+        model.config.trained.mask_prompts = list(dict.fromkeys(learned)) or None
         if config.model.grow_classes:
             grow(model, processor, rows, config.data.single_cell_parents)
         if config.data.label_parents is not None or model.config.label_parents is None:
@@ -314,6 +320,12 @@ def _warn_of_unknown_attributes(source: str, known: Mapping[str, Any], rows: Map
         )
 
 
+def _mask_prompts(rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """What the masks show, each once, in the order of the data."""
+    prompts = [row["prompt"] for row in witnesses(rows.get("segmentation", ())) if row.get("prompt")]
+    return list(dict.fromkeys(prompts))
+
+
 def _label_parents(config: DataConfig, names: list[str]) -> dict[str, str]:
     """The hierarchy of the model's detection classes, as asked for or as known.
 
@@ -347,9 +359,9 @@ def _new_config(config: RunConfig, rows: dict[str, list[Row]], processor: UniHem
         edge = processor.image_processor.task_sizes["detection"].get("longest_edge")
         trained["red_cell_diameter"] = red_cell_diameter(rows["detection"], edge)
         trained["cell_masks"] = have_cell_masks(rows["detection"])
-    prompts = [row["prompt"] for row in witnesses(rows.get("segmentation", ())) if row.get("prompt")]
-    if prompts:
+    if prompts := _mask_prompts(rows):
         processor.default_prompts["segmentation"] = trained["segmentation_label"] = prompts[0]
+        trained["mask_prompts"] = prompts
     fields["default_prompt_ids"] = processor.default_prompt_ids()
     if config.model.backbone_weights == "efficientnet-lite0":
         fields |= {"backbone_config": LITE0_BACKBONE, "freeze_backbone_norm": True}

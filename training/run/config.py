@@ -63,6 +63,9 @@ class DataConfig:
         text_only (`bool`): Language tasks without their images: the model reads and writes text alone.
         image_sizes (`dict[str, dict[str, int]]`): Task -> `shortest_edge` and/or `longest_edge` in pixels.
         segmentation_prompt (`str`): What the masks show.
+        mask_levels (`dict[str, dict[str, list[int]]]`): Data set (the name of its folder) whose masks show several things by
+            their levels -> what is shown, the prompt -> the levels that show it. With `{"white blood cell": [1, 2], "nucleus":
+            [2]}` each image is asked for both.
         rename (`dict[str, str]`): New names of detection classes and single-cell labels.
         hold_out (`dict[str, list[str]]`): `patient`, `slide`, `source_image` or `origin` -> those whose images take no part,
             neither in training nor in validation.
@@ -111,6 +114,7 @@ class DataConfig:
     text_only: bool = False
     image_sizes: dict[str, dict[str, int]] = field(default_factory=dict)
     segmentation_prompt: str = "white blood cell"
+    mask_levels: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     rename: dict[str, str] = field(default_factory=dict)
     hold_out: dict[str, list[str]] = field(default_factory=dict)
     canonical_names: bool = True

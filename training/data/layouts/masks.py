@@ -1,6 +1,7 @@
 """Masks: pairs of images and masks by name, and what the pixels of a mask mean."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,22 +91,39 @@ def _key(path: Path, root: Path) -> tuple[str, str]:
     return "/".join(folders), _MASK_SUFFIX.sub("", path.stem)
 
 
-def read_mask(source: Any) -> np.ndarray:
+def rows_of_levels(rows: Sequence[Row], levels: Mapping[str, Sequence[int]]) -> list[Row]:
+    """Segmentation rows of masks whose levels show several things: one for each of them.
+
+    Args:
+        rows (`Sequence[Row]`): Of one data set.
+        levels (`Mapping[str, Sequence[int]]`): What is shown, the prompt -> the levels that show it.
+
+    Raises:
+        DatasetError: The data set has no masks, or the rows are of shards.
+    """
+    if not len(rows) or not isinstance(rows, list):
+        raise DatasetError("data.mask_levels: the data set has no masks in files; name the folder that has them.")
+    return [row | {"prompt": prompt, "mask_levels": list(shown)} for row in rows for prompt, shown in levels.items()]
+
+
+def read_mask(source: Any, levels: Sequence[int] | None = None) -> np.ndarray:
     """A mask as uint8 `[H, W]`, 1 where there is a cell.
 
     Args:
         source (path, `PIL.Image.Image` or `np.ndarray`): Upright by its EXIF turn. What is not black is cell, by any colour; of a
             palette its colours count, of a picture that is black throughout its opacity. Where edges are soft, or JPEG has
             blurred them, cell is what is nearer to the brightest level than to black.
+        levels (`Sequence[int]`, *optional*): The levels that count as cell, instead of all but black.
 
     Raises:
-        DatasetError: Not readable, not of one picture, or a JPEG too dark to tell cell from noise.
+        DatasetError: Not readable, not of one picture, a JPEG too dark to tell cell from noise, or a JPEG of which levels are
+            asked for.
     """
     if hasattr(source, "opened"):
         # A file inside a shard.
         source = source.opened()
     if isinstance(source, np.ndarray):
-        values, lossy = source, False
+        values, lossy, name = source, False, "mask"
     else:
         name = getattr(source, "filename", "mask") if isinstance(source, Image.Image) else source
         try:
@@ -125,6 +143,10 @@ def read_mask(source: Any) -> np.ndarray:
         values = values[..., : 3 if values.shape[-1] >= 3 else 1].max(axis=-1)
     if values.ndim != 2 or not values.size:
         raise DatasetError(f"{source if isinstance(source, str) else 'mask'}: shape {values.shape} is not [H, W].")
+    if levels is not None:
+        if lossy:
+            raise DatasetError(f"{name}: a JPEG keeps no levels. Export the mask as PNG.")
+        return np.isin(values, list(levels)).astype(np.uint8)
     limit = int(values.max()) / 2 if lossy or has_soft_edges(values) else 0
     return (values > limit).astype(np.uint8)
 
