@@ -428,6 +428,7 @@ find("wide").addEventListener("click", () => {
   find("wide").setAttribute("aria-pressed", String(wide));
   showCell(gallery.currentCell);
 });
+find("ask-no").addEventListener("click", () => find("ask-dialog").close("no"));
 find("confirm").addEventListener("click", confirmCells);
 find("delete").addEventListener("click", deleteCells);
 find("draw").addEventListener("click", toggleDrawing);
