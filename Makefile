@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find api modeling_unihema processing_unihema training hub_cards \( -name '*.py' -o -name '*.json' -o -name '*.jinja' -o -path '*/shipped_files/*' \) -not -path '*/__pycache__/*')
+SOURCES := $(shell find api modeling_unihema processing_unihema training hub_cards \( -name '*.py' -o -name '*.json' -o -name '*.jinja' -o -path '*/static/*' -o -path '*/shipped_files/*' \) -not -path '*/__pycache__/*')
 
 # Where bytecode is not kept, every command that a test starts compiles PyTorch and Transformers anew: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE

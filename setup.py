@@ -45,6 +45,7 @@ SLIDES = [
 ]
 IMAGEJ = ["roifile>=2026.2.10,<2027"]
 SHAPES = ["scikit-image>=0.25,<1"]
+REVIEW = ["fastapi>=0.115,<1", "uvicorn>=0.30,<1"]
 SUPERVISION = ["supervision>=0.25,<1"]
 ONNX = ["onnx>=1.19,<2", "onnxscript>=0.6.2,<1", "onnxruntime>=1.22,<2"]
 
@@ -61,6 +62,7 @@ setup(
     package_dir=PACKAGE_DIR,
     package_data={
         "unihema": ["py.typed", "shipped_files/*/*"],
+        "unihema.review": ["static/*"],
         "unihema.results": ["monolayer_bands.json"],
         "unihema.processing_unihema": ["tokenizer/*.json"],
         "unihema.training.data.curation": ["catalog.json"],
@@ -97,11 +99,14 @@ setup(
     extras_require={
         "dev": [
             "build>=1.6,<2",
+            # What the test client of FastAPI asks with.
+            "httpx>=0.27,<1",
             "hypothesis>=6.140,<7",
             "import-linter>=2.17,<3",
             "markdown-it-py>=4,<5",
             "mypy>=2.4,<3",
             "pandas>=2.2.3,<4",
+            "playwright>=1.49,<2",
             "pytest>=9,<10",
             "pytest-socket>=0.8,<1",
             "pytest-xdist>=3.8,<4",
@@ -114,6 +119,7 @@ setup(
             *ONNX,
             *PLOTS,
             *PEERS,
+            *REVIEW,
             *SHAPES,
             *SUPERVISION,
             *IMAGENET,
@@ -127,6 +133,7 @@ setup(
         "slides": SLIDES,
         "peers": [*PEERS, *IMAGENET],
         "imagenet": IMAGENET,
+        "review": REVIEW,
         "shapes": SHAPES,
         "supervision": SUPERVISION,
         "tokenizer-training": ["sentencepiece>=0.2.3,<1"],

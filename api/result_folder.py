@@ -19,14 +19,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from unihema.errors import OutputError, RequestError, UniHemaError
+from unihema.errors import InputError, OutputError, RequestError, UniHemaError
 from unihema.files import (
+    SETTINGS_FILE,
     append_line,
     claim_folder,
     exclusive,
     find_images,
+    is_results_folder,
     json_sha256,
     read_json_object,
     read_lines,
@@ -83,6 +85,42 @@ class BatchReport:
     totals: dict[str, int] = field(default_factory=dict)
     images: int = 0
     other_settings: int = 0
+
+
+class StoredResult(NamedTuple):
+    """An image of a results folder.
+
+    Args:
+        name (`str`): Of its files in the folder.
+        source (`Path`): Where the image was when it was analysed.
+        image_sha256 (`str`): Of the image, see [`image_sha256`].
+        record_sha256 (`str`): Of all that was stored.
+        result ([`SmearResult`]): What was found.
+    """
+
+    name: str
+    source: Path
+    image_sha256: str
+    record_sha256: str
+    result: SmearResult
+
+
+def read_results(folder: str | Path) -> Iterator[StoredResult]:
+    """The results of a folder that `analyze_into` wrote, one after another: those of its settings, as in its tables.
+
+    Args:
+        folder (`str` or `Path`): The results folder.
+
+    Raises:
+        InputError: It is none, or a result in it was changed to what is never written.
+    """
+    folder = Path(folder)
+    if not is_results_folder(folder):
+        raise InputError(
+            f"{folder}: no results folder. `unihema predict` writes one, with results.json and records in it."
+        )
+    settings = read_json_object(folder / SETTINGS_FILE, InputError, "Analyse the images again.")
+    return ResultFolder(folder, settings).results()
 
 
 def analyze_into(
@@ -433,6 +471,17 @@ class ResultFolder:
         )
         write_text(self.folder / "results.json", self._json(current, report))
 
+    def results(self) -> Iterator[StoredResult]:
+        """The results that are current, in the order of their names."""
+        for path, record in self._read_all():
+            if record["settings_sha256"] == self.settings_sha256:
+                try:
+                    result = SmearResult.from_dict(record["result"])
+                except InputError as error:
+                    raise InputError(f"{path}: {error}") from error
+                digest = _record_sha256(record, record["result"]["cells"])
+                yield StoredResult(path.stem, Path(record["source"]), record["image_sha256"], digest, result)
+
     def _results(self, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
         for path in paths:
             yield self._read(path)["result"]
@@ -546,4 +595,4 @@ def _csv(columns: Sequence[str], rows: Iterator[list[Any]]) -> Iterator[str]:
         buffer.truncate()
 
 
-__all__ = ["BatchReport", "ResultFolder", "analyze_into"]
+__all__ = ["BatchReport", "ResultFolder", "StoredResult", "analyze_into", "read_results"]

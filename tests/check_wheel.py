@@ -16,7 +16,7 @@ PLACES = {
     "training": "unihema/training",
     "hub_cards": "unihema/hub_cards",
 }
-SUFFIXES = {".py", ".json", ".jinja", ".typed", ".safetensors", ".md", ".jpg"}
+SUFFIXES = {".py", ".json", ".jinja", ".typed", ".safetensors", ".md", ".jpg", ".html", ".css", ".js"}
 
 
 def expected() -> set[str]:

@@ -10,12 +10,14 @@ import click
 from .analyse import ask, demo, info, predict
 from .data import data
 from .measure import evaluate, reference
+from .review import review
 from .share import card, convert, export, push
 from .teach import adapt, train
 
 
 SECTIONS = {
     "Analyse": (predict, ask, info, demo),
+    "Review": (review,),
     "Teach": (train, adapt),
     "Measure": (evaluate, reference),
     "Share": (export, convert, card, push),

@@ -1,0 +1,1 @@
+"""Correcting results by hand: the log of what a person changed, the page that shows them, and data to learn from."""

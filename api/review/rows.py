@@ -1,0 +1,82 @@
+"""Classes and differential of a sample, as the page shows them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from scipy.stats import binomtest
+
+from unihema.results.smear_result import differential
+
+from ..processing_unihema.class_names import (
+    MEGAKARYOCYTE,
+    NUCLEATED_RED_CELL,
+    PLATELET,
+    RED_CELL,
+    SMUDGE_CELL,
+    UNIDENTIFIED,
+    WHITE_CELL,
+    cell_kind,
+    is_beside_differential,
+    is_untyped_white_cell,
+    is_white_cell,
+)
+from .state import ReviewedSample
+
+
+# In this order the page shows kinds of cells, those that a person looks at first before the others.
+_KINDS = (WHITE_CELL, NUCLEATED_RED_CELL, SMUDGE_CELL, MEGAKARYOCYTE, None, PLATELET, RED_CELL)
+
+
+def class_rows(sample: ReviewedSample, counts: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The classes of a sample, white cells first: `name`, `count`, `kind` and `key`, the key that moves a cell to it.
+
+    Args:
+        sample ([`ReviewedSample`]): The sample.
+        counts (`Mapping[str, int]`): Its cells of each class.
+    """
+    parents = sample.class_parents
+    kinds = {name: cell_kind(name, parents) for name in counts}
+    keys = class_keys(list(counts))
+    # The sort is stable: within a kind classes keep the order of the checkpoint.
+    names = sorted(counts, key=lambda name: _KINDS.index(kinds[name]))
+    return [{"name": name, "count": counts[name], "kind": kinds[name], "key": keys.get(name)} for name in names]
+
+
+def class_keys(names: list[str]) -> dict[str, str]:
+    """A key for each class: the first letter of its name that is free, else a free digit or letter; none for the 37th class."""
+    keys: dict[str, str] = {}
+    free = [*"abcdefghijklmnopqrstuvwxyz", *"1234567890"]
+    for name in names:
+        own = [letter for letter in name.lower() if letter in free]
+        key = next(iter(own or free[::-1]), None)
+        if key is not None:
+            keys[name] = key
+            free.remove(key)
+    return keys
+
+
+def differential_rows(counts: Mapping[str, int], parents: Mapping[str, str]) -> dict[str, Any]:
+    """The differential of a sample: `total` white cells, `rows` of `name`, `count`, `percent` and its exact 95 % limits `low` and
+    `high`, and `beside`, counts of what is reported beside the white cells.
+
+    Args:
+        counts (`Mapping[str, int]`): Cells of each class.
+        parents (`Mapping[str, str]`): Class -> coarser class.
+    """
+    white: dict[str, int] = {}
+    for name, count in counts.items():
+        if is_white_cell(name, parents):
+            of = UNIDENTIFIED if is_untyped_white_cell(name) else name
+            white[of] = white.get(of, 0) + count
+    total = sum(white.values())
+    rows = []
+    for name, percent in differential(counts, parents).items():
+        limits = binomtest(white[name], total).proportion_ci(method="exact")
+        rows.append(
+            {"name": name, "count": white[name], "percent": percent, "low": 100 * limits.low, "high": 100 * limits.high}
+        )
+    beside = {name: count for name, count in counts.items() if count and is_beside_differential(name, parents)}
+    return {"total": total, "rows": rows, "beside": beside}
+
+
+__all__ = ["class_keys", "class_rows", "differential_rows"]
