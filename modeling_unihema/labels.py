@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torchvision.ops import box_convert
 
 from unihema.errors import InputError, InputTypeError
 
@@ -16,6 +17,8 @@ MISSING = -100
 BOX_TOLERANCE = 1e-4
 # False where the cell lies somewhere in its box, and its edges are not known.
 BOXES_KNOWN = "boxes_known"
+# Boxes of cells that nobody could tell apart or name, and the class of each: what is found there is neither right nor wrong.
+IGNORED_BOXES, IGNORED_CLASSES = "ignored_boxes", "ignored_classes"
 CLASS_MASKS = ("annotated_classes", "taught_classes", "exact_classes")
 
 
@@ -34,7 +37,8 @@ def check_detection_labels(
             missing), `annotated_classes`, `taught_classes` and `exact_classes` bool `[num_labels]`, `boxes_known` bool `[n]`,
             `masks` uint8 `[n, 32, 32]`: samples of each cell's mask over its box and an eighth of its sides around it
             (`mask_points`), 1 inside, 0 outside, 255 not known. Cells and images without masks are no background:
-            they cost nothing.
+            they cost nothing. Optionally `ignored_boxes` cxcywh `[m, 4]` and `ignored_classes` int64 `[m]`: regions where a
+            class, its coarser and its finer ones are neither target nor background.
         batch_size (`int`, *optional*): Number of images; not checked when `None`.
         num_labels (`int`): Detection classes of the model.
         num_attributes (`int`): Morphology attributes of the model.
@@ -61,7 +65,16 @@ def _check_image(image: dict[str, torch.Tensor], index: int, num_labels: int, nu
     missing = [key for key in ("class_labels", "boxes") if key not in image]
     if missing:
         raise InputError(f"Labels of image {index} lack {' and '.join(missing)}; got {sorted(image.keys())}.")
-    for key in ("class_labels", "boxes", "morphology", BOXES_KNOWN, MASKS, *CLASS_MASKS):
+    for key in (
+        "class_labels",
+        "boxes",
+        "morphology",
+        BOXES_KNOWN,
+        MASKS,
+        IGNORED_BOXES,
+        IGNORED_CLASSES,
+        *CLASS_MASKS,
+    ):
         value = image.get(key)
         if value is not None and not isinstance(value, torch.Tensor):
             raise InputTypeError(f"{key} of image {index} must be a tensor, got {type(value).__name__}.")
@@ -91,6 +104,15 @@ def _check_image(image: dict[str, torch.Tensor], index: int, num_labels: int, nu
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (length,)):
             raise InputError(f"{key} of image {index} must be bool [{length}], got {mask.dtype} {list(mask.shape)}.")
 
+    ignored = [image.get(key) for key in (IGNORED_BOXES, IGNORED_CLASSES)]
+    if any(part is not None for part in ignored):
+        boxes, classes = ignored
+        fits = boxes is not None and classes is not None and boxes.shape == (len(classes), 4) and classes.ndim == 1
+        if not fits or not boxes.is_floating_point() or not ((classes >= 0) & (classes < num_labels)).all():
+            raise InputError(
+                f"{IGNORED_BOXES} and {IGNORED_CLASSES} of image {index} must be cxcywh [m, 4] and class ids [m] from 0 to "
+                f"{num_labels - 1}."
+            )
     masks = image.get(MASKS)
     if masks is not None and (masks.dtype != torch.uint8 or masks.shape != (len(classes), GRID, GRID)):
         raise InputError(
@@ -238,6 +260,8 @@ class CellTargets:
         annotated (`torch.Tensor`): float32 `[B, 1, C]`, 1 where a class is annotated in an image.
         masks (`torch.Tensor`, *optional*): uint8 `[B, N, GRID, GRID]`, see `check_detection_labels`; `None` without any.
         num_masks (`int`): Targets that have a mask.
+        ignored_boxes (`torch.Tensor`, *optional*): xyxy float32 `[B, M, 4]`, see `check_detection_labels`; `None` without any.
+        ignored_classes (`torch.Tensor`, *optional*): float32 `[B, M, C]`, 1 for the classes that are ignored there.
     """
 
     targets: list[torch.Tensor]
@@ -252,6 +276,8 @@ class CellTargets:
     annotated: torch.Tensor
     masks: torch.Tensor | None = None
     num_masks: int = 0
+    ignored_boxes: torch.Tensor | None = None
+    ignored_classes: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -306,7 +332,25 @@ class CellTargets:
                     masks[row, : len(image["class_labels"])] = image[MASKS]
             num_masks = int(((masks != UNKNOWN).flatten(2).any(-1) & targeted).sum())
             masks = masks.to(device, non_blocking=True)
-        return cls(targets, *(part.to(device, non_blocking=True) for part in parts), masks, num_masks)
+        found = cls(targets, *(part.to(device, non_blocking=True) for part in parts), masks, num_masks)
+        if any(len(image.get(IGNORED_CLASSES, ())) for image in labels):
+            ignored = _ignored(labels, num_labels, ancestors)
+            found.ignored_boxes, found.ignored_classes = (part.to(device, non_blocking=True) for part in ignored)
+        return found
+
+
+def _ignored(
+    labels: Sequence[dict[str, torch.Tensor]], num_labels: int, ancestors: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    most = max(len(image.get(IGNORED_CLASSES, ())) for image in labels)
+    boxes, classes = torch.zeros(len(labels), most, 4), torch.zeros(len(labels), most, num_labels)
+    related = torch.eye(num_labels, dtype=torch.bool) | ancestors | ancestors.T
+    for row, image in enumerate(labels):
+        if IGNORED_CLASSES in image:
+            number = len(image[IGNORED_CLASSES])
+            boxes[row, :number] = box_convert(image[IGNORED_BOXES].float(), "cxcywh", "xyxy")
+            classes[row, :number] = related[image[IGNORED_CLASSES]].float()
+    return boxes, classes
 
 
 def on_host(labels: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:

@@ -354,18 +354,29 @@ def _matched_losses(
     alpha: float,
 ) -> dict[str, torch.Tensor]:
     """Losses `[K]` of K sets of predictions, logits `[K, B, Q, C]` and boxes `[K, B, Q, 4]`, whose queries for the cells are
-    `query` `[K, B, N]`, Q for none. A query without a cell is background."""
+    `query` `[K, B, N]`, Q for none. A query without a cell is background, unless most of its box is where a class is ignored."""
     sets, images, queries, classes = logits.shape
     # One row more takes what belongs to no query.
     place = query[..., None].expand(-1, -1, -1, classes)
     wanted = logits.new_zeros(sets, images, queries + 1, classes)
     wanted = wanted.scatter(2, place, cells.positive.expand(sets, -1, -1, -1))[:, :, :queries]
     weight = cells.annotated.expand(sets, -1, queries + 1, -1)
+    if cells.ignored_boxes is not None:
+        weight = weight * (1 - functional.pad(_ignored(boxes.detach(), cells), (0, 0, 0, 1)))
     weight = weight.scatter(2, place, cells.counted.expand(sets, -1, -1, -1))[:, :, :queries]
     focal = sigmoid_focal_loss(logits, wanted, alpha) * weight
     predicted = boxes.gather(2, query.clamp(max=queries - 1)[..., None].expand(-1, -1, -1, 4))
     known = (query < queries) * cells.boxes_known
     return {"loss_ce": focal.sum((1, 2, 3)) / normaliser, **_box_losses(predicted, cells.boxes, known, normaliser)}
+
+
+def _ignored(boxes: torch.Tensor, cells: CellTargets) -> torch.Tensor:
+    """1 for the classes that are ignored where most of a predicted box `[K, B, Q, 4]` is, `[K, B, Q, C]`."""
+    found, ignored = box_convert(boxes, "cxcywh", "xyxy")[:, :, :, None], cells.ignored_boxes[None, :, None]
+    low, high = torch.maximum(found[..., :2], ignored[..., :2]), torch.minimum(found[..., 2:], ignored[..., 2:])
+    area = boxes[..., 2:].prod(-1)[..., None].clamp(min=1e-9)
+    inside = (high - low).clamp(min=0).prod(-1) > 0.5 * area
+    return (inside.to(boxes.dtype) @ cells.ignored_classes).clamp(max=1)
 
 
 def _box_losses(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from unihema.modeling_unihema.denoising import ContrastiveDenoising
+from unihema.modeling_unihema.labels import class_targets
 from unihema.modeling_unihema.losses import (
     asymmetric_morphology_loss,
     detection_loss,
@@ -358,3 +359,36 @@ def test_malformed_detection_labels_are_refused():
         detection_loss(**predictions(1), labels=labels, config=make_config())
     with pytest.raises(ValueError, match="1 label dicts for 2 images"):
         detection_loss(**predictions(2), labels=[random_labels(2)], config=make_config())
+
+
+def test_what_is_found_where_its_class_is_ignored_costs_nothing():
+    config = make_config(num_labels=2, auxiliary_loss=False, ancestor_matrix=[[False, False], [True, False]])
+    image = {
+        "class_labels": torch.tensor([0]),
+        "boxes": torch.tensor([[0.2, 0.2, 0.2, 0.2]]),
+        "ignored_boxes": torch.tensor([[0.7, 0.7, 0.4, 0.4]]),
+        "ignored_classes": torch.tensor([1]),
+    }
+    boxes = torch.tensor([[[[0.2, 0.2, 0.2, 0.2], [0.7, 0.7, 0.1, 0.1], [0.7, 0.3, 0.1, 0.1]]]])
+    logits = torch.zeros(1, 1, 3, 2, requires_grad=True)
+    loss, _ = detection_loss(logits, boxes, None, logits[0], boxes[0], [image], config)
+    loss.backward()
+    gradient = logits.grad[0, 0]
+    # The second query lies there: its class and the coarser one cost nothing; the third lies elsewhere.
+    assert (gradient[1] == 0).all() and (gradient[2] > 0).all() and gradient[0, 0] < 0
+    image["ignored_classes"] = torch.tensor([3])
+    with pytest.raises(ValueError, match="ignored_boxes and ignored_classes of image 0"):
+        detection_loss(logits, boxes, None, logits[0], boxes[0], [image], config)
+
+
+def test_a_coarse_cell_of_a_set_with_the_finest_names_is_none_of_the_finer():
+    ancestors = torch.tensor([[False, False, False], [True, False, False], [True, False, False]])
+    image = {"class_labels": torch.tensor([0, 1]), "annotated_classes": torch.tensor([True, True, False])}
+    positive, counted = class_targets(image, 3, ancestors)
+    assert positive.tolist() == [[True, False, False], [True, True, False]]
+    assert counted.tolist() == [[True, False, False], [True, True, False]]
+    exact = image | {"exact_classes": torch.tensor([True, False, False])}
+    positive, counted = class_targets(exact, 3, ancestors)
+    assert positive.tolist() == [[True, False, False], [True, True, False]]
+    # Of the third class its data set says nothing.
+    assert counted.tolist() == [[True, True, False], [True, True, False]]

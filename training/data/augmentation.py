@@ -34,6 +34,8 @@ class AugmentationConfig:
         min_visible (`float`): A cell stays a target if at least this part of its box is inside the window.
         scale (`float`): Largest relative change of the size at which the images of a batch are seen, for microscopes of other
             magnifications: 0.5 draws a size between 1 / 1.5 and 1.5 times the task's. Larger sizes take longer.
+        mosaic (`float`): Probability that a field of detection becomes part of a mosaic of 1 x 2 to 3 x 3 windows of fields of
+            its data set, in which cells are as large as in a field seen whole, down to a third. Fields in shards stand alone.
         colour (`float`): Strength of the stain and light of another microscope, 0 to 2, instead of `brightness`, `contrast`,
             `saturation`, `hue` and `stain`. At 1 the optical density has an overall factor of exp(0.35 n), one of exp(0.2 n) for
             each channel, mixing of 0.12 n between channels and a background of 0.06 |n|; gamma is exp(0.25 n), the gain of each
@@ -63,6 +65,7 @@ class AugmentationConfig:
     zoom_min: float = 0.6
     min_visible: float = 0.5
     scale: float = 0.0
+    mosaic: float = 0.0
     colour: float = 0.0
     optics: float = 0.0
     framing: float = 0.0

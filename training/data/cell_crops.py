@@ -55,28 +55,40 @@ def crops_of_boxes(rows: Sequence[Row], most: int | None = MOST_CROPS) -> list[R
     return crops
 
 
-def with_exact_classes(rows: Sequence[Row], exact: Sequence[str]) -> list[Row]:
-    """Detection rows whose data set gives each cell its finest name: one of these coarser classes is of none of its kinds.
+def with_declared_classes(rows: Sequence[Row], exact: Sequence[str] = (), absent: Sequence[str] = ()) -> list[Row]:
+    """Detection rows with what is known about their data set, and no file of it says.
 
     Args:
         rows (`Sequence[Row]`): Of detection and of one data set, in memory.
-        exact (`Sequence[str]`): The classes, in any spelling.
+        exact (`Sequence[str]`): Coarser classes, in any spelling, whose cells are of none of the finer classes that it boxes.
+        absent (`Sequence[str]`): Classes of which it has no cell, so that all of it is their background.
 
     Raises:
-        DatasetError: The data set has no such class, or the rows are of shards.
+        DatasetError: The data set does not annotate an exact class, has cells of an absent one, or the rows are of shards.
     """
     if isinstance(rows, LazyRows):
-        raise DatasetError("data.exact_classes: of shards that cannot be said; name the folder that they were made of.")
-    wanted = {usual_name(name): name for name in exact}
-    known = {usual_name(name): name for row in rows for name in row.get("annotated_classes") or ()}
-    missing = [name for key, name in wanted.items() if key not in known]
-    if missing:
-        where = rows[0]["dataset"] if rows else "the data set"
         raise DatasetError(
-            f"data.exact_classes: {where} has no class {missing[0]!r}; it has {', '.join(known.values())}."
+            "data.exact_classes and data.absent_classes: of shards that cannot be said; name the folder that they were made of."
         )
-    names = [known[key] for key in wanted]
-    return [row | {"exact_classes": [name for name in names if name in row["annotated_classes"]]} for row in rows]
+    where = f"data.exact_classes: {rows[0]['dataset'] if rows else 'the data set'}"
+    known = {usual_name(name): name for row in rows for name in row.get("annotated_classes") or ()}
+    if missing := [name for name in exact if usual_name(name) not in known]:
+        raise DatasetError(f"{where} has no class {missing[0]!r}; it has {', '.join(known.values())}.")
+    there = {usual_name(name) for row in rows for name in row["objects"]["category"]}
+    if found := [name for name in absent if usual_name(name) in there]:
+        raise DatasetError(f"data.absent_classes: {rows[0]['dataset']} has boxes of {found[0]}.")
+    names, more = (
+        [known[usual_name(name)] for name in exact],
+        [name for name in absent if usual_name(name) not in known],
+    )
+    declared = []
+    for row in rows:
+        row = dict(row)
+        if row.get("annotated_classes") is not None:
+            row["exact_classes"] = [name for name in names if name in row["annotated_classes"]]
+            row["annotated_classes"] = [*row["annotated_classes"], *more]
+        declared.append(row)
+    return declared
 
 
 def _crop(row: Row, name: str, cell: int) -> Row:
@@ -97,4 +109,4 @@ def _label(name: str, row: Row) -> str:
     return UNINFECTED if any("infected red cell" in line for line in finer) else name
 
 
-__all__ = ["MOST_CROPS", "MOST_MEASURED", "crops_of_boxes", "with_exact_classes"]
+__all__ = ["MOST_CROPS", "MOST_MEASURED", "crops_of_boxes", "with_declared_classes"]

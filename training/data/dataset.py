@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 
 from unihema.errors import DatasetError, InputError
 from unihema.modeling_unihema.cell_masks import MASKS, sampled_masks
+from unihema.modeling_unihema.labels import IGNORED_BOXES, IGNORED_CLASSES
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 from unihema.processing_unihema.image_io import MAX_PIXELS, image_size, load_image
 from unihema.processing_unihema.masks import outline_mask
@@ -20,6 +22,7 @@ from unihema.training.data.augmentation import AugmentationConfig, augment, augm
 from unihema.training.data.class_tree import as_known, with_covered_parents
 from unihema.training.data.image_cache import ImageCache
 from unihema.training.data.layouts.masks import read_mask
+from unihema.training.data.mosaic import GRIDS, Field, mosaic_of, share_seen
 from unihema.training.data.rows import Row, check_rows, same_shape, witnesses
 from unihema.training.data.shards import LazyRows, StoredFile, largest_group, one_cell_samples, rows_by_sample
 
@@ -218,23 +221,29 @@ class SmearDataset(Dataset):
             mask = self._mask(row, width, height, kept_size)
         elif boxes is not None and self.cell_masks and any(row["objects"].get("segmentation") or ()):
             mask = self._instances(row, kept_size)
-        kept = range(len(boxes)) if boxes is not None else ()
+        kept, seams = range(len(boxes)) if boxes is not None else (), None
+        if boxes is not None and (grid := self._grid(row, rng)) is not None:
+            field, seams = self._mosaic(Field(row, image, boxes, mask), grid, rng)
+            row, image, boxes, mask = field.row, field.image, field.boxes, field.instances
         cell, edge = self._cell(row, width, height), None
         if cell is not None and self.augmentation is None:
             image = framed(image, None, cell=cell)
             sample["original_size"] = tuple(image.shape[-2:])
         if self.augmentation is not None:
             task, views = self._seen_as(row)
+            if seams is not None:
+                # Its windows were chosen already.
+                views = replace(views, zoom=0)
             # Where the batch is to have a scale of its own, its size is not known here.
             reduce = partial(self.processor.image_processor.reduced, task=task) if not views.scale else None
             if self.task == "single_cell" and not views.scale:
                 edge = self.processor.image_processor.task_sizes[task].get("longest_edge")
             image, boxes, kept, mask = augment(image, views, rng, boxes, mask, reduce, cell, edge)
-            kept = kept.tolist()
+            kept = kept.tolist() if seams is None else [seams[number] for number in kept.tolist()]
             sample["scale"] = drawn_scale(self.augmentation, rng)
         sample["image"] = image
         if self.task == "detection":
-            sample["annotations"], numbers = self._annotations(row, boxes, kept, index)
+            sample["annotations"], numbers, sample["ignored"] = self._annotations(row, boxes, kept, index)
             if mask is not None:
                 sample["masks"] = self._cell_masks(row, mask, sample["annotations"]["annotations"], numbers)
             sample["annotated_classes"] = row.get("annotated_classes")
@@ -257,6 +266,43 @@ class SmearDataset(Dataset):
         if not row.get("from_attributes"):
             return self.augmentation
         return replace(self.augmentation, zoom_min=max(self.augmentation.zoom_min, CLOSEST_CROP), colour=0, optics=0)
+
+    def _grid(self, row: Row, rng: np.random.Generator) -> tuple[int, int] | None:
+        """Rows and columns of the mosaic that a field becomes a part of; `None` where it stands alone."""
+        if self.augmentation is None or row.get("from_attributes") or isinstance(self.rows, LazyRows):
+            return None
+        draws = rng.spawn(1)[0].random(2)
+        return GRIDS[int(draws[1] * len(GRIDS))] if draws[0] < self.augmentation.mosaic else None
+
+    def _mosaic(self, first: Field, grid: tuple[int, int], rng: np.random.Generator) -> tuple[Field, list[int]]:
+        """A mosaic of a field and others that were annotated in the same way, and which cell each box is of."""
+        rng = rng.spawn(1)[0]
+        others = self._alike[_annotation_of(first.row)]
+        chosen = rng.choice(others, grid[0] * grid[1] - 1)
+        fields = [first, *(self._field(self.rows[int(number)]) for number in chosen)]
+        rng.shuffle(fields)
+        share = share_seen([len(field.boxes) for field in fields], grid, rng.random())
+        whole = first.image.shape[-2:]
+        scale = min(1.0, (1 + self.augmentation.scale) * self.processor.image_processor.scale(whole, self.task))
+        size = max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale))
+        return mosaic_of(fields, grid, share, size, rng, self.augmentation.min_visible)
+
+    def _field(self, row: Row) -> Field:
+        image, (height, width) = self._image(row)
+        boxes = self._boxes(row, width, height)
+        boxes *= torch.tensor([image.shape[-1] / width, image.shape[-2] / height]).repeat(2)
+        has_masks = self.cell_masks and any(row["objects"].get("segmentation") or ())
+        instances = self._instances(row, (int(image.shape[-2]), int(image.shape[-1]))) if has_masks else None
+        return Field(row, image, boxes, instances)
+
+    @cached_property
+    def _alike(self) -> dict[Any, list[int]]:
+        """Numbers of the fields that were annotated in the same way."""
+        found: dict[Any, list[int]] = {}
+        for number, row in enumerate(self.rows):
+            if not row.get("from_attributes"):
+                found.setdefault(_annotation_of(row), []).append(number)
+        return found
 
     def _question_texts(self, indices: Sequence[int]) -> dict[str, list[str]]:
         asked, answered = _TEXT_KEYS[self.task]
@@ -373,14 +419,15 @@ class SmearDataset(Dataset):
 
     def _annotations(
         self, row: Row, boxes: torch.Tensor, kept: Sequence[int], index: int
-    ) -> tuple[dict[str, Any], list[int]]:
-        """The annotations, and the number of the cell in its row of each."""
+    ) -> tuple[dict[str, Any], list[int], list[tuple[list[float], int]]]:
+        """The annotations, the number of the cell in its row of each, and in training the boxes to ignore and their classes."""
         objects = row["objects"]
-        annotations, numbers = [], []
+        annotations, numbers, ignored = [], [], []
         for box, original in zip(boxes.tolist(), kept, strict=True):
             crowd = objects["iscrowd"][original] if "iscrowd" in objects else 0
             if crowd and not self.evaluation:
-                # One box over a clump of cells is no cell to learn from; the metric ignores what lies in it.
+                # One box over a clump of cells is no cell to learn from, and no background; the metric ignores it, too.
+                ignored.append((box, self.class_names.index(objects["category"][original])))
                 continue
             annotation = {
                 "bbox": box,
@@ -396,7 +443,7 @@ class SmearDataset(Dataset):
                 ]
             annotations.append(annotation)
             numbers.append(original)
-        return {"image_id": index, "annotations": annotations}, numbers
+        return {"image_id": index, "annotations": annotations}, numbers, ignored
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Samples to a batch: the processor's tensors, `labels` and `task`; in evaluation the raw truth as well."""
@@ -437,6 +484,11 @@ class SmearDataset(Dataset):
                     labels["boxes_known"] = torch.zeros_like(labels["class_labels"], dtype=torch.bool)
                 if "masks" in sample:
                     labels[MASKS] = sample["masks"]
+                if sample["ignored"]:
+                    height, width = sample["image"].shape[-2:]
+                    regions = torch.tensor([box for box, _ in sample["ignored"]]) / torch.tensor([width, height] * 2)
+                    labels[IGNORED_BOXES] = box_convert(regions, "xywh", "cxcywh")
+                    labels[IGNORED_CLASSES] = torch.tensor([name for _, name in sample["ignored"]])
                 if sample["annotated_classes"] is not None:
                     annotated = set(with_covered_parents(sample["annotated_classes"], self.label_parents))
                     labels["annotated_classes"] = torch.tensor([name in annotated for name in self.class_names])
@@ -463,6 +515,10 @@ class SmearDataset(Dataset):
         default = self.processor.default_prompts[self.task]
         texts = [default if names is None else names if isinstance(names, str) else ", ".join(names) for names in asked]
         return None if all(text == default for text in texts) else texts
+
+
+def _annotation_of(row: Row) -> Any:
+    return row["dataset"], *(tuple(row.get(key) or ()) for key in ("annotated_classes", "exact_classes"))
 
 
 def _closest(views: AugmentationConfig | None) -> float:

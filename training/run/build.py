@@ -17,7 +17,7 @@ from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.adapters import attach_adapter
-from unihema.training.data.cell_crops import MOST_CROPS, MOST_MEASURED, crops_of_boxes, with_exact_classes
+from unihema.training.data.cell_crops import MOST_CROPS, MOST_MEASURED, crops_of_boxes, with_declared_classes
 from unihema.training.data.class_tree import as_known, known_parents, row_names, single_cell_tree, unify_names
 from unihema.training.data.layouts.masks import rows_of_levels
 from unihema.training.data.readers import load_folder
@@ -90,7 +90,7 @@ def load_rows(
 
     Raises:
         DatasetError: No folder, a folder without the split, none that has any of the tasks, or a data set in `boxes_as_crops`,
-            `exact_classes` or `mask_levels` that is not among them.
+            `exact_classes`, `absent_classes` or `mask_levels` that is not among them.
     """
     if not config.folders:
         raise DatasetError("No data folder given.")
@@ -98,9 +98,11 @@ def load_rows(
     several = len(config.folders) > 1
     names = {real_path(Path(folder)).name: folder for folder in config.folders}
     cut = list(names) if config.boxes_as_crops is True else list(config.boxes_as_crops or ())
-    if unknown := [name for name in (*cut, *config.exact_classes, *config.mask_levels) if name not in names]:
+    named = (*cut, *config.exact_classes, *config.absent_classes, *config.mask_levels)
+    if unknown := [name for name in named if name not in names]:
         raise DatasetError(
-            f"data.boxes_as_crops, data.exact_classes or data.mask_levels: no data folder is called {unknown[0]!r}; there are "
+            "data.boxes_as_crops, exact_classes, absent_classes or mask_levels: no data folder is called "
+            f"{unknown[0]!r}; there are "
             f"{', '.join(names)}."
         )
     parts: dict[str, list[Sequence[Row]]] = {}
@@ -117,8 +119,9 @@ def load_rows(
         name = real_path(Path(folder)).name
         if levels := config.mask_levels.get(name):
             found["segmentation"] = rows_of_levels(found.get("segmentation", []), levels)
-        if exact := config.exact_classes.get(name):
-            found["detection"] = with_exact_classes(found.get("detection", []), exact)
+        exact, absent = config.exact_classes.get(name, ()), config.absent_classes.get(name, ())
+        if exact or absent:
+            found["detection"] = with_declared_classes(found.get("detection", []), exact, absent)
         if name in cut and (crops := crops_of_boxes(found.get("detection", []), most_crops)):
             found["single_cell"] = joined([part for part in (found.get("single_cell"), crops) if part])
         for task, more in found.items():

@@ -80,6 +80,8 @@ class DataConfig:
             data sets, or of those named. At most 3 000 boxes of a class and a data set take part, and 100 in validation.
         exact_classes (`dict[str, list[str]]`): Data set -> coarser classes whose cells are of no finer class that it boxes, such
             as RBC where infected red cells have the name of their stage alone. Elsewhere a coarser name leaves finer ones open.
+        absent_classes (`dict[str, list[str]]`): Data set -> classes of which it has no cell, so that its fields are their
+            background, such as stages of malaria in smears of healthy people.
         on_invalid (`"error"` or `"skip"`): Whether bad rows stop the reading, or are left out with a warning each.
         max_samples (`int`, *optional*): Train on at most this many rows of a task (a seeded draw).
         folds (`int`, *optional*): Divide the training rows into this many parts, and validate on one of them instead of
@@ -123,6 +125,7 @@ class DataConfig:
     attributes_as_detection: bool | list[str] = False
     boxes_as_crops: bool | list[str] = False
     exact_classes: dict[str, list[str]] = field(default_factory=dict)
+    absent_classes: dict[str, list[str]] = field(default_factory=dict)
     on_invalid: Literal["error", "skip"] = "error"
     max_samples: int | None = None
     folds: int | None = None

@@ -10,7 +10,7 @@ from PIL import Image
 from unihema.errors import DatasetError
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.data.augmentation import AugmentationConfig
-from unihema.training.data.cell_crops import crops_of_boxes, with_exact_classes
+from unihema.training.data.cell_crops import crops_of_boxes, with_declared_classes
 from unihema.training.data.class_tree import single_cell_tree
 from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.framing import box_window, seen_through, whole_window
@@ -47,12 +47,20 @@ def test_of_many_some_are_drawn_always_the_same():
 def test_a_red_cell_is_uninfected_where_infected_ones_have_a_name_of_their_own():
     row = field_row([(0, 0, 9, 9)] * 2, ["RBC", "ring"], annotated=["RBC", "ring"])
     assert [crop["label"] for crop in crops_of_boxes([row])] == ["RBC", "ring"]
-    exact = with_exact_classes([row], ["red blood cell"])
+    exact = with_declared_classes([row], ["red blood cell"])
     assert [crop["label"] for crop in crops_of_boxes(exact)] == ["uninfected red cell", "ring"]
-    white = with_exact_classes([field_row([(0, 0, 9, 9)], ["RBC"], annotated=["RBC", "WBC"])], ["RBC"])
+    white = with_declared_classes([field_row([(0, 0, 9, 9)], ["RBC"], annotated=["RBC", "WBC"])], ["RBC"])
     assert crops_of_boxes(white)[0]["label"] == "RBC"
     with pytest.raises(DatasetError, match="lab has no class 'WBC'; it has RBC, ring"):
-        with_exact_classes([row], ["WBC"])
+        with_declared_classes([row], ["WBC"])
+
+
+def test_absent_classes_are_annotated_and_have_no_cell():
+    row = field_row([(0, 0, 9, 9)], ["RBC"], annotated=["RBC"])
+    assert with_declared_classes([row], absent=["ring"])[0]["annotated_classes"] == ["RBC", "ring"]
+    assert row["annotated_classes"] == ["RBC"]
+    with pytest.raises(DatasetError, match="lab has boxes of red cell"):
+        with_declared_classes([row], absent=["red cell"])
 
 
 def test_labels_of_many_sets_make_one_tree():
