@@ -98,11 +98,11 @@ def load_rows(
     several = len(config.folders) > 1
     names = {real_path(Path(folder)).name: folder for folder in config.folders}
     cut = list(names) if config.boxes_as_crops is True else list(config.boxes_as_crops or ())
-    by_name = (*config.exact_classes, *config.absent_classes, *config.mask_levels)
-    if unknown := [name for name in (*cut, *by_name) if name not in names]:
+    named = (*cut, *config.exact_classes, *config.absent_classes, *config.mask_levels)
+    if unknown := [name for name in named if name not in names]:
         raise DatasetError(
-            f"data.boxes_as_crops, exact_classes, absent_classes or mask_levels: no data folder is called {unknown[0]!r}; "
-            f"there are {', '.join(names)}."
+            "data.boxes_as_crops, exact_classes, absent_classes or mask_levels: no data folder is called "
+            f"{unknown[0]!r}; there are {', '.join(names)}."
         )
     parts: dict[str, list[Sequence[Row]]] = {}
     for folder in config.folders:
@@ -119,8 +119,8 @@ def load_rows(
         if levels := config.mask_levels.get(name):
             found["segmentation"] = rows_of_levels(found.get("segmentation", []), levels)
         exact, absent = config.exact_classes.get(name, ()), config.absent_classes.get(name, ())
-        if exact or absent:
-            found["detection"] = with_declared_classes(found.get("detection", []), exact, absent)
+        if (exact or absent) and "detection" in found:
+            found["detection"] = with_declared_classes(found["detection"], exact, absent)
         if name in cut and (crops := crops_of_boxes(found.get("detection", []), most_crops)):
             found["single_cell"] = joined([part for part in (found.get("single_cell"), crops) if part])
         for task, more in found.items():
