@@ -103,12 +103,10 @@ def _check_image(image: dict[str, torch.Tensor], index: int, num_labels: int, nu
         mask = image.get(key)
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (length,)):
             raise InputError(f"{key} of image {index} must be bool [{length}], got {mask.dtype} {list(mask.shape)}.")
-
-    ignored = [image.get(key) for key in (IGNORED_BOXES, IGNORED_CLASSES)]
-    if any(part is not None for part in ignored):
-        boxes, classes = ignored
-        fits = boxes is not None and classes is not None and boxes.shape == (len(classes), 4) and classes.ndim == 1
-        if not fits or not boxes.is_floating_point() or not ((classes >= 0) & (classes < num_labels)).all():
+    places, names = (image.get(key) for key in (IGNORED_BOXES, IGNORED_CLASSES))
+    if places is not None or names is not None:
+        fits = places is not None and names is not None and places.shape == (len(names), 4) and names.ndim == 1
+        if not fits or not places.is_floating_point() or not ((names >= 0) & (names < num_labels)).all():
             raise InputError(
                 f"{IGNORED_BOXES} and {IGNORED_CLASSES} of image {index} must be cxcywh [m, 4] and class ids [m] from 0 to "
                 f"{num_labels - 1}."

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from unihema.modeling_unihema.denoising import ContrastiveDenoising
-from unihema.modeling_unihema.labels import class_targets
+from unihema.modeling_unihema.labels import check_detection_labels, class_targets
 from unihema.modeling_unihema.losses import (
     asymmetric_morphology_loss,
     detection_loss,
@@ -376,6 +376,10 @@ def test_what_is_found_where_its_class_is_ignored_costs_nothing():
     gradient = logits.grad[0, 0]
     # The second query lies there: its class and the coarser one cost nothing; the third lies elsewhere.
     assert (gradient[1] == 0).all() and (gradient[2] > 0).all() and gradient[0, 0] < 0
+    # Beside masks, whose number is that of the cells, not of the ignored places.
+    masked = image | {"masks": torch.zeros(1, 32, 32, dtype=torch.uint8)}
+    masked["ignored_boxes"], masked["ignored_classes"] = torch.rand(3, 4), torch.tensor([0, 1, 1])
+    check_detection_labels([masked], 1, 2, 0)
     image["ignored_classes"] = torch.tensor([3])
     with pytest.raises(ValueError, match="ignored_boxes and ignored_classes of image 0"):
         detection_loss(logits, boxes, None, logits[0], boxes[0], [image], config)
