@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from unihema.modeling_unihema.outputs import UniHemaImageFeatures, UniHemaPromptFeatures
     from unihema.processing_unihema.processing_unihema import UniHemaProcessor
     from unihema.result_folder import BatchReport
+    from unihema.result_shards import Shard
     from unihema.results.out_of_distribution import ModelReference
 
 
@@ -324,6 +325,7 @@ class Analyzer:
         um_per_pixel: float | None = None,
         white_cells: int | None = None,
         on_tile: Callable[[str | None, int, int, int], None] | None = None,
+        shard: "Shard | None" = None,
     ) -> "BatchReport":
         """Analyses files, folders and glob patterns into a results folder.
 
@@ -343,6 +345,8 @@ class Analyzer:
                 and its result, an error message, or `None` when it was skipped.
             on_tile (`Callable`, *optional*): Called as tiles of an image are done, with its path, their number, the number of all
                 of its tiles, and of cells in those that are done.
+            shard ([`Shard`], *optional*): Analyse only the images of this one, into a folder of its own in `output`, of which
+                [`merge_results`] makes one results folder in the end.
 
         Returns:
             [`BatchReport`]
@@ -365,6 +369,7 @@ class Analyzer:
             batch_size,
             on_image,
             on_tile,
+            shard,
         )
 
     def request(

@@ -38,6 +38,7 @@ from unihema.files import (
 )
 from unihema.inference.int8 import is_int8
 from unihema.processing_unihema.class_names import NUCLEUS
+from unihema.result_shards import Shard, link_or_copy, names_within, write_shard
 from unihema.results.export import FORMATS, as_file, cell_columns, cell_row, import_roifile, table_text
 from unihema.results.shapes import can_measure
 from unihema.results.smear_result import FORMAT, Cell, SmearResult
@@ -133,6 +134,7 @@ def analyze_into(
     batch_size: int = 1,
     on_image: Callable[[int, int, Path, SmearResult | str | None], None] | None = None,
     on_tile: Callable[[str | None, int, int, int], None] | None = None,
+    shard: Shard | None = None,
 ) -> BatchReport:
     """Analyses files into a results folder; see [`Analyzer.analyze_files`].
 
@@ -141,7 +143,7 @@ def analyze_into(
         analyzer ([`Analyzer`]): Analyses.
         inputs (`Sequence[str | Path]`): Image files, folders and glob patterns.
         request (`tuple`): Tasks, prompt, questions, threshold, tiles and size of a pixel.
-        formats, overwrite, batch_size, on_image, on_tile: As there.
+        formats, overwrite, batch_size, on_image, on_tile, shard: As there.
 
     Returns:
         [`BatchReport`]
@@ -163,6 +165,10 @@ def analyze_into(
         raise RequestError(
             f"{output}: this folder holds {beside.name}, an image to analyse; name another one for results."
         )
+    named = names_within(images, inputs)
+    if shard is not None:
+        named = {name: image for name, image in named.items() if shard.holds(name)}
+        images, output = list(named.values()), output / shard.folder
     settings = _settings(analyzer, checked, formats)
     report = BatchReport(failed=dict(problems))
     attributes = list(analyzer.model.config.morphology) if "detection" in checked.tasks else []
@@ -170,16 +176,21 @@ def analyze_into(
     if shapes and not can_measure():
         logger.warning("cells.csv has no shapes: scikit-image is not installed. pip install 'unihema[shapes]'")
         shapes = False
-    groups = shapes, NUCLEUS in checked.texts
+    nuclei = NUCLEUS in checked.texts
     with exclusive(output, ["records"]):
         # Not before: another run's settings are its own.
         claim_folder(output, settings, overwrite=overwrite)
         folder = ResultFolder(output, settings)
+        tables = {"attributes": attributes, "shapes": shapes, "nuclei": nuclei}
+        if shard is not None:
+            write_shard(output, shard, named, report.failed, tables)
         run = _Run(analyzer, folder, report, checked, overwrite, on_tile)
         try:
             run.all(images, batch_size, on_image)
         finally:
-            folder.write_tables(attributes, report, groups)
+            folder.write_tables(attributes, report, (shapes, nuclei))
+            if shard is not None:
+                write_shard(output, shard, named, report.failed, tables)
     return report
 
 
@@ -407,9 +418,12 @@ class ResultFolder:
             record is not None
             and record["settings_sha256"] == self.settings_sha256
             and record["image_sha256"] == image_sha256
-            # One of another size is not what was written.
-            and all(_size(self.folder / file) == size for file, size in record["files"].items())
+            and self._has_files(record)
         )
+
+    def _has_files(self, record: dict[str, Any]) -> bool:
+        # One of another size is not what was written.
+        return all(_size(self.folder / file) == size for file, size in record["files"].items())
 
     def part(self, name: str, image_sha256: str) -> PartOfSlide:
         """What is kept of an image while its tiles are being seen."""
@@ -444,11 +458,11 @@ class ResultFolder:
             "files": {file: _size(self.folder / file) for file in files},
             "result": result.to_dict(with_cells=False),
         }
-        digest = _record_sha256(record, (cell.to_dict() for cell in result.cells))
-        pieces = _with_cells(
-            {"record_sha256": digest, **record}, (cell.to_dict() for cell in result.cells), ensure_ascii=False
-        )
-        write_text(self._record(name), pieces)
+        self._write_record(name, record, lambda: (cell.to_dict() for cell in result.cells))
+
+    def _write_record(self, name: str, record: dict[str, Any], cells: Callable[[], Iterable[Any]]) -> None:
+        digest = _record_sha256(record, cells())
+        write_text(self._record(name), _with_cells({"record_sha256": digest, **record}, cells(), ensure_ascii=False))
 
     def write_tables(self, attributes: Sequence[str], report: BatchReport, groups: tuple[bool, bool]) -> None:
         """Writes `cells.csv`, `counts.csv` and `results.json` from the records, and completes the report."""
@@ -481,6 +495,37 @@ class ResultFolder:
                     raise InputError(f"{path}: {error}") from error
                 digest = _record_sha256(record, record["result"]["cells"])
                 yield StoredResult(path.stem, Path(record["source"]), record["image_sha256"], digest, result)
+
+    def current(self) -> dict[str, Path]:
+        """Source of each image -> its record, of those whose files are all there."""
+        return {
+            record["source"]: path
+            for path, record in self._read_all()
+            if record["settings_sha256"] == self.settings_sha256 and self._has_files(record)
+        }
+
+    def adopt(self, name: str, path: Path) -> None:
+        """Takes an image over from another results folder of the same settings.
+
+        Args:
+            name (`str`): Of its files here.
+            path (`Path`): Its record there.
+
+        Raises:
+            OutputError: It was damaged meanwhile.
+        """
+        record = self._read(path)
+        if record is None:
+            raise OutputError(f"{path}: damaged. Repeat the command of this shard.")
+        if self.is_current(name, record["image_sha256"]):
+            return
+        there, files = path.parent.parent, {}
+        for file, size in record["files"].items():
+            # As `write` names them: the name, and what it adds.
+            own = name + file.removeprefix(path.stem)
+            link_or_copy(there / file, self.folder / own)
+            files[own] = size
+        self._write_record(name, record | {"files": files}, lambda: record["result"]["cells"])
 
     def _results(self, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
         for path in paths:

@@ -1,9 +1,10 @@
-"""Commands that use a checkpoint: `predict`, `ask`, `info` and `demo`."""
+"""Commands that use a checkpoint: `predict`, `merge`, `ask`, `info` and `demo`."""
 
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +20,9 @@ from .options import (
     task_option,
 )
 
+
+if TYPE_CHECKING:
+    from unihema.result_shards import Shard
 
 # Those of unihema.results.export, which would take PyTorch to import; a test compares them.
 FORMATS = ("geojson", "coco", "labels", "imagej")
@@ -67,6 +71,10 @@ def _tiles(context: click.Context, parameter: click.Parameter, value: str) -> st
     "--format", "formats", type=click.Choice(FORMATS), multiple=True,
     help="Also write a file for QuPath (geojson), of COCO, of instances (labels), or of ImageJ's ROIs; may be repeated.",
 )  # fmt: skip
+@click.option(
+    "--shard", metavar="NUMBER/OF|slurm",
+    help="Analyse one part of the images, such as 3/8, or that of the task of a Slurm array; then `unihema merge`.",
+)  # fmt: skip
 @image_size_option
 @batch_size_option
 @click.option("--device", help="Device, such as cpu, cuda:0 or mps; the first GPU by default.")
@@ -84,6 +92,7 @@ def predict(
     um_per_pixel: float | None,
     white_cells: int | None,
     formats: tuple[str, ...],
+    shard: str | None,
     image_sizes: Sequence[tuple[str | None, int]],
     batch_sizes: Sequence[tuple[str | None, int]],
     device: str | None,
@@ -103,8 +112,13 @@ def predict(
 
     from unihema.analyzer import Analyzer, QueryCapWarning
     from unihema.files import printable
+    from unihema.result_shards import Shard, merge_results
 
     batch_size = of_all_tasks(batch_sizes, "--batch-size", 1)
+    part = None if shard is None else Shard.parse(shard)
+    # Of `accelerate launch`: each process has a part of this part, on its own device.
+    together = Processes()
+    part, device = together.part(part), device or together.device
     # Shown beside the bar, from the result.
     warnings.simplefilter("ignore", QueryCapWarning)
 
@@ -132,7 +146,7 @@ def predict(
     def on_image(number: int, total: int, path: Path, outcome: Any) -> None:
         nonlocal bar
         if number == 1:
-            bar = tqdm(desc="predict", unit="image", total=total)
+            bar = tqdm(desc="predict", unit="image", total=total, disable=not together.is_first)
         bar.update(1)
         problems = [outcome] if isinstance(outcome, str) else outcome.warnings if outcome else []
         for problem in problems:
@@ -156,6 +170,7 @@ def predict(
             um_per_pixel=um_per_pixel,
             white_cells=white_cells,
             on_tile=on_tile,
+            shard=part,
         )
     finally:
         bar.close()
@@ -164,10 +179,81 @@ def predict(
     click.echo(f"{len(report.analysed)} analysed, {len(report.skipped)} already done, {len(report.failed)} failed.")
     if report.totals:
         click.echo("Cells: " + ", ".join(f"{label} {count}" for label, count in report.totals.items()))
-    click.echo(f"Results in {output}.")
+    click.echo(f"Results in {output if part is None else output / part.folder}.")
+    if together.merge(shard is None):
+        merged = merge_results(output)
+        click.echo(f"{merged.images} images of all processes in {output}.")
     if report.failed:
         for item, problem in report.failed.items():
             click.echo(printable(f"failed: {item}: {problem}"), err=True)
+        raise click.exceptions.Exit(1)
+
+
+class Processes:
+    """The processes of `accelerate launch`, or this one alone.
+
+    Attributes:
+        device (`str`, *optional*): That of this process.
+        is_first (`bool`): Whether it speaks for all.
+    """
+
+    def __init__(self) -> None:
+        self.device, self.is_first, self._state = None, True, None
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            from accelerate import PartialState
+
+            self._state = PartialState()
+            self.device, self.is_first = str(self._state.device), self._state.is_main_process
+
+    def part(self, shard: "Shard | None") -> "Shard | None":
+        """The shard of this process."""
+        if self._state is None:
+            return shard
+        from unihema.result_shards import Shard
+
+        number, of = shard or (1, 1)
+        count = self._state.num_processes
+        return Shard((number - 1) * count + self._state.process_index + 1, of * count)
+
+    def merge(self, whole: bool) -> bool:
+        """Waits for the other processes; whether this one has to make the tables of all, which were given the `whole` of the
+        images."""
+        if self._state is None:
+            return False
+        self._state.wait_for_everyone()
+        return whole and self.is_first
+
+
+@click.command()
+@click.argument("results", type=PATH)
+def merge(results: Path) -> None:
+    """Make one results folder of shards.
+
+    RESULTS is the folder given to `unihema predict --shard`; it gets overlays, cells.csv, counts.csv and results.json of all
+    images, each once.
+
+    Exit code 1: some shards or images are missing, or some files could not be analysed; they are listed.
+    """
+    from tqdm.auto import tqdm
+
+    from unihema.files import printable
+    from unihema.result_shards import merge_results
+
+    with tqdm(desc="merge", unit="image") as bar:
+
+        def on_image(number: int, total: int) -> None:
+            bar.total = total
+            bar.update(number - bar.n)
+
+        report = merge_results(results, on_image)
+    again = f", {report.repeated} results of an image that was counted already" if report.repeated else ""
+    click.echo(f"{report.images} images, {len(report.failed)} failed{again}.")
+    if report.totals:
+        click.echo(printable("Cells: " + ", ".join(f"{label} {count}" for label, count in report.totals.items())))
+    problems = [*report.problems, *(f"failed: {item}: {text}" for item, text in report.failed.items())]
+    for problem in problems:
+        click.echo(printable(problem), err=True)
+    if problems:
         raise click.exceptions.Exit(1)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .analyse import ask, demo, info, predict
+from .analyse import ask, demo, info, merge, predict
 from .data import data
 from .measure import evaluate, reference
 from .review import review
@@ -16,7 +16,7 @@ from .teach import adapt, train
 
 
 SECTIONS = {
-    "Analyse": (predict, ask, info, demo),
+    "Analyse": (predict, merge, ask, info, demo),
     "Review": (review,),
     "Teach": (train, adapt),
     "Measure": (evaluate, reference),
