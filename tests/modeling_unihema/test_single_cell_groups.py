@@ -1,12 +1,14 @@
 """Groups of single-cell classes: what a coarse label costs, and what is answered."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import very_tiny_config
 
 from unihema.errors import InputError
+from unihema.modeling_unihema.adapter_mixin import FIELDS_KEY, adapter_fields
 from unihema.modeling_unihema.losses import single_cell_loss
 from unihema.modeling_unihema.modeling_unihema import UniHemaForImageClassification
 from unihema.processing_unihema.post_processing import most_probable_labels, single_cell_probabilities
@@ -114,3 +116,11 @@ def test_without_groups_it_is_softmax_and_the_largest():
     found = single_cell_probabilities(logits, config)
     assert torch.equal(found, logits.softmax(-1))
     assert torch.equal(most_probable_labels(found, config), logits.argmax(-1))
+
+
+def test_an_adapter_with_classes_of_its_own_has_its_own_groups():
+    older = SimpleNamespace(auto_mapping={FIELDS_KEY: {"single_cell_labels": ["a", "b"]}})
+    assert adapter_fields(older)["single_cell_parents"] is None
+    assert "single_cell_parents" not in adapter_fields(
+        SimpleNamespace(auto_mapping={FIELDS_KEY: {"id2label": {0: "a"}}})
+    )

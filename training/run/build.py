@@ -35,6 +35,7 @@ from unihema.training.data.rows import (
 )
 from unihema.training.data.shards import joined
 from unihema.training.data.splits import fold_rows, is_held_out
+from unihema.training.data.templates import texts_of_labels
 from unihema.training.data.verify import verify_rows
 from unihema.training.evaluation import draw_rows
 from unihema.training.run.config import DataConfig, RunConfig
@@ -90,7 +91,7 @@ def load_rows(
 
     Raises:
         DatasetError: No folder, a folder without the split, none that has any of the tasks, or a data set in `boxes_as_crops`,
-            `exact_classes`, `absent_classes` or `mask_levels` that is not among them.
+            `questions_from_labels`, `exact_classes`, `absent_classes` or `mask_levels` that is not among them.
     """
     if not config.folders:
         raise DatasetError("No data folder given.")
@@ -98,10 +99,11 @@ def load_rows(
     several = len(config.folders) > 1
     names = {real_path(Path(folder)).name: folder for folder in config.folders}
     cut = list(names) if config.boxes_as_crops is True else list(config.boxes_as_crops or ())
-    named = (*cut, *config.exact_classes, *config.absent_classes, *config.mask_levels)
+    asked = list(names) if config.questions_from_labels is True else list(config.questions_from_labels or ())
+    named = (*cut, *asked, *config.exact_classes, *config.absent_classes, *config.mask_levels)
     if unknown := [name for name in named if name not in names]:
         raise DatasetError(
-            "data.boxes_as_crops, exact_classes, absent_classes or mask_levels: no data folder is called "
+            "data.boxes_as_crops, questions_from_labels, exact_classes, absent_classes or mask_levels: no data folder is called "
             f"{unknown[0]!r}; there are {', '.join(names)}."
         )
     parts: dict[str, list[Sequence[Row]]] = {}
@@ -109,7 +111,7 @@ def load_rows(
         found = load_folder(
             folder,
             split,
-            tasks=None if several or cut else tasks,
+            tasks=None if several or cut or asked else tasks,
             prompt=config.segmentation_prompt,
             rename=config.rename,
             attributes_as_detection=config.attributes_as_detection,
@@ -121,6 +123,9 @@ def load_rows(
         exact, absent = config.exact_classes.get(name, ()), config.absent_classes.get(name, ())
         if (exact or absent) and "detection" in found:
             found["detection"] = with_declared_classes(found["detection"], exact, absent)
+        for task, texts in texts_of_labels(found).items() if name in asked else ():
+            if texts:
+                found[task] = joined([part for part in (found.get(task), texts) if part])
         if name in cut and (crops := crops_of_boxes(found.get("detection", []), most_crops)):
             found["single_cell"] = joined([part for part in (found.get("single_cell"), crops) if part])
         for task, more in found.items():

@@ -78,6 +78,8 @@ class DataConfig:
             cell somewhere in an image of `single_cell`'s size and batch size; with the attributes named, or WBCAtt's.
         boxes_as_crops (`bool` or `list[str]`): Train single cells also on the boxes of fields, cut out at random framing; of all
             data sets, or of those named. At most 3 000 boxes of a class and a data set take part, and 100 in validation.
+        questions_from_labels (`bool` or `list[str]`): Train questions and sentences also on such as are templated from boxes
+            and labels; of all data sets, or of those named. See `unihema.training.data.templates`.
         exact_classes (`dict[str, list[str]]`): Data set -> coarser classes whose cells are of no finer class that it boxes, such
             as RBC where infected red cells have the name of their stage alone. Elsewhere a coarser name leaves finer ones open.
         absent_classes (`dict[str, list[str]]`): Data set -> classes of which it has no cell, so that its fields are their
@@ -124,6 +126,7 @@ class DataConfig:
     single_cell_parents: dict[str, str] | None = None
     attributes_as_detection: bool | list[str] = False
     boxes_as_crops: bool | list[str] = False
+    questions_from_labels: bool | list[str] = False
     exact_classes: dict[str, list[str]] = field(default_factory=dict)
     absent_classes: dict[str, list[str]] = field(default_factory=dict)
     on_invalid: Literal["error", "skip"] = "error"
