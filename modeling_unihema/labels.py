@@ -106,9 +106,9 @@ def _check_image(image: dict[str, torch.Tensor], index: int, num_labels: int, nu
 
     ignored = [image.get(key) for key in (IGNORED_BOXES, IGNORED_CLASSES)]
     if any(part is not None for part in ignored):
-        boxes, classes = ignored
-        fits = boxes is not None and classes is not None and boxes.shape == (len(classes), 4) and classes.ndim == 1
-        if not fits or not boxes.is_floating_point() or not ((classes >= 0) & (classes < num_labels)).all():
+        regions, names = ignored
+        fits = regions is not None and names is not None and regions.shape == (len(names), 4) and names.ndim == 1
+        if not fits or not regions.is_floating_point() or not ((names >= 0) & (names < num_labels)).all():
             raise InputError(
                 f"{IGNORED_BOXES} and {IGNORED_CLASSES} of image {index} must be cxcywh [m, 4] and class ids [m] from 0 to "
                 f"{num_labels - 1}."

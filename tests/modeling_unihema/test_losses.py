@@ -376,6 +376,14 @@ def test_what_is_found_where_its_class_is_ignored_costs_nothing():
     gradient = logits.grad[0, 0]
     # The second query lies there: its class and the coarser one cost nothing; the third lies elsewhere.
     assert (gradient[1] == 0).all() and (gradient[2] > 0).all() and gradient[0, 0] < 0
+    # As many masks as cells, however many regions are ignored.
+    two = image | {
+        "ignored_boxes": image["ignored_boxes"].repeat(2, 1),
+        "ignored_classes": torch.tensor([1, 1]),
+        "masks": torch.zeros(1, 32, 32, dtype=torch.uint8),
+    }
+    again, _ = detection_loss(logits, boxes, None, logits[0], boxes[0], [two], config)
+    assert again.item() == pytest.approx(loss.item())
     image["ignored_classes"] = torch.tensor([3])
     with pytest.raises(ValueError, match="ignored_boxes and ignored_classes of image 0"):
         detection_loss(logits, boxes, None, logits[0], boxes[0], [image], config)
