@@ -46,6 +46,7 @@ SLIDES = [
 IMAGEJ = ["roifile>=2026.2.10,<2027"]
 SHAPES = ["scikit-image>=0.25,<1"]
 REVIEW = ["fastapi>=0.115,<1", "uvicorn>=0.30,<1"]
+SERVE = [*REVIEW, "python-multipart>=0.0.18,<1", "prometheus-client>=0.20,<1"]
 SUPERVISION = ["supervision>=0.25,<1"]
 ONNX = ["onnx>=1.19,<2", "onnxscript>=0.6.2,<1", "onnxruntime>=1.22,<2"]
 
@@ -63,6 +64,7 @@ setup(
     package_data={
         "unihema": ["py.typed", "shipped_files/*/*"],
         "unihema.review": ["static/*"],
+        "unihema.serve": ["page.html"],
         "unihema.results": ["monolayer_bands.json"],
         "unihema.processing_unihema": ["tokenizer/*.json"],
         "unihema.training.data.curation": ["catalog.json"],
@@ -119,7 +121,7 @@ setup(
             *ONNX,
             *PLOTS,
             *PEERS,
-            *REVIEW,
+            *SERVE,
             *SHAPES,
             *SUPERVISION,
             *IMAGENET,
@@ -134,6 +136,7 @@ setup(
         "peers": [*PEERS, *IMAGENET],
         "imagenet": IMAGENET,
         "review": REVIEW,
+        "serve": SERVE,
         "shapes": SHAPES,
         "supervision": SUPERVISION,
         "tokenizer-training": ["sentencepiece>=0.2.3,<1"],

@@ -112,7 +112,8 @@ def predict(
 
     from unihema.analyzer import Analyzer, QueryCapWarning
     from unihema.files import printable
-    from unihema.result_shards import Shard, merge_results
+    from unihema.result_merging import merge_results
+    from unihema.result_shards import Shard
 
     batch_size = of_all_tasks(batch_sizes, "--batch-size", 1)
     part = None if shard is None else Shard.parse(shard)
@@ -237,7 +238,7 @@ def merge(results: Path) -> None:
     from tqdm.auto import tqdm
 
     from unihema.files import printable
-    from unihema.result_shards import merge_results
+    from unihema.result_merging import merge_results
 
     with tqdm(desc="merge", unit="image") as bar:
 

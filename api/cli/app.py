@@ -11,6 +11,7 @@ from .analyse import ask, demo, info, merge, predict
 from .data import data
 from .measure import evaluate, reference
 from .review import review
+from .serve import serve
 from .share import card, convert, export, push
 from .teach import adapt, train
 
@@ -20,6 +21,7 @@ SECTIONS = {
     "Review": (review,),
     "Teach": (train, adapt),
     "Measure": (evaluate, reference),
+    "Serve": (serve,),
     "Share": (export, convert, card, push),
     "Data": (data,),
 }

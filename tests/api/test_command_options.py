@@ -79,4 +79,4 @@ def test_help_is_plain_text():
     shown = CliRunner().invoke(app, ["--help"], color=True).output
     assert shown.isascii() and "\x1b" not in shown
     headings = [line.rstrip(":") for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert headings == ["Options", "Analyse", "Review", "Teach", "Measure", "Share", "Data"]
+    assert headings == ["Options", "Analyse", "Review", "Teach", "Measure", "Serve", "Share", "Data"]

@@ -17,7 +17,8 @@ from PIL import Image
 from tiny_checkpoint import save_tiny_checkpoint
 
 from unihema import Analyzer, OutputError, RequestError
-from unihema.result_shards import SHARD_FILE, Shard, merge_results, names_within
+from unihema.result_merging import merge_results
+from unihema.result_shards import SHARD_FILE, Shard, names_within
 from unihema_cli.app import app
 
 

@@ -1,0 +1,78 @@
+"""The command `serve`: analysis over HTTP."""
+
+import logging
+import os
+
+import click
+
+from .options import int8_option
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 is every one of this machine."
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; a free one with 0.")
+@click.option("--megabytes", type=click.IntRange(1), default=64, show_default=True, help="Of a request, at most.")
+@click.option(
+    "--megapixels", type=click.IntRange(1), default=64, show_default=True, help="Of an image, in millions, at most."
+)
+@click.option(
+    "--waiting",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Images that may wait; more are refused (429).",
+)
+@click.option(
+    "--images-together",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Images of one size analysed at once, at most.",
+)
+@click.option("--seconds", type=click.FloatRange(1), default=120, show_default=True, help="For a request, at most.")
+@click.option("--device", help="Device, such as cpu, cuda:0 or mps; the first GPU by default.")
+@int8_option
+def serve(
+    checkpoint: str,
+    host: str,
+    port: int,
+    megabytes: int,
+    megapixels: int,
+    waiting: int,
+    images_together: int,
+    seconds: float,
+    device: str | None,
+    int8: bool,
+) -> None:
+    """Analyse images that programs send over HTTP.
+
+    CHECKPOINT is a folder, an adapter, a file made by `unihema export`, or a repository on the Hub. With the environment variable
+    UNIHEMA_TOKEN, requests have to show it (Authorization: Bearer). Needs the extra `serve`. Ctrl-C or SIGTERM ends it, once what
+    was taken is done.
+    """
+    from unihema.analyzer import Analyzer
+    from unihema.errors import PackageMissingError
+
+    try:
+        from unihema.serve.server import Limits
+        from unihema.serve.server import serve as run
+    except ModuleNotFoundError as error:
+        raise PackageMissingError(f"The server needs {error.name}: pip install 'unihema[serve]'") from error
+
+    token = os.environ.get("UNIHEMA_TOKEN") or None
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    logging.getLogger("unihema.serve").setLevel(logging.INFO)
+    analyzer = Analyzer.from_pretrained(checkpoint, device=device, int8=int8)
+
+    def on_start(address: str) -> None:
+        click.echo(f"{checkpoint} is served at {address}, which shows what can be asked.")
+        if token is None and host not in ("127.0.0.1", "localhost", "::1"):
+            click.echo(
+                "Anyone who reaches this address may use it: set UNIHEMA_TOKEN to let in only who knows it.", err=True
+            )
+
+    limits = Limits(megabytes, megapixels, waiting=waiting, batch_size=images_together, seconds=seconds)
+    run(analyzer, host, port, limits, token, on_start)

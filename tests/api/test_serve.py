@@ -1,0 +1,299 @@
+"""Analysis over HTTP: right answers, limits that hold, and bad input that harms nobody else."""
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_checkpoint import save_tiny_checkpoint
+
+from unihema import Analyzer
+
+
+pytest.importorskip("fastapi")
+pytest.importorskip("prometheus_client")
+httpx = pytest.importorskip("httpx")
+
+from starlette.testclient import TestClient  # noqa: E402
+
+from unihema.serve.queue import AnalysisQueue, Job, QueueFullError, StoppingError, asked_of  # noqa: E402
+from unihema.serve.server import Limits, serve_app  # noqa: E402
+from unihema.slides import open_regions  # noqa: E402
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::unihema.analyzer.QueryCapWarning")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "unihema")
+
+
+@pytest.fixture(scope="module")
+def analyzer(checkpoint):
+    return Analyzer.from_pretrained(checkpoint, device="cpu")
+
+
+def png(seed: int = 0, size: tuple[int, int] = (40, 32)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    written = io.BytesIO()
+    Image.fromarray(pixels).save(written, "PNG")
+    return written.getvalue()
+
+
+@pytest.fixture
+def client(analyzer):
+    with TestClient(
+        serve_app(analyzer, Limits(megabytes=1, megapixels=1, images=3)), raise_server_exceptions=False
+    ) as one:
+        yield one
+
+
+def sent(*contents: bytes, name: str = "a.png") -> list:
+    return [("images", (name, content, "application/octet-stream")) for content in contents]
+
+
+def test_an_answer_is_what_the_analyzer_gives(client, analyzer):
+    answer = client.post("/v1/analyze", files=sent(png(1), png(2)), data={"overlay": "true", "geojson": "true"})
+    assert answer.status_code == 200, answer.text
+    for seed, entry in zip((1, 2), answer.json()["results"], strict=True):
+        result = analyzer(Image.open(io.BytesIO(png(seed))))
+        assert [cell["box"] for cell in entry["result"]["cells"]] == [
+            pytest.approx(cell.box, abs=1e-3) for cell in result.cells
+        ]
+        assert entry["result"]["image"] == "a.png" and len(entry["result"]["provenance"]["image_sha256"]) == 64
+        assert len(entry["geojson"]["features"]) == len(result.cells) + (
+            result.mask is not None and bool(result.mask.any())
+        )
+        Image.open(io.BytesIO(base64.b64decode(entry["overlay_png"]))).load()
+
+
+def test_questions_are_answered(client, analyzer):
+    questions = ["What type of white blood cell is this?", "The nucleus is ___."]
+    answer = client.post("/v1/ask", files={"image": ("a.png", png(3))}, data={"questions": questions})
+    assert answer.status_code == 200, answer.text
+    expected = analyzer.ask(Image.open(io.BytesIO(png(3))), questions)
+    assert [entry["answer"] for entry in answer.json()["answers"]] == expected
+
+
+def test_what_is_wrong_is_named_and_nothing_else_suffers(client):
+    bomb = io.BytesIO()
+    Image.new("L", (4000, 4000)).save(bomb, "PNG")
+    for files, data, status, said in (
+        (sent(b"no image", name="cells.png"), {}, 422, "cells.png: not an image"),
+        (sent(png()[:200], name="half.png"), {}, 422, "half.png: the image is truncated or damaged"),
+        (sent(bomb.getvalue(), name="bomb.png"), {}, 422, "bomb.png: 4000 x 4000 pixels; this server takes 1 million"),
+        (sent(png(), b""), {}, 422, "a.png: the file is empty"),
+        (sent(*[png()] * 4), {}, 422, "1 to 3 images, got 4"),
+        (sent(png()), {"tasks": "dancing"}, 422, "Unknown task 'dancing'"),
+        (sent(png()), {"threshold": "2"}, 422, "The threshold must lie in 0..1"),
+        (sent(png()), {"threshold": "much"}, 422, "threshold: Input should be a valid number"),
+        (sent(png()), {"tiles": "many"}, 422, "tiles must be auto, off"),
+        (sent(png()), {"questions": "word " * 5000}, 422, ""),
+        (sent(b"x" * (3 << 20)), {}, 413, "A request has 1 MB at most"),
+        ([], {}, 422, "images: Field required"),
+    ):
+        answer = client.post("/v1/analyze", files=files or None, data=data)
+        assert answer.status_code == status and said in answer.json()["error"], (answer.status_code, answer.text)
+        assert client.post("/v1/analyze", files=sent(png(5))).status_code == 200
+    assert client.get("/v1/nothing").status_code == 404 and client.get("/v1/analyze").status_code == 405
+    assert client.post("/v1/ask", files={"image": ("a.png", png())}, data={"questions": ""}).status_code == 422
+
+
+def test_names_are_text_and_no_path_of_a_client_is_opened(client, tmp_path):
+    (tmp_path / "secret.png").write_bytes(png(9))
+    name = f"..%2f../{tmp_path}/secret.png"
+    result = client.post("/v1/analyze", files=sent(png(1), name=name)).json()["results"][0]["result"]
+    assert result["image"] == "secret.png"
+    answer = client.post("/v1/analyze", files=sent(b"none", name="<b>\x1b[31m.png"))
+    assert answer.headers["content-type"] == "application/json" and "\x1b" not in answer.json()["error"]
+    for path in (str(tmp_path / "secret.png"), "http://127.0.0.1/a.png"):
+        assert client.post("/v1/analyze", data={"images": path}).status_code == 422
+
+
+def test_a_body_that_does_not_say_how_long_it_is(client):
+    def endless():
+        for _ in range(64):
+            yield b"x" * (1 << 16)
+
+    kind = {"content-type": "multipart/form-data; boundary=b"}
+    answer = client.post("/v1/analyze", content=endless(), headers=kind)
+    assert answer.status_code in (400, 413), answer.text
+
+
+def test_who_has_no_token_is_not_let_in(analyzer):
+    with TestClient(serve_app(analyzer, token="secret")) as client:
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic secret"}):
+            answer = client.post("/v1/analyze", files=sent(png()), headers=headers)
+            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+        assert client.get("/v1/info").status_code == 401 and client.get("/health").status_code == 200
+        allowed = {"authorization": "Bearer secret"}
+        assert client.post("/v1/analyze", files=sent(png()), headers=allowed).status_code == 200
+
+
+def test_what_can_be_asked_and_how_the_server_is(client):
+    assert client.get("/health").json()["status"] == "ok"
+    info = client.get("/v1/info").json()
+    assert info["limits"]["images"] == 3 and "detection" in info["tasks"]
+    client.post("/v1/analyze", files=sent(png(), png(1)))
+    measured = client.get("/metrics").text
+    assert 'unihema_requests_total{path="/v1/analyze",status="200"} 1.0' in measured
+    assert "unihema_images_total 2.0" in measured
+    page = client.get("/docs").text
+    assert "POST /v1/analyze" in page and "<script" not in page and "um_per_pixel" in page
+    assert "/v1/ask" in client.get("/openapi.json").json()["paths"]
+
+
+def test_a_request_has_a_number(client):
+    assert client.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    made = client.get("/health", headers={"x-request-id": "not mine\t"}).headers["x-request-id"]
+    assert made != "not mine\t" and len(made) == 32
+
+
+def test_clients_at_once_get_their_own_answers(client, analyzer):
+    kinds = [
+        (seed, size, question)
+        for seed, (size, question) in enumerate(
+            [((40, 32), "What is this?"), ((64, 48), "How many cells?"), ((40, 32), "What shape has the nucleus?")] * 6
+        )
+    ]
+    expected = [
+        analyzer(Image.open(io.BytesIO(png(seed, size))), questions=[question]).to_dict()
+        for seed, size, question in kinds
+    ]
+
+    def ask(kind):
+        seed, size, question = kind
+        answer = client.post("/v1/analyze", files=sent(png(seed, size)), data={"questions": question})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["results"][0]["result"]
+
+    with ThreadPoolExecutor(8) as pool:
+        for found, right in zip(pool.map(ask, kinds), expected, strict=True):
+            assert found["answers"] == right["answers"] and found["width"] == right["width"]
+            assert [cell["label"] for cell in found["cells"]] == [cell["label"] for cell in right["cells"]]
+
+
+class Slow:
+    """An analyzer that waits until it may go on, and tells what it was given."""
+
+    def __init__(self):
+        self.go, self.begun, self.batches = threading.Event(), threading.Event(), []
+
+    def request(self, *asked):
+        return asked
+
+    def run(self, request, sources):
+        self.batches.append((request, [source.size for source in sources]))
+        self.begun.set()
+        assert self.go.wait(60)
+        return [f"{request[1]} {source.width}" for source in sources]
+
+
+def job(size=(8, 8), prompt=None):
+    return Job(open_regions(Image.new("RGB", size)), asked_of(prompt=prompt))
+
+
+def test_the_queue_is_bounded_and_analyses_alike_ones_together():
+    slow = Slow()
+    queue = AnalysisQueue(slow, most=5, batch_size=3)
+    first = job()
+    queue.add([first])
+    assert slow.begun.wait(60)
+    jobs = [job(), job((9, 8)), job(), job(prompt="RBC"), job()]
+    queue.add(jobs)
+    with pytest.raises(QueueFullError, match=r"The queue is full\. Ask again in \d+ seconds") as full:
+        queue.add([job()])
+    assert full.value.seconds >= 1 and len(queue) == 5
+    jobs[2].result.cancel()
+    slow.go.set()
+    queue.stop()
+    with pytest.raises(StoppingError):
+        queue.add([job()])
+    assert first.result.result() == "None 8" and jobs[3].result.result() == "RBC 8" and jobs[2].result.cancelled()
+    assert [len(sizes) for _, sizes in slow.batches] == [1, 2, 1, 1]
+
+
+def test_of_a_batch_only_the_one_at_fault_fails():
+    class Choosy(Slow):
+        def run(self, request, sources):
+            if any(source.width == 7 for source in sources):
+                raise RuntimeError("no")
+            return [source.width for source in sources]
+
+    slow = Choosy()
+    queue = AnalysisQueue(slow, batch_size=4)
+    jobs = [Job(open_regions(Image.new("RGB", (8, 8))), ("a",)) for _ in range(3)]
+    jobs[1].source.levels = [(7, 8)]
+    queue.add(jobs)
+    assert jobs[0].result.result(60) == jobs[2].result.result(60) == 8
+    with pytest.raises(RuntimeError):
+        jobs[1].result.result(60)
+    queue.stop()
+
+
+def test_a_full_queue_and_a_slow_analyzer_are_told(analyzer, monkeypatch):
+    slow = Slow()
+    monkeypatch.setattr(analyzer, "run", slow.run)
+    with TestClient(serve_app(analyzer, Limits(waiting=1, seconds=1.0))) as client, ThreadPoolExecutor(4) as pool:
+        first = pool.submit(client.post, "/v1/analyze", files=sent(png()))
+        assert slow.begun.wait(60)
+        answers = [pool.submit(client.post, "/v1/analyze", files=sent(png())) for _ in range(2)]
+        statuses = sorted(answer.result().status_code for answer in answers)
+        assert statuses in ([429, 504], [504, 504]) and first.result().status_code == 504
+        refused = [answer.result() for answer in answers if answer.result().status_code == 429]
+        assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+        slow.go.set()
+
+
+@pytest.fixture
+def server(checkpoint):
+    """A server of its own process, and its address."""
+    command = [sys.executable, "-m", "unihema", "serve", str(checkpoint), "--port", "0", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    said = process.stdout.readline()
+    yield process, said.partition(" is served at ")[2].partition(",")[0]
+    process.kill()
+    process.wait()
+
+
+def test_a_server_that_is_asked_to_stop_finishes_what_it_took(server):
+    process, address = server
+    assert httpx.post(f"{address}/v1/analyze", files=sent(png()), timeout=120).status_code == 200
+    # Half a request, which harms nobody.
+    host, port = address.removeprefix("http://").split(":")
+    half = socket.create_connection((host, int(port)))
+    half.sendall(b"POST /v1/analyze HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n--half")
+    with ThreadPoolExecutor(4) as pool:
+        answers = [
+            pool.submit(httpx.post, f"{address}/v1/analyze", files=sent(png(seed)), timeout=120) for seed in range(4)
+        ]
+        assert {answer.result().status_code for answer in answers} == {200}
+    half.close()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) in (0, -signal.SIGTERM)
+    logged = process.stderr.read()
+    assert logged.count("POST /v1/analyze 200") == 5 and "Traceback" not in logged, logged
+
+
+def test_an_address_that_is_taken(checkpoint):
+    from click.testing import CliRunner
+
+    from unihema_cli.app import app
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = CliRunner().invoke(app, ["serve", str(checkpoint), "--port", str(port), "--device", "cpu"])
+    assert done.exit_code and "cannot be listened at" in str(done.exception), json.dumps(done.output)
