@@ -250,3 +250,10 @@ def stopped_runs_exit() -> Iterator[None]:
     except TrainingInterrupted as stopped:
         click.echo(str(stopped), err=True)
         raise click.exceptions.Exit(3) from None
+
+
+def port_option(default: int) -> Callable[[Callable], Callable]:
+    """`--port`, of a command that listens."""
+    return click.option(
+        "--port", type=click.IntRange(0, 65535), default=default, show_default=True, help="Port; 0 takes a free one."
+    )

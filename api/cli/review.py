@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import PATH, output_option
+from .options import PATH, output_option, port_option
 
 
 @click.command()
@@ -15,7 +15,7 @@ from .options import PATH, output_option
     help="Which images are one sample: each alone, those of a folder, or those in whose path a regular expression finds the same "
     "in brackets. All of them by default.",
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port on this machine; a free one by default.")
+@port_option(0)
 @click.option("--browser", is_flag=True, help="Open the page in the browser.")
 @click.option("--check", is_flag=True, help="Only check that the log is as it was written.")
 @click.option("--head", help="With --check, a hash that the log has to hold, as noted from the page.")

@@ -5,7 +5,7 @@ import os
 
 import click
 
-from .options import int8_option
+from .options import int8_option, port_option
 
 
 @click.command()
@@ -13,7 +13,7 @@ from .options import int8_option
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 is every one of this machine."
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; a free one with 0.")
+@port_option(8000)
 @click.option("--megabytes", type=click.IntRange(1), default=64, show_default=True, help="Of a request, at most.")
 @click.option(
     "--megapixels", type=click.IntRange(1), default=64, show_default=True, help="Of an image, in millions, at most."
