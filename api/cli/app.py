@@ -10,7 +10,7 @@ import click
 from .analyse import ask, demo, info, merge, predict
 from .data import data
 from .measure import evaluate, reference
-from .review import review
+from .review import corrections, review
 from .serve import serve
 from .share import card, convert, export, push
 from .teach import adapt, train
@@ -18,7 +18,7 @@ from .teach import adapt, train
 
 SECTIONS = {
     "Analyse": (predict, merge, ask, info, demo),
-    "Review": (review,),
+    "Review": (review, corrections),
     "Teach": (train, adapt),
     "Measure": (evaluate, reference),
     "Serve": (serve,),

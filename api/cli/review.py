@@ -77,7 +77,7 @@ def corrections(results: Path, edited: tuple[Path, ...], output: Path, whole_fie
     has saved (GeoJSON of QuPath, COCO, JSON of Label Studio), what was changed there counts instead. `unihema adapt` learns
     from OUTPUT: cells that nobody has looked at are neither targets nor background there.
     """
-    from unihema.review.corrections import write_corrections
+    from unihema.training.data.curation.corrections import write_corrections
 
     written = write_corrections(results, output, edited, whole_fields)
     click.echo(

@@ -1,4 +1,5 @@
-"""What a person changed in another program, read into the result again: GeoJSON, COCO, an image of instances, ROIs of ImageJ.
+"""What a person changed in another program, read into the result again: GeoJSON, COCO, JSON of Label Studio, an image of
+instances, ROIs of ImageJ.
 
 A cell that comes back as it was written is the cell it was, to the last bit. What differs is taken as it came, and said in
 `changes` of the result.
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
@@ -518,6 +520,111 @@ def _fill_from_runs(found: Found, code: dict[str, Any], result: "SmearResult") -
     found.mask[y - top : y - top + height, x - left : x - left + width] = inside
 
 
+def images_in(content: Any) -> set[str]:
+    """Names of the files that COCO, or JSON of Label Studio, is about, without folders.
+
+    Args:
+        content (`Any`): What was read of the file.
+    """
+    if isinstance(content, dict):
+        entries = content.get("images")
+        names = (
+            [each.get("file_name") for each in entries if isinstance(each, dict)] if isinstance(entries, list) else []
+        )
+        return {_file_of(name) for name in names if isinstance(name, str)}
+    tasks = [task for task in content if isinstance(task, dict)] if isinstance(content, list) else []
+    return set().union(*map(_images_of_task, tasks)) if tasks else set()
+
+
+def _file_of(place: str) -> str:
+    return unquote(urlsplit(place).path if "://" in place else place).replace("\\", "/").split("/")[-1]
+
+
+def _images_of_task(task: dict[str, Any]) -> set[str]:
+    """Names of the image of a task. Label Studio puts eight digits before that of a file that was uploaded."""
+    data = task.get("data")
+    places = [value for value in data.values() if isinstance(value, str)] if isinstance(data, dict) else []
+    names = {_file_of(place) for place in [*places, task.get("file_upload") or ""] if isinstance(place, str)}
+    return {each for name in names for each in (name, re.sub(r"^[0-9a-f]{8}-", "", name)) if each}
+
+
+def of_label_studio(result: "SmearResult", source: Any) -> "SmearResult":
+    """See [`SmearResult.with_label_studio`]."""
+    values, name = read_json(source, "JSON of Label Studio")
+    tasks = [_object(task, f"{name}: [{place}]", "value") for place, task in enumerate(_list(values, name, "content"))]
+    wanted = _file_of(str(result.image))
+    same = [place for place, task in enumerate(tasks) if wanted in _images_of_task(task)]
+    if len(same) != 1:
+        raise InputError(f"{name}: {len(same)} of its {len(tasks)} tasks are of {shortened(wanted)}; one is expected.")
+    entry = f"{name}: [{same[0]}]"
+    annotations = [
+        _object(each, f"{entry}.annotations[{place}]", "value")
+        for place, each in enumerate(_list(tasks[same[0]].get("annotations"), entry, "annotations"))
+    ]
+    done = [place for place, each in enumerate(annotations) if not each.get("was_cancelled")]
+    if not done:
+        raise InputError(f"{entry}: nobody has submitted an annotation. Export the task with its annotations.")
+    # The last one is the one that counts, as in Label Studio itself.
+    entry = f"{entry}.annotations[{done[-1]}]"
+    regions = _list(annotations[done[-1]].get("result"), entry, "result")
+    boxes = np.array([cell.box for cell in result.cells], dtype=np.float64).reshape(-1, 4)
+    found, used = [], set()
+    for place, region in enumerate(regions):
+        each = _of_region(_object(region, f"{entry}.result[{place}]", "value"), result, f"{entry}.result[{place}]")
+        if each is None:
+            continue
+        if each.box is not None:
+            near = [
+                at for at in np.flatnonzero((np.abs(boxes - each.box) <= ROUNDING).all(1)).tolist() if at not in used
+            ]
+            if near:
+                used.add(near[0])
+                each.number, each.box = result.cells[near[0]].id, result.cells[near[0]].box
+                each.mask = result.cells[near[0]].mask
+        found.append(each)
+    return with_cells(result, found)
+
+
+def _of_region(region: dict[str, Any], result: "SmearResult", entry: str) -> Found | None:
+    kind = region.get("type")
+    if kind in ("rectangle", "polygon", "choices", "textarea", "relation", "labels", "rating", "number"):
+        # A shape comes once more with its label; the others are about the whole image.
+        return None
+    if kind not in ("rectanglelabels", "polygonlabels"):
+        raise InputError(
+            f"{entry}: it is {shortened(repr(kind), 60)}, and cells are rectangles or polygons with labels (RectangleLabels, "
+            "PolygonLabels)."
+        )
+    size = region.get("original_width"), region.get("original_height")
+    if size != (None, None) and size != (result.width, result.height):
+        raise InputError(
+            f"{entry}: its image is {size[0]} x {size[1]} pixels, and the result's {result.width} x {result.height}."
+        )
+    value = _object(region.get("value"), entry, "value")
+    names = _list(value.get(kind), entry, kind)
+    label = _text(names[0], entry, "label") if names else None
+    # Per cent of the image.
+    across, down = result.width / 100, result.height / 100
+    if kind == "polygonlabels":
+        corners = _ring(value.get("points"), entry) * (across, down)
+        return Found(entry, None, label, [[corners]], is_mask=True)
+    x, y, width, height = (_number(value.get(name), entry, name) for name in ("x", "y", "width", "height"))
+    if width <= 0 or height <= 0:
+        raise InputError(f"{entry}: its rectangle has no area.")
+    left, top, right, bottom = x * across, y * down, (x + width) * across, (y + height) * down
+    turn = math.radians(_number(value.get("rotation") or 0, entry, "rotation"))
+    if turn:
+        # Around its first corner.
+        corners = np.array([[0, 0], [right - left, 0], [right - left, bottom - top], [0, bottom - top]])
+        turned = corners @ np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
+        low, high = turned.min(0) + (left, top), turned.max(0) + (left, top)
+        left, top, right, bottom = *low.tolist(), *high.tolist()
+    box = max(left, 0.0), max(top, 0.0), min(right, float(result.width)), min(bottom, float(result.height))
+    if box[0] >= box[2] or box[1] >= box[3]:
+        raise InputError(f"{entry}: it lies outside the image of {result.width} x {result.height} pixels.")
+    return Found(entry, None, label, box=box)
+
+
 def of_labels(result: "SmearResult", source: Any, label: str = UNCLASSIFIED) -> "SmearResult":
     """See [`SmearResult.with_labels`]."""
 
@@ -650,4 +757,13 @@ def _stored_in_roi(properties: str) -> dict[str, Any] | None:
     return stored if _STORED_IN_ROI(stored) else None
 
 
-__all__ = ["UNCLASSIFIED", "of_coco", "of_geojson", "of_imagej", "of_labels"]
+__all__ = [
+    "UNCLASSIFIED",
+    "images_in",
+    "of_coco",
+    "of_geojson",
+    "of_imagej",
+    "of_label_studio",
+    "of_labels",
+    "read_json",
+]

@@ -33,7 +33,7 @@ from .cell import (
     is_text,
     or_none,
 )
-from .edits import UNCLASSIFIED, of_coco, of_geojson, of_imagej, of_labels
+from .edits import UNCLASSIFIED, of_coco, of_geojson, of_imagej, of_label_studio, of_labels
 from .export import cell_columns, cell_row, coco, geojson, imagej, label_image, supervision_detections
 from .monolayer import is_monolayer, judged_again, outside_monolayer, read_bands, told
 from .overlay import draw_overlay
@@ -285,6 +285,20 @@ class SmearResult:
             InputError: It is no such file; the message names file and entry.
         """
         return of_coco(self, source)
+
+    def with_label_studio(self, source: "str | Path | list[Any]") -> "SmearResult":
+        """This result with the cells of Label Studio's JSON; see `with_geojson`.
+
+        Of its tasks that of the result's image is read, and of that the last annotation that was submitted. Cells are rectangles
+        or polygons; a turned rectangle is the box around it. A rectangle where a cell was is that cell.
+
+        Args:
+            source (`str`, `Path` or `list`): The file, or its content.
+
+        Raises:
+            InputError: It is no such file; the message names file and entry.
+        """
+        return of_label_studio(self, source)
 
     def with_labels(self, source: "str | Path | np.ndarray", label: str = UNCLASSIFIED) -> "SmearResult":
         """This result with the cells of an image of instances; see `with_geojson`.

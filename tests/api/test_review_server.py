@@ -1,5 +1,6 @@
 """The server of a review, by what it answers: who is let in, what is refused, and what others see."""
 
+import http.client
 import io
 import json
 import os
@@ -10,7 +11,6 @@ import socket
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from functools import partial
@@ -474,7 +474,7 @@ def test_a_killed_server_has_every_change_that_it_acknowledged(folder, kills):
                     sent += 1
                     revision = browser.change(revision, f"class {sent}")
                     acknowledged.append(f"class {sent}")
-            except (OSError, urllib.error.URLError, ValueError):
+            except (OSError, http.client.HTTPException, ValueError):
                 os.waitpid(child, 0)
         with Review(folder, read_only=True) as review:
             assert review.log.verify() is None
