@@ -62,6 +62,7 @@ setup(
     package_dir=PACKAGE_DIR,
     package_data={
         "unihema": ["py.typed", "shipped_files/*/*"],
+        "unihema.report": ["*.json", "templates/*"],
         "unihema.review": ["static/*"],
         "unihema.results": ["monolayer_bands.json"],
         "unihema.processing_unihema": ["tokenizer/*.json"],

@@ -10,6 +10,7 @@ import click
 from .analyse import ask, demo, info, merge, predict
 from .data import data
 from .measure import evaluate, reference
+from .report import report
 from .review import review
 from .share import card, convert, export, push
 from .teach import adapt, train
@@ -17,7 +18,7 @@ from .teach import adapt, train
 
 SECTIONS = {
     "Analyse": (predict, merge, ask, info, demo),
-    "Review": (review,),
+    "Review": (report, review),
     "Teach": (train, adapt),
     "Measure": (evaluate, reference),
     "Share": (export, convert, card, push),
