@@ -4,13 +4,15 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unihema.errors import OutputError
 from unihema.files import write_text
 from unihema.result_folder import csv_lines, file_name, same_file
 
-from .smear_report import PRELIMINARY, SmearReport
+
+if TYPE_CHECKING:
+    from .smear_report import SmearReport
 
 
 COLUMNS = [
@@ -29,7 +31,7 @@ COLUMNS = [
 COLUMNS += ["precision", "recall", "note"]
 
 
-def table_rows(report: SmearReport) -> Iterator[list[Any]]:
+def table_rows(report: "SmearReport") -> Iterator[list[Any]]:
     """The rows of a report's table, in the order of `COLUMNS`; numbers are rounded to a tenth of a per cent.
 
     Args:
@@ -68,7 +70,7 @@ def table_rows(report: SmearReport) -> Iterator[list[Any]]:
         yield line("left out", name=left["image"], note=left["why"])
 
 
-def _measured(report: SmearReport, name: str) -> dict[str, float]:
+def _measured(report: "SmearReport", name: str) -> dict[str, float]:
     measured = report.classifier.get(name, {})
     return {key: 100 * measured[key] for key in ("precision", "recall") if key in measured}
 
@@ -77,7 +79,7 @@ def _rounded(value: Any) -> Any:
     return round(value, 1) if isinstance(value, float) else value
 
 
-def write_reports(reports: list[SmearReport], folder: str | Path) -> list[Path]:
+def write_reports(reports: "list[SmearReport]", folder: str | Path) -> list[Path]:
     """Writes the files of reports, named after their samples: `NAME.html`, `NAME.json`, `NAME.csv` and `NAME_fhir.json`.
 
     A preliminary report replaces an older one. A signed one is never replaced: its files end with its version.
@@ -103,8 +105,8 @@ def write_reports(reports: list[SmearReport], folder: str | Path) -> list[Path]:
     return pages
 
 
-def _write(report: SmearReport, folder: Path, name: str) -> Path:
-    if report.status != PRELIMINARY:
+def _write(report: "SmearReport", folder: Path, name: str) -> Path:
+    if report.signatures:
         name = f"{name}_v{report.report_version}"
         there = folder / f"{name}.json"
         if there.exists() and _sha256_in(there) != report.sha256:
@@ -112,8 +114,11 @@ def _write(report: SmearReport, folder: Path, name: str) -> Path:
                 f"{there}: a signed report that differs from this one. Name another folder (--output); what was signed stays."
             )
     write_text(folder / f"{name}.csv", csv_lines(COLUMNS, table_rows(report)))
+    write_text(folder / f"{name}_fhir.json", json.dumps(report.to_fhir(), indent=1) + "\n")
+    write_text(folder / f"{name}.html", report.to_html())
+    # By it a signed report is known again, so it comes last.
     write_text(folder / f"{name}.json", report.to_json())
-    return folder / f"{name}.json"
+    return folder / f"{name}.html"
 
 
 def _sha256_in(path: Path) -> str | None:

@@ -234,6 +234,36 @@ class SmearReport:
         """Of all that is reported, but when."""
         return json_sha256({name: value for name, value in self.to_dict().items() if name != "made"})
 
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The options that differ from what is usual."""
+        return {name: value for name, value in vars(self.options).items() if value not in (None, False)}
+
+    def to_html(self) -> str:
+        """The report as one page that needs nothing else, see [`report_page`]."""
+        from .page import report_page
+
+        return report_page(self)
+
+    def to_fhir(self) -> dict[str, Any]:
+        """The report as a FHIR `DiagnosticReport`, see [`diagnostic_report`]."""
+        from .fhir import diagnostic_report
+
+        return diagnostic_report(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes page, JSON, table and FHIR, named after the sample, see [`write_reports`].
+
+        Args:
+            folder (`str` or `Path`): Where; made when missing.
+
+        Returns:
+            `Path`: The page.
+        """
+        from .report_files import write_reports
+
+        return write_reports([self], folder)[0]
+
     def doubtful(self) -> Iterator[tuple[ReportedImage, Cell]]:
         """All cells, the least certain first: those that a person should look at next. Plain red cells and platelets, of which a
         report says little, come after all others."""
