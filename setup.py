@@ -63,6 +63,7 @@ setup(
     package_dir=PACKAGE_DIR,
     package_data={
         "unihema": ["py.typed", "shipped_files/*/*"],
+        "unihema.report": ["*.json", "templates/*"],
         "unihema.review": ["static/*"],
         "unihema.serve": ["page.html"],
         "unihema.results": ["monolayer_bands.json"],

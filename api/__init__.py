@@ -42,6 +42,7 @@ from .modeling_unihema.tasks import TASKS
 from .processing_unihema.image_processing_unihema import UniHemaImageProcessor
 from .processing_unihema.processing_unihema import UniHemaProcessor
 from .register import register_unihema
+from .report import SmearReport
 from .results.smear_result import Cell, SmearResult
 from .version import __version__
 
@@ -66,6 +67,7 @@ __all__ = [
     "RequestError",
     "RunConfigError",
     "RunError",
+    "SmearReport",
     "SmearResult",
     "TASKS",
     "TrainingError",

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
     from unihema.modeling_unihema.outputs import UniHemaImageFeatures, UniHemaPromptFeatures
     from unihema.processing_unihema.processing_unihema import UniHemaProcessor
+    from unihema.report.smear_report import SmearReport
     from unihema.result_folder import BatchReport
     from unihema.result_shards import Shard
     from unihema.results.out_of_distribution import ModelReference
@@ -371,6 +372,32 @@ class Analyzer:
             on_tile,
             shard,
         )
+
+    def report(
+        self, images: "Sequence[str | Path | Image.Image | numpy.ndarray | RegionSource]", **details: Any
+    ) -> "SmearReport":
+        """Analyses the images of one sample, and reports it.
+
+        Args:
+            images (`Sequence`): Fields, a slide, or crops of single cells. Of crops the task `single_cell` has to be asked for.
+            **details: `tasks`, `tiles`, `um_per_pixel` and `white_cells` as for a single image; everything else as of
+                [`SmearReport.of`].
+
+        Returns:
+            [`SmearReport`]
+        """
+        from unihema.report.classifier_errors import classifier_errors
+        from unihema.report.smear_report import SmearReport
+
+        asked = {
+            name: details.pop(name) for name in ("tasks", "tiles", "um_per_pixel", "white_cells") if name in details
+        }
+        results = [self(image, **asked) for image in images]
+        if self.source is not None and "classifier" not in details:
+            details["classifier"] = classifier_errors(
+                local_folder(self.source, local_files_only=True), self.weights_sha256()
+            )
+        return SmearReport.of(results, **details)
 
     def request(
         self,

@@ -60,6 +60,8 @@ COUNT_COLUMNS = ["image", "label", "count", "percent_of_white_cells", "different
 HELD_BATCHES = 4
 # Bytes of a name, to which `_overlay.png` is added: file systems take 255.
 NAME_BYTES = 200
+# The line of results.json after which its images come.
+_IMAGES = ' "images": [\n'
 # Of a record: a slide of half a million cells has some 100 MB.
 MOST_RECORD_BYTES = 1 << 29
 # What is wrong with one image, and no reason to stop.
@@ -122,6 +124,32 @@ def read_results(folder: str | Path) -> Iterator[StoredResult]:
         )
     settings = read_json_object(folder / SETTINGS_FILE, InputError, "Analyse the images again.")
     return ResultFolder(folder, settings).results()
+
+
+def failed_images(folder: str | Path) -> dict[str, str]:
+    """Images of a results folder that could not be analysed -> what was wrong with them, as its `results.json` says.
+
+    Args:
+        folder (`str` or `Path`): The results folder.
+
+    Raises:
+        InputError: The file was changed by hand.
+    """
+    path = Path(folder) / "results.json"
+    if not path.is_file():
+        return {}
+    head = []
+    # What comes before the images: those of a slide may be too long to read.
+    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            if line == _IMAGES:
+                break
+            head.append(line)
+    try:
+        failed = json.loads("".join(head).rstrip().removesuffix(",") + "}")["failed"]
+        return {str(image): str(why) for image, why in failed.items()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: changed by hand ({error!r}). Run `unihema predict` again.") from error
 
 
 def analyze_into(
@@ -398,16 +426,16 @@ class ResultFolder:
         An image keeps the name it has in the folder, whatever else is given with it later.
         """
         had = {record["source"]: path.stem for path, record in self._read_all()}
-        taken = {_same_file(name) for name in had.values()}
+        taken = {same_file(name) for name in had.values()}
         names = {}
         for image in images:
             source = real_path(image)
             if str(source) not in had:
                 digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:12]
                 stems = [image.stem, f"{source.parent.name}_{image.stem}", f"{image.stem}_{digest}"]
-                candidates = [_file_name(stem, digest) for stem in stems]
-                had[str(source)] = next(name for name in candidates if _same_file(name) not in taken)
-                taken.add(_same_file(had[str(source)]))
+                candidates = [file_name(stem, digest) for stem in stems]
+                had[str(source)] = next(name for name in candidates if same_file(name) not in taken)
+                taken.add(same_file(had[str(source)]))
             names[image] = had[str(source)]
         return names
 
@@ -478,10 +506,10 @@ class ResultFolder:
                     totals[label] = totals.get(label, 0) + count
         report.totals, report.images = totals, len(current)
         columns = cell_columns(attributes, *groups)
-        write_text(self.folder / "cells.csv", _csv(columns, self._cell_rows(current, attributes, groups)))
+        write_text(self.folder / "cells.csv", csv_lines(columns, self._cell_rows(current, attributes, groups)))
         write_text(
             self.folder / "counts.csv",
-            _csv(COUNT_COLUMNS, self._counts(current)),
+            csv_lines(COUNT_COLUMNS, self._counts(current)),
         )
         write_text(self.folder / "results.json", self._json(current, report))
 
@@ -555,7 +583,7 @@ class ResultFolder:
 
     def _json(self, paths: Sequence[Path], report: BatchReport) -> Iterator[str]:
         head = {"unihema": __version__, "settings": self.settings, "totals": report.totals, "failed": report.failed}
-        yield json.dumps(head, ensure_ascii=False, indent=1).removesuffix("\n}") + ',\n "images": ['
+        yield json.dumps(head, ensure_ascii=False, indent=1).removesuffix("\n}") + ",\n" + _IMAGES.rstrip()
         for number, result in enumerate(self._results(paths)):
             yield (",\n" if number else "\n") + json.dumps(result, ensure_ascii=False)
         yield "\n ]\n}\n"
@@ -613,7 +641,7 @@ def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _file_name(stem: str, digest: str) -> str:
+def file_name(stem: str, digest: str) -> str:
     """A stem as the name of files on every system; one that had to be changed ends with a hash of its path."""
     name = "".join("_" if not each.isprintable() or each in '<>:"/\\|?*' else each for each in stem)
     # A leading dot hides a file, and one of dots only is a folder.
@@ -624,12 +652,12 @@ def _file_name(stem: str, digest: str) -> str:
     return f"{name.encode()[: NAME_BYTES - 13].decode(errors='ignore')}_{digest}"
 
 
-def _same_file(name: str) -> str:
+def same_file(name: str) -> str:
     """Equal for names that some file system takes for one: of other case, or composed otherwise."""
     return unicodedata.normalize("NFC", name.casefold())
 
 
-def _csv(columns: Sequence[str], rows: Iterator[list[Any]]) -> Iterator[str]:
+def csv_lines(columns: Sequence[str], rows: Iterator[list[Any]]) -> Iterator[str]:
     """The lines of a CSV file, as they are read from `rows`."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -640,4 +668,14 @@ def _csv(columns: Sequence[str], rows: Iterator[list[Any]]) -> Iterator[str]:
         buffer.truncate()
 
 
-__all__ = ["BatchReport", "ResultFolder", "StoredResult", "analyze_into", "read_results"]
+__all__ = [
+    "BatchReport",
+    "ResultFolder",
+    "StoredResult",
+    "analyze_into",
+    "csv_lines",
+    "failed_images",
+    "file_name",
+    "read_results",
+    "same_file",
+]

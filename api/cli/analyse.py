@@ -357,10 +357,12 @@ def _show_checkpoint(checkpoint: Path) -> None:
 def demo(folder: Path, files_only: bool, overwrite: bool) -> None:
     """Lay down the checkpoint of this package, and analyse example smears.
 
-    Nothing is downloaded or trained. FOLDER, `demo` by default, gets the checkpoint as `unihema`, the images in `smears` and
-    what was found in `results`.
+    Nothing is downloaded or trained. FOLDER, `demo` by default, gets the checkpoint as `unihema`, the images in `smears`,
+    what was found in `results`, and a report of it in `results/report`.
     """
     from unihema.analyzer import Analyzer
+    from unihema.report.smear_report import SmearReport
+    from unihema.review.reviewed_results import reviewed_samples
     from unihema.shipped import copy_examples, lay_down_checkpoint
 
     checkpoint = lay_down_checkpoint(folder / "unihema", replace=overwrite)
@@ -374,6 +376,11 @@ def demo(folder: Path, files_only: bool, overwrite: bool) -> None:
     totals = ", ".join(f"{name} {count}" for name, count in batch.totals.items())
     click.echo(f"Cells in {batch.images} fields: {totals}. Pictures and tables in {folder / 'results'}")
 
+    for sample in reviewed_samples(folder / "results", checkpoint=checkpoint):
+        page = SmearReport.of(sample.results, folder.absolute().name, **sample.details).save(
+            folder / "results" / "report"
+        )
+
     click.echo("Single cells:")
     for path in images:
         if path in fields:
@@ -383,3 +390,4 @@ def demo(folder: Path, files_only: bool, overwrite: bool) -> None:
         click.echo(f"{path.name}: {result.single_cell['label']} ({result.single_cell['score']:.0%})")
         for answer in result.answers:
             click.echo(f"  {answer['question']} {answer['answer']}")
+    click.echo(f"The report of the fields, a page to open in a browser: {page}")

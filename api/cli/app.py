@@ -10,6 +10,7 @@ import click
 from .analyse import ask, demo, info, merge, predict
 from .data import data
 from .measure import evaluate, reference
+from .report import report
 from .review import corrections, review
 from .serve import serve
 from .share import card, convert, export, push
@@ -18,7 +19,7 @@ from .teach import adapt, train
 
 SECTIONS = {
     "Analyse": (predict, merge, ask, info, demo),
-    "Review": (review, corrections),
+    "Review": (report, review, corrections),
     "Teach": (train, adapt),
     "Measure": (evaluate, reference),
     "Serve": (serve,),

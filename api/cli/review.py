@@ -7,14 +7,17 @@ import click
 from .options import PATH, output_option, port_option
 
 
+sample_by_option = click.option(
+    "--sample-by",
+    metavar="image|folder|PATTERN|FILE.csv",
+    help="Which images are one sample: each alone, those of a folder, those in whose path a regular expression finds the same "
+    "in brackets, or those that a table with the columns image and sample says. All of them by default.",
+)
+
+
 @click.command()
 @click.argument("results", type=PATH)
-@click.option(
-    "--sample-by",
-    metavar="image|folder|PATTERN",
-    help="Which images are one sample: each alone, those of a folder, or those in whose path a regular expression finds the same "
-    "in brackets. All of them by default.",
-)
+@sample_by_option
 @port_option(0)
 @click.option("--browser", is_flag=True, help="Open the page in the browser.")
 @click.option("--check", is_flag=True, help="Only check that the log is as it was written.")

@@ -24,7 +24,7 @@ from unihema.checkpoint_files import REFERENCE_FILE
 from unihema.errors import CheckpointError, InputError
 from unihema.files import shortened, write_atomically
 from unihema.modeling_unihema.outputs import UniHemaImageFeatures
-from unihema.results.smear_result import OTHER_SIZE, SmearResult
+from unihema.results.smear_result import OTHER_SIZE, POOR_QUALITY, SmearResult
 
 
 # Variance of the Laplacian as part of the variance of the grey values; mean grey value, 0..255; share of burnt-out pixels.
@@ -353,16 +353,16 @@ def _quality_warnings(quality: Sequence[float], ranges: np.ndarray, name: str) -
         )
 
     if value["sharpness"] * _SHARPNESS_FACTOR < low["sharpness"]:
-        told("The image is blurred", "sharpness", ".2g")
+        told(f"{POOR_QUALITY}blurred", "sharpness", ".2g")
     elif value["sharpness"] > high["sharpness"] * _SHARPNESS_FACTOR:
-        told("The image is noisy or over-sharpened", "sharpness", ".2g")
+        told(f"{POOR_QUALITY}noisy or over-sharpened", "sharpness", ".2g")
     if value["brightness"] + _BRIGHTNESS_STEP < low["brightness"]:
-        told("The image is underexposed", "brightness", ".0f")
+        told(f"{POOR_QUALITY}underexposed", "brightness", ".0f")
     elif value["brightness"] > high["brightness"] + _BRIGHTNESS_STEP:
-        told("The image is overexposed", "brightness", ".0f")
+        told(f"{POOR_QUALITY}overexposed", "brightness", ".0f")
     elif value["white"] > high["white"] + _WHITE_STEP:
         found.append(
-            f"The image is overexposed: {100 * value['white']:.0f} % of its pixels are burnt out, of images of {name} at most "
+            f"{POOR_QUALITY}overexposed: {100 * value['white']:.0f} % of its pixels are burnt out, of images of {name} at most "
             f"{100 * high['white']:.0f} %."
         )
     return found

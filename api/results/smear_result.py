@@ -50,6 +50,8 @@ FORMAT = 1
 CROWDED = "queries found a cell"
 # Words of the warning that cells are not of the size that the model was trained on.
 OTHER_SIZE = "for the model than those it was trained on"
+# Beginning of the warnings that an image is blurred, noisy, or badly exposed.
+POOR_QUALITY = "The image is "
 MOST_CLASSES = 4096
 
 

@@ -1,7 +1,6 @@
 """What a review holds: the predictions of a results folder with the log's entries laid over them."""
 
 import math
-import re
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unihema.errors import InputError, OutputError, RequestError, UniHemaError
-from unihema.files import exclusive, printable, shortened
+from unihema.files import exclusive, shortened
+from unihema.report.samples import read_samples, sample_of
 from unihema.result_folder import StoredResult, read_results
 from unihema.results.cell import Cell
 
@@ -207,6 +207,7 @@ class Review:
     def _begin(self, stored: Sequence[StoredResult], sample_by: str | None, read_only: bool) -> None:
         """Lays out images and samples, and notes in the log which predictions it is about."""
         known = {}
+        table = read_samples(sample_by)
         for entry in self.log.entries():
             if entry.kind == "begin":
                 known |= {entry.image: entry}
@@ -214,7 +215,9 @@ class Review:
         for each in stored:
             begun = known.get(each.name)
             sample = (
-                begun.sample if begun is not None and sample_by is None else sample_of(each, self.folder, sample_by)
+                begun.sample
+                if begun is not None and sample_by is None
+                else sample_of(each, self.folder, sample_by, table)
             )
             if begun is None:
                 fresh.append(Change("begin", sample, each.name, None, None, _predicted(each)))
@@ -554,36 +557,6 @@ def _cells(stored: StoredResult) -> dict[int, ReviewedCell]:
         box = (0.0, 0.0, float(result.width), float(result.height))
         cells = [Cell(WHOLE_IMAGE, box, result.single_cell["label"], result.single_cell["score"])]
     return {cell.id: ReviewedCell(stored.name, cell, False, cell.label) for cell in cells}
-
-
-def sample_of(stored: StoredResult, folder: Path, by: str | None) -> str:
-    """The sample that an image belongs to.
-
-    Args:
-        stored ([`StoredResult`]): The image.
-        folder (`Path`): Its results folder.
-        by (`str`, *optional*): `image` (each is one), `folder` (that in which the image lies), or a regular expression with one
-            group, which is looked for in its path. All images are one sample when missing.
-
-    Raises:
-        RequestError: The expression is none, or does not fit.
-    """
-    if by is None:
-        return printable(folder.absolute().name) or "sample"
-    if by == "image":
-        return printable(stored.name)
-    if by == "folder":
-        return printable(stored.source.parent.name)
-    try:
-        found = re.search(by, stored.source.as_posix())
-        name = found and found[1]
-    except (re.error, IndexError) as error:
-        raise RequestError(
-            f"--sample-by {shortened(by, 100)}: no regular expression with one group ({error})."
-        ) from error
-    if not name:
-        raise RequestError(f"--sample-by {shortened(by, 100)}: not found in {stored.source}.")
-    return printable(name)
 
 
 def checked_text(value: object, what: str, most: int) -> str:

@@ -1,0 +1,86 @@
+"""Which image belongs to which sample."""
+
+import csv
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from unihema.errors import InputError, RequestError, printable
+from unihema.files import shortened
+from unihema.result_folder import StoredResult
+
+
+COLUMNS = ("image", "sample")
+MOST_TABLE_BYTES = 64 << 20
+
+
+def sample_of(stored: StoredResult, folder: Path, by: str | None, table: Mapping[str, str] | None = None) -> str:
+    """The sample that an image belongs to.
+
+    Args:
+        stored ([`StoredResult`]): The image.
+        folder (`Path`): Its results folder.
+        by (`str`, *optional*): `image` (each is one), `folder` (that in which the image lies), a table (see [`read_samples`]), or
+            a regular expression with one group, which is looked for in its path. All images are one sample when missing.
+        table (`Mapping[str, str]`, *optional*): What [`read_samples`] read of `by`.
+
+    Raises:
+        RequestError: The expression is none, or does not fit; the table has no such image.
+    """
+    if by is None:
+        return printable(folder.absolute().name) or "sample"
+    if by == "image":
+        return printable(stored.name)
+    if by == "folder":
+        return printable(stored.source.parent.name)
+    if table is not None:
+        keys = (str(stored.source), stored.source.as_posix(), stored.source.name, stored.name)
+        name = next((table[key] for key in keys if key in table), None)
+        if name is None:
+            raise RequestError(f"--sample-by {shortened(by, 100)}: it has no line for {stored.source}.")
+        return printable(name)
+    try:
+        found = re.search(by, stored.source.as_posix())
+        name = found and found[1]
+    except (re.error, IndexError) as error:
+        raise RequestError(
+            f"--sample-by {shortened(by, 100)}: no regular expression with one group ({error})."
+        ) from error
+    if not name:
+        raise RequestError(f"--sample-by {shortened(by, 100)}: not found in {stored.source}.")
+    return printable(name)
+
+
+def read_samples(by: str | None) -> dict[str, str] | None:
+    """Image -> sample, of a CSV file with the columns `image` (path, or name of the file) and `sample`.
+
+    Args:
+        by (`str`, *optional*): The file; `None` is returned for what does not end with `.csv`.
+
+    Raises:
+        InputError: It cannot be read, or lacks a column or a value.
+    """
+    if by is None or not by.lower().endswith(".csv"):
+        return None
+    path, found = Path(by), {}
+    try:
+        if path.stat().st_size > MOST_TABLE_BYTES:
+            raise InputError(f"{path}: larger than {MOST_TABLE_BYTES >> 20} MB.")
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            rows = csv.DictReader(lines, strict=True)
+            missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
+            if missing:
+                raise InputError(
+                    f"{path}: no column {missing[0]!r}. Its first line names the columns image and sample."
+                )
+            for number, row in enumerate(rows, 2):
+                if not row["image"] or not row["sample"]:
+                    raise InputError(f"{path}, line {number}: an image and its sample are needed.")
+                if found.setdefault(row["image"], row["sample"]) != row["sample"]:
+                    raise InputError(f"{path}, line {number}: {shortened(row['image'], 100)} belongs to two samples.")
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a CSV file in UTF-8 ({error}).") from error
+    return found
+
+
+__all__ = ["read_samples", "sample_of"]
