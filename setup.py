@@ -68,6 +68,7 @@ setup(
         "unihema.serve": ["page.html"],
         "unihema.results": ["monolayer_bands.json"],
         "unihema.processing_unihema": ["tokenizer/*.json"],
+        "unihema.training.data": ["stains.json"],
         "unihema.training.data.curation": ["catalog.json"],
         "unihema.hub_cards": ["templates/*.jinja"],
     },

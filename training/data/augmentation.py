@@ -41,6 +41,8 @@ class AugmentationConfig:
             each channel, mixing of 0.12 n between channels and a background of 0.06 |n|; gamma is exp(0.25 n), the gain of each
             channel exp(0.12 n), an offset 0.04 n, saturation exp(0.35 n), each n normally distributed. Answers about colours
             would not stay true.
+        azure_eosin (`float`): Probability that `colour`'s factors of channels are those of azure, of eosin and of what is neither
+            (`stains.json`).
         optics (`float`): How often an image is of another lens or camera, instead of `blur`. At 1 every third is at half or a
             third of its resolution, every fifth out of focus, every fifth sharpened, every second noisy, three in ten compressed.
         framing (`float`): Probability of framing a single cell anew, instead of `zoom`. Beyond the edge the image goes on
@@ -67,6 +69,7 @@ class AugmentationConfig:
     scale: float = 0.0
     mosaic: float = 0.0
     colour: float = 0.0
+    azure_eosin: float = 0.0
     optics: float = 0.0
     framing: float = 0.0
     seen_min: float = 0.45
@@ -190,7 +193,8 @@ def augment(
     if not config.colour:
         pixels = _stain(pixels, config, draws[9:16] * 2 - 1)
     if config.colour or config.optics:
-        changed = recoloured(pixels, config.colour, nuisance) if config.colour else pixels.float() / 255
+        stains = bool(nuisance.spawn(1)[0].random() < config.azure_eosin)
+        changed = recoloured(pixels, config.colour, nuisance, stains) if config.colour else pixels.float() / 255
         pixels = as_bytes(through_another_lens(changed, config.optics, nuisance))
     rest = [part.as_subclass(torch.Tensor) for part in parts[1:]]
     return pixels, rest.pop(0) if boxes is not None else None, kept, rest.pop(0) if mask is not None else None

@@ -4,6 +4,9 @@ Amounts are those of the trials whose classifiers held best on microscopes that 
 """
 
 import io
+import json
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +27,21 @@ _DENSITY = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)
 _LUMA = torch.tensor([0.299, 0.587, 0.114])
 
 
-def recoloured(image: torch.Tensor, strength: float, rng: np.random.Generator) -> torch.Tensor:
+@cache
+def stain_directions() -> torch.Tensor:
+    """Directions of optical density of azure, of eosin and of what is neither, float32 `[3, 3]`, a column each.
+
+    `stains.json` says how they were found.
+    """
+    read = json.loads(Path(__file__).with_name("stains.json").read_text(encoding="utf-8"))
+    azure, eosin = (np.array(read[name]) for name in ("azure", "eosin"))
+    neither = np.cross(azure, eosin)
+    return torch.from_numpy(np.stack([v / np.linalg.norm(v) for v in (azure, eosin, neither)], 1)).float()
+
+
+def recoloured(
+    image: torch.Tensor, strength: float, rng: np.random.Generator, azure_and_eosin: bool = False
+) -> torch.Tensor:
     """An image under another stain and light.
 
     Optical density is multiplied by a random 3 x 3 matrix near the identity, and has a background; then come gamma, the gain of
@@ -34,6 +51,7 @@ def recoloured(image: torch.Tensor, strength: float, rng: np.random.Generator) -
         image (`torch.Tensor`): uint8 `[3, H, W]`.
         strength (`float`): Factor of all amounts.
         rng (`np.random.Generator`): Always asked for the same numbers.
+        azure_and_eosin (`bool`): The factors are those of the two stains and of what is neither, instead of the channels.
 
     Returns:
         `torch.Tensor`: float32 `[3, H, W]` in 0..1.
@@ -42,7 +60,10 @@ def recoloured(image: torch.Tensor, strength: float, rng: np.random.Generator) -
     drawn = torch.from_numpy(drawn).float()
     mixing = MIXING * drawn[:9].view(3, 3)
     mixing.fill_diagonal_(0)
-    stains = torch.diag((EACH_STAIN * drawn[9:12]).exp()) + mixing
+    stains = torch.diag((EACH_STAIN * drawn[9:12]).exp())
+    if azure_and_eosin:
+        stains = stain_directions() @ stains @ stain_directions().inverse()
+    stains = stains + mixing
     gamma = (GAMMA * drawn[12]).exp()
     matrix = gamma * (OVERALL * drawn[13]).exp() * stains
     background = gamma * BACKGROUND * drawn[14:17].abs() - CHANNEL * drawn[19:22]
@@ -118,4 +139,4 @@ def as_bytes(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels * 255).round_().to(torch.uint8)
 
 
-__all__ = ["as_bytes", "recoloured", "smoothed", "through_another_lens"]
+__all__ = ["as_bytes", "recoloured", "smoothed", "stain_directions", "through_another_lens"]

@@ -35,6 +35,10 @@ _OF_THE_INITIAL = (
     "data.image_sizes",
     "data.rename",
     "data.label_parents",
+    "data.single_cell_parents",
+    "data.boxes_as_crops",
+    "data.exact_classes",
+    "data.absent_classes",
 )
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from unihema.training.data import optics
 from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng, framed
-from unihema.training.data.optics import recoloured, smoothed, through_another_lens
+from unihema.training.data.optics import recoloured, smoothed, stain_directions, through_another_lens
 
 
 @pytest.fixture
@@ -28,6 +29,23 @@ def test_colours_differ_as_far_as_the_strength_says(cell):
         return float(seen.std(0).mean())
 
     assert 0.01 < spread(0.1) < 0.5 * spread(0.5) < 0.5 * spread(1.0) < 0.2
+
+
+def test_factors_along_stains_change_these_alone(monkeypatch):
+    """A pixel of azure alone, seen with nothing but the factors of stains, stays one of azure."""
+    for name in ("MIXING", "BACKGROUND", "GAMMA", "OVERALL", "CHANNEL", "OFFSET", "SATURATION"):
+        monkeypatch.setattr(optics, name, 0.0)
+    azure = stain_directions()[:, 0]
+    assert azure.norm().item() == pytest.approx(1, abs=1e-6) and azure.min() > 0
+    pixels = (256 * (-0.8 * azure).exp() - 1).round().to(torch.uint8)[:, None, None].expand(3, 4, 4).contiguous()
+    factors = set()
+    for seed in range(8):
+        density = -recoloured(pixels, 1.0, np.random.default_rng(seed), azure_and_eosin=True)[:, 0, 0].log()
+        assert (density / density.norm() - azure).abs().max() < 0.02
+        factors.add(round(float(density.norm()), 3))
+    assert len(factors) == 8
+    plain = -recoloured(pixels, 1.0, np.random.default_rng(1))[:, 0, 0].log()
+    assert (plain / plain.norm() - azure).abs().max() > 0.02
 
 
 def test_cell_and_background_stay_apart(cell):
