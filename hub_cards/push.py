@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,6 +43,8 @@ _LEFT_OUT = {
     "best": "weights of an evaluation during training",
     "log.jsonl": "log of the training",
 }
+# What the checkpoint's own code imports, where an endpoint has only Transformers.
+_REQUIREMENTS = ("transformers>=5.15,<6,!=5.24.*\n", "torch>=2.8\n", "torchvision\n", "timm\n", "scipy\n", "pillow\n")
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
 # huggingface_hub itself tries these again, and every PUT.
@@ -102,13 +105,15 @@ class PushResult:
     plan: PushPlan
 
 
-def plan_push(folder: str | Path, repo_id: str, base_model: str | None = None) -> PushPlan:
+def plan_push(folder: str | Path, repo_id: str, base_model: str | None = None, endpoint: bool = False) -> PushPlan:
     """Chooses and checks the files of a push; touches no network.
 
     Args:
         folder (`str` or `Path`): A checkpoint, or a PEFT adapter.
         repo_id (`str`): Where it goes; the code in the card names it.
         base_model (`str`, *optional*): Id of an adapter's base, where `adapter_config.json` names a folder.
+        endpoint (`bool`): With what an Inference Endpoint of the Hub runs: `handler.py` ([`EndpointHandler`]) and
+            `requirements.txt`. Of a checkpoint only.
 
     Returns:
         [`PushPlan`]
@@ -148,6 +153,11 @@ def plan_push(folder: str | Path, repo_id: str, base_model: str | None = None) -
     files: dict[str, Path | bytes] = {path.name: path for path in [*needed, *optional]}
     if base != noted:
         files[ADAPTER_CONFIG] = json.dumps({**config, "base_model_name_or_path": base}, indent=2).encode() + b"\n"
+    if endpoint:
+        if kind != "checkpoint":
+            raise CheckpointError(f"{folder}: an adapter is no endpoint. Push a checkpoint, such as its merged base.")
+        handler = resources.files("unihema.hub_cards") / "endpoint.py"
+        files |= {"handler.py": handler.read_bytes(), "requirements.txt": "".join(_REQUIREMENTS).encode()}
     files[CARD_FILE] = _card(folder, repo_id, base).encode("utf-8")
     for name, content in files.items():
         if name.endswith(".safetensors"):
@@ -172,6 +182,7 @@ def push_folder(
     commit_message: str | None = None,
     base_model: str | None = None,
     token: str | None = None,
+    endpoint: bool = False,
 ) -> PushResult:
     """Uploads a checkpoint or adapter.
 
@@ -186,6 +197,7 @@ def push_folder(
         commit_message (`str`, *optional*): The commit's; `Upload checkpoint` or `Upload adapter` by default.
         base_model (`str`, *optional*): Id of an adapter's base, where `adapter_config.json` names a folder.
         token (`str`, *optional*): Of the Hub; what `hf auth login` or HF_TOKEN left when missing.
+        endpoint (`bool`): See [`plan_push`].
 
     Returns:
         [`PushResult`]
@@ -195,7 +207,7 @@ def push_folder(
         CardError: No card, or one that may not be published, here or in the Hub's view.
         PushError: The Hub refused, or the connection broke off.
     """
-    plan = plan_push(folder, repo_id, base_model)
+    plan = plan_push(folder, repo_id, base_model, endpoint)
     api = HfApi(token=token)
     if plan.base_model is not None:
         _call(lambda: api.repo_info(plan.base_model), f"{plan.base_model} (the adapter's base)", token)

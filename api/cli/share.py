@@ -137,9 +137,19 @@ def card(
 @click.option("--revision", help="Branch; made when missing.")
 @click.option("--message", "-m", help="Message of the commit.")
 @base_option
+@click.option(
+    "--endpoint", is_flag=True, help="With handler.py, by which the Hub's Inference Endpoints run a checkpoint."
+)
 @click.option("--dry-run", is_flag=True, help="Check and list the files, and send nothing.")
 def push(
-    folder: Path, repo_id: str, public: bool, revision: str | None, message: str | None, base: str | None, dry_run: bool
+    folder: Path,
+    repo_id: str,
+    public: bool,
+    revision: str | None,
+    message: str | None,
+    base: str | None,
+    endpoint: bool,
+    dry_run: bool,
 ) -> None:
     """Upload a checkpoint or an adapter to the Hub.
 
@@ -148,7 +158,7 @@ def push(
     """
     from unihema.hub_cards import plan_push, push_folder
 
-    plan = plan_push(folder, repo_id, base)
+    plan = plan_push(folder, repo_id, base, endpoint)
     for file, size in plan.sizes.items():
         click.echo(f"  {size:>13,}  {file}")
     for name, reason in plan.left_out.items():
@@ -160,5 +170,13 @@ def push(
     if dry_run:
         click.echo("Nothing was sent.")
         return
-    done = push_folder(folder, repo_id, private=not public, revision=revision, commit_message=message, base_model=base)
+    done = push_folder(
+        folder,
+        repo_id,
+        private=not public,
+        revision=revision,
+        commit_message=message,
+        base_model=base,
+        endpoint=endpoint,
+    )
     click.echo(f"{done.url} ({'private' if done.private else 'public'}), commit {done.commit[:12]}.")

@@ -137,3 +137,11 @@ def test_an_adapter_needs_a_base_that_others_have(adapter):
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"adapter without adapter_model.safetensors"):
         plan_push(adapter, REPO, "lab/base")
+
+
+def test_an_endpoint_is_of_a_checkpoint(checkpoint, adapter):
+    files = plan_push(checkpoint, REPO, endpoint=True).files
+    assert b"class EndpointHandler" in files["handler.py"] and b"timm" in files["requirements.txt"]
+    assert not {"handler.py", "requirements.txt"} & plan_push(checkpoint, REPO).files.keys()
+    with pytest.raises(CheckpointError, match="an adapter is no endpoint"):
+        plan_push(adapter, REPO, base_model="lab/base", endpoint=True)
