@@ -172,13 +172,15 @@ def _fields(report: "SmearReport", colors: Mapping[str, str]) -> Iterator[dict[s
 
 
 def _pieces(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Settings and versions as lines of a table, those within others by dotted names."""
+    """Settings and versions as lines of a table: a mapping within them of plain values in one line, others by dotted names."""
     for name, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and any(isinstance(each, Mapping) for each in value.values()):
             yield from _pieces(value, f"{prefix}{name}.")
+        elif isinstance(value, Mapping):
+            if value:
+                yield f"{prefix}{name}", ", ".join(f"{key} {each}" for key, each in value.items())
         elif value not in (None, "", [], False):
-            shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-            yield f"{prefix}{name}", shown
+            yield f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _shown(value: Any) -> Any:

@@ -175,8 +175,7 @@ class SmearReport:
             pool.counts, pool.parents, tables, options, pool.in_monolayer, pool.area_mm2, pool.fields
         )
         figures["notes"] += pool.notes
-        if not counted:
-            figures["notes"].append("Every image was left out.")
+        figures["notes"] += _notes_on_images(counted, left_out)
         signatures = [dict(signature) for signature in signatures]
         task = "detection" if pool.fields or not pool.crops else "single_cell"
         version = max(1, len(signatures))
@@ -328,6 +327,17 @@ class _Pool:
             outside,
             notes,
         )
+
+
+def _notes_on_images(counted: Sequence[ReportedImage], left_out: Sequence[Mapping[str, str]]) -> list[str]:
+    notes = [] if counted else ["Every image was left out."]
+    if left_out:
+        notes.append(f"Images left out: {len(left_out)}, named below.")
+    for reason, why in REASONS.items():
+        number = sum(reason in image.problems for image in counted)
+        if number:
+            notes.append(f"{number} of {len(counted)} images are {why}: see their warnings below.")
+    return notes
 
 
 def _judged_by(image: ReportedImage, bands: str | Path | Mapping[str, Any]) -> ReportedImage:
