@@ -15,7 +15,7 @@ from unihema.analyzer import Analyzer
 from unihema.training.data.synthetic.fields import WHITE_CELLS, SyntheticSmears
 from unihema.training.data.synthetic.folder import write_synthetic
 from unihema.training.evaluation.report import figures_text
-from unihema.training.run.config import DataConfig, LoggingConfig, OptimisationConfig, RunConfig
+from unihema.training.run.config import AugmentationSettings, DataConfig, LoggingConfig, OptimisationConfig, RunConfig
 from unihema.training.run.loop import train
 
 
@@ -32,6 +32,12 @@ TASK_WEIGHTS = {
     "single_cell": 0.11,
     "question_answering": 0.13,
     "cloze": 0.07,
+}
+# Minutes from nothing, and smears of one microscope: no colours and framings of others.
+ONE_MICROSCOPE = {
+    "detection": {"colour": 0.0, "optics": 0.0},
+    "segmentation": {"colour": 0.0, "optics": 0.0},
+    "single_cell": {"colour": 0.0, "optics": 0.0, "framing": 0.0, "zoom": 0.5, "zoom_min": 0.8},
 }
 # Crops show one cell, so small images and large batches teach the most in a minute.
 EDGES = {"detection": 256, "segmentation": 256, "single_cell": 96, "question_answering": 96, "cloze": 96}
@@ -65,6 +71,7 @@ def demo_train(folder: Path, minutes: float = 7.5, fields: int = FIELDS) -> None
             optimisation=OptimisationConfig(
                 time_limit_minutes=minutes, learning_rate=4e-4, ema_decay=0.99, mixed_precision="bf16"
             ),
+            augmentation=AugmentationSettings(overrides=ONE_MICROSCOPE),
             logging=LoggingConfig(checkpoint_minutes=None),
         )
     )
