@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import os
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -489,7 +490,9 @@ def serve(
         OutputError: See [`Review`]; or the port is not free.
     """
     with Review(folder, sample_by) as review, socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":
+            # Elsewhere it would share a port that another program has.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((HOST, port))
         except (OSError, OverflowError) as error:

@@ -106,6 +106,8 @@ class ReviewedSample:
     Args:
         name (`str`): Its name.
         images (`list[ReviewedImage]`): Its images.
+        classes (`list[str]`): Classes that were looked for in its images, and those that its cells got since, as they came.
+        class_parents (`dict[str, str]`): Class -> coarser class, as the checkpoint has it.
         status (`str`): `preliminary`, `final`, `amendment open` or `amended`.
         revision (`int`): Number of the last entry about it.
         signatures (`list[dict]`): Of each `who`, `time`, `status`, `number`, `head` (hash of the last entry that it covers),
@@ -114,6 +116,8 @@ class ReviewedSample:
 
     name: str
     images: list[ReviewedImage] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    class_parents: dict[str, str] = field(default_factory=dict)
     status: str = PRELIMINARY
     revision: int = 0
     signatures: list[dict[str, Any]] = field(default_factory=list)
@@ -125,25 +129,19 @@ class ReviewedSample:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Cells of each class, zero for those that were looked for."""
+        """Cells of each class, zero included."""
         counts = dict.fromkeys(self.classes, 0)
         for cell in self.cells:
             if cell.present:
-                counts[cell.label] = counts.get(cell.label, 0) + 1
+                counts[cell.label] += 1
         return counts
 
-    @property
-    def classes(self) -> list[str]:
-        """Classes that were looked for in its images."""
-        return list(dict.fromkeys(name for image in self.images for name in image.stored.result.classes))
-
-    @property
-    def class_parents(self) -> dict[str, str]:
-        """Class -> coarser class, as the checkpoint has it."""
-        found: dict[str, str] = {}
-        for image in self.images:
-            found |= image.stored.result.class_parents
-        return found
+    def add(self, image: ReviewedImage) -> None:
+        """Takes an image in."""
+        self.images.append(image)
+        labels = [cell.label for cell in image.cells.values()]
+        self.classes = list(dict.fromkeys((*self.classes, *image.stored.result.classes, *labels)))
+        self.class_parents |= image.stored.result.class_parents
 
 
 class Target(NamedTuple):
@@ -233,7 +231,7 @@ class Review:
                 )
             image = ReviewedImage(each, sample, _cells(each))
             self.images[each.name] = image
-            self.samples.setdefault(sample, ReviewedSample(sample)).images.append(image)
+            self.samples.setdefault(sample, ReviewedSample(sample)).add(image)
         gone = next((name for name in known if name not in self.images), None)
         if gone is not None:
             raise InputError(
@@ -502,6 +500,8 @@ class Review:
             cell = image.cells[entry.cell]
             cell.label, cell.present = entry.new["label"], entry.new["present"]
             cell.looked_at, cell.revision = entry.new["looked_at"], entry.number
+            if cell.label not in sample.classes:
+                sample.classes.append(cell.label)
         self._note_action(entry)
 
     def _note_action(self, entry: Entry) -> None:

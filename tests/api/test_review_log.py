@@ -255,6 +255,17 @@ def test_a_signed_sample_is_changed_by_an_amendment_alone(folder):
         assert review.log.verify(sample.signatures[0]["head"]) is None
 
 
+def test_classes_keep_their_order_whatever_moves(folder):
+    with Review(folder) as review:
+        known = list(review.sample("results").classes)
+        for label, number in (("zebra", 3), ("ant", 1)):
+            review.change("Ada", [Target("a", number, 0)], "class", label)
+        review.undo("Ada", "results")
+        assert list(review.sample("results").counts) == [*known, "zebra", "ant"]
+    with Review(folder) as review:
+        assert list(review.sample("results").counts) == [*known, "zebra", "ant"]
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_texts_are_stored_as_they_are(folder, text):
     with Review(folder) as review:

@@ -3,11 +3,16 @@
 import os
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from command import run_command
 from review_results import write_results
 
 from unihema.review.state import Review
@@ -390,6 +395,36 @@ def test_five_thousand_cells_stay_few_nodes_and_move(tmp_path, opened):
         assert count(page, "RBC") == 3999
     finally:
         served.close()
+
+
+def test_the_command_shows_what_the_demo_found(tmp_path, opened):
+    assert run_command("demo", tmp_path / "demo").returncode == 0
+    results = tmp_path / "demo" / "results"
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from unihema_cli import main; main()", "review", results],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        address = next(line.strip() for line in process.stdout if line.startswith("http://127.0.0.1:"))
+        page = opened(SimpleNamespace(address=address))
+        assert "token" not in page.url
+        before = {name: count(page, name) for name in ("RBC", "Platelets")}
+        page.get_by_role("button", name="RBC", exact=False).first.click()
+        page.keyboard.press("p")
+        says(page, "1 cell moved to Platelets")
+        after = {name: count(page, name) for name in ("RBC", "Platelets")}
+        assert after == {"RBC": before["RBC"] - 1, "Platelets": before["Platelets"] + 1}
+        page.wait_for_function("() => document.querySelector('.cell img').naturalWidth === 128")
+        page.wait_for_function("() => document.getElementById('view-image').naturalWidth > 100")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert "all as they were written" in run_command("review", results, "--check").stdout
+    done = run_command("corrections", results, "-o", tmp_path / "data")
+    assert done.stdout.startswith("1 fields (0 looked through) with 1 cells"), done.stderr
 
 
 def test_samples_are_chosen_from_a_list(tmp_path, opened):

@@ -370,9 +370,15 @@ const KEYS = {
   "?": () => find("help-dialog").showModal(),
 };
 
+/** The letter or digit of a key; on a keyboard of another script the Latin letter at its place. */
+function letterOf(event) {
+  if (/^[a-z0-9]$/i.test(event.key)) return event.key.toLowerCase();
+  return /^Key[A-Z]$/.test(event.code) ? event.code.at(-1).toLowerCase() : event.key;
+}
+
 function pressed(event) {
   if (document.querySelector("dialog[open]") || event.altKey) return;
-  const control = event.ctrlKey || event.metaKey, letter = event.key.toLowerCase();
+  const control = event.ctrlKey || event.metaKey, letter = letterOf(event);
   const typing = event.target.matches("input:not([type=checkbox]):not([type=range]), select, textarea");
   if (control && (letter === "z" || letter === "y") && !typing) {
     event.preventDefault();
