@@ -24,6 +24,7 @@ from unihema.files import OpenedImage
 from unihema.loading import available_tasks, load_model, require_tasks
 from unihema.modeling_unihema.tasks import IMAGE_TASKS, TASK_TABLE, TASKS
 from unihema.processing_unihema.class_names import NUCLEUS, WHITE_CELL, cell_kind
+from unihema.results.calibration import set_probabilities
 from unihema.results.cell_size import KnownSize
 from unihema.results.shapes import nucleus_of
 from unihema.results.smear_result import CROWDED, Cell, SmearResult
@@ -516,6 +517,7 @@ class Analyzer:
             for number, (source, result) in enumerate(zip(sources, results, strict=True)):
                 state_pixel_size(result, source, request.um_per_pixel)
                 self._look_closer(request, source, result, stores[number] if stores else None, on_tile)
+                set_probabilities(result, self.model.config.trained.calibration)
                 for text in result.warnings:
                     if CROWDED in text:
                         warnings.warn(f"{result.image or 'image'}: {text}", QueryCapWarning, stacklevel=4)

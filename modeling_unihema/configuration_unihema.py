@@ -209,6 +209,10 @@ class TrainingResults:
         red_cell_diameter (`list[float]`, *optional*): Diameter of red cells in pixels of the model's input for detection: 5 %,
             50 % and 95 % of the training fields have a median below. By it an image is seen at the scale of the training.
         cell_masks (`bool`): Whether the mask finder was trained on masks of single cells, so that detection gives each cell one.
+        calibration (`dict[str, dict]`): Head (`detection`, `single_cell`) -> what its scores mean, fitted on validation data:
+            `slope`, `shift` and the `shifts` of classes of a logistic curve; `ece`, its calibration error, and `cells`, how many;
+            `typed_from`, the probability from which a share `precision` of the types of white cells is right, the share
+            `reached`, and the `coverage` that is kept.
     """
 
     tasks: list[str] | None = None
@@ -218,6 +222,7 @@ class TrainingResults:
     mask_prompts: list[str] | None = None
     red_cell_diameter: list[float | int] | None = None
     cell_masks: bool = False
+    calibration: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 def _in_bounds(part: str, value: Any, least: float, most: float, why: str) -> None:
@@ -240,6 +245,28 @@ def _in_bounds(part: str, value: Any, least: float, most: float, why: str) -> No
 def _number(key: Any) -> Any:
     """A class's number that is written as text."""
     return int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 10 else key
+
+
+def _checked_calibration(calibration: Mapping[str, Any]) -> None:
+    share = (0, 1, "it is a share")
+    bounds = dict.fromkeys(("ece", "typed_from", "precision", "reached", "coverage"), share)
+    bounds |= {"cells": (0, 1e12, "it is a number of cells"), "slope": (0, 100, "a higher score never means less")}
+    bounds |= {"shift": (-100, 100, "probabilities beyond are 0 or 1")}
+    for head, fitted in calibration.items():
+        part = f"trained.calibration of '{str(head)[:40]}'"
+        shifts = fitted.get("shifts") if isinstance(fitted, dict) else None
+        if (
+            head not in ("detection", "single_cell")
+            or not isinstance(shifts, dict)
+            or not {"slope", "shift"} <= set(fitted)
+        ):
+            raise InputError(f"{part}: detection and single_cell have one, each with slope, shift and shifts.")
+        _checked_names(part, list(shifts), least=0)
+        told = {name: value for name, value in fitted.items() if name != "shifts"}
+        for name, value in [*told.items(), *(("shift", value) for value in shifts.values())]:
+            if name not in bounds or isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise InputError(f"{part}: {str(name)[:40]!r} is unknown, or no number.")
+            _in_bounds(part, value, *bounds[name])
 
 
 def _checked_names(part: str, names: Any, most: int = MOST_CLASSES, least: int = 1) -> None:
@@ -553,6 +580,7 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         }
         for name, threshold in thresholds.items():
             _in_bounds(f"trained: the threshold of '{name[:40]}'", threshold, 0, 1, "it is compared with a score")
+        _checked_calibration(self.trained.calibration)
         diameters = self.trained.red_cell_diameter
         if diameters is not None:
             _in_bounds("trained.red_cell_diameter", diameters, 1, 1e4, "it is a size in pixels")

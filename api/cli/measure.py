@@ -52,6 +52,11 @@ FIGURES, EXACT_FIGURES = "metrics", "metrics_exact"
     is_flag=True,
     help="Ask detection for the classes that each data folder annotates, as `predict --prompt` does.",
 )
+@click.option(
+    "--calibrate",
+    is_flag=True,
+    help="Only fit what scores of detection and single cells mean, and write it into the checkpoint's config.json.",
+)
 @int8_option
 @click.option(
     "--corruption",
@@ -80,6 +85,7 @@ def evaluate(
     bootstrap: int | None,
     shuffle_images: bool,
     name_classes: bool,
+    calibrate: bool,
     int8: bool,
     corruptions: tuple[str, ...],
     severities: tuple[int, ...],
@@ -104,6 +110,9 @@ def evaluate(
     set_image_sizes(processor, sizes)
     config = data_of(data, _tasks_of(model, tasks, bool(corruptions)), settings, "evaluate")
     rows = load_rows(config, split)
+    if calibrate:
+        _calibrate(checkpoint, model, processor, rows, batch_size, max_samples)
+        return
     # What decides the figures. Names, not places: a report is read elsewhere.
     decisive = {
         "data": [folder.resolve().name for folder in data],
@@ -124,6 +133,36 @@ def evaluate(
     options |= {"bootstrap": DRAWS if bootstrap is None else bootstrap}
     options |= {"shuffle_images": shuffle_images, "name_classes": name_classes}
     _as_they_are(model, processor, rows, output, options, decisive, overwrite)
+
+
+def _calibrate(
+    checkpoint: Path, model: Any, processor: Any, rows: Mapping[str, Any], batch_size: int, max_samples: int | None
+) -> None:
+    from unihema.checkpoint_files import is_adapter, is_onnx, read_json
+    from unihema.errors import RequestError
+    from unihema.files import write_json
+    from unihema.training.evaluation.evaluate import calibrate_scores
+
+    if is_adapter(checkpoint) or is_onnx(checkpoint):
+        raise RequestError(
+            f"{checkpoint}: --calibrate writes into the config.json of a checkpoint folder, and this is none."
+        )
+    found = calibrate_scores(model, processor, rows, batch_size, max_samples)
+    if not found:
+        raise RequestError("Nothing to calibrate: there are fewer than thirty answers of detection or single cells.")
+    # Nothing else of the file changes.
+    config = read_json(checkpoint / "config.json")
+    config["trained"] = model.config.to_dict()["trained"] | {"calibration": found}
+    write_json(checkpoint / "config.json", config)
+    for head, fitted in found.items():
+        kept = "no level keeps the types of white cells right"
+        if "typed_from" in fitted:
+            kept = (
+                f"from {fitted['typed_from']:.2f} on {fitted['reached']:.1%} of the types of white cells are right, and "
+                f"{fitted['coverage']:.0%} of them are kept"
+            )
+        click.echo(f"{head}: {fitted['cells']} answers, calibration error {fitted['ece']:.3f}; {kept}")
+    click.echo(f"Written to {checkpoint / 'config.json'}.")
 
 
 def _check_corruptions(

@@ -26,6 +26,7 @@ from .review import sample_by_option
     "--leave-out", type=click.Choice(("unlike", "quality")), multiple=True,
     help="Images not to count: unlike those of the training, or of poor quality; may be repeated.",
 )  # fmt: skip
+@click.option("--keep-types", is_flag=True, help="Count white cells by their types however uncertain these are.")
 @click.option("--checkpoint", type=PATH, help="Checkpoint of the results, for its own errors; where it was by default.")
 @click.option("--least-certain", type=click.IntRange(1), metavar="CELLS", help="Also list the cells to look at next.")
 def report(
@@ -41,6 +42,7 @@ def report(
     tables: Path | None,
     monolayer_bands: Path | None,
     leave_out: tuple[str, ...],
+    keep_types: bool,
     checkpoint: Path | None,
     least_certain: int | None,
 ) -> None:
@@ -54,6 +56,7 @@ def report(
     from unihema.report.sample import ReportOptions
     from unihema.report.smear_report import SmearReport
     from unihema.report.tables import ReportTables
+    from unihema.results.calibration import certainty
     from unihema.review.reviewed_results import reviewed_samples
 
     options = ReportOptions(target, white_count, red_count, smudge_as_lymphocytes, thick_film, assume_white_count)
@@ -63,6 +66,7 @@ def report(
         "options": options,
         "monolayer_bands": monolayer_bands,
         "leave_out": leave_out,
+        "keep_types": keep_types,
     }
     reports = [SmearReport.of(sample.results, sample.name, **told, **sample.details) for sample in samples]
     pages = write_reports(reports, output or results / "report")
@@ -75,4 +79,4 @@ def report(
             for number, (image, cell) in enumerate(each.doubtful()):
                 if number == least_certain:
                     break
-                click.echo(printable(f"  {image.name}, cell {cell.id}: {cell.label} ({cell.score:.2f})"))
+                click.echo(printable(f"  {image.name}, cell {cell.id}: {cell.label} ({certainty(cell):.2f})"))

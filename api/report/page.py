@@ -14,6 +14,7 @@ from unihema.processing_unihema.class_names import (
     is_untyped_white_cell,
     usual_name,
 )
+from unihema.results.calibration import certainty
 
 from .pictures import field_picture, thumbnails
 
@@ -132,7 +133,7 @@ def _gallery(report: "SmearReport") -> Iterator[dict[str, Any]]:
             "count": len(cells),
             "more": len(cells) - len(shown),
             "cells": [
-                {"picture": picture, "score": cell.score, "id": cell.id, "image": image.name}
+                {"picture": picture, "score": certainty(cell), "id": cell.id, "image": image.name}
                 for (image, cell), picture in zip(shown, pictures, strict=True)
             ],
         }

@@ -10,8 +10,9 @@ from typing import Any
 
 from unihema.errors import RequestError
 from unihema.files import json_sha256
-from unihema.processing_unihema.class_names import PLATELET, RED_CELL, cell_kind, usual_name
+from unihema.processing_unihema.class_names import PLATELET, RED_CELL, cell_kind, is_untyped_white_cell, usual_name
 from unihema.result_folder import StoredResult
+from unihema.results.calibration import certainty, is_typed_white_cell
 from unihema.results.cell import Cell
 from unihema.results.monolayer import outside_monolayer
 from unihema.results.smear_result import POOR_QUALITY, SmearResult
@@ -68,7 +69,21 @@ class ReportedImage:
         if not self.shows_one_cell:
             return self.result.cells
         box = (0.0, 0.0, float(self.result.width), float(self.result.height))
-        return [Cell(1, box, self.result.single_cell["label"], self.result.single_cell["score"])]
+        told = self.result.single_cell
+        return [Cell(1, box, told["label"], told["score"], probability=told.get("probability"))]
+
+    def relabelled(self, labels: Mapping[int, str]) -> "ReportedImage":
+        """The same with other classes of some cells.
+
+        Args:
+            labels (`Mapping[int, str]`): Number of a cell -> its class.
+        """
+        if self.shows_one_cell:
+            result = replace(self.result, single_cell={**self.result.single_cell, "label": labels[1]})
+        else:
+            cells = [replace(cell, label=labels.get(cell.id, cell.label)) for cell in self.result.cells]
+            result = replace(self.result, cells=cells)
+        return replace(self, result=result)
 
     @property
     def problems(self) -> list[str]:
@@ -128,6 +143,7 @@ class SmearReport:
         *,
         monolayer_bands: str | Path | Mapping[str, Any] | None = None,
         leave_out: Sequence[str] = (),
+        keep_types: bool = False,
         failed: Mapping[str, str] | None = None,
         classifier: Mapping[str, Mapping[str, Any]] | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -143,6 +159,8 @@ class SmearReport:
             options ([`ReportOptions`], *optional*): What is known of the sample, and how it is to be counted.
             monolayer_bands (`str`, `Path` or `Mapping`, *optional*): Bands by which the monolayer is judged anew.
             leave_out (`Sequence[str]`): Of `unlike` and `quality`: images that are not counted.
+            keep_types (`bool`): Count white cells by their types also where these are less certain than the checkpoint's level
+                (`typed_from` of its calibration); otherwise these are unidentified.
             failed (`Mapping[str, str]`, *optional*): Image -> why it could not be analysed.
             classifier (`Mapping`, *optional*): See [`classifier_errors`].
             settings (`Mapping`, *optional*): What the images were analysed with, beside what their results say.
@@ -170,11 +188,15 @@ class SmearReport:
             left_out += [{"image": image.name, "why": ", ".join(reasons)}] if reasons else []
             counted += [] if reasons else [image]
         options = options or ReportOptions()
+        opened: list[str] = []
+        if not keep_types:
+            counted, opened = _with_certain_types(counted)
         pool = _Pool.of(counted)
         figures = sample_figures(
             pool.counts, pool.parents, tables, options, pool.in_monolayer, pool.area_mm2, pool.fields
         )
         figures["notes"] += pool.notes
+        figures["notes"] += opened
         figures["notes"] += _notes_on_images(counted, left_out)
         signatures = [dict(signature) for signature in signatures]
         task = "detection" if pool.fields or not pool.crops else "single_cell"
@@ -268,7 +290,31 @@ class SmearReport:
         report says little, come after all others."""
         cells = [(image, cell) for image in self.images for cell in image.cells]
         plain = {label: _is_plain(label, image.result.class_parents) for image, cell in cells for label in [cell.label]}
-        return iter(sorted(cells, key=lambda each: (plain[each[1].label], each[1].score)))
+        return iter(sorted(cells, key=lambda each: (plain[each[1].label], certainty(each[1]))))
+
+
+def _with_certain_types(images: Sequence[ReportedImage]) -> tuple[list[ReportedImage], list[str]]:
+    """Images whose white cells have a type only where that is certain enough, and a sentence on the others."""
+    found, opened, typed, levels = [], 0, 0, {}
+    for image in images:
+        head = "single_cell" if image.shows_one_cell else "detection"
+        told = image.result.provenance.get("calibration", {}).get(head, {})
+        level, parents = told.get("typed_from"), image.result.class_parents
+        labels = {}
+        if level is not None:
+            levels[head] = told
+            untyped = next((name for name in image.result.classes if is_untyped_white_cell(name)), "WBC")
+            white = [cell for cell in image.cells if is_typed_white_cell(cell.label, parents)]
+            labels = {cell.id: untyped for cell in white if certainty(cell) < level}
+            opened, typed = opened + len(labels), typed + len(white)
+        found.append(image.relabelled(labels) if labels else image)
+    if not typed:
+        return found, []
+    told = "; ".join(
+        f"from {of['typed_from']:.2f} on {of['precision']:.0%} of types were right in validation"
+        for of in levels.values()
+    )
+    return found, [f"{opened} of {typed} white cells have a type that is too uncertain, and are unidentified ({told})."]
 
 
 @dataclass

@@ -31,6 +31,8 @@ class Cell:
             ceil(y_max).
         nucleus (`dict[str, float]`, *optional*): Of a white cell whose nucleus was told apart: `nucleus_area` and
             `cytoplasm_area` in pixels of the image.
+        probability (`float`, *optional*): How probable it is that the cell is of its class, of a checkpoint whose scores were
+            calibrated on validation data.
 
     Raises:
         ValueError: The box is upside down, or the mask has not the box's size.
@@ -43,6 +45,7 @@ class Cell:
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     mask: np.ndarray | None = None
     nucleus: dict[str, float] | None = None
+    probability: float | None = None
 
     def __post_init__(self) -> None:
         x_min, y_min, x_max, y_max = (float(value) for value in self.box)
@@ -101,6 +104,8 @@ class Cell:
             out["mask"] = rle_encode(self.mask)
         if self.nucleus is not None:
             out["nucleus"] = self.nucleus
+        if self.probability is not None:
+            out["probability"] = self.probability
         return out
 
     @classmethod
@@ -166,7 +171,16 @@ def checked(values: Any, checks: Mapping[str, Callable[[Any], bool]], what: str)
     if not isinstance(values, dict):
         raise InputError(f"{what} is stored as a dictionary, not as {shortened(repr(values), 60)}.")
     # Older results lack some of these.
-    optional = {"attributes", "mask", "nucleus", "class_parents", "out_of_distribution", "tiling", "changes"}
+    optional = {
+        "attributes",
+        "mask",
+        "nucleus",
+        "probability",
+        "class_parents",
+        "out_of_distribution",
+        "tiling",
+        "changes",
+    }
     optional |= {"um_per_pixel", "um_source", "monolayer"}
     for name in (*values, *(name for name in checks if name not in values and name not in optional)):
         if name not in checks or name not in values or not checks[name](values[name]):
@@ -182,6 +196,7 @@ _CELL = {
     "score": is_number,
     "attributes": is_mapping(has(value=is_text, score=is_number)),
     "mask": or_none(is_mask),
+    "probability": or_none(lambda value: is_number(value) and 0 <= value <= 1),
     "nucleus": or_none(has(nucleus_area=is_number, cytoplasm_area=is_number)),
 }
 

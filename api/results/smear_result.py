@@ -69,7 +69,8 @@ class SmearResult:
         mask (`np.ndarray`, *optional*): uint8 [h, w] over the whole image, 1 on what `mask_label` names. Smaller than
             the image where that was reduced on opening.
         mask_label (`str`, *optional*): What the mask shows.
-        single_cell (`dict`, *optional*): {"label", "score"} of an image that shows one cell.
+        single_cell (`dict`, *optional*): {"label", "score"} of an image that shows one cell, with the calibrated "probability"
+            where there is one.
         answers (`list[dict]`): {"question", "answer"} for each question asked.
         out_of_distribution (`dict`, *optional*): How far the image is from those the model was trained on: {"distance" to the
             most similar data set, "limit" below which 99 % of its validation images are, "nearest": its name}. Of a
@@ -352,6 +353,11 @@ class SmearResult:
         return draw_overlay(self, image)
 
 
+def _is_single_cell(value: Any) -> bool:
+    more = {"probability": is_number} if isinstance(value, dict) and "probability" in value else {}
+    return has(label=is_text, score=is_number, **more)(value)
+
+
 def _is_tiling(value: Any) -> bool:
     known = {"tiles": is_side, "tile": is_list(is_side, 2), "scale": is_number, "scale_source": is_text}
     # Of a checkpoint that does not say how large its cells are there is no size of a pixel.
@@ -373,7 +379,7 @@ _RESULT = {
     "cells": lambda value: isinstance(value, list),
     "mask": or_none(is_mask),
     "mask_label": or_none(is_text),
-    "single_cell": or_none(has(label=is_text, score=is_number)),
+    "single_cell": or_none(_is_single_cell),
     "answers": is_list(has(question=is_text, answer=is_text)),
     "out_of_distribution": or_none(has(distance=is_number, limit=is_number, nearest=is_text)),
     "tiling": or_none(_is_tiling),

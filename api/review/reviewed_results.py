@@ -70,9 +70,16 @@ def _as_reviewed(image: ReviewedImage) -> StoredResult:
     result = image.stored.result
     present = [cell for cell in image.cells.values() if cell.present]
     if image.shows_one_cell:
-        alone = result.single_cell and {**result.single_cell, "label": present[0].label} if present else None
+        alone = None
+        if present and result.single_cell:
+            certain = {"probability": 1.0} if present[0].looked_at else {}
+            alone = {**result.single_cell, "label": present[0].label, **certain}
         return image.stored._replace(result=replace(result, single_cell=alone))
-    cells = [replace(cell.original, label=cell.label) for cell in present]
+    cells = [
+        # What a person has looked at is certain.
+        replace(cell.original, label=cell.label, probability=1.0 if cell.looked_at else cell.original.probability)
+        for cell in present
+    ]
     return image.stored._replace(result=replace(result, cells=cells))
 
 

@@ -94,6 +94,16 @@ class MeasuredDetections(Measured):
                 thresholds[name] = round(min(max(best[0], 0.01), 0.99), 4)
         return thresholds
 
+    def answers(self) -> list[tuple[str, float, bool]]:
+        thresholds = np.array(self.model.config.class_thresholds())
+        # By the name that each cell is shown with; a coarse one is right where the truth is a kind of it.
+        shown = [_shown(field.cells, thresholds, self.ancestors) for field in self.records]
+        found = []
+        for label, name in enumerate(self.names):
+            scores, right, _ = score_matches(shown, self._truth(), label, len(self.names))
+            found += [(name, score, hit) for score, hit in zip(scores.tolist(), right.tolist(), strict=True)]
+        return found
+
     def figures(self, part: bool = False) -> dict[str, Any]:
         figures = mean_average_precision([field.ranked for field in self.records], self._truth(), self.names)
         if part:

@@ -12,6 +12,7 @@ from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 from unihema.training.data.class_tree import as_known
 from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.rows import Row
+from unihema.training.evaluation.calibration import calibration_of
 from unihema.training.evaluation.detection import MeasuredDetections
 from unihema.training.evaluation.intervals import DRAWS, LEVEL, bootstrap_intervals
 from unihema.training.evaluation.language import MeasuredTexts
@@ -57,7 +58,8 @@ def evaluate_model(
             image exchanged for another of the set. Other tasks are left out.
         seed (`int`): Of the draw, the exchange and the resamples.
         calibrate (`bool`): First set `model.config.trained.detection_thresholds` to the best of these rows; the figures
-            `at_threshold` are then those of the rows the thresholds were chosen on.
+            `at_threshold` are then those of the rows the thresholds were chosen on. Set `trained.calibration` to what the scores
+            of these rows mean, see [`fit_calibration`].
         bootstrap (`int`): Resamples of the images for the `intervals` (see `bootstrap_intervals`); 0 for none.
         name_classes (`bool`): Ask detection for the classes that each data set annotates, instead of the default prompt.
         text_only (`bool`): Language tasks without their images.
@@ -86,6 +88,8 @@ def evaluate_model(
             if calibrate and task == "detection":
                 model.config.trained.detection_thresholds = measured.best_thresholds()
             report[task] = _task_report(measured, bootstrap, seed)
+            if calibrate and (fitted := calibration_of(measured)) is not None:
+                model.config.trained.calibration[task] = fitted
             if shuffle_images:
                 report[task]["image_blind"] = True
             if task in LANGUAGE_TASKS and text_only:
@@ -93,6 +97,40 @@ def evaluate_model(
     finally:
         model.train(was_training)
     return report
+
+
+def calibrate_scores(
+    model,
+    processor,
+    rows_by_task: Mapping[str, Sequence[Row]],
+    batch_size: int = 8,
+    max_samples: int | None = None,
+    progress: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """What the scores of a model mean, at the thresholds that it has, see [`fit_calibration`]. The model stays as it is.
+
+    Args:
+        model (`UniHemaForMultiTask`): The model.
+        processor (`UniHemaProcessor`): Its processor.
+        rows_by_task (`Mapping[str, Sequence[Row]]`): Rows that the model was not trained on; of detection and single cells.
+        batch_size (`int`): Images at once.
+        max_samples (`int`, *optional*): About this many rows of a task.
+        progress (`bool`): Show progress bars.
+
+    Returns:
+        `dict`: Head -> what was fitted; a head with too few answers is left out.
+    """
+    found, was_training = {}, model.training
+    model.eval()
+    try:
+        for task, kind in (("detection", MeasuredDetections), ("single_cell", MeasuredCells)):
+            measured = kind(model, processor)
+            _ask(measured, task, draw_rows(rows_by_task.get(task, ()), max_samples, 0), batch_size, progress)
+            if (fitted := calibration_of(measured)) is not None:
+                found[task] = fitted
+    finally:
+        model.train(was_training)
+    return found
 
 
 def calibrate_thresholds(

@@ -49,6 +49,10 @@ class Measured(ABC):
     def resampler(self) -> Resampler:
         """What gives the main figures of any resample of the rows, quickly."""
 
+    def answers(self) -> list[tuple[str, float, bool]]:
+        """Of each answer that has a score, as it is shown: its class, its score, and whether it is right."""
+        return []
+
     def keep(self, row: Row, record: Any) -> None:
         """Keeps the result of a row."""
         self.rows.append(row)

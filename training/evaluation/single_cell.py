@@ -14,13 +14,26 @@ from unihema.training.metrics.single_cell import classification_scores, one_hot_
 class MeasuredCells(Measured):
     """Predicted and true label of each image. Where the truth is a group, such as any white cell, all its classes are right."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.scored: list[tuple[str, float, bool]] = []
+
+    def answers(self) -> list[tuple[str, float, bool]]:
+        return self.scored
+
     def add(self, batch: dict[str, Any], rows: Sequence[Row]) -> None:
         config = self.model.config
         logits = self.model(task="single_cell", **self.inputs(batch)).logits
-        predicted = most_probable_labels(single_cell_probabilities(logits, config), config).tolist()
+        probabilities = single_cell_probabilities(logits, config)
+        predicted = most_probable_labels(probabilities, config)
+        scores = probabilities.gather(1, predicted[:, None].to(probabilities.device))[:, 0].tolist()
         members = config.single_cell_members
-        for index, found, true in zip(batch["row_indices"], predicted, batch["labels"].tolist()):
+        for index, found, score, true in zip(
+            batch["row_indices"], predicted.tolist(), scores, batch["labels"].tolist()
+        ):
             self.keep(rows[index], (true if members[true][found] else found, true))
+            if true >= 0:
+                self.scored.append((config.single_cell_labels[found], score, bool(members[true][found])))
 
     def figures(self, part: bool = False) -> dict[str, Any]:
         predicted, true = zip(*self.records)

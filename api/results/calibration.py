@@ -1,0 +1,64 @@
+"""What a score means: the probability that a cell is what it is called, and below which a white cell's type is left open."""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from unihema.processing_unihema.class_names import WHITE_CELL, cell_kind, is_untyped_white_cell
+
+
+if TYPE_CHECKING:
+    from .cell import Cell
+    from .smear_result import SmearResult
+
+
+def calibrated_probability(fitted: Mapping[str, Any], label: str, score: float) -> float:
+    """The probability that a cell of a score is of its class (Platt 1999: a logistic curve of the score's own logit).
+
+    Args:
+        fitted (`Mapping`): `slope`, `shift`, and the `shifts` of classes, see `TrainingResults.calibration`.
+        label (`str`): The class.
+        score (`float`): Its score, 0..1.
+    """
+    score = min(max(score, 1e-6), 1 - 1e-6)
+    logit = fitted["slope"] * math.log(score / (1 - score)) + fitted["shifts"].get(label, fitted["shift"])
+    return 1 / (1 + math.exp(-min(max(logit, -30.0), 30.0)))
+
+
+def set_probabilities(result: "SmearResult", calibration: Mapping[str, Mapping[str, Any]]) -> None:
+    """Gives the cells of a result their probabilities, and says in its provenance what they mean.
+
+    Args:
+        result ([`SmearResult`]): Changed.
+        calibration (`Mapping`): Head -> what was fitted; of one that is not there cells have scores alone.
+    """
+    told = {}
+    fitted = calibration.get("detection")
+    if fitted is not None and result.classes:
+        for cell in result.cells:
+            cell.probability = round(calibrated_probability(fitted, cell.label, cell.score), 4)
+        told["detection"] = _meaning(fitted)
+    fitted = calibration.get("single_cell")
+    if fitted is not None and result.single_cell is not None:
+        label, score = result.single_cell["label"], result.single_cell["score"]
+        result.single_cell["probability"] = round(calibrated_probability(fitted, label, score), 4)
+        told["single_cell"] = _meaning(fitted)
+    if told:
+        result.provenance["calibration"] = told
+
+
+def is_typed_white_cell(label: str, parents: Mapping[str, str] | None = None) -> bool:
+    """Whether a class is a type of white cell, which may be left open."""
+    return cell_kind(label, parents) == WHITE_CELL and not is_untyped_white_cell(label)
+
+
+def certainty(cell: "Cell") -> float:
+    """How sure it is that a cell is of its class: its calibrated probability, or its score where there is none."""
+    return cell.score if cell.probability is None else cell.probability
+
+
+def _meaning(fitted: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: fitted[name] for name in ("ece", "cells", "typed_from", "precision", "coverage") if name in fitted}
+
+
+__all__ = ["calibrated_probability", "certainty", "is_typed_white_cell", "set_probabilities"]
