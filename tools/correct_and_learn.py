@@ -1,14 +1,15 @@
 """Corrects fields by their ground truth, as a person would, and learns from that.
 
 `python -m tools.correct_and_learn DATA BASE_DATA -o FOLDER` goes on where it was: it analyses fields of DATA's training split,
-corrects them through the server of a review, writes the corrections, trains an adapter, and measures base and adapter on the
-val splits of DATA and of BASE_DATA, in tiles where needed.
+corrects them through the server of a review, writes the corrections, trains an adapter, and measures what base and adapter find
+in val fields of DATA, in tiles where needed.
 """
 
 import json
 import random
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,13 @@ from fastapi.testclient import TestClient
 
 from unihema import Analyzer
 from unihema.files import write_json
-from unihema.processing_unihema.class_names import is_white_cell, usual_name
+from unihema.processing_unihema.class_names import PLATELET, RED_CELL, WHITE_CELL, cell_kind, usual_name
 from unihema.review.server import review_app
 from unihema.review.state import LOG_FILE, Review
 from unihema.shipped import lay_down_checkpoint
 from unihema.training.data.curation.corrections import write_corrections
 from unihema.training.data.readers import load_folder
 from unihema.training.data.rows import Row
-from unihema.training.metrics.detection import mean_average_precision
 from unihema.training.studies.adapt import adapt
 
 from .red_cells import matches
@@ -33,7 +33,7 @@ from .red_cells import matches
 
 PORT, TOKEN = 8000, "correct-and-learn"
 ORIGIN = f"http://127.0.0.1:{PORT}"
-KINDS = ("red cells", "white cells", "platelets")
+KINDS = (RED_CELL, WHITE_CELL, PLATELET)
 
 
 def chosen_fields(data: Path, number: int, seed: int) -> list[Row]:
@@ -80,45 +80,24 @@ def correct(results: Path, truth: dict[str, Row]) -> dict[str, int]:
     return dict(done)
 
 
-def measure(checkpoint: Path, data: Path, every: int, threshold: float = 0.01) -> dict[str, Any]:
-    """mAP50 of every so-many-th val field, seen as `unihema predict` sees it, of kinds of cells and of all classes there."""
+def measure(checkpoint: Path, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Cells of fields as `unihema predict` finds them, against the truth: for each kind of cell the true, found and right ones
+    (IoU 0.5), recall and precision."""
     analyzer = Analyzer.from_pretrained(checkpoint)
-    rows = load_folder(data, "val", tasks=["detection"])["detection"][::every]
-    names = list(dict.fromkeys(usual_name(name) for row in rows for name in row["objects"]["category"]))
     parents = analyzer.model.config.label_parents or {}
-
-    def kind(label: str) -> str:
-        usual = usual_name(label)
-        return {"rbc": "red cells", "platelet": "platelets"}.get(usual) or (
-            "white cells" if is_white_cell(label, parents) else usual
-        )
-
-    found, true = {"kinds": [], "classes": []}, {"kinds": [], "classes": []}
+    counts: dict[str, Counter] = {kind: Counter() for kind in KINDS}
     for row in rows:
-        cells = analyzer(row["image"], threshold=threshold, tasks=["detection"]).cells
+        cells = analyzer(row["image"], tasks=["detection"]).cells
         boxes = torch.tensor(row["objects"]["bbox"], dtype=torch.float).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        for of, classes, name in (("kinds", KINDS, kind), ("classes", names, usual_name)):
-            kept = [cell for cell in cells if name(cell.label) in classes]
-            labels = [name(label) for label in row["objects"]["category"]]
-            there = [number for number, label in enumerate(labels) if label in classes]
-            found[of].append(
-                {
-                    "boxes": torch.tensor([cell.box for cell in kept]).reshape(-1, 4).numpy(),
-                    "scores": [cell.score for cell in kept],
-                    "labels": [classes.index(name(cell.label)) for cell in kept],
-                }
-            )
-            true[of].append(
-                {"boxes": boxes[there].numpy(), "labels": [classes.index(labels[number]) for number in there]}
-            )
-    kinds = mean_average_precision(found["kinds"], true["kinds"], KINDS)
-    classes = mean_average_precision(found["classes"], true["classes"], names)
+        for kind, count in counts.items():
+            found = torch.tensor([cell.box for cell in cells if cell_kind(cell.label, parents) == kind]).reshape(-1, 4)
+            there = [cell_kind(label, parents) == kind for label in row["objects"]["category"]]
+            true = boxes[torch.tensor(there, dtype=torch.bool)]
+            count.update(true=len(true), found=len(found), right=len(matches(found, true)))
     return {
-        "fields": len(rows),
-        "kinds": {name: figures["AP50"] for name, figures in kinds["per_class"].items()},
-        "mAP50 of kinds": kinds["mAP50"],
-        "mAP50 of classes": classes["mAP50"],
+        kind: {**count, "recall": count["right"] / count["true"], "precision": count["right"] / max(count["found"], 1)}
+        for kind, count in counts.items()
     }
 
 
@@ -134,7 +113,7 @@ def measure(checkpoint: Path, data: Path, every: int, threshold: float = 0.01) -
 def main(
     data: Path, base_data: Path, output: Path, fields: int, seed: int, every: int, max_steps: int | None, until: str
 ) -> None:
-    """Correct fields of DATA, learn from them, and measure on DATA and on BASE_DATA."""
+    """Correct fields of DATA, learn from them, and measure what is found before and after, there and on BASE_DATA."""
     base, results, learned = lay_down_checkpoint(output / "base"), output / "results", output / "adapter"
     rows = chosen_fields(data, fields, seed)
     smears = output / "smears"
@@ -156,11 +135,9 @@ def main(
         )
     if until == "adapter":
         return
-    figures = {}
-    for name, checkpoint in (("before", base), ("after", learned)):
-        for split, folder in ((data.name, data), (base_data.name, base_data)):
-            figures[f"{name}, {split}"] = found = measure(checkpoint, folder, every)
-            click.echo(f"{name}, {split} val: {json.dumps(found)}")
+    val = load_folder(data, "val", tasks=["detection"])["detection"][::every]
+    figures = {name: measure(folder, val) for name, folder in (("before", base), ("after", learned))}
+    click.echo(json.dumps({"fields": len(val), **figures}, indent=1))
     write_json(output / "figures.json", figures)
 
 

@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from scipy.stats import binomtest
-
-from unihema.results.smear_result import differential
+from unihema.report.sample import sample_figures
 
 from ..processing_unihema.class_names import (
     MEGAKARYOCYTE,
@@ -13,12 +11,8 @@ from ..processing_unihema.class_names import (
     PLATELET,
     RED_CELL,
     SMUDGE_CELL,
-    UNIDENTIFIED,
     WHITE_CELL,
     cell_kind,
-    is_beside_differential,
-    is_untyped_white_cell,
-    is_white_cell,
 )
 from .state import ReviewedSample
 
@@ -56,27 +50,18 @@ def class_keys(names: list[str]) -> dict[str, str]:
 
 
 def differential_rows(counts: Mapping[str, int], parents: Mapping[str, str]) -> dict[str, Any]:
-    """The differential of a sample: `total` white cells, `rows` of `name`, `count`, `percent` and its exact 95 % limits `low` and
-    `high`, and `beside`, counts of what is reported beside the white cells.
+    """The differential of a sample as its report has it, see [`sample_figures`]: `total` white cells, `rows` that the report
+    shows, `beside` what is counted beside them, and `notes`.
 
     Args:
         counts (`Mapping[str, int]`): Cells of each class.
         parents (`Mapping[str, str]`): Class -> coarser class.
     """
-    white: dict[str, int] = {}
-    for name, count in counts.items():
-        if is_white_cell(name, parents):
-            of = UNIDENTIFIED if is_untyped_white_cell(name) else name
-            white[of] = white.get(of, 0) + count
-    total = sum(white.values())
-    rows = []
-    for name, percent in differential(counts, parents).items():
-        limits = binomtest(white[name], total).proportion_ci(method="exact")
-        rows.append(
-            {"name": name, "count": white[name], "percent": percent, "low": 100 * limits.low, "high": 100 * limits.high}
-        )
-    beside = {name: count for name, count in counts.items() if count and is_beside_differential(name, parents)}
-    return {"total": total, "rows": rows, "beside": beside}
+    figures = sample_figures(counts, parents)
+    white = figures["white_cells"]
+    rows = [row for row in white["rows"] if not row["hidden"]]
+    beside = [row for row in figures["beside"] if row["count"]]
+    return {"total": white["total"], "rows": rows, "beside": beside, "notes": figures["notes"]}
 
 
 __all__ = ["class_keys", "class_rows", "differential_rows"]

@@ -167,19 +167,18 @@ function showStatus() {
   for (const id of ["confirm", "delete", "draw", "through", "new-class"]) find(id).disabled = signed;
 }
 
-function showDifferential({ total, rows, beside }) {
-  const number = (value) => value.toFixed(1);
+function showDifferential({ total, rows, beside, notes }) {
+  const number = (value) => (value === null ? "" : value.toFixed(1));
   find("differential").tBodies[0].replaceChildren(
     ...rows.map((row) => {
-      const line = element("tr"), limits = `${number(row.low)} – ${number(row.high)}`;
+      const line = element("tr"), limits = row.low === null ? "" : `${number(row.low)} – ${number(row.high)}`;
       line.append(element("th", row.name, { scope: "row" }), ...[String(row.count), number(row.percent), limits].map((text) => element("td", text)));
       return line;
     }),
   );
-  const named = Object.entries(beside).map(([name, count]) => `${name} ${count}`);
-  find("beside").textContent = total
-    ? `${total} white cells. ${named.length ? `Beside them: ${named.join(", ")}.` : ""} Limits are of sampling only.`
-    : "No white cells.";
+  const named = beside.map((row) => `${row.name} ${row.count}${row.per_100 === null ? "" : ` (${number(row.per_100)} per 100)`}`);
+  const told = [`${total} white cells.`, ...(named.length ? [`Beside them: ${named.join(", ")}.`] : []), "Limits are of sampling only.", ...notes];
+  find("beside").textContent = told.join(" ");
 }
 
 function showCell(cell) {
