@@ -170,7 +170,7 @@ def analyze_into(
     if shapes and not can_measure():
         logger.warning("cells.csv has no shapes: scikit-image is not installed. pip install 'unihema[shapes]'")
         shapes = False
-    groups = shapes, NUCLEUS in checked.texts
+    groups = shapes, NUCLEUS in checked.texts, checked.second_look
     with exclusive(output, ["records"]):
         # Not before: another run's settings are its own.
         claim_folder(output, settings, overwrite=overwrite)
@@ -199,6 +199,9 @@ def _settings(analyzer: "Analyzer", request: "Request", formats: Sequence[str]) 
         "tiles": request.tiles,
         "um_per_pixel": request.um_per_pixel,
         "white_cells": request.white_cells,
+        "labels": None if request.labels is None else list(request.labels),
+        "framing": request.framing,
+        "second_look": request.second_look,
         "image_sizes": {task: dict(processor.task_sizes[task]) for task in request.tasks},
         "formats": [form for form in FORMATS if form in formats],
     }
@@ -450,7 +453,7 @@ class ResultFolder:
         )
         write_text(self._record(name), pieces)
 
-    def write_tables(self, attributes: Sequence[str], report: BatchReport, groups: tuple[bool, bool]) -> None:
+    def write_tables(self, attributes: Sequence[str], report: BatchReport, groups: tuple[bool, bool, bool]) -> None:
         """Writes `cells.csv`, `counts.csv` and `results.json` from the records, and completes the report."""
         failed = {str(real_path(item)) for item in report.failed}
         totals: dict[str, int] = {}
@@ -487,7 +490,7 @@ class ResultFolder:
             yield self._read(path)["result"]
 
     def _cell_rows(
-        self, paths: Sequence[Path], attributes: Sequence[str], groups: tuple[bool, bool]
+        self, paths: Sequence[Path], attributes: Sequence[str], groups: tuple[bool, bool, bool]
     ) -> Iterator[list[Any]]:
         for values in self._results(paths):
             result = SmearResult.from_dict(values | {"mask": None, "cells": []})

@@ -92,8 +92,10 @@ def evaluate(
     reported by itself. With --corruption the images are corrupted: focus, light, stain, file, magnification, dense fields.
     """
     from unihema.analyzer import set_image_sizes
-    from unihema.checkpoint_files import fingerprint
+    from unihema.checkpoint_files import fingerprint, is_onnx
+    from unihema.hub_cards import DataRecord
     from unihema.loading import load_model, require_tasks
+    from unihema.results.out_of_distribution import ModelReference
     from unihema.training.run.build import load_rows
 
     _check_corruptions(corruptions, severities, output, shuffle_images, name_classes)
@@ -123,6 +125,9 @@ def evaluate(
         return
     options |= {"bootstrap": DRAWS if bootstrap is None else bootstrap}
     options |= {"shuffle_images": shuffle_images, "name_classes": name_classes}
+    if not is_onnx(checkpoint):
+        options |= {"reference": None if int8 else ModelReference.of_model(model, checkpoint)}
+        options |= {"home": sorted(source.name for source in DataRecord.of_checkpoint(checkpoint).sources)}
     _as_they_are(model, processor, rows, output, options, decisive, overwrite)
 
 
@@ -159,12 +164,12 @@ def _as_they_are(
     from unihema.errors import InputError
     from unihema.files import claim_folder, exclusive
     from unihema.inference.int8 import to_int8
-    from unihema.training.evaluation.report import figures_text
+    from unihema.training.evaluation.report import figures_text, parts_of, unlike_text
 
     exact = {}
     with exclusive(output) if output is not None else nullcontext():
         if output is not None:
-            alike = {name: value for name, value in options.items() if name != "batch_size"}
+            alike = {name: value for name, value in options.items() if name not in ("batch_size", "reference", "home")}
             claim_folder(output, {**decisive, **alike}, (f"{FIGURES}.json", f"{EXACT_FIGURES}.json"), overwrite)
         if decisive["int8"]:
             exact = _measured(model, processor, rows, output, EXACT_FIGURES, options)
@@ -176,7 +181,9 @@ def _as_they_are(
         click.echo(f"{name} ({figures.get('rows')} rows): {figures_text(figures)}")
         if exact:
             click.echo(f"  without int8: {figures_text(exact[name])}")
-        for data_set, part in figures.get("datasets", {}).items():
+        if "out_of_distribution" in figures:
+            click.echo(f"  unlike the training: {unlike_text(figures['out_of_distribution'])}")
+        for data_set, part in parts_of(figures).items():
             click.echo(f"  {data_set} ({part.get('rows')} rows): {figures_text(part)}")
     if output is not None:
         click.echo(f"Written to {output / FIGURES}.json.")

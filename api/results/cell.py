@@ -31,6 +31,8 @@ class Cell:
             ceil(y_max).
         nucleus (`dict[str, float]`, *optional*): Of a white cell whose nucleus was told apart: `nucleus_area` and
             `cytoplasm_area` in pixels of the image.
+        second_look (`dict`, *optional*): {"label", "score"} of the cell's crop alone, and "detection", the label that detection
+            gave it; `label` is of both together.
 
     Raises:
         ValueError: The box is upside down, or the mask has not the box's size.
@@ -43,6 +45,7 @@ class Cell:
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     mask: np.ndarray | None = None
     nucleus: dict[str, float] | None = None
+    second_look: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         x_min, y_min, x_max, y_max = (float(value) for value in self.box)
@@ -97,6 +100,8 @@ class Cell:
         out = {"id": self.id, "box": list(self.box), "label": self.label, "score": self.score}
         if self.attributes:
             out["attributes"] = self.attributes
+        if self.second_look is not None:
+            out["second_look"] = self.second_look
         if self.mask is not None:
             out["mask"] = rle_encode(self.mask)
         if self.nucleus is not None:
@@ -167,7 +172,7 @@ def checked(values: Any, checks: Mapping[str, Callable[[Any], bool]], what: str)
         raise InputError(f"{what} is stored as a dictionary, not as {shortened(repr(values), 60)}.")
     # Older results lack some of these.
     optional = {"attributes", "mask", "nucleus", "class_parents", "out_of_distribution", "tiling", "changes"}
-    optional |= {"um_per_pixel", "um_source", "monolayer"}
+    optional |= {"um_per_pixel", "um_source", "monolayer", "framing", "second_look"}
     for name in (*values, *(name for name in checks if name not in values and name not in optional)):
         if name not in checks or name not in values or not checks[name](values[name]):
             shown = shortened(repr(values.get(name, "missing")), 60)
@@ -183,6 +188,7 @@ _CELL = {
     "attributes": is_mapping(has(value=is_text, score=is_number)),
     "mask": or_none(is_mask),
     "nucleus": or_none(has(nucleus_area=is_number, cytoplasm_area=is_number)),
+    "second_look": or_none(has(label=is_text, score=is_number, detection=is_text)),
 }
 
 
