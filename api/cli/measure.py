@@ -247,9 +247,19 @@ def _under_corruptions(
     show_default=True,
     help="Look at no more images of a data set, task and split.",
 )
+@click.option(
+    "--crops",
+    is_flag=True,
+    help="Record also how crops of nucleated cells are framed and coloured (config.json): others are then seen likewise.",
+)
 @set_option
 def reference(
-    checkpoint: Path, data: tuple[Path, ...], tasks: tuple[str, ...], max_images: int, settings: Mapping[str, Any]
+    checkpoint: Path,
+    data: tuple[Path, ...],
+    tasks: tuple[str, ...],
+    max_images: int,
+    crops: bool,
+    settings: Mapping[str, Any],
 ) -> None:
     """Record what training images are like.
 
@@ -257,14 +267,16 @@ def reference(
     DATA are the data folders it was trained on: their train split says what images are like, their val split how much they
     vary.
     """
-    from unihema.checkpoint_files import is_onnx
+    from unihema.checkpoint_files import is_adapter, is_onnx
     from unihema.loading import load_model, require_tasks
     from unihema.modeling_unihema.tasks import IMAGE_TASKS
     from unihema.training.run.build import load_rows
-    from unihema.training.studies.reference import fit_reference
+    from unihema.training.studies.reference import fit_reference, record_crop_frame
 
     if is_onnx(checkpoint):
         raise click.UsageError(f"{checkpoint}: an ONNX file has no place for a reference; name a checkpoint folder.")
+    if crops and is_adapter(checkpoint):
+        raise click.UsageError(f"--crops: {checkpoint} is an adapter; its base says how crops are framed.")
     wrong = [name for name in tasks if name not in IMAGE_TASKS]
     if wrong:
         raise click.UsageError(f"--task {wrong[0]}: a reference is of images; choose among {', '.join(IMAGE_TASKS)}.")
@@ -277,3 +289,8 @@ def reference(
         limits = ", ".join(f"{group} {limit:.2f}" for group, limit in zip(of_task.groups, of_task.limits))
         click.echo(f"{name}: 99 % of validation images are closer than {limits}")
     click.echo(f"Written to {found.save(checkpoint)}.")
+    if crops:
+        frame = record_crop_frame(checkpoint, rows[0].get("single_cell", ()), max_images)
+        click.echo(
+            f"A nucleus is {frame['nucleus'][0]:.2f} of the side of its crop; written to {checkpoint / 'config.json'}."
+        )
