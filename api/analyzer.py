@@ -80,6 +80,9 @@ class Request:
         tiles (`str` or `int`): `"auto"`, `"off"`, or the longer edge of a tile in pixels of the image.
         um_per_pixel (`float`, *optional*): Size of a pixel of the images, in micrometres.
         white_cells (`int`, *optional*): How many white cells are looked for, alone.
+        labels (`tuple[str, ...]`, *optional*): What a single cell may be.
+        framing (`str`): `"auto"` or `"off"`.
+        second_look (`bool`): Whether nucleated cells of fields are typed from their crops, too.
     """
 
     tasks: tuple[str, ...]
@@ -92,6 +95,9 @@ class Request:
     tiles: str | int = "auto"
     um_per_pixel: float | None = None
     white_cells: int | None = None
+    labels: tuple[str, ...] | None = None
+    framing: str = "auto"
+    second_look: bool = False
 
 
 class Analyzer:
@@ -236,6 +242,9 @@ class Analyzer:
         tiles: str | int = "auto",
         um_per_pixel: float | None = None,
         white_cells: int | None = None,
+        labels: Sequence[str] | None = None,
+        framing: str = "auto",
+        second_look: bool | None = None,
     ) -> SmearResult:
         """Analyses one image.
 
@@ -257,6 +266,12 @@ class Analyzer:
             white_cells (`int`, *optional*): In an image that is seen in tiles, white cells are looked for at low power, by their
                 nuclei, and seen at full power until so many are found: for a differential of a whole slide. Other cells are not
                 counted.
+            labels (`Sequence[str]`, *optional*): Of a crop of one cell, the single-cell classes, or groups of them, that it may
+                be; all classes when missing.
+            framing (`str`): A crop of a nucleated cell is also seen in the frame and colours of the training with `"auto"`, where
+                the checkpoint says what these are; only as it is with `"off"`.
+            second_look (`bool`, *optional*): Type each nucleated cell of a field from its crop, too; as the checkpoint says when
+                missing.
 
         Returns:
             [`SmearResult`]: Coordinates in pixels of the image as it stands in its file.
@@ -266,7 +281,9 @@ class Analyzer:
             CheckpointError: The checkpoint lacks a head.
             RequestError: Unknown task, a threshold outside 0..1, or a question longer than the limit.
         """
-        return self.analyze_images([image], tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells)[0]
+        return self.analyze_images(
+            [image], tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look
+        )[0]
 
     def ask(
         self, image: "str | Path | Image.Image | numpy.ndarray", questions: str | Sequence[str]
@@ -299,17 +316,26 @@ class Analyzer:
         tiles: str | int = "auto",
         um_per_pixel: float | None = None,
         white_cells: int | None = None,
+        labels: Sequence[str] | None = None,
+        framing: str = "auto",
+        second_look: bool | None = None,
     ) -> list[SmearResult]:
         """Analyses several images at once; each has the result it has alone, up to float rounding.
 
         Args:
             images (`Sequence`): Images, best of one size: they are padded to the largest.
-            tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells: As for a single image.
+            tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look: As for a single
+                image.
 
         Returns:
             `list[SmearResult]`: One for each image.
         """
-        return self.run(self.request(tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells), images)
+        return self.run(
+            self.request(
+                tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look
+            ),
+            images,
+        )
 
     def analyze_files(
         self,
@@ -328,6 +354,9 @@ class Analyzer:
         white_cells: int | None = None,
         on_tile: Callable[[str | None, int, int, int], None] | None = None,
         shard: "Shard | None" = None,
+        labels: Sequence[str] | None = None,
+        framing: str = "auto",
+        second_look: bool | None = None,
     ) -> "BatchReport":
         """Analyses files, folders and glob patterns into a results folder.
 
@@ -337,7 +366,8 @@ class Analyzer:
         Args:
             inputs (`Sequence[str | Path]`): Image files, folders (with subfolders) and glob patterns.
             output (`str` or `Path`): Folder for the results; made when missing.
-            tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells: As for a single image.
+            tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look: As for a single
+                image.
             formats (`Sequence[str]`): Files of other programs to write for each image beside the tables: `geojson` (QuPath),
                 `coco`, `labels` (an image of instances), `imagej` (a zip file of ROIs).
             overwrite (`bool`): Analyse every image again, whatever the folder was written with.
@@ -365,7 +395,7 @@ class Analyzer:
             output,
             self,
             inputs,
-            (tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells),
+            (tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look),
             formats,
             overwrite,
             batch_size,
@@ -409,11 +439,15 @@ class Analyzer:
         tiles: str | int = "auto",
         um_per_pixel: float | None = None,
         white_cells: int | None = None,
+        labels: Sequence[str] | None = None,
+        framing: str = "auto",
+        second_look: bool | None = None,
     ) -> Request:
         """Checks, before any image is opened, that the checkpoint can do what is asked, and reads the texts.
 
         Args:
-            tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells: As for a single image.
+            tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look: As for a single
+                image.
 
         Returns:
             [`Request`]: To be given to [`Analyzer.run`], as long as the weights stay what they are.
@@ -450,6 +484,10 @@ class Analyzer:
             )
         if white_cells is not None and "detection" not in tasks:
             raise RequestError("White cells are found by the task detection, which was not asked for.")
+        if framing not in ("auto", "off"):
+            raise RequestError(f"framing must be auto or off, got {framing!r}.")
+        labels = self._checked_labels(labels, tasks)
+        looks_again = self._looks_again(second_look, tasks)
         require_tasks(self.model, [*tasks, *dict.fromkeys(map(_language_task, questions))])
         tasks = tuple(task for task in IMAGE_TASKS if task in tasks)
         asked = {
@@ -470,8 +508,32 @@ class Analyzer:
                 prompts = {task: self.model.get_prompt_features(**texts[task], task=head_of(task)) for task in asked}
         kept = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
         return Request(
-            tasks, kept, questions, threshold, texts, question_texts, prompts, tiles, um_per_pixel, white_cells
+            tasks,
+            kept,
+            questions,
+            threshold,
+            texts,
+            question_texts,
+            prompts,
+            tiles,
+            um_per_pixel,
+            white_cells,
+            labels,
+            framing,
+            looks_again,
         )
+
+    def _checked_labels(self, labels: Sequence[str] | None, tasks: Sequence[str]) -> tuple[str, ...] | None:
+        if labels is None:
+            return None
+        from unihema.processing_unihema.post_processing import single_cell_names_of
+
+        if "single_cell" not in tasks:
+            raise RequestError("labels are of single cells: ask for the task single_cell.")
+        try:
+            return tuple(single_cell_names_of(self.model.config, [labels] if isinstance(labels, str) else labels))
+        except ValueError as error:
+            raise RequestError(str(error)) from error
 
     def _tells_nuclei(self) -> bool:
         return NUCLEUS in (self.model.config.trained.mask_prompts or ())
@@ -517,6 +579,8 @@ class Analyzer:
             for number, (source, result) in enumerate(zip(sources, results, strict=True)):
                 state_pixel_size(result, source, request.um_per_pixel)
                 self._look_closer(request, source, result, stores[number] if stores else None, on_tile)
+                if request.second_look:
+                    self._look_again(request, source, result)
                 set_probabilities(result, self.model.config.trained.calibration)
                 for text in result.warnings:
                     if CROWDED in text:
@@ -697,9 +761,88 @@ class Analyzer:
                 cell.nucleus = areas and {name: area / (to_x * to_y) for name, area in areas.items()}
 
     def _classify(self, request: Request, seen: "_SeenImages", results: list[SmearResult]) -> None:
-        best = seen.outputs("single_cell").logits.float().softmax(-1).max(-1)
-        for result, label, score in zip(results, best.indices.tolist(), best.values.tolist(), strict=True):
-            result.single_cell = {"label": self.model.config.single_cell_labels[label], "score": score}
+        from unihema.processing_unihema.post_processing import most_probable_labels, single_cell_probabilities
+
+        config, labels = self.model.config, request.labels
+        logits = seen.outputs("single_cell").logits.float()
+        if request.framing == "auto" and config.trained.crop_frame is not None:
+            logits, frames = self._in_frame(request, seen, logits)
+            for result, image, told in zip(results, seen.images, frames, strict=True):
+                if told is not None:
+                    # A large file is reduced on opening.
+                    scale = result.width / image.width
+                    result.framing = told | {"box": [side * scale for side in told["box"]]}
+        probabilities = single_cell_probabilities(logits, config, labels)
+        best = most_probable_labels(probabilities, config, labels)
+        names = config.single_cell_labels if labels is None else labels
+        for result, row, label in zip(results, probabilities, best.tolist(), strict=True):
+            result.single_cell = {"label": names[label], "score": float(row[label])}
+
+    def _in_frame(
+        self, request: Request, seen: "_SeenImages", logits: "torch.Tensor"
+    ) -> "tuple[torch.Tensor, list[dict[str, Any] | None]]":
+        """Logits `[B, classes]` of crops, of those with a nucleus the mean of two views as the training knows them; and how
+        each was framed."""
+        from unihema.results.crop_framing import CropFrame, logits_in_frame
+
+        known = CropFrame.of_checkpoint(self.model.config.trained.crop_frame)
+        assert known is not None
+        alone = replace(request, tasks=("single_cell",), texts={}, prompts={})
+
+        def classify(views: "list[Image.Image]") -> "torch.Tensor":
+            # Not recorded: a recording of the same size would write over what was seen of the crops.
+            return _SeenImages(self.model, self.processor, views, alone).outputs("single_cell").logits.float()
+
+        return logits_in_frame(seen.images, logits, known, classify)
+
+    def _look_again(self, request: Request, source: RegionSource, result: SmearResult) -> None:
+        """Types the nucleated cells of a field from their crops, too."""
+        from unihema.processing_unihema.post_processing import single_cell_probabilities
+        from unihema.results.second_look import Rule, cell_types, look_again
+
+        config = self.model.config
+        types = cell_types(config.single_cell_labels, config.label_parents)
+        crops = replace(request, tasks=("single_cell",), questions=(), question_texts=(), texts={}, prompts={})
+
+        def classify(pictures: "list[Image.Image]") -> "numpy.ndarray":
+            logits = self._crop_logits(crops, pictures)
+            return single_cell_probabilities(logits, config, types).clamp(min=1e-9).log().cpu().numpy()
+
+        rule = Rule(**(config.trained.second_look or {}))
+        parents = config.label_parents
+        result.cells = look_again(source, result.cells, result.classes, parents, types, rule, classify)
+
+    def _crop_logits(self, request: Request, crops: "Sequence[Image.Image]") -> "torch.Tensor":
+        """What the single-cell head says of crops, framed where the request says so: `[B, classes]`."""
+        import torch
+
+        seen = _SeenImages(self.model, self.processor, crops, request)
+        with torch.inference_mode():
+            logits = seen.outputs("single_cell").logits.float()
+            if request.framing == "auto" and self.model.config.trained.crop_frame is not None:
+                logits, _ = self._in_frame(request, seen, logits)
+        return logits
+
+    def _looks_again(self, second_look: bool | None, tasks: Sequence[str]) -> bool:
+        """Whether cells of fields are typed from their crops, too.
+
+        Raises:
+            CheckpointError, RequestError: It is asked for, and cannot be.
+        """
+        if second_look is None:
+            able = "detection" in tasks and "single_cell" in self.tasks
+            return able and self.model.config.trained.second_look is not None
+        if second_look:
+            from unihema.results.second_look import cell_types
+
+            if "detection" not in tasks:
+                raise RequestError("A second look is at the cells of fields: ask for the task detection.")
+            require_tasks(self.model, ["single_cell"])
+            if len(cell_types(self.model.config.single_cell_labels, self.model.config.label_parents)) < 2:
+                raise RequestError(
+                    "This checkpoint has no types of white cells among its single-cell classes to tell apart."
+                )
+        return bool(second_look)
 
     def _answers(self, question: str, tokens: "dict[str, torch.Tensor]", seen: "_SeenImages") -> list[str]:
         answers = self.model.generate(
@@ -749,6 +892,9 @@ class Analyzer:
             "prompt": request.prompt if isinstance(request.prompt, str | None) else list(request.prompt),
             "detection_thresholds": thresholds if "detection" in tasks else None,
             "segmentation_threshold": config.trained.segmentation_threshold if "segmentation" in tasks else None,
+            "labels": None if request.labels is None else list(request.labels),
+            "framing": request.framing if "single_cell" in tasks or request.second_look else None,
+            "second_look": request.second_look,
             "nms_iou": NMS_IOU,
             "nms_within": NMS_WITHIN,
         }
@@ -802,7 +948,16 @@ class _WithinMemory:
             old = self._request
             self._look, self._on_cpu = on_cpu.look, lambda: None
             self._request = on_cpu.request(
-                old.tasks, old.prompt, old.questions, old.threshold, old.tiles, old.um_per_pixel, old.white_cells
+                old.tasks,
+                old.prompt,
+                old.questions,
+                old.threshold,
+                old.tiles,
+                old.um_per_pixel,
+                old.white_cells,
+                old.labels,
+                old.framing,
+                old.second_look,
             )
         return found
 

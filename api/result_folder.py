@@ -204,19 +204,19 @@ def analyze_into(
     if shapes and not can_measure():
         logger.warning("cells.csv has no shapes: scikit-image is not installed. pip install 'unihema[shapes]'")
         shapes = False
-    nuclei = NUCLEUS in checked.texts
+    groups = shapes, NUCLEUS in checked.texts, bool(checked.second_look)
     with exclusive(output, ["records"]):
         # Not before: another run's settings are its own.
         claim_folder(output, settings, overwrite=overwrite)
         folder = ResultFolder(output, settings)
-        tables = {"attributes": attributes, "shapes": shapes, "nuclei": nuclei}
+        tables = {"attributes": attributes, "groups": groups}
         if shard is not None:
             write_shard(output, shard, named, report.failed, tables)
         run = _Run(analyzer, folder, report, checked, overwrite, on_tile)
         try:
             run.all(images, batch_size, on_image)
         finally:
-            folder.write_tables(attributes, report, (shapes, nuclei))
+            folder.write_tables(attributes, report, groups)
             if shard is not None:
                 write_shard(output, shard, named, report.failed, tables)
     return report
@@ -238,6 +238,9 @@ def _settings(analyzer: "Analyzer", request: "Request", formats: Sequence[str]) 
         "tiles": request.tiles,
         "um_per_pixel": request.um_per_pixel,
         "white_cells": request.white_cells,
+        "labels": None if request.labels is None else list(request.labels),
+        "framing": request.framing,
+        "second_look": request.second_look,
         "image_sizes": {task: dict(processor.task_sizes[task]) for task in request.tasks},
         "formats": [form for form in FORMATS if form in formats],
     }
@@ -492,7 +495,7 @@ class ResultFolder:
         digest = _record_sha256(record, cells())
         write_text(self._record(name), _with_cells({"record_sha256": digest, **record}, cells(), ensure_ascii=False))
 
-    def write_tables(self, attributes: Sequence[str], report: BatchReport, groups: tuple[bool, bool]) -> None:
+    def write_tables(self, attributes: Sequence[str], report: BatchReport, groups: Sequence[bool]) -> None:
         """Writes `cells.csv`, `counts.csv` and `results.json` from the records, and completes the report."""
         failed = {str(real_path(item)) for item in report.failed}
         totals: dict[str, int] = {}
@@ -560,7 +563,7 @@ class ResultFolder:
             yield self._read(path)["result"]
 
     def _cell_rows(
-        self, paths: Sequence[Path], attributes: Sequence[str], groups: tuple[bool, bool]
+        self, paths: Sequence[Path], attributes: Sequence[str], groups: Sequence[bool]
     ) -> Iterator[list[Any]]:
         for values in self._results(paths):
             result = SmearResult.from_dict(values | {"mask": None, "cells": []})

@@ -86,7 +86,7 @@ def merge_results(output: str | Path, on_image: Callable[[int, int], None] | Non
             if on_image:
                 on_image(number, len(order))
         batch = BatchReport(failed=report.failed)
-        whole.write_tables(tables["attributes"], batch, (tables["shapes"], tables["nuclei"]))
+        whole.write_tables(tables["attributes"], batch, tables["groups"])
     report.images, report.totals = batch.images, batch.totals
     return report
 
@@ -98,8 +98,7 @@ def _shards_in(output: Path) -> dict[Path, dict[str, Any]]:
         said = read_json_object(path, OutputError, "Repeat the command of this shard.")
         kinds = {"number": int, "of": int, "images": dict, "failed": dict, "tables": dict}
         if not all(isinstance(said.get(key), kind) for key, kind in kinds.items()) or not (
-            1 <= said["number"] <= said["of"] <= MOST_SHARDS
-            and {"attributes", "shapes", "nuclei"} <= said["tables"].keys()
+            1 <= said["number"] <= said["of"] <= MOST_SHARDS and {"attributes", "groups"} <= said["tables"].keys()
         ):
             raise OutputError(f"{path}: not what `unihema predict --shard` writes. Repeat the command of this shard.")
         shards[path.parent] = said

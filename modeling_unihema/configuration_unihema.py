@@ -213,6 +213,11 @@ class TrainingResults:
             `slope`, `shift` and the `shifts` of classes of a logistic curve; `ece`, its calibration error, and `cells`, how many;
             `typed_from`, the probability from which a share `precision` of the types of white cells is right, the share
             `reached`, and the `coverage` that is kept.
+        crop_frame (`dict[str, list[float]]`, *optional*): Crops of nucleated cells in the training: `nucleus` (side of a
+            nucleus's box, as a part of the crop's), `mean` and `deviation` of red, green and blue, 0..255. By it a crop of
+            another microscope is framed and coloured before it is classified.
+        second_look (`dict[str, float]`, *optional*): How the type that detection gives a cell and that of its crop are put
+            together: `weight` of the crop (0 to 1), `detection_temperature` and `crop_temperature`.
     """
 
     tasks: list[str] | None = None
@@ -223,6 +228,13 @@ class TrainingResults:
     red_cell_diameter: list[float | int] | None = None
     cell_masks: bool = False
     calibration: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    crop_frame: dict[str, list[float | int]] | None = None
+    second_look: dict[str, float | int] | None = None
+
+
+# Of a crop's frame: how many numbers each part has, and between what they lie.
+_CROP_FRAME = {"nucleus": (1, 0.01, 1), "mean": (3, 0, 255), "deviation": (3, 0, 255)}
+_SECOND_LOOK = {"weight": (0, 1), "detection_temperature": (0.01, 100), "crop_temperature": (0.01, 100)}
 
 
 def _in_bounds(part: str, value: Any, least: float, most: float, why: str) -> None:
@@ -586,6 +598,19 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
             _in_bounds("trained.red_cell_diameter", diameters, 1, 1e4, "it is a size in pixels")
             if len(diameters) != 3 or sorted(diameters) != list(diameters):
                 raise InputError(f"trained.red_cell_diameter is {diameters} and must be three sizes, ascending.")
+        for part, known in (("crop_frame", _CROP_FRAME), ("second_look", _SECOND_LOOK)):
+            stored = getattr(self.trained, part)
+            if stored is not None and stored.keys() != known.keys():
+                raise InputError(
+                    f"trained.{part} has {', '.join(map(str, stored))[:80]} and must have {', '.join(known)}."
+                )
+        for name, values in (self.trained.crop_frame or {}).items():
+            count, least, most = _CROP_FRAME[name]
+            _in_bounds(f"trained.crop_frame.{name}", values, least, most, "it is of a crop")
+            if len(values) != count:
+                raise InputError(f"trained.crop_frame.{name} has {len(values)} numbers and must have {count}.")
+        for name, value in (self.trained.second_look or {}).items():
+            _in_bounds(f"trained.second_look.{name}", value, *_SECOND_LOOK[name], "it weighs two opinions")
         for part in ("loss_weights", "matching_weights"):
             for name, weight in getattr(self, part).items():
                 _in_bounds(f"{part}.{name}", weight, 0, 1e4, _WEIGHT)

@@ -25,6 +25,8 @@ from .image_io import image_size, load_image
 from .post_processing import (
     find_cells,
     post_process_semantic_segmentation,
+    single_cell_names_of,
+    single_cell_probabilities,
 )
 from .prompts import task_prompt
 
@@ -238,9 +240,16 @@ class UniHemaImageSegmentationPipeline(_ForUniHema, ImageSegmentationPipeline):
 
 
 class UniHemaImageClassificationPipeline(_ForUniHema, ImageClassificationPipeline):
-    """Image classification: `[{"label", "score"}]`, best first, over the single-cell classes."""
+    """Image classification: `[{"label", "score"}]`, best first, over the single-cell classes, or the `labels` asked for: classes
+    and groups of them."""
 
     stock = ImageClassificationPipeline
+
+    def _sanitize_parameters(self, labels=None, **kwargs):
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        if labels is not None:
+            postprocess["labels"] = [labels] if isinstance(labels, str) else list(labels)
+        return preprocess, forward, postprocess
 
     def preprocess(self, image, timeout=None):
         return _image_inputs(self, image, "single_cell", None, timeout)
@@ -248,10 +257,17 @@ class UniHemaImageClassificationPipeline(_ForUniHema, ImageClassificationPipelin
     def _forward(self, model_inputs):
         return _run_head(self, model_inputs, ("logits",))
 
-    def postprocess(self, model_outputs, function_to_apply=None, top_k=5):
+    def postprocess(self, model_outputs, function_to_apply=None, top_k=5, labels=None):
         names = self.model.config.single_cell_labels
         logits = _one(model_outputs)["logits"][0].float()
         function = getattr(function_to_apply, "value", function_to_apply) or "softmax"
+        if labels is not None:
+            if function != "softmax":
+                raise InputError(
+                    f"labels are told apart by softmax; function_to_apply={function!r} is for all classes."
+                )
+            names = single_cell_names_of(self.model.config, labels)
+            logits = single_cell_probabilities(logits[None], self.model.config, labels)[0].log()
         scores = {"softmax": logits.softmax(-1), "sigmoid": logits.sigmoid(), "none": logits}[function]
         best = scores.sort(descending=True)
         return [

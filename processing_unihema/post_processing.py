@@ -166,7 +166,7 @@ def most_probable_labels(probabilities: torch.Tensor, config, labels: Sequence[s
     parents = config.single_cell_parents or {}
     names = list(config.single_cell_labels)
     if labels is not None:
-        names = [config.single_cell_names[index] for index in _asked_labels(config, labels)]
+        names = single_cell_names_of(config, labels)
     lines = [[*reversed(ancestors(name, parents)), name] for name in names]
     left = probabilities
     for depth in range(max(map(len, lines))):
@@ -176,6 +176,15 @@ def most_probable_labels(probabilities: torch.Tensor, config, labels: Sequence[s
         best = (left @ same.to(left.dtype)).argmax(-1)
         left = left.masked_fill(~same[best], 0)
     return left.argmax(-1)
+
+
+def single_cell_names_of(config, labels: Sequence[str]) -> list[str]:
+    """Labels of single cells as a checkpoint spells them.
+
+    Raises:
+        ValueError: As [`single_cell_probabilities`].
+    """
+    return [config.single_cell_names[index] for index in _asked_labels(config, labels)]
 
 
 def _asked_labels(config, labels: Sequence[str]) -> list[int]:

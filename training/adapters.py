@@ -228,11 +228,16 @@ def _classes(config: Any, processor: Any, settings: "AdapterConfig", rows: Mappi
         names = _labels(settings, single_cell_names(rows["single_cell"]))
         sources["single_cell"] = start_classes(names, config.single_cell_labels, _named(settings.start_from, names))
         fields["single_cell_labels"] = names
+        # It learns crops as the lab cuts them.
+        found["crop_frame"] = None
     if prompt := next((row["prompt"] for row in rows.get("segmentation", ()) if row.get("prompt")), None):
         prompts["segmentation"] = found["segmentation_label"] = prompt
     processor.default_prompts |= prompts
     if prompts:
         fields["default_prompt_ids"] = processor.default_prompt_ids()
+    if {"detection", "single_cell"} & rows.keys():
+        # Fitted on other opinions than those that change now.
+        found["second_look"] = None
     trained = {*(config.trained.tasks or ()), *rows}
     fields["trained"] = {"tasks": [task for task in TASKS if task in trained], **found}
     return fields, sources

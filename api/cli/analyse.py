@@ -67,6 +67,19 @@ def _tiles(context: click.Context, parameter: click.Parameter, value: str) -> st
     metavar="NUMBER",
     help="On a slide look for white cells alone, until so many are found.",
 )
+@click.option("--labels", help="What a single cell may be: classes or groups of them, with commas; all by default.")
+@click.option(
+    "--framing",
+    type=click.Choice(("auto", "off")),
+    default="auto",
+    show_default=True,
+    help="See a crop of a nucleated cell in the frame and colours of the training, too.",
+)
+@click.option(
+    "--second-look/--no-second-look",
+    default=None,
+    help="Type nucleated cells of fields from their crops, too; as the checkpoint says by default.",
+)
 @click.option(
     "--format", "formats", type=click.Choice(FORMATS), multiple=True,
     help="Also write a file for QuPath (geojson), of COCO, of instances (labels), or of ImageJ's ROIs; may be repeated.",
@@ -91,6 +104,9 @@ def predict(
     tiles: str | int,
     um_per_pixel: float | None,
     white_cells: int | None,
+    labels: str | None,
+    framing: str,
+    second_look: bool | None,
     formats: tuple[str, ...],
     shard: str | None,
     image_sizes: Sequence[tuple[str | None, int]],
@@ -170,6 +186,9 @@ def predict(
             tiles=tiles,
             um_per_pixel=um_per_pixel,
             white_cells=white_cells,
+            labels=None if labels is None else [name.strip() for name in labels.split(",")],
+            framing=framing,
+            second_look=second_look,
             on_tile=on_tile,
             shard=part,
         )

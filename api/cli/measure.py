@@ -98,8 +98,10 @@ def evaluate(
     reported by itself. With --corruption the images are corrupted: focus, light, stain, file, magnification, dense fields.
     """
     from unihema.analyzer import set_image_sizes
-    from unihema.checkpoint_files import fingerprint
+    from unihema.checkpoint_files import fingerprint, is_onnx
+    from unihema.hub_cards import DataRecord
     from unihema.loading import load_model, require_tasks
+    from unihema.results.out_of_distribution import ModelReference
     from unihema.training.run.build import load_rows
 
     _check_corruptions(corruptions, severities, output, shuffle_images, name_classes)
@@ -132,6 +134,9 @@ def evaluate(
         return
     options |= {"bootstrap": DRAWS if bootstrap is None else bootstrap}
     options |= {"shuffle_images": shuffle_images, "name_classes": name_classes}
+    if not is_onnx(checkpoint):
+        options |= {"reference": None if int8 else ModelReference.of_model(model, checkpoint)}
+        options |= {"home": sorted(source.name for source in DataRecord.of_checkpoint(checkpoint).sources)}
     _as_they_are(model, processor, rows, output, options, decisive, overwrite)
 
 
@@ -198,12 +203,12 @@ def _as_they_are(
     from unihema.errors import InputError
     from unihema.files import claim_folder, exclusive
     from unihema.inference.int8 import to_int8
-    from unihema.training.evaluation.report import figures_text
+    from unihema.training.evaluation.report import figures_text, parts_of, unlike_text
 
     exact = {}
     with exclusive(output) if output is not None else nullcontext():
         if output is not None:
-            alike = {name: value for name, value in options.items() if name != "batch_size"}
+            alike = {name: value for name, value in options.items() if name not in ("batch_size", "reference", "home")}
             claim_folder(output, {**decisive, **alike}, (f"{FIGURES}.json", f"{EXACT_FIGURES}.json"), overwrite)
         if decisive["int8"]:
             exact = _measured(model, processor, rows, output, EXACT_FIGURES, options)
@@ -215,7 +220,9 @@ def _as_they_are(
         click.echo(f"{name} ({figures.get('rows')} rows): {figures_text(figures)}")
         if exact:
             click.echo(f"  without int8: {figures_text(exact[name])}")
-        for data_set, part in figures.get("datasets", {}).items():
+        if "out_of_distribution" in figures:
+            click.echo(f"  unlike the training: {unlike_text(figures['out_of_distribution'])}")
+        for data_set, part in parts_of(figures).items():
             click.echo(f"  {data_set} ({part.get('rows')} rows): {figures_text(part)}")
     if output is not None:
         click.echo(f"Written to {output / FIGURES}.json.")
@@ -279,9 +286,19 @@ def _under_corruptions(
     show_default=True,
     help="Look at no more images of a data set, task and split.",
 )
+@click.option(
+    "--crops",
+    is_flag=True,
+    help="Record also how crops of nucleated cells are framed and coloured (config.json): others are then seen likewise.",
+)
 @set_option
 def reference(
-    checkpoint: Path, data: tuple[Path, ...], tasks: tuple[str, ...], max_images: int, settings: Mapping[str, Any]
+    checkpoint: Path,
+    data: tuple[Path, ...],
+    tasks: tuple[str, ...],
+    max_images: int,
+    crops: bool,
+    settings: Mapping[str, Any],
 ) -> None:
     """Record what training images are like.
 
@@ -289,14 +306,16 @@ def reference(
     DATA are the data folders it was trained on: their train split says what images are like, their val split how much they
     vary.
     """
-    from unihema.checkpoint_files import is_onnx
+    from unihema.checkpoint_files import is_adapter, is_onnx
     from unihema.loading import load_model, require_tasks
     from unihema.modeling_unihema.tasks import IMAGE_TASKS
     from unihema.training.run.build import load_rows
-    from unihema.training.studies.reference import fit_reference
+    from unihema.training.studies.reference import fit_reference, record_crop_frame
 
     if is_onnx(checkpoint):
         raise click.UsageError(f"{checkpoint}: an ONNX file has no place for a reference; name a checkpoint folder.")
+    if crops and is_adapter(checkpoint):
+        raise click.UsageError(f"--crops: {checkpoint} is an adapter; its base says how crops are framed.")
     wrong = [name for name in tasks if name not in IMAGE_TASKS]
     if wrong:
         raise click.UsageError(f"--task {wrong[0]}: a reference is of images; choose among {', '.join(IMAGE_TASKS)}.")
@@ -309,3 +328,8 @@ def reference(
         limits = ", ".join(f"{group} {limit:.2f}" for group, limit in zip(of_task.groups, of_task.limits))
         click.echo(f"{name}: 99 % of validation images are closer than {limits}")
     click.echo(f"Written to {found.save(checkpoint)}.")
+    if crops:
+        frame = record_crop_frame(checkpoint, rows[0].get("single_cell", ()), max_images)
+        click.echo(
+            f"A nucleus is {frame['nucleus'][0]:.2f} of the side of its crop; written to {checkpoint / 'config.json'}."
+        )

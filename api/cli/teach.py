@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from unihema.training.run.config import Mix, RunConfig
 
 
-STAGES, ABLATIONS = "six-stages", "ablations"
+STAGES, ABLATIONS, ABROAD = "six-stages", "ablations", "abroad"
 RUN_FILE = "run_config.json"
 # By these an output folder of each recipe, or of none, is known, and what it was begun with.
-BEGUN_WITH = {None: RUN_FILE, STAGES: "mix.json", ABLATIONS: f"whole/{RUN_FILE}"}
+BEGUN_WITH = {None: RUN_FILE, STAGES: "mix.json", ABLATIONS: f"whole/{RUN_FILE}", ABROAD: "abroad_config.json"}
 # Settings that are options of both commands.
 HOW_TO_TRAIN = (
     "optimisation.max_steps",
@@ -45,14 +45,15 @@ HOW_TO_TRAIN = (
 @click.option("--config", type=PATH, help="A run_config.json, or a mix in YAML, to start from; options override it.")
 @click.option(
     "--recipe",
-    type=click.Choice((STAGES, ABLATIONS)),
-    help="Several runs: the paper's six stages, or the whole model and one without each part in question.",
+    type=click.Choice((STAGES, ABLATIONS, ABROAD)),
+    help="Several runs: the paper's six stages, the whole model and one without each part in question, or one without each "
+    "data folder, measured on it.",
 )
 @click.option(
     "--only",
     multiple=True,
     help="Of the recipe, the stage of this number or the ablation of this name; may be repeated. `unseen=FOLDER` or "
-    "`unseen=slide=7` holds that out.",
+    "`unseen=slide=7` holds that out. Of abroad, the data folder of this name; `never=NAME` is in no training.",
 )
 @task_option()
 @batch_size_option
@@ -114,6 +115,12 @@ def train(
             names = ["unseen" if name.startswith("unseen=") else name for name in only]
             run_ablations(run, names or None, held_out[-1] if held_out else None, resume=True)
             click.echo((output / "ablation.md").read_text(encoding="utf-8"))
+        elif recipe == ABROAD:
+            from unihema.training.studies.abroad import run_abroad
+
+            never = [name.removeprefix("never=") for name in only if name.startswith("never=")]
+            run_abroad(run, [name for name in only if not name.startswith("never=")], never, resume=True)
+            click.echo((output / "abroad.md").read_text(encoding="utf-8"))
         else:
             from unihema.training.evaluation.report import figures_text
             from unihema.training.run.loop import train as train_at_once

@@ -33,6 +33,8 @@ class Cell:
             `cytoplasm_area` in pixels of the image.
         probability (`float`, *optional*): How probable it is that the cell is of its class, of a checkpoint whose scores were
             calibrated on validation data.
+        second_look (`dict`, *optional*): {"label", "score"} of the cell's crop alone, and "detection", the label that detection
+            gave it; `label` is of both together.
 
     Raises:
         ValueError: The box is upside down, or the mask has not the box's size.
@@ -46,6 +48,7 @@ class Cell:
     mask: np.ndarray | None = None
     nucleus: dict[str, float] | None = None
     probability: float | None = None
+    second_look: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         x_min, y_min, x_max, y_max = (float(value) for value in self.box)
@@ -100,6 +103,8 @@ class Cell:
         out = {"id": self.id, "box": list(self.box), "label": self.label, "score": self.score}
         if self.attributes:
             out["attributes"] = self.attributes
+        if self.second_look is not None:
+            out["second_look"] = self.second_look
         if self.mask is not None:
             out["mask"] = rle_encode(self.mask)
         if self.nucleus is not None:
@@ -181,7 +186,7 @@ def checked(values: Any, checks: Mapping[str, Callable[[Any], bool]], what: str)
         "tiling",
         "changes",
     }
-    optional |= {"um_per_pixel", "um_source", "monolayer"}
+    optional |= {"um_per_pixel", "um_source", "monolayer", "framing", "second_look"}
     for name in (*values, *(name for name in checks if name not in values and name not in optional)):
         if name not in checks or name not in values or not checks[name](values[name]):
             shown = shortened(repr(values.get(name, "missing")), 60)
@@ -198,6 +203,7 @@ _CELL = {
     "mask": or_none(is_mask),
     "probability": or_none(lambda value: is_number(value) and 0 <= value <= 1),
     "nucleus": or_none(has(nucleus_area=is_number, cytoplasm_area=is_number)),
+    "second_look": or_none(has(label=is_text, score=is_number, detection=is_text)),
 }
 
 

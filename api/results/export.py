@@ -45,6 +45,8 @@ CELL_COLUMNS = [
     "width_um",
     "height_um",
 ]
+# What detection called a cell, and what its crop alone says.
+SECOND_LOOK_COLUMNS = ["detection_label", "second_look", "second_look_score"]
 # Forms of other programs that a result can be written in, each as one file; see `as_file`.
 FORMATS = ("geojson", "coco", "labels", "imagej")
 # Metadata of a cell in GeoJSON beside its attributes: its number, and the box that its outline does not say.
@@ -59,15 +61,29 @@ MOST_DENSE_MASKS = 1 << 30
 LARGEST_ROI = 60_000
 
 
-def cell_columns(attributes: Sequence[str], shapes: bool = False, nuclei: bool = False) -> list[str]:
-    """Columns of a cell table: `CELL_COLUMNS`, with `shapes` `SHAPE_COLUMNS`, with `nuclei` `NUCLEUS_COLUMNS`, then value and
-    score of each attribute."""
+def cell_columns(
+    attributes: Sequence[str], shapes: bool = False, nuclei: bool = False, second_look: bool = False
+) -> list[str]:
+    """Columns of a cell table: `CELL_COLUMNS`, with `shapes` `SHAPE_COLUMNS`, with `nuclei` `NUCLEUS_COLUMNS`, with
+    `second_look` `SECOND_LOOK_COLUMNS`, then value and score of each attribute."""
     of_attributes = [column for name in attributes for column in (name, f"{name}_score")]
-    return CELL_COLUMNS + (SHAPE_COLUMNS if shapes else []) + (NUCLEUS_COLUMNS if nuclei else []) + of_attributes
+    of_looks = SECOND_LOOK_COLUMNS if second_look else []
+    return (
+        CELL_COLUMNS
+        + (SHAPE_COLUMNS if shapes else [])
+        + (NUCLEUS_COLUMNS if nuclei else [])
+        + of_looks
+        + of_attributes
+    )
 
 
 def cell_row(
-    result: "SmearResult", cell: "Cell", attributes: Sequence[str], shapes: bool = False, nuclei: bool = False
+    result: "SmearResult",
+    cell: "Cell",
+    attributes: Sequence[str],
+    shapes: bool = False,
+    nuclei: bool = False,
+    second_look: bool = False,
 ) -> dict[str, Any]:
     """One row of a cell table; positions and sizes in pixels, to a hundredth, and sizes in micrometres where those are known.
 
@@ -99,6 +115,10 @@ def cell_row(
         row |= cell_shape(cell.mask, um)
     if nuclei:
         row |= nucleus_row(cell.nucleus)
+    if second_look:
+        look = cell.second_look or {}
+        score = None if cell.second_look is None else round(look["score"], 4)
+        row |= dict(zip(SECOND_LOOK_COLUMNS, (look.get("detection"), look.get("label"), score), strict=True))
     for name in attributes:
         attribute = cell.attributes.get(name, {})
         row[name] = attribute.get("value")

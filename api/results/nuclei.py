@@ -54,8 +54,8 @@ def find_nuclei(source: RegionSource, um_per_pixel: float) -> np.ndarray:
                 min(right + margin, source.width),
                 min(bottom + margin, source.height),
             )
-            density = _density(_at(source, box, step), white)
-            nuclei = (_blueness(density) > usual + limit) & (density[..., 1] > STAINED)
+            density = optical_density(_at(source, box, step), white)
+            nuclei = (blueness(density) > usual + limit) & (density[..., 1] > STAINED)
             centres = _bodies(nuclei, least) * step + box[:2]
             inside = (centres >= (left, top)) & (centres < (right, bottom))
             found.append(centres[inside.all(1)])
@@ -72,8 +72,8 @@ def _stain(source: RegionSource, step: float) -> tuple[np.ndarray, float, float]
             pictures.append(np.asarray(_at(source, box, step)))
     pixels = np.concatenate([picture.reshape(-1, 3) for picture in pictures])
     white = np.percentile(pixels, 98, axis=0)
-    densities = [_density(picture, white) for picture in pictures]
-    stained = np.concatenate([_blueness(density)[density[..., 1] > STAINED] for density in densities])
+    densities = [optical_density(picture, white) for picture in pictures]
+    stained = np.concatenate([blueness(density)[density[..., 1] > STAINED] for density in densities])
     if not len(stained):
         return white, 0.0, BLUER
     usual = float(np.median(stained))
@@ -87,12 +87,12 @@ def _at(source: RegionSource, box: tuple[int, int, int, int], step: float) -> Im
     return source.read_region(box, size, strict=False)
 
 
-def _density(picture: "Image.Image | np.ndarray", white: np.ndarray) -> np.ndarray:
+def optical_density(picture: "Image.Image | np.ndarray", white: np.ndarray) -> np.ndarray:
     """Optical density of each channel `[h, w, 3]`."""
     return np.log10((white + 1) / (np.asarray(picture, dtype=np.float32) + 1)).astype(np.float32)
 
 
-def _blueness(density: np.ndarray) -> np.ndarray:
+def blueness(density: np.ndarray) -> np.ndarray:
     """How much more red and green light is absorbed than blue, `[h, w]`."""
     from scipy.ndimage import uniform_filter
 
@@ -112,4 +112,4 @@ def _bodies(mask: np.ndarray, least: float) -> np.ndarray:
     return middle[:, ::-1] + 0.5
 
 
-__all__ = ["find_nuclei"]
+__all__ = ["STAINED", "blueness", "find_nuclei", "optical_density"]

@@ -71,6 +71,9 @@ class SmearResult:
         mask_label (`str`, *optional*): What the mask shows.
         single_cell (`dict`, *optional*): {"label", "score"} of an image that shows one cell, with the calibrated "probability"
             where there is one.
+        framing (`dict`, *optional*): How the crop of a nucleated cell was seen, beside as it was cut: `box` of the frame in
+            pixels of the image (beyond it its last pixels are repeated), `nucleus` (side of its box, as a part of the crop's),
+            and `colour` (how much of the way to the colours of the training both views were taken). `None`: as it is.
         answers (`list[dict]`): {"question", "answer"} for each question asked.
         out_of_distribution (`dict`, *optional*): How far the image is from those the model was trained on: {"distance" to the
             most similar data set, "limit" below which 99 % of its validation images are, "nearest": its name}. Of a
@@ -99,6 +102,7 @@ class SmearResult:
     mask: np.ndarray | None = None
     mask_label: str | None = None
     single_cell: dict[str, Any] | None = None
+    framing: dict[str, Any] | None = None
     answers: list[dict[str, str]] = field(default_factory=list)
     out_of_distribution: dict[str, Any] | None = None
     tiling: dict[str, Any] | None = None
@@ -182,6 +186,7 @@ class SmearResult:
             "mask": None if self.mask is None else rle_encode(self.mask),
             "mask_label": self.mask_label,
             "single_cell": self.single_cell,
+            "framing": self.framing,
             "answers": self.answers,
             "out_of_distribution": self.out_of_distribution,
             "tiling": self.tiling,
@@ -338,8 +343,9 @@ class SmearResult:
         attributes = list(dict.fromkeys(name for cell in self.cells for name in cell.attributes))
         shapes = can_measure() and any(cell.mask is not None for cell in self.cells)
         nuclei = any(cell.nucleus is not None for cell in self.cells)
-        rows = [cell_row(self, cell, attributes, shapes, nuclei) for cell in self.cells]
-        return pandas.DataFrame(rows, columns=cell_columns(attributes, shapes, nuclei))
+        groups = shapes, nuclei, any(cell.second_look is not None for cell in self.cells)
+        rows = [cell_row(self, cell, attributes, *groups) for cell in self.cells]
+        return pandas.DataFrame(rows, columns=cell_columns(attributes, *groups))
 
     def overlay(self, image: Image.Image) -> Image.Image:
         """The image with boxes, classes, scores and mask drawn on it, and a legend with the counts beside it.
@@ -380,6 +386,7 @@ _RESULT = {
     "mask": or_none(is_mask),
     "mask_label": or_none(is_text),
     "single_cell": or_none(_is_single_cell),
+    "framing": or_none(has(box=is_list(is_number, 4), nucleus=is_number, colour=is_number)),
     "answers": is_list(has(question=is_text, answer=is_text)),
     "out_of_distribution": or_none(has(distance=is_number, limit=is_number, nearest=is_text)),
     "tiling": or_none(_is_tiling),

@@ -478,6 +478,9 @@ class SmearDataset(Dataset):
         batch = dict(self.processor(**inputs))
         if self.task == "single_cell":
             batch["labels"] = torch.tensor([sample["label"] for sample in samples])
+            if self.evaluation:
+                # Crops are framed before they are made smaller.
+                batch["crops"] = [sample["image"] for sample in samples]
         if self.task == "detection":
             for labels, sample in zip(batch["labels"], samples, strict=True):
                 if sample["one_cell"]:

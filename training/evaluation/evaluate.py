@@ -1,6 +1,6 @@
 """One evaluation for all tasks: predictions through the same post-processing as `unihema predict`, figures in one report."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
+from unihema.results.out_of_distribution import ModelReference
 from unihema.training.data.class_tree import as_known
 from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.rows import Row
@@ -20,6 +21,7 @@ from unihema.training.evaluation.measured import FeatureListener, Measured, clas
 from unihema.training.evaluation.segmentation import MeasuredMasks
 from unihema.training.evaluation.selection import draw_rows, exchange_images, image_numbers
 from unihema.training.evaluation.single_cell import MeasuredCells
+from unihema.training.evaluation.sources import Distances, groups_of
 
 
 QUESTIONS_AT_ONCE = 12
@@ -40,6 +42,8 @@ def evaluate_model(
     name_classes: bool = False,
     text_only: bool = False,
     on_features: FeatureListener | None = None,
+    home: Collection[str] = (),
+    reference: ModelReference | None = None,
 ) -> dict[str, Any]:
     """Measures a model on rows of any tasks, in evaluation mode, asked as `unihema predict` asks when given no prompt.
 
@@ -64,11 +68,14 @@ def evaluate_model(
         name_classes (`bool`): Ask detection for the classes that each data set annotates, instead of the default prompt.
         text_only (`bool`): Language tasks without their images.
         on_features (`Callable`, *optional*): Gets the image features and pixels of every batch of an image task.
+        home (`Collection[str]`): Data sets of the training, where they are known.
+        reference ([`ModelReference`], *optional*): Of the model: how well images from elsewhere are told is measured, too.
 
     Returns:
         `dict[str, Any]`: Task -> figures, with the number of `rows` and `images`, `intervals` and how they were made
         (`bootstrap`), `image_blind` for that control, and where the rows are of several data sets `datasets`: for each
-        its own figures, of the classes it annotates.
+        its own figures, of the classes it annotates; with `home`, `groups`: the figures of the sources in training and of those
+        not in training; with `reference`, `out_of_distribution`, see [`Distances`].
 
     Raises:
         ValueError: The image-blind control of fewer than two images.
@@ -83,11 +90,15 @@ def evaluate_model(
                     continue
                 rows = exchange_images(rows, seed)
             rows = draw_rows(rows, max_samples, seed)
-            measured = _measured(model, processor, task, generate_kwargs or {}, on_features)
+            told = reference.tasks.get(task) if reference is not None and on_features is None else None
+            distances = None if told is None else Distances(told, processor)
+            measured = _measured(model, processor, task, generate_kwargs or {}, distances or on_features)
             _ask(measured, task, rows, batch_size, progress, name_classes, text_only)
             if calibrate and task == "detection":
                 model.config.trained.detection_thresholds = measured.best_thresholds()
-            report[task] = _task_report(measured, bootstrap, seed)
+            report[task] = _task_report(measured, bootstrap, seed, home)
+            if distances is not None:
+                report[task]["out_of_distribution"] = distances.figures(measured.rows, home)
             if calibrate and (fitted := calibration_of(measured)) is not None:
                 model.config.trained.calibration[task] = fitted
             if shuffle_images:
@@ -214,16 +225,20 @@ def _batches(
     return tqdm(loader, desc=f"evaluate {task}", unit="batch", disable=not progress, leave=False)
 
 
-def _task_report(measured: Measured, bootstrap: int, seed: int) -> dict[str, Any]:
+def _task_report(measured: Measured, bootstrap: int, seed: int, home: Collection[str] = ()) -> dict[str, Any]:
     report = measured.figures() | _numbers(measured, bootstrap, seed)
     if report["intervals"]:
         report["bootstrap"] = {"draws": bootstrap, "level": LEVEL, "seed": seed, "resampled": "images"}
     names = list(dict.fromkeys(row["dataset"] for row in measured.rows))
+
+    def of_parts(parts: Mapping[str, Collection[str]]) -> dict[str, Any]:
+        chosen = {name: measured.of_datasets(own) for name, own in parts.items()}
+        return {name: part.figures(part=True) | _numbers(part, bootstrap, seed) for name, part in chosen.items()}
+
     if len(names) > 1:
-        parts = {name: measured.of_dataset(name) for name in names}
-        report["datasets"] = {
-            name: part.figures(part=True) | _numbers(part, bootstrap, seed) for name, part in parts.items()
-        }
+        report["datasets"] = of_parts({name: (name,) for name in names})
+    if groups := groups_of(names, home):
+        report["groups"] = of_parts(groups)
     return report
 
 

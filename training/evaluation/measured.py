@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -58,10 +58,10 @@ class Measured(ABC):
         self.rows.append(row)
         self.records.append(record)
 
-    def of_dataset(self, name: str) -> Self:
-        """The results of one data set."""
+    def of_datasets(self, names: Collection[str]) -> Self:
+        """The results of some data sets."""
         part = copy.copy(self)
-        chosen = [number for number, row in enumerate(self.rows) if row["dataset"] == name]
+        chosen = [number for number, row in enumerate(self.rows) if row["dataset"] in names]
         part.rows, part.records = [self.rows[n] for n in chosen], [self.records[n] for n in chosen]
         return part
 

@@ -13,7 +13,7 @@ from unihema.modeling_unihema.tasks import TASK_TABLE, check_task
 
 # The figure that stands for a task: in progress messages, and to choose the best evaluation of a run.
 HEADLINES = {name: task.headline for name, task in TASK_TABLE.items()}
-_BESIDES = ("intervals", "datasets", "bootstrap")
+_BESIDES = ("intervals", "datasets", "groups", "bootstrap")
 
 
 def headline(report: Mapping[str, Any]) -> tuple[float, str]:
@@ -34,6 +34,9 @@ def figures_text(figures: Mapping[str, Any]) -> str:
     morphology = figures.get("morphology", {}).get("macro_f1")
     if morphology is not None:
         shown["morphology macro_f1"] = morphology
+    for part in ("kinds", "types"):
+        if part in figures:
+            shown[f"{part} accuracy"] = figures[part]["accuracy"]
     intervals = figures.get("intervals") or {}
     return (
         ", ".join(_figure_text(name, value, intervals.get(name)) for name, value in shown.items())
@@ -59,7 +62,7 @@ def read_figures(path: Path) -> dict[str, dict[str, Any]]:
     try:
         for task, figures in report.items():
             check_task(task)
-            for part in (figures, *figures.get("datasets", {}).values()):
+            for part in (figures, *parts_of(figures).values()):
                 figures_text(part)
         report_lines(report)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
@@ -82,13 +85,27 @@ def write_report(report: Mapping[str, Any], folder: str | Path, name: str = "met
     write_text(folder / f"{name}.md", "\n".join(report_lines(report)) + "\n")
 
 
+def unlike_text(figures: Mapping[str, Any]) -> str:
+    """What [`Distances`] found, in a line."""
+    warned = ", ".join(f"{100 * share:.1f} % of {name}" for name, share in figures["warned"].items())
+    if "auc" not in figures:
+        return f"warned of {warned}"
+    at = 100 * figures["warned_at_1_percent"]
+    return f"AUC {figures['auc']:.3f}, {at:.1f} % of images from elsewhere at 1 % false alarms; warned of {warned}"
+
+
+def parts_of(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of each group of sources, and of each data set."""
+    return {**figures.get("groups", {}), **figures.get("datasets", {})}
+
+
 def report_lines(report: Mapping[str, Any]) -> list[str]:
     """The lines of a report in Markdown."""
     lines = ["| task | data | images | rows | main figure | value | interval |", "|---|---|---|---|---|---|---|"]
     details = ["| task | figure | value | interval |", "|---|---|---|---|"]
     notes = []
     for task, figures in report.items():
-        for data, part in {"all": figures, **figures.get("datasets", {})}.items():
+        for data, part in {"all": figures, **parts_of(figures)}.items():
             figure = HEADLINES.get(task, "")
             shown = (data, part.get("images", ""), part.get("rows", ""), figure, _shown(part.get(figure)))
             lines.append(f"| {task} | {' | '.join(map(str, shown))} | {_interval(part, figure)} |")

@@ -282,6 +282,11 @@ def build(config: RunConfig, rows: dict[str, list[Row]]) -> tuple[UniHemaForMult
         if config.adapter.method != "none":
             attach_adapter(model, processor, config.adapter, rows)
             return model, processor
+        # Of the training before this one; `unihema reference --crops` measures it anew.
+        if "single_cell" in rows:
+            model.config.trained.crop_frame = None
+        if {"single_cell", "detection"} & rows.keys():
+            model.config.trained.second_look = None
         edge = processor.image_processor.task_sizes["detection"].get("longest_edge")
         model.config.trained.red_cell_diameter = (
             red_cell_diameter(rows.get("detection", ()), edge) or model.config.trained.red_cell_diameter

@@ -242,7 +242,7 @@ def _on_unseen(
     models = [load_model(folder) for folder in (whole, without)]
     rows = _unseen_rows(config, held_out)
     for model, _ in models:
-        rows = {task: _of_known_classes(task, found, model.config) for task, found in rows.items()}
+        rows = {task: rows_of_known_classes(task, found, model.config) for task, found in rows.items()}
     # A model that was never taught a task says nothing of an unseen data set.
     shared = set(models[0][0].config.trained.tasks or rows) & set(models[1][0].config.trained.tasks or rows)
     rows = {task: found for task, found in rows.items() if found and task in shared}
@@ -267,8 +267,14 @@ def _unseen_rows(config: RunConfig, held_out: dict[str, Any]) -> dict[str, list[
     return found
 
 
-def _of_known_classes(task: str, rows: Sequence[Row], model_config) -> list[Row]:
-    """Rows with the classes that a model knows: cells of others are left out, and so are images of other cells."""
+def rows_of_known_classes(task: str, rows: Sequence[Row], model_config) -> list[Row]:
+    """Rows with the classes that a model knows: cells of others are left out, and so are images of other cells.
+
+    Args:
+        task (`str`): Their task.
+        rows (`Sequence[Row]`): The rows.
+        model_config (`UniHemaConfig`): Of the model.
+    """
     if task not in ("detection", "single_cell"):
         return list(rows)
     known = list(model_config.id2label.values()) if task == "detection" else model_config.single_cell_names
@@ -393,4 +399,4 @@ def _draw(plot: Any, comparisons: Sequence[Mapping[str, Any]]) -> None:
     plot.legend(loc="outside lower right", ncols=2)
 
 
-__all__ = ["ABLATIONS", "WHOLE", "Ablation", "comparison_rows", "run_ablations"]
+__all__ = ["ABLATIONS", "WHOLE", "Ablation", "comparison_rows", "rows_of_known_classes", "run_ablations"]

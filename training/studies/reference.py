@@ -1,15 +1,18 @@
 """The reference of a model: features, quality and cell sizes of the images it was trained on."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from unihema.errors import InputError
+from unihema.errors import CheckpointError, InputError
+from unihema.files import read_json_object, write_json
 from unihema.modeling_unihema.tasks import IMAGE_TASKS
 from unihema.processing_unihema.image_io import load_image
+from unihema.results.crop_framing import FEWEST, measure_frame
 from unihema.results.out_of_distribution import (
     QUANTILE,
     ModelReference,
@@ -91,8 +94,7 @@ def _seen(model, processor, task: str, rows: Sequence[Row], progress: bool) -> t
     seen = []
     with torch.inference_mode():
         for row in bar:
-            source = row["image"].opened() if isinstance(row["image"], StoredFile) else row["image"]
-            inputs = processor.image_processor([load_image(source)], task=task).to(model.device)
+            inputs = processor.image_processor([load_image(_source(row))], task=task).to(model.device)
             pixels = inputs["pixel_values"].to(model.dtype)
             # The task that needs no encoder: the backbone's features are enough.
             features = model.get_image_features(pixels, inputs["pixel_mask"], task="question_answering")
@@ -131,4 +133,35 @@ def _cell_sizes(rows: Sequence[Row], model: Any, processor: Any) -> dict[str, tu
     }
 
 
-__all__ = ["fit_reference"]
+def record_crop_frame(
+    checkpoint: str | Path, rows: Sequence[Row], max_images: int | None = 500, seed: int = 0
+) -> dict[str, list[float]]:
+    """Writes into a checkpoint's `config.json` what the crops of nucleated cells are like that it was trained on
+    (`trained.crop_frame`). Boxes of fields are left out, for these are cut as one likes.
+
+    Args:
+        checkpoint (`str` or `Path`): The folder.
+        rows (`Sequence[Row]`): Of single cells, of the training.
+        max_images (`int`, *optional*): At most so many crops of each data set, drawn by `seed`.
+        seed (`int`): Of the draw.
+
+    Raises:
+        ValueError: Too few of the crops show a nucleus.
+    """
+    drawn = [row for of_one in _by_dataset(rows, max_images, seed).values() for row in of_one if "box" not in row]
+    frame = measure_frame([load_image(_source(row)) for row in drawn])
+    if frame is None:
+        raise InputError(
+            f"Of {len(drawn)} crops of single cells fewer than {FEWEST} show a nucleus: there is no frame to tell."
+        )
+    path = Path(checkpoint) / "config.json"
+    fields = read_json_object(path, CheckpointError, "Copy the checkpoint again.")
+    write_json(path, {**fields, "trained": {**fields["trained"], "crop_frame": frame}})
+    return frame
+
+
+def _source(row: Row) -> Any:
+    return row["image"].opened() if isinstance(row["image"], StoredFile) else row["image"]
+
+
+__all__ = ["fit_reference", "record_crop_frame"]

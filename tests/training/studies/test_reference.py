@@ -58,6 +58,32 @@ def made(tmp_path_factory):
     return root
 
 
+def test_the_frame_of_crops_is_recorded_and_a_later_training_leaves_it_out(made, tmp_path):
+    checkpoint = tmp_path / "unihema"
+    shutil.copytree(made / "unihema", checkpoint)
+    crops = tmp_path / "crops"
+    for split in ("train", "val"):
+        for number in range(24):
+            pixels = np.full((60, 60, 3), (238, 230, 228), np.uint8)
+            half = 8 + number % 5
+            pixels[30 - half : 30 + half, 30 - half : 30 + half] = (96, 52, 140)
+            (crops / split / "neutrophil").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(crops / split / "neutrophil" / f"{split}{number}.png")
+    options = ["reference", str(checkpoint), "--task", "single_cell", "--crops"]
+    done = CliRunner().invoke(app, [*options, str(made / "smears")])
+    assert done.exit_code == 1 and "fewer than 20 show a nucleus" in str(done.output) + str(done.exception)
+    done = CliRunner().invoke(app, [*options, str(crops)])
+    assert done.exit_code == 0 and "A nucleus is 0.33 of the side of its crop" in done.stdout, done.output
+    trained = load_model(checkpoint, "cpu")[0].config.trained
+    assert trained.crop_frame["nucleus"] == [pytest.approx(20 / 60, abs=0.03)]
+    assert Analyzer.from_pretrained(checkpoint)(crops / "val/neutrophil/val0.png", "single_cell").framing is not None
+    config = run_config(
+        made / "smears", tmp_path / "run", **{"model.initial_checkpoint": str(checkpoint), "model.overrides": {}}
+    )
+    rows = {"single_cell": training_rows(config)["single_cell"]}
+    assert build(config, rows)[0].config.trained.crop_frame is None
+
+
 @pytest.fixture
 def checkpoint(made, tmp_path):
     return shutil.copytree(made / "unihema", tmp_path / "unihema")
