@@ -67,7 +67,9 @@ def _tiles(context: click.Context, parameter: click.Parameter, value: str) -> st
     metavar="NUMBER",
     help="On a slide look for white cells alone, until so many are found.",
 )
-@click.option("--labels", help="What a single cell may be: classes or groups of them, with commas; all by default.")
+@click.option(
+    "--cell-labels", "labels", help="What a single cell may be: classes or groups of them, with commas; all by default."
+)
 @click.option(
     "--framing",
     type=click.Choice(("auto", "off")),
