@@ -42,7 +42,7 @@ def test_an_older_file_says_the_same_and_is_saved_in_the_new_form(name, tmp_path
         read = dataclasses.asdict(config.trained) if part == "trained" else getattr(config, part)
         # What older files do not say is not known.
         unknown = {
-            "trained": {"red_cell_diameter": None, "cell_masks": False, "mask_prompts": None, "calibration": {}},
+            "trained": {"red_cell_diameter": None, "cell_masks": False, "mask_prompts": None, "calibration": {, "crop_frame": None, "second_look": None}},
             "loss_weights": {"mask_bce": 2, "mask_dice": 2},
         }.get(part, {})
         assert read == {key: old[field] for field, key in names.items()} | unknown
