@@ -10,7 +10,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from unihema.errors import InputError
-from unihema.training.data.framing import USUAL_FILL, box_window, seen_through, whole_window
+from unihema.training.data.framing import framed
 from unihema.training.data.optics import as_bytes, recoloured, smoothed, through_another_lens
 
 
@@ -198,42 +198,6 @@ def augment(
         pixels = as_bytes(through_another_lens(changed, config.optics, nuisance))
     rest = [part.as_subclass(torch.Tensor) for part in parts[1:]]
     return pixels, rest.pop(0) if boxes is not None else None, kept, rest.pop(0) if mask is not None else None
-
-
-def framed(
-    image: torch.Tensor,
-    config: AugmentationConfig | None,
-    rng: np.random.Generator | None = None,
-    cell: Sequence[float] | None = None,
-    edge: int | None = None,
-) -> torch.Tensor:
-    """A single cell as it is framed: its crop as it is, or anew; a cell of a field cut out.
-
-    Args:
-        image (`torch.Tensor`): uint8 `[3, H, W]`, a crop or the field.
-        config (`AugmentationConfig`, *optional*): How far to go; a cell of a field is cut out at twice its box, in the middle,
-            without it or where `framing` does not happen.
-        rng (`np.random.Generator`, *optional*): Needed with `config`.
-        cell (`Sequence[float]`, *optional*): The box of the cell in a field, xywh pixels.
-        edge (`int`, *optional*): The longest side of what is given, at most.
-
-    Returns:
-        `torch.Tensor`: uint8 `[3, h, w]`.
-    """
-    draws = rng.random(6) if config is not None else np.zeros(6)
-    anew = config is not None and draws[0] < config.framing
-    if not anew:
-        return image if cell is None else seen_through(image, box_window(cell, USUAL_FILL, (0, 0), 1), 1, edge, False)
-    stretch = (1 + config.aspect) ** (2 * draws[2] - 1)
-    shift = config.shift * (2 * draws[3:5] - 1)
-    mirrored = bool(draws[5] < 0.5)
-    if cell is not None:
-        fill = config.fill_min ** (1 - draws[1])
-        return seen_through(image, box_window(cell, fill, shift, stretch), 1, edge, mirrored)
-    height, width = image.shape[-2:]
-    seen = config.seen_min + (config.seen_max - config.seen_min) * draws[1]
-    window = whole_window((height, width), seen, shift, stretch)
-    return seen_through(image, window, height / width, edge, mirrored)
 
 
 def _at_size(part: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

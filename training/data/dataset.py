@@ -18,8 +18,9 @@ from unihema.modeling_unihema.labels import IGNORED_BOXES, IGNORED_CLASSES
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS
 from unihema.processing_unihema.image_io import MAX_PIXELS, image_size, load_image
 from unihema.processing_unihema.masks import outline_mask
-from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng, drawn_scale, framed
+from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng, drawn_scale
 from unihema.training.data.class_tree import as_known, with_covered_parents
+from unihema.training.data.framing import framed
 from unihema.training.data.image_cache import ImageCache
 from unihema.training.data.layouts.masks import read_mask
 from unihema.training.data.mosaic import GRIDS, Field, mosaic_of, share_seen

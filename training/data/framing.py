@@ -2,16 +2,58 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as F
 
 
+if TYPE_CHECKING:
+    # The module of the settings uses this one.
+    from unihema.training.data.augmentation import AugmentationConfig
+
+
 # Share of a crop's sides that a box has which is not framed at random: a crop of twice the box.
 USUAL_FILL = 0.5
 # A cell that lies at the edge of its crop may lose this share of its box.
 MOST_CUT = 0.1
+
+
+def framed(
+    image: torch.Tensor,
+    config: "AugmentationConfig | None",
+    rng: np.random.Generator | None = None,
+    cell: Sequence[float] | None = None,
+    edge: int | None = None,
+) -> torch.Tensor:
+    """A single cell as it is framed: its crop as it is, or anew; a cell of a field cut out.
+
+    Args:
+        image (`torch.Tensor`): uint8 `[3, H, W]`, a crop or the field.
+        config (`AugmentationConfig`, *optional*): How far to go; a cell of a field is cut out at twice its box, in the middle,
+            without it or where `framing` does not happen.
+        rng (`np.random.Generator`, *optional*): Needed with `config`.
+        cell (`Sequence[float]`, *optional*): The box of the cell in a field, xywh pixels.
+        edge (`int`, *optional*): The longest side of what is given, at most.
+
+    Returns:
+        `torch.Tensor`: uint8 `[3, h, w]`.
+    """
+    draws = rng.random(6) if config is not None else np.zeros(6)
+    anew = config is not None and draws[0] < config.framing
+    if not anew:
+        return image if cell is None else seen_through(image, box_window(cell, USUAL_FILL, (0, 0), 1), 1, edge, False)
+    stretch = (1 + config.aspect) ** (2 * draws[2] - 1)
+    shift = config.shift * (2 * draws[3:5] - 1)
+    mirrored = bool(draws[5] < 0.5)
+    if cell is not None:
+        fill = config.fill_min ** (1 - draws[1])
+        return seen_through(image, box_window(cell, fill, shift, stretch), 1, edge, mirrored)
+    height, width = image.shape[-2:]
+    seen = config.seen_min + (config.seen_max - config.seen_min) * draws[1]
+    window = whole_window((height, width), seen, shift, stretch)
+    return seen_through(image, window, height / width, edge, mirrored)
 
 
 def whole_window(size: Sequence[int], seen: float, shift: Sequence[float], stretch: float) -> np.ndarray:
@@ -84,4 +126,4 @@ def _inside(start: int, length: int, size: int, mirrored: bool) -> slice | torch
     return torch.from_numpy(index.clip(0, size - 1))
 
 
-__all__ = ["MOST_CUT", "USUAL_FILL", "box_window", "seen_through", "whole_window"]
+__all__ = ["MOST_CUT", "USUAL_FILL", "box_window", "framed", "seen_through", "whole_window"]

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from unihema.training.data import optics
-from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng, framed
+from unihema.training.data.augmentation import AugmentationConfig, augment, augmentation_rng
+from unihema.training.data.framing import framed
 from unihema.training.data.optics import recoloured, smoothed, stain_directions, through_another_lens
 
 
