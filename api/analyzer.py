@@ -805,14 +805,14 @@ class Analyzer:
         crops = replace(request, tasks=("single_cell",), questions=(), question_texts=(), texts={}, prompts={})
 
         def classify(pictures: "list[Image.Image]") -> "numpy.ndarray":
-            logits = self._crop_logits(crops, pictures)
+            logits = self.crop_logits(crops, pictures)
             return single_cell_probabilities(logits, config, types).clamp(min=1e-9).log().cpu().numpy()
 
         rule = Rule(**(config.trained.second_look or {}))
         parents = config.label_parents
         result.cells = look_again(source, result.cells, result.classes, parents, types, rule, classify)
 
-    def _crop_logits(self, request: Request, crops: "Sequence[Image.Image]") -> "torch.Tensor":
+    def crop_logits(self, request: Request, crops: "Sequence[Image.Image]") -> "torch.Tensor":
         """What the single-cell head says of crops, framed where the request says so: `[B, classes]`."""
         import torch
 
