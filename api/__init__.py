@@ -41,6 +41,7 @@ from .modeling_unihema.modeling_unihema import (
 from .modeling_unihema.tasks import TASKS
 from .processing_unihema.image_processing_unihema import UniHemaImageProcessor
 from .processing_unihema.processing_unihema import UniHemaProcessor
+from .processing_unihema.questions import Answer
 from .register import register_unihema
 from .report import SmearReport
 from .results.smear_result import Cell, SmearResult
@@ -49,6 +50,7 @@ from .version import __version__
 
 __all__ = [
     "Analyzer",
+    "Answer",
     "CardError",
     "Cell",
     "CheckpointError",

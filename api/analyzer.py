@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
     from unihema.modeling_unihema.outputs import UniHemaImageFeatures, UniHemaPromptFeatures
     from unihema.processing_unihema.processing_unihema import UniHemaProcessor
+    from unihema.processing_unihema.questions import Answer
     from unihema.report.smear_report import SmearReport
     from unihema.result_folder import BatchReport
     from unihema.result_shards import Shard
@@ -121,7 +122,8 @@ class Analyzer:
     >>> analyzer = Analyzer.from_pretrained("unihema")
     >>> result = analyzer("smear.png")
     >>> result.counts
-    >>> analyzer.ask("cell.png", "What type of white blood cell is this?")
+    >>> answer = analyzer.ask("cell.png", "What type of white blood cell is this?")
+    >>> answer.answer, answer.cells, answer.disagreement
     ```
     """
 
@@ -287,23 +289,50 @@ class Analyzer:
 
     def ask(
         self, image: "str | Path | Image.Image | numpy.ndarray", questions: str | Sequence[str]
-    ) -> "str | list[str]":
+    ) -> "Answer | list[Answer]":
         """Answers questions about an image, or fills in sentences with blanks.
+
+        Questions of counts ("How many ...", "Is there any ...", "What per cent ...") are answered from the cells that were found,
+        others by the text decoder. Either way an answer names the cells that support it, and says where text and heads disagree.
 
         Args:
             image (`str`, `Path`, `PIL.Image.Image` or `np.ndarray`): The image.
             questions (`str` or `Sequence[str]`): One question, or several.
 
         Returns:
-            `str` or `list[str]`: One answer for one question, else one for each.
+            [`Answer`] or `list[Answer]`: One answer for one question, else one for each. `str` of it is the answer.
 
         Raises:
             UnreadableImageError: The image cannot be read.
             CheckpointError: The checkpoint answers no questions.
             RequestError: A question longer than the limit.
         """
+        from unihema.processing_unihema.questions import answer_from_cells, is_count
+
         asked = [questions] if isinstance(questions, str) else list(questions)
-        answers = [entry["answer"] for entry in self(image, (), questions=asked).answers]
+        heads = tuple(task for task in ("detection", "single_cell") if task in self.tasks)
+        # Where there is no text decoder, cells still answer how many there are.
+        written = [
+            question
+            for question in asked
+            if not ("detection" in heads and is_count(question) and _language_task(question) not in self.tasks)
+        ]
+        result = self(image, heads, questions=written)
+        texts = {entry["question"]: entry["answer"] for entry in result.answers}
+        cells = [cell.to_dict() for cell in result.cells]
+        answers = [
+            answer_from_cells(
+                question,
+                texts.get(question),
+                cells,
+                result.classes,
+                result.class_parents,
+                result.single_cell,
+                (result.width, result.height),
+                self.model.config.morphology,
+            )
+            for question in asked
+        ]
         return answers[0] if isinstance(questions, str) else answers
 
     def analyze_images(

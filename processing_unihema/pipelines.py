@@ -29,6 +29,7 @@ from .post_processing import (
     single_cell_probabilities,
 )
 from .prompts import task_prompt
+from .questions import CELLS, answer_from_cells
 
 
 class _ForUniHema:
@@ -390,16 +391,71 @@ class VisualQuestionAnsweringPipeline(Pipeline):
 
 
 class UniHemaVisualQuestionAnsweringPipeline(_ForUniHema, VisualQuestionAnsweringPipeline):
-    """Visual question answering where an answer does not depend on the images and questions of its batch."""
+    """Visual question answering where an answer does not depend on the images and questions of its batch.
+
+    A model with a detection head as well (`UniHemaForMultiTask`) gives an answer more keys than `answer` and `score`: `source`,
+    `cells`, `counts`, `attributes`, `text`, `disagreement` and `note` of [`Answer`], those that say something. Questions of
+    counts are then answered from the cells that are found, and `score` is the mean of theirs.
+    """
 
     stock = VisualQuestionAnsweringPipeline
     _processor_options = {"task": "question_answering"}
 
     def preprocess(self, inputs, timeout=None):
-        return {"sample": super().preprocess(inputs, timeout)}
+        sample = super().preprocess(inputs, timeout)
+        if not self._finds_cells():
+            return {"sample": sample}
+        image = load_image(_image_source(inputs["image"], timeout))
+        cells = dict(self.processor.image_processor(image, task="detection"))
+        cells["pixel_values"] = cells["pixel_values"].to(self.dtype)
+        cells["target_size"] = torch.tensor([image_size(image)])
+        return {"sample": sample, "cells": {"sample": cells}, "question": inputs["question"]}
+
+    def _finds_cells(self) -> bool:
+        trained = self.model.config.trained.tasks
+        return "detection" in self.model.tasks and (trained is None or "detection" in trained)
 
     def _forward(self, model_inputs, generate_kwargs=None):
-        return _run(self, model_inputs, lambda inputs: self._generate(inputs, generate_kwargs))
+        outputs = _run(self, model_inputs, lambda inputs: self._generate(inputs, generate_kwargs))
+        if "cells" in model_inputs:
+            outputs["support"] = self._support(model_inputs["cells"], model_inputs["question"])
+        return outputs
+
+    def _support(self, cells: dict | list[dict], questions: str | list[str]) -> list[dict[str, Any]]:
+        """For each image its question and the cells that are found in it."""
+        samples = [each["sample"] for each in (cells if isinstance(cells, list) else [cells])]
+        questions = [questions] if isinstance(questions, str) else questions
+        found = []
+        for sample, question in zip(samples, questions, strict=True):
+            target = sample["target_size"]
+            outputs = self.model(task="detection", **{key: of for key, of in sample.items() if key != "target_size"})
+            height, width = target[0].tolist()
+            (of_image,) = find_cells(outputs, self.model.config, target)
+            found.append({"question": question, "cells": of_image, "size": (width, height)})
+        return found
+
+    def postprocess(self, model_outputs, top_k=5):
+        support = model_outputs.pop("support", None)
+        answers = super().postprocess(model_outputs, top_k)
+        if support is None:
+            return answers
+        support = support[0] if isinstance(support, list) else support
+        config = self.model.config
+        for each in answers:
+            told = answer_from_cells(
+                support["question"],
+                each["answer"],
+                support["cells"],
+                config.class_names,
+                config.label_parents,
+                size=support["size"],
+                morphology=config.morphology,
+            )
+            each["answer"] = told.answer
+            each |= told.support()
+            if told.source == CELLS and told.cells:
+                each["score"] = float(np.mean([cell["score"] for cell in told.cells]))
+        return answers
 
 
 def _is_stream(inputs: Any) -> bool:

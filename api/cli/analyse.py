@@ -1,5 +1,6 @@
 """Commands that use a checkpoint: `predict`, `merge`, `ask`, `info` and `demo`."""
 
+import json
 import os
 import platform
 from collections.abc import Sequence
@@ -283,18 +284,27 @@ def merge(results: Path) -> None:
 @click.argument("checkpoint")
 @click.argument("image", type=PATH)
 @click.argument("questions", nargs=-1, required=True)
-def ask(checkpoint: str, image: Path, questions: tuple[str, ...]) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Cells, boxes and attributes that support each answer, as JSON.")
+def ask(checkpoint: str, image: Path, questions: tuple[str, ...], as_json: bool) -> None:
     """Answer questions about an image.
 
     CHECKPOINT is a folder, an adapter, or a repository on the Hub. QUESTIONS may also be sentences with ___ where a word is to
-    be filled in.
+    be filled in. How many cells there are, whether there are any and what per cent they are is counted among the cells that are
+    found; where text and heads disagree, a line on standard error says so. With --json all that supports an answer.
     """
     from unihema.analyzer import Analyzer
     from unihema.files import printable
 
     answers = Analyzer.from_pretrained(checkpoint).ask(image, questions)
-    for asked, answer in zip(questions, answers, strict=True):
-        click.echo(printable(answer if len(questions) == 1 else f"{asked} {answer}"))
+    if as_json:
+        listed = [{"question": each.question, "answer": each.answer, **each.support()} for each in answers]
+        click.echo(json.dumps(listed, ensure_ascii=True, indent=2))
+        return
+    for each in answers:
+        click.echo(printable(each.answer if len(questions) == 1 else f"{each.question} {each.answer}"))
+        for said in (each.disagreement, each.note):
+            if said:
+                click.echo(printable(f"  {said}"), err=True)
 
 
 @click.command()

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.special import betaincinv
-
 from unihema.errors import RequestError
 from unihema.processing_unihema.class_names import (
     NUCLEATED_RED_CELL,
@@ -20,12 +18,11 @@ from unihema.processing_unihema.class_names import (
     is_untyped_white_cell,
     usual_name,
 )
+from unihema.processing_unihema.questions import exact_limits
 
 from .tables import ReportTables, grade_of
 
 
-# Share of samples whose limits hold the true share.
-LEVEL = 0.95
 _INFECTED, _UNINFECTED, _PARASITES = "infected red cell", "uninfected red cell", ("parasite", "malaria parasite")
 # Red cells that are no finding of shape.
 _PLAIN = ("rbc", _UNINFECTED, "normal red blood cell", "normocyte", "discocyte")
@@ -62,19 +59,6 @@ class ReportOptions:
                 raise RequestError(
                     f"A {name} count lies above 0 and up to {most} (10^9/L white, 10^12/L red), got {value}."
                 )
-
-
-def exact_limits(count: int, of: int) -> tuple[float, float]:
-    """The exact binomial (Clopper-Pearson) 95 % limits of a share, in per cent.
-
-    Args:
-        count (`int`): Cells of a class.
-        of (`int`): Cells in all, at least 1.
-    """
-    tail = (1 - LEVEL) / 2
-    low = 0.0 if count == 0 else 100 * float(betaincinv(count, of - count + 1, tail))
-    high = 100.0 if count == of else 100 * float(betaincinv(count + 1, of - count, 1 - tail))
-    return low, high
 
 
 def sample_figures(

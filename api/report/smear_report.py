@@ -11,6 +11,7 @@ from typing import Any
 from unihema.errors import RequestError
 from unihema.files import json_sha256
 from unihema.processing_unihema.class_names import PLATELET, RED_CELL, cell_kind, is_untyped_white_cell, usual_name
+from unihema.processing_unihema.questions import LEVEL
 from unihema.result_folder import StoredResult
 from unihema.results.calibration import certainty, is_typed_white_cell
 from unihema.results.cell import Cell
@@ -19,7 +20,7 @@ from unihema.results.smear_result import POOR_QUALITY, SmearResult
 from unihema.results.tiles import ESTIMATED
 from unihema.version import __version__
 
-from .sample import LEVEL, ReportOptions, sample_figures
+from .sample import ReportOptions, sample_figures
 from .tables import ReportTables
 
 

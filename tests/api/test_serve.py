@@ -82,7 +82,7 @@ def test_questions_are_answered(client, analyzer):
     answer = client.post("/v1/ask", files={"image": ("a.png", png(3))}, data={"questions": questions})
     assert answer.status_code == 200, answer.text
     expected = analyzer.ask(Image.open(io.BytesIO(png(3))), questions)
-    assert [entry["answer"] for entry in answer.json()["answers"]] == expected
+    assert [entry["answer"] for entry in answer.json()["answers"]] == [str(each) for each in expected]
 
 
 def test_what_is_wrong_is_named_and_nothing_else_suffers(client):
