@@ -284,7 +284,7 @@ def merge(results: Path) -> None:
 @click.argument("checkpoint")
 @click.argument("image", type=PATH)
 @click.argument("questions", nargs=-1, required=True)
-@click.option("--json", "as_json", is_flag=True, help="Cells, boxes and attributes that support each answer, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Answer as JSON.")
 def ask(checkpoint: str, image: Path, questions: tuple[str, ...], as_json: bool) -> None:
     """Answer questions about an image.
 

@@ -35,7 +35,7 @@ def data() -> None:
 @click.argument("name", required=False)
 @task_option(multiple=False)
 @click.option("--disease", help="Data sets of this disease only; a part of its name is enough.")
-@click.option("--json", "json_lines", is_flag=True, help="A JSON object a line.")
+@click.option("--json", "json_lines", is_flag=True, help="Answer as JSON.")
 def list_data(name: str | None, task: str | None, disease: str | None, json_lines: bool) -> None:
     """List the data sets of the Uni-Hema paper.
 
