@@ -608,13 +608,19 @@ class Analyzer:
             for number, (source, result) in enumerate(zip(sources, results, strict=True)):
                 state_pixel_size(result, source, request.um_per_pixel)
                 self._look_closer(request, source, result, stores[number] if stores else None, on_tile)
+                set_probabilities(result, self._calibration(request))
                 if request.second_look:
                     self._look_again(request, source, result)
-                set_probabilities(result, self.model.config.trained.calibration)
                 for text in result.warnings:
                     if CROWDED in text:
                         warnings.warn(f"{result.image or 'image'}: {text}", QueryCapWarning, stacklevel=4)
         return results
+
+    def _calibration(self, request: Request) -> Mapping[str, Mapping[str, Any]]:
+        """What scores mean. Of a single cell it was fitted to answers among all classes, framed as the checkpoint frames."""
+        fitted = self.model.config.trained.calibration
+        as_fitted = request.labels is None and request.framing == "auto"
+        return fitted if as_fitted else {head: of for head, of in fitted.items() if head != "single_cell"}
 
     def look(self, request: Request, opened: Sequence[OpenedImage]) -> list[SmearResult]:
         """What is seen of whole images.

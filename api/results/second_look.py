@@ -128,7 +128,8 @@ def look_again(
         classify (`Callable`): From crops to the logarithms of their probabilities `[n, types]`.
 
     Returns:
-        `list[Cell]`: The cells; those that were looked at have `second_look`, and the label of both opinions together.
+        `list[Cell]`: The cells; those that were looked at have `second_look`, and the label of both opinions together, and no
+        probability where that is another than detection's.
     """
     called = {usual_name(name): name for name in classes}
     found = list(cells)
@@ -142,7 +143,11 @@ def look_again(
             label = called.get(usual_name(types[best]))
             if label is None or (is_untyped_white_cell(cell.label) and of_both[best] < SURE):
                 label = cell.label
-            found[number] = replace(cell, label=label, second_look={**told, "detection": cell.label})
+            # The probability is of what detection called it.
+            probability = cell.probability if label == cell.label else None
+            found[number] = replace(
+                cell, label=label, probability=probability, second_look={**told, "detection": cell.label}
+            )
     return found
 
 

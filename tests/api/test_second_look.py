@@ -35,7 +35,7 @@ def field() -> tuple[ImageRegions, list[Cell]]:
     for number, (name, x, y) in enumerate(PLACES, 1):
         ImageDraw.Draw(image).ellipse([x - 15, y - 15, x + 15, y + 15], fill=COLOURS[name])
         box = (max(x - 15, 0), max(y - 15, 0), min(x + 15, 200), min(y + 15, 180))
-        cells.append(Cell(number, box, "RBC" if name == "RBC" else "WBC", 0.9))
+        cells.append(Cell(number, box, "RBC" if name == "RBC" else "WBC", 0.9, probability=0.8))
     return ImageRegions(OpenedImage(image, *image.size, "field.png")), cells
 
 
@@ -55,6 +55,8 @@ def test_each_nucleated_cell_is_typed_by_its_own_crop_also_at_the_edge():
         if name != "RBC":
             assert after.second_look["label"] == name and after.second_look["score"] > 0.99
             assert after.second_look["detection"] == "WBC"
+            # It was that of a white cell.
+            assert after.probability is None
             assert (after.id, after.box, after.score) == (before.id, before.box, before.score)
     assert all(cell.label in ("RBC", "WBC") for cell in cells)
 
@@ -80,6 +82,7 @@ def test_crops_are_looked_at_a_few_at_once():
     assert sizes == [32, 32, 32, 4]
     # Nothing is more probable than all others together: the cells stay without a type.
     assert {cell.label for cell in found} == {"WBC"}
+    assert all(after.probability == before.probability for before, after in zip(cells, found, strict=True))
 
 
 def test_a_type_that_detection_has_no_class_for_is_reported_and_changes_no_label():

@@ -55,7 +55,11 @@ class MeasuredCells(Measured):
     def figures(self, part: bool = False) -> dict[str, Any]:
         predicted, true, of_all = zip(*self.records)
         figures = classification_scores(predicted, true, self.model.config.single_cell_names)
-        figures |= self._kinds(predicted, true) | self._types(true, np.stack(of_all))
+        known = [number for number, label in enumerate(true) if label >= 0]
+        if known:
+            labels = [true[number] for number in known]
+            figures |= self._kinds([predicted[number] for number in known], labels)
+            figures |= self._types(labels, np.stack([of_all[number] for number in known]))
         if part:
             figures["per_class"] = {name: values for name, values in figures["per_class"].items() if values["cells"]}
             del figures["confusion"]
