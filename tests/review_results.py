@@ -54,7 +54,7 @@ def write_results(folder: Path, images: Mapping[str, Any], size: tuple[int, int]
         alone = isinstance(labels, str)
         values = {"classes": CLASSES, "class_parents": PARENTS, "image": str(path), **more}
         if alone:
-            values["single_cell"] = {"label": labels, "score": 0.7}
+            values.setdefault("single_cell", {"label": labels, "score": 0.7})
         result = SmearResult(*size, [] if alone else cells_of(labels, size[0]), **values)
         results.write(results.names([path])[path], path, image_sha256(path), result, Image.open(path).convert("RGB"))
     results.write_tables([], BatchReport(), (False, False))

@@ -26,6 +26,7 @@ from unihema.shipped import lay_down_checkpoint
 from unihema.training.data.curation.corrections import write_corrections
 from unihema.training.data.readers import load_folder
 from unihema.training.data.rows import Row
+from unihema.training.metrics.detection import mean_average_precision
 from unihema.training.studies.adapt import adapt
 
 from .red_cells import matches
@@ -33,6 +34,7 @@ from .red_cells import matches
 
 PORT, TOKEN = 8000, "correct-and-learn"
 ORIGIN = f"http://127.0.0.1:{PORT}"
+LEAST_SCORE = 0.1
 KINDS = (RED_CELL, WHITE_CELL, PLATELET)
 
 
@@ -82,21 +84,34 @@ def correct(results: Path, truth: dict[str, Row]) -> dict[str, int]:
 
 def measure(checkpoint: Path, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """Cells of fields as `unihema predict` finds them, against the truth: for each kind of cell the true, found and right ones
-    (IoU 0.5), recall and precision."""
+    (IoU 0.5), recall and precision, and AP50 of all with a score of `LEAST_SCORE`, whatever the thresholds."""
     analyzer = Analyzer.from_pretrained(checkpoint)
     parents = analyzer.model.config.label_parents or {}
     counts: dict[str, Counter] = {kind: Counter() for kind in KINDS}
+    predicted, references = [], []
     for row in rows:
-        cells = analyzer(row["image"], tasks=["detection"]).cells
         boxes = torch.tensor(row["objects"]["bbox"], dtype=torch.float).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
+        kinds = [cell_kind(label, parents) for label in row["objects"]["category"]]
+        cells = analyzer(row["image"], tasks=["detection"]).cells
         for kind, count in counts.items():
             found = torch.tensor([cell.box for cell in cells if cell_kind(cell.label, parents) == kind]).reshape(-1, 4)
-            there = [cell_kind(label, parents) == kind for label in row["objects"]["category"]]
-            true = boxes[torch.tensor(there, dtype=torch.bool)]
+            true = boxes[torch.tensor([each == kind for each in kinds], dtype=torch.bool)]
             count.update(true=len(true), found=len(found), right=len(matches(found, true)))
+        cells = analyzer(row["image"], tasks=["detection"], threshold=LEAST_SCORE).cells
+        cells = [cell for cell in cells if cell_kind(cell.label, parents) in KINDS]
+        labels = [KINDS.index(cell_kind(cell.label, parents)) for cell in cells]
+        found = torch.tensor([cell.box for cell in cells]).reshape(-1, 4)
+        predicted.append({"boxes": found.numpy(), "scores": [cell.score for cell in cells], "labels": labels})
+        references.append({"boxes": boxes.numpy(), "labels": [KINDS.index(kind) for kind in kinds]})
+    precision = mean_average_precision(predicted, references, KINDS)["per_class"]
     return {
-        kind: {**count, "recall": count["right"] / count["true"], "precision": count["right"] / max(count["found"], 1)}
+        kind: {
+            **count,
+            "recall": count["right"] / count["true"],
+            "precision": count["right"] / max(count["found"], 1),
+            "AP50": precision[kind]["AP50"],
+        }
         for kind, count in counts.items()
     }
 

@@ -24,6 +24,7 @@ from starlette.middleware.gzip import GZipMiddleware
 
 from unihema.errors import InputError, OutputError, RequestError, UniHemaError
 from unihema.files import printable
+from unihema.results.calibration import certainty
 
 from .pictures import LONGEST_VIEW, Pictures
 from .rows import class_rows, differential_rows
@@ -276,7 +277,7 @@ def review_app(review: Review, token: str, port: int) -> FastAPI:
             cell.looked_at,
             cell.drawn,
             original.label,
-            round(original.score, 4),
+            round(1.0 if cell.drawn else certainty(original), 4),
             [round(value, 1) for value in original.box],
             {name: value["value"] for name, value in original.attributes.items()},
         ]

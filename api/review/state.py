@@ -555,7 +555,8 @@ def _cells(stored: StoredResult) -> dict[int, ReviewedCell]:
     cells = list(result.cells)
     if not cells and result.single_cell is not None:
         box = (0.0, 0.0, float(result.width), float(result.height))
-        cells = [Cell(WHOLE_IMAGE, box, result.single_cell["label"], result.single_cell["score"])]
+        told = result.single_cell
+        cells = [Cell(WHOLE_IMAGE, box, told["label"], told["score"], probability=told.get("probability"))]
     return {cell.id: ReviewedCell(stored.name, cell, False, cell.label) for cell in cells}
 
 

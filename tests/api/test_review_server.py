@@ -222,6 +222,13 @@ def test_cells_move_and_the_counts_and_the_differential_with_them(client):
     assert (row["low"], row["high"]) == (pytest.approx(6.76, abs=0.01), pytest.approx(93.24, abs=0.01))
 
 
+def test_the_score_that_is_shown_is_a_probability_where_there_is_one(tmp_path):
+    alone = {"label": "neutrophil", "score": 0.9, "probability": 0.6}
+    folder = write_results(tmp_path / "results", {"crop.png": "neutrophil"}, size=(60, 60), single_cell=alone)
+    with Review(folder) as review:
+        assert client_of(review).get("/api/samples/0").json()["cells"][0][8] == 0.6
+
+
 def test_a_stale_change_is_refused_with_what_is_there_now(client, review):
     first = change(client, [(0, 1, 0)]).json()
     answer = change(client, [(0, 2, 0), (0, 1, 0)], label="Platelets", who="Bob")
