@@ -205,6 +205,15 @@ def test_labels_that_are_asked_for_are_the_only_ones_answered(analyzer):
         analyzer(image, tasks="detection", labels=["neutrophil"])
 
 
+def test_a_probability_is_of_what_was_calibrated(checkpoint):
+    analyzer = Analyzer.from_pretrained(checkpoint, device="cpu")
+    analyzer.model.config.trained.calibration = {"single_cell": {"slope": 1.0, "shift": 0.0, "shifts": {}}}
+    answer = analyzer(crop(), tasks="single_cell").single_cell
+    assert answer["probability"] == pytest.approx(answer["score"], abs=1e-4)
+    for asked in ({"framing": "off"}, {"labels": ["neutrophil", "monocyte"]}):
+        assert "probability" not in analyzer(crop(), tasks="single_cell", **asked).single_cell
+
+
 def test_a_framing_that_there_is_not_is_refused(analyzer):
     with pytest.raises(RequestError, match="framing must be auto or off, got 'on'"):
         analyzer(crop(), tasks="single_cell", framing="on")

@@ -186,6 +186,19 @@ def test_image_classification():
     assert [entry["score"] for entry in classes] == pytest.approx(expected, abs=1e-5)
 
 
+def test_only_labels_that_are_asked_for_are_answered():
+    classify = pipeline("image-classification", model="unihema")
+    assert classify("smear.png", labels=["Lymphocytes"]) == [{"label": "lymphocyte", "score": 1.0}]
+    both = classify("smear.png", labels=["lymphocyte", "neutrophil"])
+    assert {entry["label"]: entry["score"] for entry in both} == pytest.approx(
+        {entry["label"]: entry["score"] for entry in classify("smear.png")}, abs=1e-6
+    )
+    with pytest.raises(ValueError, match="no single-cell label 'blast'"):
+        classify("smear.png", labels=["blast"])
+    with pytest.raises(ValueError, match="told apart by softmax"):
+        classify("smear.png", labels=["lymphocyte"], function_to_apply="none")
+
+
 def test_image_text_to_text():
     answer = pipeline("image-text-to-text", model="unihema")(images="smear.png", text="What is it?", max_new_tokens=4)
     assert isinstance(answer[0]["generated_text"], str)
