@@ -144,13 +144,14 @@ def _fields(report: "SmearReport", colors: Mapping[str, str]) -> Iterator[dict[s
     images = [image for image in report.images if not image.shows_one_cell]
 
     def white(image: "ReportedImage") -> int:
-        return -sum(cell_kind(cell.label, image.result.class_parents) == WHITE_CELL for cell in image.cells)
+        kinds = image.kinds
+        return -sum(kinds[cell.label] == WHITE_CELL for cell in image.cells)
 
     for image in islice(sorted(images, key=white), MOST_FIELDS):
-        boxes = []
+        boxes, kinds = [], image.kinds
         for cell in image.cells[:MOST_BOXES]:
             left, top, right, bottom = (round(value, 1) for value in cell.box)
-            plain = cell_kind(cell.label, image.result.class_parents) in (RED_CELL, PLATELET)
+            plain = kinds[cell.label] in (RED_CELL, PLATELET)
             boxes.append(
                 {
                     "x": left,

@@ -87,6 +87,11 @@ class ReportedImage:
         return replace(self, result=result)
 
     @property
+    def kinds(self) -> dict[str, str | None]:
+        """What kind of cell each class of its cells is of."""
+        return {label: cell_kind(label, self.result.class_parents) for label in {cell.label for cell in self.cells}}
+
+    @property
     def problems(self) -> list[str]:
         """Which of `REASONS` hold of it."""
         far = self.result.out_of_distribution
@@ -289,8 +294,9 @@ class SmearReport:
     def doubtful(self) -> Iterator[tuple[ReportedImage, Cell]]:
         """All cells, the least certain first: those that a person should look at next. Plain red cells and platelets, of which a
         report says little, come after all others."""
+        kinds = {label: kind for image in self.images for label, kind in image.kinds.items()}
+        plain = {label: kind == PLATELET or usual_name(label) == "rbc" for label, kind in kinds.items()}
         cells = [(image, cell) for image in self.images for cell in image.cells]
-        plain = {label: _is_plain(label, image.result.class_parents) for image, cell in cells for label in [cell.label]}
         return iter(sorted(cells, key=lambda each: (plain[each[1].label], certainty(each[1]))))
 
 
@@ -300,12 +306,13 @@ def _with_certain_types(images: Sequence[ReportedImage]) -> tuple[list[ReportedI
     for image in images:
         head = "single_cell" if image.shows_one_cell else "detection"
         told = image.result.provenance.get("calibration", {}).get(head, {})
-        level, parents = told.get("typed_from"), image.result.class_parents
+        level = told.get("typed_from")
         labels = {}
         if level is not None:
             levels[head] = told
             untyped = next((name for name in image.result.classes if is_untyped_white_cell(name)), "WBC")
-            white = [cell for cell in image.cells if is_typed_white_cell(cell.label, parents)]
+            types = {label for label in image.kinds if is_typed_white_cell(label, image.result.class_parents)}
+            white = [cell for cell in image.cells if cell.label in types]
             labels = {cell.id: untyped for cell in white if certainty(cell) < level}
             opened, typed = opened + len(labels), typed + len(white)
         found.append(image.relabelled(labels) if labels else image)
@@ -393,10 +400,6 @@ def _judged_by(image: ReportedImage, bands: str | Path | Mapping[str, Any]) -> R
     result = replace(image.result, warnings=list(image.result.warnings))
     result.judge_monolayer(bands)
     return replace(image, result=result)
-
-
-def _is_plain(label: str, parents: Mapping[str, str]) -> bool:
-    return cell_kind(label, parents) == PLATELET or usual_name(label) == "rbc"
 
 
 def _provenance(

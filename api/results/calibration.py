@@ -36,7 +36,7 @@ def set_probabilities(result: "SmearResult", calibration: Mapping[str, Mapping[s
     fitted = calibration.get("detection")
     if fitted is not None and result.classes:
         for cell in result.cells:
-            cell.probability = round(calibrated_probability(fitted, cell.label, cell.score), 4)
+            cell.probability = _probability(cell, fitted, calibration.get("single_cell"))
         told["detection"] = _meaning(fitted)
     fitted = calibration.get("single_cell")
     if fitted is not None and result.single_cell is not None:
@@ -45,6 +45,14 @@ def set_probabilities(result: "SmearResult", calibration: Mapping[str, Mapping[s
         told["single_cell"] = _meaning(fitted)
     if told:
         result.provenance["calibration"] = told
+
+
+def _probability(cell: "Cell", of_field: Mapping[str, Any], of_crop: Mapping[str, Any] | None) -> float | None:
+    """By the head that gave the cell its class: a type that the look at its crop changed is that head's."""
+    look = cell.second_look
+    if look is None or look["detection"] == cell.label:
+        return round(calibrated_probability(of_field, cell.label, cell.score), 4)
+    return None if of_crop is None else round(calibrated_probability(of_crop, cell.label, look["score"]), 4)
 
 
 def is_typed_white_cell(label: str, parents: Mapping[str, str] | None = None) -> bool:

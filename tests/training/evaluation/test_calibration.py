@@ -123,6 +123,19 @@ def test_cells_have_probabilities_beside_their_scores_and_keep_both():
     assert crop.single_cell["probability"] == pytest.approx(expected[0], abs=1e-4)
 
 
+def test_a_type_that_the_crop_gave_has_the_probability_of_its_head():
+    result = field()
+    result.cells[0].second_look = {"label": "lymphocyte", "score": 0.9, "detection": "neutrophil"}
+    result.cells[1].second_look = {"label": "lymphocyte", "score": 0.9, "detection": "neutrophil"}
+    of_crop = {"slope": 1.0, "shift": 0.0, "shifts": {}}
+    set_probabilities(result, {"detection": FITTED, "single_cell": of_crop})
+    # The first kept what detection said, the second did not.
+    assert result.cells[0].probability == pytest.approx(calibrated_probability(FITTED, "neutrophil", 0.6), abs=1e-4)
+    assert result.cells[1].probability == pytest.approx(0.9, abs=1e-4)
+    set_probabilities(result, {"detection": FITTED})
+    assert result.cells[1].probability is None
+
+
 def test_a_report_leaves_types_open_that_are_too_uncertain():
     result = field()
     set_probabilities(result, {"detection": FITTED})
