@@ -42,6 +42,7 @@ _PER_CENT = (
 )
 _KINDS = {"wbc": WHITE_CELL, "rbc": RED_CELL, "platelet": PLATELET}
 _SPELLINGS = {"color": "colour", "nuclear": "nucleus", "nuclei": "nucleus"}
+_OF_ANY_QUESTION = {"cell", "type"}
 _SAME_VALUE = {"nil": "no"}
 # Words of the longest class names that are looked for in a text.
 _LONGEST_NAME = 5
@@ -288,8 +289,8 @@ def _named_attributes(question: str, attributes: Mapping[str, dict[str, Any]]) -
     shares = {}
     for name in attributes:
         parts = set(_words(name.replace("_", " ")))
-        # Every question may speak of the cell.
-        named = parts & words if parts & words != {"cell"} else set()
+        # Every question may speak of the cell and its type.
+        named = parts & words if not parts & words <= _OF_ANY_QUESTION else set()
         shares[name] = len(named) / len(parts)
     most = max(shares.values(), default=0)
     return {name: dict(attributes[name]) for name, share in shares.items() if share == most >= 0.5}
