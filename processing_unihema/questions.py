@@ -272,7 +272,8 @@ def _named_classes(text: str, classes: Sequence[str]) -> set[str]:
     """The classes that a text names, the longest names first: `neutrophil` is not named by `band neutrophil`."""
     known = {usual_name(name): name for name in reversed(classes)}
     words = re.findall(r"[^\W_]+", text)
-    found, used = set(), set()
+    found: set[str] = set()
+    used: set[int] = set()
     for length in range(min(_LONGEST_NAME, len(words)), 0, -1):
         for start in range(len(words) - length + 1):
             place = set(range(start, start + length))
