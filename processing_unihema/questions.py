@@ -42,6 +42,7 @@ _PER_CENT = (
 )
 _KINDS = {"wbc": WHITE_CELL, "rbc": RED_CELL, "platelet": PLATELET}
 _SPELLINGS = {"color": "colour", "nuclear": "nucleus", "nuclei": "nucleus"}
+_OF_ANY_QUESTION = {"cell", "type"}
 _SAME_VALUE = {"nil": "no"}
 # Words of the longest class names that are looked for in a text.
 _LONGEST_NAME = 5
@@ -271,7 +272,8 @@ def _named_classes(text: str, classes: Sequence[str]) -> set[str]:
     """The classes that a text names, the longest names first: `neutrophil` is not named by `band neutrophil`."""
     known = {usual_name(name): name for name in reversed(classes)}
     words = re.findall(r"[^\W_]+", text)
-    found, used = set(), set()
+    found: set[str] = set()
+    used: set[int] = set()
     for length in range(min(_LONGEST_NAME, len(words)), 0, -1):
         for start in range(len(words) - length + 1):
             place = set(range(start, start + length))
@@ -288,8 +290,8 @@ def _named_attributes(question: str, attributes: Mapping[str, dict[str, Any]]) -
     shares = {}
     for name in attributes:
         parts = set(_words(name.replace("_", " ")))
-        # Every question may speak of the cell.
-        named = parts & words if parts & words != {"cell"} else set()
+        # Every question may speak of the cell and its type.
+        named = parts & words if not parts & words <= _OF_ANY_QUESTION else set()
         shares[name] = len(named) / len(parts)
     most = max(shares.values(), default=0)
     return {name: dict(attributes[name]) for name, share in shares.items() if share == most >= 0.5}

@@ -114,6 +114,16 @@ def test_attributes_support_an_answer_or_contradict_it(question, text, attribute
         assert f"the head reads {attribute} {ONE[0]['attributes'][attribute]['value']}" in found.disagreement
 
 
+def test_a_question_of_the_type_names_no_attribute():
+    one = [cell("neutrophil", (10, 10, 90, 90), granule_type="small", cell_shape="round")]
+    for question, named in (
+        ("What type of white blood cell is this?", []),
+        ("What type of granules does the cell have?", ["granule_type"]),
+        ("How large is the white blood cell?", []),
+    ):
+        assert list(answer_from_cells(question, "", one, CLASSES, PARENTS, None, (100, 100)).attributes) == named
+
+
 def test_a_type_is_compared_with_both_heads():
     question = "What type of white blood cell is this?"
     arguments = (ONE, CLASSES, PARENTS, {"label": "basophil", "score": 0.7}, (100, 100))
