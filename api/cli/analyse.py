@@ -223,9 +223,11 @@ class Processes:
     def __init__(self) -> None:
         self.device, self.is_first, self._state = None, True, None
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            import torch
             from accelerate import PartialState
 
-            self._state = PartialState()
+            # Without a GPU, unless it is told, it takes each process for one alone.
+            self._state = PartialState(cpu=not torch.cuda.is_available())
             self.device, self.is_first = str(self._state.device), self._state.is_main_process
 
     def part(self, shard: "Shard | None") -> "Shard | None":

@@ -189,3 +189,15 @@ def test_two_thousand_images_over_eight_shards_that_are_killed_and_repeated(chec
     subprocess.run([sys.executable, "-m", "unihema", "merge", str(parts)], check=True, capture_output=True)
     assert contents(parts) == contents(tmp_path / "one")
     assert len(json.loads((parts / "results.json").read_text())["images"]) == 2000
+
+
+@pytest.mark.slow
+def test_processes_of_a_launch_share_the_images(checkpoint, tmp_path):
+    images = draw(tmp_path / "smears", 8)
+    (images / "slide_0" / "broken.png").unlink()
+    run = ["-m", "unihema", "predict", str(checkpoint), str(images), "-o"]
+    subprocess.run([sys.executable, *run, str(tmp_path / "one")], check=True, capture_output=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*launch, *run, str(tmp_path / "two")], check=True, capture_output=True, timeout=600)
+    assert {path.name for path in (tmp_path / "two").glob("shard_*")} == {"shard_1_of_2", "shard_2_of_2"}
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
