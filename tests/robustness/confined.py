@@ -138,7 +138,8 @@ def confined(
     tally.accepted, tally.refused = tally.accepted + accepted, tally.refused + refused
     if event == "failed":
         tally.failed += 1
-        raise _kind(value[0])(value[1])
+        # What is no character in it cannot be sent between the processes of the tests.
+        raise _kind(value[0])(value[1].encode("utf-8", "backslashreplace").decode())
     return value
 
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from unihema.errors import DatasetError, RunConfigError
-from unihema.files import real_path
+from unihema.errors import DatasetError, RunConfigError, UniHemaError
+from unihema.files import real_path, shortened
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
@@ -299,7 +299,16 @@ def build(config: RunConfig, rows: dict[str, list[Row]]) -> tuple[UniHemaForMult
         if config.data.label_parents is not None or model.config.label_parents is None:
             model.config.label_parents = _label_parents(config.data, list(model.config.id2label.values()))
         return model, processor
-    processor = UniHemaProcessor.from_default(config.model.tokenizer, **config.data.image_sizes)
+    try:
+        processor = UniHemaProcessor.from_default(config.model.tokenizer, **config.data.image_sizes)
+    # Files of a tokenizer that are damaged make readers raise anything.
+    except Exception as error:
+        if config.model.tokenizer is None or isinstance(error, UniHemaError):
+            raise
+        raise RunConfigError(
+            f"model.tokenizer {config.model.tokenizer[:100]!r}: no T5 tokenizer can be read there ({shortened(error)}). Name a "
+            "folder or a repository that has one, or leave it out."
+        ) from error
     model_config = _new_config(config, rows, processor)
     processor.max_text_length = model_config.max_text_length
     model = UniHemaForMultiTask(model_config)

@@ -265,6 +265,16 @@ def test_an_initial_checkpoint_must_be_whole(smears, tmp_path, remove):
         train(again.with_overrides({"model.overrides": {}}))
 
 
+@pytest.mark.parametrize("name", ["\ud800", "no_such_folder", "a/b/c", "folder"])
+def test_a_tokenizer_that_is_none_is_named(smears, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "tokenizer.json").write_text('{"model": 1}')
+    config = run_config(smears, tmp_path / "run", **{"data.tasks": ["single_cell"], "model.tokenizer": name})
+    with pytest.raises(RunConfigError, match=r"model\.tokenizer .*no T5 tokenizer can be read there .*leave it out"):
+        train(config)
+
+
 def test_a_task_without_data_is_named(smears, tmp_path):
     shutil.copytree(smears, tmp_path / "data")
     (tmp_path / "data" / "train" / "cloze.jsonl").unlink()
