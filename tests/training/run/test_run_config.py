@@ -56,3 +56,9 @@ def test_broken_file_is_named(tmp_path):
         RunConfig.load(tmp_path)
     with pytest.raises(RunConfigError, match="no such file"):
         RunConfig.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_setting_is_a_number_that_can_be_computed_with(value):
+    with pytest.raises(RunConfigError, match=r"adapter\.alpha=(nan|inf) has the wrong type; expected float"):
+        RunConfig.from_dict({"output_dir": "run", "adapter": {"alpha": value}})
