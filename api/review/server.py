@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import hmac
-import json
 import os
 import secrets
 import socket
@@ -16,7 +15,6 @@ from typing import Annotated, Any
 import jinja2
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
@@ -24,6 +22,7 @@ from starlette.middleware.gzip import GZipMiddleware
 
 from unihema.errors import InputError, OutputError, RequestError, UniHemaError
 from unihema.files import printable
+from unihema.http_answers import Plain, tell_errors
 from unihema.results.calibration import certainty
 
 from .pictures import LONGEST_VIEW, Pictures
@@ -63,15 +62,6 @@ NOT_LET_IN = "This page opens with the whole address that `unihema review` print
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
-
-
-class Plain(Response):
-    """JSON in ASCII: what is no character in a name of a file arrives as an escape."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
 
 
 class _Body(BaseModel):
@@ -447,15 +437,7 @@ def review_app(review: Review, token: str, port: int) -> FastAPI:
             400 if isinstance(error, RequestError) else 422 if isinstance(error, InputError) else 500, str(error)
         )
 
-    @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Plain:
-        return _error(error.status_code, str(error.detail))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Plain:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) or "the request"
-        return _error(422, f"{printable(where)[:100]}: {printable(first['msg'])[:200]}.")
+    tell_errors(app)
 
     app.add_middleware(GZipMiddleware, minimum_size=4096, compresslevel=4)
     app.add_middleware(Guard, token=token, hosts=(f"{HOST}:{port}", f"localhost:{port}"))

@@ -5,7 +5,6 @@ import base64
 import contextlib
 import hmac
 import io
-import json
 import logging
 import re
 import tempfile
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import jinja2
 import uvicorn
 from fastapi import FastAPI, File, Form, Request, UploadFile
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.concurrency import run_in_threadpool
@@ -29,6 +27,7 @@ from starlette.exceptions import HTTPException
 
 from unihema.errors import InputError, RequestError, UniHemaError, UnreadableImageError
 from unihema.files import printable, shortened
+from unihema.http_answers import Plain, tell_errors
 from unihema.results.smear_result import SmearResult
 from unihema.slides import RegionSource, image_sha256, open_regions
 from unihema.version import __version__
@@ -78,15 +77,6 @@ class Limits:
     batch_size: int = 4
     seconds: float = 120.0
     upload_seconds: float = 60.0
-
-
-class Plain(Response):
-    """JSON in ASCII: what is no character in a name of a file arrives as an escape."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
 
 
 class Measures:
@@ -338,15 +328,7 @@ def serve_app(analyzer: "Analyzer", limits: Limits | None = None, token: str | N
     async def wrong(_: Request, error: UniHemaError) -> Plain:
         return _error(422 if isinstance(error, InputError | RequestError) else 500, str(error))
 
-    @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Plain:
-        return _error(error.status_code, str(error.detail))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Plain:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) or "the request"
-        return _error(422, f"{printable(where)[:100]}: {printable(first['msg'])[:200]}.")
+    tell_errors(app)
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> Plain:
