@@ -345,6 +345,14 @@ class SmearResult:
         nuclei = any(cell.nucleus is not None for cell in self.cells)
         groups = shapes, nuclei, any(cell.second_look is not None for cell in self.cells)
         rows = [cell_row(self, cell, attributes, *groups) for cell in self.cells]
+        # Names of files may hold what is no character, which tables of text cannot.
+        rows = [
+            {
+                name: value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+                for name, value in row.items()
+            }
+            for row in rows
+        ]
         return pandas.DataFrame(rows, columns=cell_columns(attributes, *groups))
 
     def overlay(self, image: Image.Image) -> Image.Image:

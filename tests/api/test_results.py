@@ -155,3 +155,9 @@ def test_a_result_without_a_field_that_older_ones_lack_is_read():
     ):
         less = {key: value for key, value in written.items() if key != name}
         assert SmearResult.from_dict(less).to_dict() == written
+
+
+def test_a_name_that_is_no_text_stands_escaped_in_the_table():
+    result = SmearResult(20, 10, [Cell(1, (1, 2, 5, 6), "platelet \udcff", 0.5)], image="\ud800.png")
+    table = SmearResult.from_dict(result.to_dict()).to_dataframe()
+    assert table["image"][0] == "\\ud800.png" and table["label"][0] == "platelet \\udcff"
