@@ -1,5 +1,6 @@
 """What an analysis of one image found: cells, counts, mask, answers, and how it was made."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,8 +219,13 @@ class SmearResult:
         if sum(np.prod(mask["size"]) for mask in [*masks, values.get("mask")] if is_mask(mask)) > MOST_MASK_PIXELS:
             raise InputError(f"The masks of a result have more than {MOST_MASK_PIXELS:,} pixels together.")
         derived = {"format", "counts", "differential", "cells", "mask"}
+        cells = [Cell.from_dict(cell) for cell in values["cells"]]
+        # By its number a cell is found again in what other programs send back, and in the log of a review.
+        twice = [number for number, times in Counter(cell.id for cell in cells).items() if times > 1]
+        if twice:
+            raise InputError(f"A result that has cell {twice[0]} more than once: analyse the image again.")
         return cls(
-            cells=[Cell.from_dict(cell) for cell in values["cells"]],
+            cells=cells,
             mask=None if values.get("mask") is None else rle_decode(values["mask"]),
             **{name: value for name, value in values.items() if name not in derived},
         )

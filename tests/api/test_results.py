@@ -79,6 +79,10 @@ def test_round_trip_through_json(result):
     assert (again.cells[0].mask == result.cells[0].mask).all()
     with pytest.raises(ValueError, match="Not a UniHema result"):
         SmearResult.from_dict({"format": "something else"})
+    twice = result.to_dict()
+    twice["cells"].append(twice["cells"][0])
+    with pytest.raises(ValueError, match="has cell 1 more than once"):
+        SmearResult.from_dict(twice)
 
 
 def test_results_written_before_are_read(result):
