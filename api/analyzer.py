@@ -634,9 +634,11 @@ class Analyzer:
         results = [
             SmearResult(image.width, image.height, image=image.name, warnings=list(image.notes)) for image in opened
         ]
+        config, of_crops = self.model.config, "single_cell" in request.tasks or request.second_look
+        parents = config.class_parents if of_crops else config.label_parents
         for result in results:
             result.provenance = self._provenance(request)
-            result.class_parents = dict(self.model.config.label_parents or {})
+            result.class_parents = dict(parents or {})
         recorder = self._recorder_on_gpu()
         seen = _SeenImages(self.model, self.processor, [image.pixels for image in opened], request, recorder)
         with torch.inference_mode(), nullcontext() if recorder is None else recorder.held():
@@ -836,7 +838,7 @@ class Analyzer:
         from unihema.results.second_look import Rule, cell_types, look_again
 
         config = self.model.config
-        types = cell_types(config.single_cell_labels, config.label_parents)
+        types = cell_types(config.single_cell_labels, config.class_parents)
         crops = replace(request, tasks=("single_cell",), questions=(), question_texts=(), texts={}, prompts={})
 
         def classify(pictures: "list[Image.Image]") -> "numpy.ndarray":
@@ -844,8 +846,7 @@ class Analyzer:
             return single_cell_probabilities(logits, config, types).clamp(min=1e-9).log().cpu().numpy()
 
         rule = Rule(**(config.trained.second_look or {}))
-        parents = config.label_parents
-        result.cells = look_again(source, result.cells, result.classes, parents, types, rule, classify)
+        result.cells = look_again(source, result.cells, result.classes, config.class_parents, types, rule, classify)
 
     def crop_logits(self, request: Request, crops: "Sequence[Image.Image]") -> "torch.Tensor":
         """What the single-cell head says of crops, framed where the request says so: `[B, classes]`."""
@@ -873,7 +874,7 @@ class Analyzer:
             if "detection" not in tasks:
                 raise RequestError("A second look is at the cells of fields: ask for the task detection.")
             require_tasks(self.model, ["single_cell"])
-            if len(cell_types(self.model.config.single_cell_labels, self.model.config.label_parents)) < 2:
+            if len(cell_types(self.model.config.single_cell_labels, self.model.config.class_parents)) < 2:
                 raise RequestError(
                     "This checkpoint has no types of white cells among its single-cell classes to tell apart."
                 )

@@ -708,6 +708,11 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
         return [name for _, name in sorted(self.id2label.items())]
 
     @property
+    def class_parents(self) -> dict[str, str]:
+        """The coarser class of each class of fields and of crops; where their two trees differ, that of fields."""
+        return {**(self.single_cell_parents or {}), **(self.label_parents or {})}
+
+    @property
     def ancestor_matrix(self) -> list[list[bool]] | None:
         """For each pair of detection classes whether the second is coarser than the first, by `label_parents`; `None` where
         no class is coarser than another."""

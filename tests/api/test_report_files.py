@@ -9,17 +9,20 @@ from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
+from tiny_checkpoint import save_lively
 
 from tests.command import run_command
 from tests.review_results import cells_of, write_results
-from unihema import SmearReport, SmearResult
+from unihema import Analyzer, SmearReport, SmearResult
 from unihema.errors import InputError, OutputError, RequestError
+from unihema.processing_unihema.class_names import WHITE_CELL
 from unihema.report.classifier_errors import classifier_errors
 from unihema.report.fhir import CODES_FILE, LOINC
 from unihema.report.report_files import COLUMNS, table_rows, write_reports
 from unihema.report.sample import exact_limits
 from unihema.result_folder import failed_images, read_results
 from unihema.review.reviewed_results import reviewed_samples
+from unihema.review.rows import class_rows
 from unihema.review.state import Review, Target
 
 
@@ -35,6 +38,28 @@ def result_of(labels, **more):
 def shares(report):
     rows = report.figures["white_cells"]["rows"]
     return {row["name"]: (row["count"], row["of"]) for row in rows if row["count"]}
+
+
+def test_classes_of_crops_count_as_the_checkpoint_has_them(tmp_path):
+    labels = ["villous cell", "odd thing", "neutrophil", "pale one"]
+    tree = {"villous cell": "reactive lymphocyte", "reactive lymphocyte": "WBC", "pale one": "RBC"}
+    checkpoint = save_lively(tmp_path / "unihema", 3, single_cell_labels=labels, single_cell_parents=tree)
+    analyzer = Analyzer.from_pretrained(checkpoint, device="cpu")
+    crop = Image.new("RGB", (60, 60), (190, 150, 190))
+    crop.save(tmp_path / "crop.png")
+    for one in labels:
+        result = analyzer(crop, "single_cell", labels=[one])
+        assert result.single_cell["label"] == one and result.class_parents == tree
+        row = shares(SmearReport.of([result], made=WHEN)).get(one)
+        assert row == (None if one in ("odd thing", "pale one") else (1, 1))
+    analyzer.analyze_files([tmp_path / "crop.png"], tmp_path / "results", "single_cell", labels=labels[:1])
+    (sample,) = reviewed_samples(tmp_path / "results")
+    assert shares(SmearReport.of(sample.results, made=WHEN)) == {"villous cell": (1, 1)}
+    with Review(tmp_path / "results") as review:
+        of = review.sample(sample.name)
+        assert [row["kind"] for row in class_rows(of, of.counts)] == [WHITE_CELL]
+    # The tree of crops says nothing of fields alone.
+    assert analyzer(crop, "detection", tiles="off").class_parents == {}
 
 
 class Page(HTMLParser):

@@ -110,9 +110,8 @@ def typing_level(probabilities: np.ndarray, right: np.ndarray, precision: float)
 
 def calibration_of(measured: Measured) -> dict[str, Any] | None:
     """What was fitted to the answers of one head, see [`fit_calibration`]."""
-    config = measured.model.config
-    parents = {**(config.single_cell_parents or {}), **(config.label_parents or {})}
     answers = measured.answers()
+    parents = measured.model.config.class_parents
     return fit_calibration(*zip(*answers, strict=True), parents) if answers else None
 
 

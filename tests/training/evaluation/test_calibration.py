@@ -74,6 +74,21 @@ def test_the_calibration_error_is_that_of_its_bins():
     assert expected_calibration_error(np.array([1.0]), np.array([1])) == 0
 
 
+def test_error_and_curve_are_those_of_netcal():
+    # Not in the environment of the tests: it brings Pyro and GPyTorch. `pip install netcal` beside them runs this.
+    metrics, scaling = (pytest.importorskip(f"netcal.{part}", exc_type=ImportError) for part in ("metrics", "scaling"))
+    labels, scores, right = answers()
+    for bins in (1, 7, 15):
+        theirs = metrics.ECE(bins).measure(scores, right.astype(int))
+        assert expected_calibration_error(scores, right, bins) == pytest.approx(theirs, abs=1e-9)
+    curve = scaling.LogisticCalibration(temperature_only=False)
+    curve.fit(scores, right.astype(int))
+    found = fit_calibration(["RBC"] * len(labels), scores, right)
+    ours = [calibrated_probability(found, "RBC", score) for score in scores]
+    # Theirs has no prior, ours is rounded to four digits.
+    np.testing.assert_allclose(ours, curve.transform(scores), atol=1e-3)
+
+
 def test_the_level_keeps_as_many_types_as_are_right_often_enough():
     probabilities, right = np.array([0.6, 0.9, 0.7, 0.8, 0.5]), np.array([1, 1, 0, 1, 0])
     kept = typing_level(probabilities, right, 0.75)
