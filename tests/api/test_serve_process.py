@@ -60,9 +60,12 @@ class Server:
         lines = {"Host": "a", **TOKEN, **FORM, **{name.replace("_", "-"): value for name, value in headers.items()}}
         return "\r\n".join([f"POST {path} HTTP/1.1", *(f"{k}: {v}" for k, v in lines.items()), "", ""]).encode()
 
-    def analyze(self, *contents: bytes, path: str = "/v1/analyze", field: str = "images", **data: object):
+    def analyze(
+        self, *contents: bytes, path: str = "/v1/analyze", field: str = "images", number: str = "", **data: object
+    ) -> httpx.Response:
         files = [(field, ("a.png", content)) for content in contents]
-        return httpx.post(self.address + path, files=files, data=data, headers=TOKEN, timeout=120)
+        headers = {**TOKEN, "x-request-id": number}
+        return httpx.post(self.address + path, files=files, data=data, headers=headers, timeout=120)
 
     def memory(self) -> float:
         """Resident megabytes."""
@@ -285,17 +288,22 @@ def test_killed_it_starts_again_and_asked_to_stop_it_finishes(server, checkpoint
         with ThreadPoolExecutor(4) as pool, again.connect() as slow:
             body = PART + png() + b"\r\n--b--\r\n"
             slow.sendall(again.head(Content_Length=len(body)) + body[:200])
-            taken = [pool.submit(again.analyze, png(seed, (300, 300))) for seed in range(4)]
+            asked = {
+                f"n-{seed}": pool.submit(again.analyze, png(seed, (300, 300)), number=f"n-{seed}") for seed in range(4)
+            }
             while again.folders() == []:
                 pass
             again.process.send_signal(signal.SIGTERM)
             slow.sendall(body[200:])
             assert slow.recv(1 << 12).startswith(b"HTTP/1.1 200 OK")
-            # What had not come yet when it stopped listening is refused by the system.
-            done = [each for each in taken if not isinstance(each.exception(), httpx.ConnectError)]
-            assert done and {each.result().status_code for each in done} == {200}
+            answers = {number: each.exception() or each.result().status_code for number, each in asked.items()}
+        logged = again.log.read_text()
+        # A request that had not been read when it stopped is in no log.
+        taken = {number for number in answers if f" {number} " in logged}
+        assert taken and {answers[number] for number in taken} == {200}, answers
+        assert all(isinstance(answers[number], httpx.TransportError) for number in asked.keys() - taken), answers
         assert again.process.wait(120) in (0, -signal.SIGTERM)
-        assert not list(server.temporary.iterdir()) and "Traceback" not in again.log.read_text()
+        assert not list(server.temporary.iterdir()) and "Traceback" not in logged
     finally:
         again.process.kill()
         again.process.wait()
