@@ -307,20 +307,39 @@ class Analyzer:
             CheckpointError: The checkpoint answers no questions.
             RequestError: A question longer than the limit.
         """
-        from unihema.processing_unihema.questions import answer_from_cells, is_count
-
         asked = [questions] if isinstance(questions, str) else list(questions)
+        answers = self.answers(self(image, **self.asked_of(asked)), asked)
+        return answers[0] if isinstance(questions, str) else answers
+
+    def asked_of(self, questions: Sequence[str]) -> dict[str, Any]:
+        """What has to be asked of an image, arguments of [`Analyzer.request`], so that [`Analyzer.answers`] can answer.
+
+        Args:
+            questions (`Sequence[str]`): The questions.
+        """
+        from unihema.processing_unihema.questions import is_count
+
         heads = tuple(task for task in ("detection", "single_cell") if task in self.tasks)
         # Where there is no text decoder, cells still answer how many there are.
-        written = [
+        written = tuple(
             question
-            for question in asked
+            for question in questions
             if not ("detection" in heads and is_count(question) and _language_task(question) not in self.tasks)
-        ]
-        result = self(image, heads, questions=written)
+        )
+        return {"tasks": heads, "questions": written}
+
+    def answers(self, result: SmearResult, questions: Sequence[str]) -> "list[Answer]":
+        """The answers to questions, with the cells that support them.
+
+        Args:
+            result ([`SmearResult`]): Of what [`Analyzer.asked_of`] says of these questions.
+            questions (`Sequence[str]`): The questions.
+        """
+        from unihema.processing_unihema.questions import answer_from_cells
+
         texts = {entry["question"]: entry["answer"] for entry in result.answers}
         cells = [cell.to_dict() for cell in result.cells]
-        answers = [
+        return [
             answer_from_cells(
                 question,
                 texts.get(question),
@@ -331,9 +350,8 @@ class Analyzer:
                 (result.width, result.height),
                 self.model.config.morphology,
             )
-            for question in asked
+            for question in questions
         ]
-        return answers[0] if isinstance(questions, str) else answers
 
     def analyze_images(
         self,

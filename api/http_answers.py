@@ -17,7 +17,12 @@ class Plain(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+        return to_json(content)
+
+
+def to_json(content: Any) -> bytes:
+    """JSON in ASCII, without spaces."""
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
 
 
 def tell_errors(app: FastAPI) -> None:
@@ -25,7 +30,10 @@ def tell_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Plain:
-        return Plain({"error": str(error.detail)}, error.status_code)
+        if isinstance(error.__cause__, OSError) and error.status_code == 400:
+            # A form whose parts found no room on the disk.
+            return Plain({"error": f"The server cannot keep what is sent ({printable(error.__cause__)[:100]})."}, 507)
+        return Plain({"error": str(error.detail)}, error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Plain:
@@ -34,4 +42,4 @@ def tell_errors(app: FastAPI) -> None:
         return Plain({"error": f"{printable(where)[:100]}: {printable(first['msg'])[:200]}."}, 422)
 
 
-__all__ = ["Plain", "tell_errors"]
+__all__ = ["Plain", "tell_errors", "to_json"]

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from .processing_unihema.image_io import (
     plausible_pixel_size,
     sharpest_plane,
     sharpness,
+    stored_size,
     to_rgb,
 )
 
@@ -64,6 +65,10 @@ Box = tuple[int, int, int, int]
 
 class UnreadableRegionError(UnreadableImageError):
     """A part of an image cannot be read; others may."""
+
+
+class TooLargeError(UnreadableImageError):
+    """An image has more pixels than are taken."""
 
 
 class RegionSource(ABC):
@@ -578,11 +583,11 @@ def _float(text: str) -> float:
 _vips_process: int | None = None
 
 
-def _decoded_once(path: Path) -> RegionSource:
+def _decoded_once(path: Path, most_pixels: int | None = None) -> RegionSource:
     """A plain file of any size, decoded once from top to bottom into a temporary pyramid, which is read in parts.
 
     Raises:
-        UnreadableImageError: It cannot be decoded so, or only by guessing at its brightness.
+        UnreadableImageError: It cannot be decoded so, or only by guessing at its brightness; or it has more than `most_pixels`.
     """
     import pyvips
 
@@ -597,6 +602,7 @@ def _decoded_once(path: Path) -> RegionSource:
         folder = stack.enter_context(scratch_folder())
         with _of_file(str(path)):
             image = pyvips.Image.new_from_file(str(path), access="sequential", fail_on="error")
+            _check_most(str(path), image.width, image.height, most_pixels)
             if image.get_typeof("orientation") and image.get("orientation") != 1:
                 # A turn needs the end of the file first: the picture goes through another temporary file.
                 image = pyvips.Image.new_from_file(str(path), access="random", fail_on="error").autorot()
@@ -620,18 +626,25 @@ def _decoded_once(path: Path) -> RegionSource:
     return source
 
 
-def open_regions(image: Any, max_pixels: int = MAX_PIXELS) -> RegionSource:
+def _check_most(name: str, width: int, height: int, most_pixels: int | None) -> None:
+    if most_pixels is not None and width * height > most_pixels:
+        raise TooLargeError(f"{name}: {width} x {height} pixels, and no more than {most_pixels} are taken here.")
+
+
+def open_regions(image: Any, max_pixels: int = MAX_PIXELS, most_pixels: int | None = None) -> RegionSource:
     """Opens an image of any size.
 
     Args:
         image (`str`, `Path`, `PIL.Image.Image`, `np.ndarray` or [`OpenedImage`]): The image. One in memory, and a file of up to
             `max_pixels`, is held whole; larger files, and those of slide scanners, are read in parts.
         max_pixels (`int`): Pixels of an image that is held in memory.
+        most_pixels (`int`, *optional*): A file of more is refused before anything of it is decoded.
 
     Returns:
         [`RegionSource`]: To be closed; in a `with` block it is.
 
     Raises:
+        TooLargeError: It has more than `most_pixels`.
         UnreadableImageError: The image cannot be read.
     """
     if isinstance(image, OpenedImage):
@@ -640,9 +653,13 @@ def open_regions(image: Any, max_pixels: int = MAX_PIXELS) -> RegionSource:
         return ImageRegions(open_image(image))
     path, problem = Path(image), None
     try:
+        if most_pixels is not None:
+            _check_most(str(path), *stored_size(path), most_pixels)
         height, width = image_size(path)
         if height * width <= max_pixels and path.suffix.lower() not in _OWN_LIBRARY:
             return ImageRegions(open_image(image), pixel_size(path))
+    except TooLargeError:
+        raise
     except UnreadableImageError as error:
         problem = error
         if not path.is_file() or not (_is_tiff(path) or path.suffix.lower() in _OWN_LIBRARY):
@@ -650,14 +667,24 @@ def open_regions(image: Any, max_pixels: int = MAX_PIXELS) -> RegionSource:
     else:
         _check_plausible(path, str(path), width, height)
     reasons = []
-    for needed, reader in _readers(path):
+    for needed, reader in _readers(path, most_pixels):
         if not all(map(find_spec, needed)):
             reasons.append(f"{EXTRA} may help")
             continue
         try:
-            return reader(path)
+            source = reader(path)
+        except TooLargeError:
+            raise
         except UnreadableImageError as error:
             reasons.append(str(error).removeprefix(f"{path}: ").rstrip("."))
+            continue
+        try:
+            # Another page of the file may be larger than the first.
+            _check_most(str(path), *source.size, most_pixels)
+        except TooLargeError:
+            source.close()
+            raise
+        return source
     said = "; ".join(dict.fromkeys(reasons))
     if problem is not None:
         raise UnreadableImageError(
@@ -676,11 +703,13 @@ def open_regions(image: Any, max_pixels: int = MAX_PIXELS) -> RegionSource:
 _OWN_LIBRARY = tuple(suffix for suffix in (*SLIDE_SUFFIXES, *_SERIES) if suffix != ".svs")
 
 
-def _readers(path: Path) -> list[tuple[tuple[str, ...], Callable[[Path], RegionSource]]]:
+def _readers(
+    path: Path, most_pixels: int | None = None
+) -> list[tuple[tuple[str, ...], Callable[[Path], RegionSource]]]:
     """Modules that are needed, and what reads a file with them, in the order in which they are tried."""
     tiff = (("tifffile", "imagecodecs"), TiffRegions)
     slide = (("openslide", "tifffile"), OpenSlideRegions)
-    plain = (("pyvips", "tifffile", "imagecodecs"), _decoded_once)
+    plain = (("pyvips", "tifffile", "imagecodecs"), partial(_decoded_once, most_pixels=most_pixels))
     if path.suffix.lower() in _OWN_LIBRARY:
         return [slide, tiff] if _is_tiff(path) else [slide]
     return [tiff, slide, plain] if _is_tiff(path) else [plain]
@@ -727,6 +756,7 @@ __all__ = [
     "OpenSlideRegions",
     "RegionSource",
     "TiffRegions",
+    "TooLargeError",
     "UnreadableRegionError",
     "image_sha256",
     "open_regions",

@@ -167,6 +167,16 @@ def load_mask(path: "str | Path") -> np.ndarray:
             return np.array(opened)
 
 
+def stored_size(image: "str | Path | bytes") -> tuple[int, int]:
+    """Width and height of an image as the beginning of its file states them, however it is turned. Nothing is decoded.
+
+    Raises:
+        UnreadableImageError: The file cannot be read as an image.
+    """
+    with _reading(image, "image" if isinstance(image, bytes) else image) as opened:
+        return opened.size
+
+
 def image_size(image: "str | Path | bytes | Image.Image") -> tuple[int, int]:
     """Height and width of an upright image in pixels; those of its file, however [`load_image`] reduces it.
 
@@ -174,7 +184,10 @@ def image_size(image: "str | Path | bytes | Image.Image") -> tuple[int, int]:
         UnreadableImageError: The file cannot be read as an image.
     """
     if isinstance(image, (str, Path, bytes)):
-        with _reading(image, "image" if isinstance(image, bytes) else image) as opened:
+        name = "image" if isinstance(image, bytes) else image
+        with _reading(image, name) as opened:
+            if opened.format == "PNG" and _says_more_behind_its_pixels(opened):
+                _check_memory(opened, name, image)
             return image_size(opened)
     with _pil():
         exif = image.getexif() if _says_more_behind_its_pixels(image) else Image.Image.getexif(image)

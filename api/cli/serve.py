@@ -33,6 +33,20 @@ from .options import int8_option, port_option
     help="Images of one size analysed at once, at most.",
 )
 @click.option("--seconds", type=click.FloatRange(1), default=120, show_default=True, help="For a request, at most.")
+@click.option(
+    "--upload-seconds",
+    type=click.FloatRange(1),
+    default=60,
+    show_default=True,
+    help="For a request to arrive, at most.",
+)
+@click.option(
+    "--arriving-megabytes",
+    type=click.IntRange(1),
+    default=2048,
+    show_default=True,
+    help="Of all requests that are not answered yet, at most. They lie in the folder of temporary files.",
+)
 @click.option("--device", help="Device, such as cpu, cuda:0 or mps; the first GPU by default.")
 @int8_option
 def serve(
@@ -44,6 +58,8 @@ def serve(
     waiting: int,
     images_together: int,
     seconds: float,
+    upload_seconds: float,
+    arriving_megabytes: int,
     device: str | None,
     int8: bool,
 ) -> None:
@@ -57,7 +73,7 @@ def serve(
     from unihema.errors import PackageMissingError
 
     try:
-        from unihema.serve.server import Limits
+        from unihema.serve.gate import Limits
         from unihema.serve.server import serve as run
     except ModuleNotFoundError as error:
         raise PackageMissingError(f"The server needs {error.name}: pip install 'unihema[serve]'") from error
@@ -74,5 +90,13 @@ def serve(
                 "Anyone who reaches this address may use it: set UNIHEMA_TOKEN to let in only who knows it.", err=True
             )
 
-    limits = Limits(megabytes, megapixels, waiting=waiting, batch_size=images_together, seconds=seconds)
+    limits = Limits(
+        megabytes,
+        megapixels,
+        waiting=waiting,
+        batch_size=images_together,
+        seconds=seconds,
+        upload_seconds=upload_seconds,
+        arriving_megabytes=arriving_megabytes,
+    )
     run(analyzer, host, port, limits, token, on_start)

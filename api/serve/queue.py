@@ -15,7 +15,7 @@ from unihema.slides import RegionSource
 
 
 if TYPE_CHECKING:
-    from unihema.analyzer import Analyzer
+    from unihema.analyzer import Analyzer, Request
 
 
 logger = logging.getLogger(__name__)
@@ -40,26 +40,38 @@ class StoppingError(UniHemaError):
     """The queue takes nothing more: it is being stopped."""
 
 
-@dataclass
+class _NobodyWaitsError(Exception):
+    """Everyone who asked has gone."""
+
+
+@dataclass(eq=False)
 class Job:
     """An image that waits.
 
+    It is opened when its turn comes: what waits lies on the disk, not in memory.
+
     Args:
-        source ([`RegionSource`]): The image, open; closed when the job is done.
-        asked (`tuple`): What is asked of it: arguments of [`Analyzer.request`].
-        result (`Future`): Gets the [`SmearResult`], or the error.
-        since (`float`): When it came.
+        opened (`Callable[[], RegionSource]`): Opens the image.
+        size (`tuple[int, int]`): Its width and height in pixels.
+        asked (`tuple`): What is asked of it, to be compared with that of others.
+        request ([`Request`]): The same, as [`Analyzer.request`] has read it.
+        written (`Callable[[SmearResult, RegionSource], Any]`): Makes the answer, while the image is open.
+        answer (`Future`): Gets what `written` gives, or the error.
+        wanted (`bool`): Whether somebody still waits for it.
     """
 
-    source: RegionSource
+    opened: Callable[[], RegionSource]
+    size: tuple[int, int]
     asked: tuple
-    result: "Future[SmearResult]" = field(default_factory=Future)
-    since: float = field(default_factory=time.monotonic)
+    request: "Request"
+    written: Callable[[SmearResult, RegionSource], Any]
+    answer: "Future[Any]" = field(default_factory=Future)
+    wanted: bool = True
 
     @property
     def kind(self) -> tuple:
         """Jobs of one kind can be analysed together."""
-        return self.source.pixels.size, self.asked
+        return self.size, self.asked
 
 
 class AnalysisQueue:
@@ -95,6 +107,18 @@ class AnalysisQueue:
         """Whether images are taken."""
         return self._thread.is_alive() and not self._stopping
 
+    def check_room(self, number: int = 1) -> None:
+        """Checks that so many images would be taken now.
+
+        Raises:
+            QueueFullError: There is no room for them.
+            StoppingError: Nothing is taken any more.
+        """
+        if self._stopping:
+            raise StoppingError("The server is being stopped.")
+        if len(self._waiting) + number > self.most:
+            raise QueueFullError(max(1.0, self.seconds_an_image * len(self._waiting) / 2))
+
     def add(self, jobs: Sequence[Job]) -> None:
         """Takes images, all or none.
 
@@ -103,12 +127,17 @@ class AnalysisQueue:
             StoppingError: Nothing is taken any more.
         """
         with self._changed:
-            if self._stopping:
-                raise StoppingError("The server is being stopped.")
-            if len(self._waiting) + len(jobs) > self.most:
-                raise QueueFullError(max(1.0, self.seconds_an_image * len(self._waiting) / 2))
+            self.check_room(len(jobs))
             self._waiting.extend(jobs)
             self._changed.notify()
+
+    def leave(self, jobs: Sequence[Job]) -> None:
+        """Says that nobody waits for these any more: what waits makes room, what is analysed stops at its next tile."""
+        with self._changed:
+            for job in jobs:
+                job.wanted = False
+                if job in self._waiting:
+                    self._waiting.remove(job)
 
     def stop(self) -> None:
         """Takes nothing more, and returns when all that was taken is done."""
@@ -120,15 +149,13 @@ class AnalysisQueue:
     def _work(self) -> None:
         while batch := self._next():
             begun = time.monotonic()
-            # One who no longer waits is not analysed for.
-            wanted = [job for job in batch if job.result.set_running_or_notify_cancel()]
-            if wanted:
-                self._analyse(wanted)
+            done = self._analyse(batch)
+            if done:
                 seconds = time.monotonic() - begun
-                self.seconds_an_image += NEWEST * (seconds / len(wanted) - self.seconds_an_image)
-                self.on_batch(len(wanted), seconds)
-            for job in batch:
-                job.source.close()
+                self.seconds_an_image += NEWEST * (seconds / done - self.seconds_an_image)
+                self.on_batch(done, seconds)
+            # An answer may be large: it is not to stay until the next image comes.
+            del batch
 
     def _next(self) -> list[Job]:
         """The oldest job, and those of its kind that wait as well; none when there will be no more."""
@@ -143,31 +170,55 @@ class AnalysisQueue:
                 self._waiting.remove(job)
             return batch
 
-    def _analyse(self, jobs: Sequence[Job]) -> None:
+    def _analyse(self, jobs: Sequence[Job]) -> int:
+        """Analyses and answers; returns how many images were analysed."""
+        jobs = [job for job in jobs if job.answer.set_running_or_notify_cancel() and job.wanted]
+        sources: dict[int, RegionSource] = {}
         try:
-            request = self.analyzer.request(*jobs[0].asked)
-            results = self.analyzer.run(request, [job.source for job in jobs])
-        except Exception as error:
-            if len(jobs) > 1 and not isinstance(error, MemoryError):
-                # One of them may be at fault: the others are not to suffer.
-                for job in jobs:
-                    self._analyse([job])
-                return
-            if not isinstance(error, UniHemaError):
-                logger.exception("An image could not be analysed.")
-            jobs[0].result.set_exception(error)
-            for job in jobs[1:]:
-                job.result.set_exception(error)
+            for number, job in enumerate(jobs):
+                try:
+                    sources[number] = job.opened()
+                    # What cannot be read at all is known from here.
+                    sources[number].pixels.load()
+                except Exception as error:
+                    _fail(job, error)
+            readable = [number for number in sources if not jobs[number].answer.done()]
+            self._run([jobs[number] for number in readable], [sources[number] for number in readable])
+            return len(readable)
+        finally:
+            for source in sources.values():
+                source.close()
+
+    def _run(self, jobs: Sequence[Job], sources: Sequence[RegionSource]) -> None:
+        if not jobs:
             return
-        for job, result in zip(jobs, results, strict=True):
-            job.result.set_result(result)
+
+        def on_tile(*_: object) -> None:
+            if not any(job.wanted for job in jobs):
+                raise _NobodyWaitsError
+
+        try:
+            results = self.analyzer.run(jobs[0].request, sources, on_tile=on_tile)
+        except Exception as error:
+            if len(jobs) > 1 and not isinstance(error, _NobodyWaitsError):
+                # One of them may be at fault, or too much memory be needed at once: the others are not to suffer.
+                for job, source in zip(jobs, sources, strict=True):
+                    self._run([job], [source])
+                return
+            for job in jobs:
+                _fail(job, error)
+            return
+        for job, source, result in zip(jobs, sources, results, strict=True):
+            try:
+                job.answer.set_result(job.written(result, source))
+            except Exception as error:
+                _fail(job, error)
 
 
-def asked_of(**options: Any) -> tuple:
-    """What is asked, in the order of [`Analyzer.request`], so that it can be compared."""
-    names = ("tasks", "prompt", "questions", "threshold", "tiles", "um_per_pixel", "white_cells")
-    usual = {"questions": (), "tiles": "auto"}
-    return tuple(options.get(name, usual.get(name)) for name in names)
+def _fail(job: Job, error: Exception) -> None:
+    if job.wanted and not isinstance(error, UniHemaError):
+        logger.error("An image could not be analysed.", exc_info=error)
+    job.answer.set_exception(error)
 
 
-__all__ = ["AnalysisQueue", "Job", "QueueFullError", "StoppingError", "asked_of"]
+__all__ = ["AnalysisQueue", "Job", "QueueFullError", "StoppingError"]

@@ -25,8 +25,9 @@ httpx = pytest.importorskip("httpx")
 
 from starlette.testclient import TestClient  # noqa: E402
 
-from unihema.serve.queue import AnalysisQueue, Job, QueueFullError, StoppingError, asked_of  # noqa: E402
-from unihema.serve.server import Limits, serve_app  # noqa: E402
+from unihema.serve.gate import Limits  # noqa: E402
+from unihema.serve.queue import AnalysisQueue, Job, QueueFullError, StoppingError  # noqa: E402
+from unihema.serve.server import serve_app  # noqa: E402
 from unihema.slides import open_regions  # noqa: E402
 
 
@@ -189,18 +190,17 @@ class Slow:
     def __init__(self):
         self.go, self.begun, self.batches = threading.Event(), threading.Event(), []
 
-    def request(self, *asked):
-        return asked
-
-    def run(self, request, sources):
+    def run(self, request, sources, on_tile=None):
         self.batches.append((request, [source.size for source in sources]))
         self.begun.set()
         assert self.go.wait(60)
-        return [f"{request[1]} {source.width}" for source in sources]
+        return [f"{request} {source.width}" for source in sources]
 
 
-def job(size=(8, 8), prompt=None):
-    return Job(open_regions(Image.new("RGB", size)), asked_of(prompt=prompt))
+def job(size=(8, 8), prompt=None, opened=None):
+    """A job whose answer is what `Slow` gives."""
+    opened = opened or (lambda: open_regions(Image.new("RGB", size)))
+    return Job(opened, size, (prompt,), prompt, lambda result, source: result)
 
 
 def test_the_queue_is_bounded_and_analyses_alike_ones_together():
@@ -214,31 +214,63 @@ def test_the_queue_is_bounded_and_analyses_alike_ones_together():
     with pytest.raises(QueueFullError, match=r"The queue is full\. Ask again in \d+ seconds") as full:
         queue.add([job()])
     assert full.value.seconds >= 1 and len(queue) == 5
-    jobs[2].result.cancel()
+    queue.leave([jobs[2]])
+    assert len(queue) == 4
     slow.go.set()
     queue.stop()
     with pytest.raises(StoppingError):
         queue.add([job()])
-    assert first.result.result() == "None 8" and jobs[3].result.result() == "RBC 8" and jobs[2].result.cancelled()
+    assert first.answer.result() == "None 8" and jobs[3].answer.result() == "RBC 8" and not jobs[2].answer.done()
     assert [len(sizes) for _, sizes in slow.batches] == [1, 2, 1, 1]
 
 
 def test_of_a_batch_only_the_one_at_fault_fails():
     class Choosy(Slow):
-        def run(self, request, sources):
+        def run(self, request, sources, on_tile=None):
             if any(source.width == 7 for source in sources):
                 raise RuntimeError("no")
             return [source.width for source in sources]
 
-    slow = Choosy()
-    queue = AnalysisQueue(slow, batch_size=4)
-    jobs = [Job(open_regions(Image.new("RGB", (8, 8))), ("a",)) for _ in range(3)]
-    jobs[1].source.levels = [(7, 8)]
+    def missing():
+        raise OSError("gone")
+
+    held = Slow()
+    queue = AnalysisQueue(Choosy(), batch_size=4)
+    queue.analyzer.run, run = held.run, queue.analyzer.run
+    queue.add([job()])
+    assert held.begun.wait(60)
+    queue.analyzer.run = run
+    at_fault = job(opened=lambda: open_regions(Image.new("RGB", (7, 8))))
+    jobs = [job(), at_fault, job(opened=missing), job()]
     queue.add(jobs)
-    assert jobs[0].result.result(60) == jobs[2].result.result(60) == 8
-    with pytest.raises(RuntimeError):
-        jobs[1].result.result(60)
+    held.go.set()
+    assert jobs[0].answer.result(60) == jobs[3].answer.result(60) == 8
+    for each, error in ((at_fault, RuntimeError), (jobs[2], OSError)):
+        with pytest.raises(error):
+            each.answer.result(60)
     queue.stop()
+
+
+def test_an_image_that_nobody_waits_for_stops_at_its_next_tile(caplog):
+    class Tiled(Slow):
+        tiles = 0
+
+        def run(self, request, sources, on_tile=None):
+            super().run(request, sources)
+            for number in range(3):
+                on_tile(sources[0].name, number, 3, 0)
+                self.tiles += 1
+            return [None]
+
+    tiled = Tiled()
+    queue = AnalysisQueue(tiled)
+    left = job()
+    queue.add([left])
+    assert tiled.begun.wait(60)
+    queue.leave([left])
+    tiled.go.set()
+    queue.stop()
+    assert tiled.tiles == 0 and left.answer.exception() is not None and not caplog.records
 
 
 def test_a_full_queue_and_a_slow_analyzer_are_told(analyzer, monkeypatch):
