@@ -106,21 +106,21 @@ def load_model(
 
 
 def choose_device(device: "str | torch.device | None" = None) -> "torch.device":
-    """The device asked for; without one an NVIDIA GPU, else Apple's, else the processor.
+    """The device asked for; of `"auto"`, and without one, an NVIDIA GPU, else Apple's, else the processor.
 
     Raises:
         DeviceError: There is no such device.
     """
     import torch
 
-    if device is None:
+    if device in (None, "auto"):
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise DeviceError(f"device {device!r}: no such device; use cpu, cuda, cuda:0 or mps.") from error
+        raise DeviceError(f"device {device!r}: no such device; use auto, cpu, cuda, cuda:0 or mps.") from error
     there = {
         "cpu": True,
         "cuda": torch.cuda.device_count() > (chosen.index or 0),
@@ -128,7 +128,7 @@ def choose_device(device: "str | torch.device | None" = None) -> "torch.device":
     }
     if not there.get(chosen.type, _computes(chosen)):
         raise DeviceError(
-            f"device {device!r}: not there on this machine; use cpu, or leave it out to take what there is."
+            f"device {device!r}: not there on this machine; use cpu, or auto to take what there is."
         )
     return chosen
 

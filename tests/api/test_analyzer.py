@@ -322,7 +322,7 @@ def test_an_adapter_loads_onto_a_prepared_model(checkpoint, tmp_path):
 
 
 def test_a_device_or_dtype_that_there_is_not_is_named(checkpoint, monkeypatch):
-    with pytest.raises(UniHemaError, match="device 'nonsense': no such device; use cpu, cuda, cuda:0 or mps"):
+    with pytest.raises(UniHemaError, match="device 'nonsense': no such device; use auto, cpu, cuda, cuda:0 or mps"):
         Analyzer.from_pretrained(checkpoint, device="nonsense")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
