@@ -5,7 +5,7 @@ import os
 
 import click
 
-from .options import int8_option, port_option
+from .options import device_option, int8_option, port_option
 
 
 @click.command()
@@ -33,7 +33,7 @@ from .options import int8_option, port_option
     help="Images of one size analysed at once, at most.",
 )
 @click.option("--seconds", type=click.FloatRange(1), default=120, show_default=True, help="For a request, at most.")
-@click.option("--device", help="Device, such as cpu, cuda:0 or mps; the first GPU by default.")
+@device_option
 @int8_option
 def serve(
     checkpoint: str,
@@ -44,7 +44,7 @@ def serve(
     waiting: int,
     images_together: int,
     seconds: float,
-    device: str | None,
+    device: str,
     int8: bool,
 ) -> None:
     """Analyse images that programs send over HTTP.
