@@ -151,7 +151,7 @@ class Analyzer:
         cls,
         source: str | Path,
         *,
-        device: "str | torch.device | None" = None,
+        device: "str | torch.device" = "auto",
         dtype: "str | torch.dtype | None" = None,
         adapters: "Mapping[str, str | Path] | Sequence[str | Path]" = (),
         image_sizes: Mapping[str, int] | None = None,
@@ -166,8 +166,8 @@ class Analyzer:
         Args:
             source (`str` or `Path`): Folder of a checkpoint or of an adapter, ONNX file of `unihema export`, or repository of
                 the Hub. What is on this machine is read without the network.
-            device (`str` or `torch.device`, *optional*): Such as `"cpu"`, `"cuda:0"` or `"mps"`; the first GPU where there is
-                one when missing.
+            device (`str` or `torch.device`): Such as `"cpu"`, `"cuda:0"` or `"mps"`; `"auto"` is an NVIDIA GPU, else Apple's,
+                else the processor.
             dtype (`str` or `torch.dtype`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; the checkpoint's own when
                 missing.
             adapters (`Mapping` or `Sequence`, *optional*): Adapters to load beside each other; the first is in use.
@@ -188,7 +188,7 @@ class Analyzer:
         """
         folder = local_folder(source, **hub)
         files = fingerprint(folder, adapters)
-        device = "cpu" if int8 and device is None else device
+        device = "cpu" if int8 and device == "auto" else device
         model: Any
         model, processor = load_model(folder, device, dtype, adapters, load_in_8bit)
         set_image_sizes(processor, image_sizes or {})

@@ -42,7 +42,7 @@ _KEPT_WHOLE = (
 
 def load_model(
     folder: str | Path,
-    device: "str | torch.device | None" = None,
+    device: "str | torch.device" = "auto",
     dtype: "str | torch.dtype | None" = None,
     adapters: "Mapping[str, str | Path] | Sequence[str | Path]" = (),
     load_in_8bit: bool = False,
@@ -53,7 +53,7 @@ def load_model(
         folder (`str` or `Path`): A checkpoint: a full one loads with all its heads, one saved by a single head's class with that
             head. Or an adapter, whose base must be on this machine (see `adapter_base`). Or an ONNX file made by
             `unihema export`, which is called like the model.
-        device (`str` or `torch.device`, *optional*): See [`choose_device`].
+        device (`str` or `torch.device`): See [`choose_device`].
         dtype (`str` or `torch.dtype`, *optional*): Of the weights, such as `"bfloat16"`; the checkpoint's own when missing.
         adapters (`Mapping` or `Sequence`, *optional*): Adapters to load beside each other, by name, or called as their folders.
             The first one is in use; `model.set_adapter(name)` switches.
@@ -105,22 +105,22 @@ def load_model(
     return model.eval(), processor
 
 
-def choose_device(device: "str | torch.device | None" = None) -> "torch.device":
-    """The device asked for; without one an NVIDIA GPU, else Apple's, else the processor.
+def choose_device(device: "str | torch.device" = "auto") -> "torch.device":
+    """The device asked for; of `"auto"` an NVIDIA GPU, else Apple's, else the processor.
 
     Raises:
         DeviceError: There is no such device.
     """
     import torch
 
-    if device is None:
+    if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
-        raise DeviceError(f"device {device!r}: no such device; use cpu, cuda, cuda:0 or mps.") from error
+    except (RuntimeError, TypeError) as error:
+        raise DeviceError(f"device {device!r}: no such device; use auto, cpu, cuda, cuda:0 or mps.") from error
     there = {
         "cpu": True,
         "cuda": torch.cuda.device_count() > (chosen.index or 0),
@@ -128,7 +128,7 @@ def choose_device(device: "str | torch.device | None" = None) -> "torch.device":
     }
     if not there.get(chosen.type, _computes(chosen)):
         raise DeviceError(
-            f"device {device!r}: not there on this machine; use cpu, or leave it out to take what there is."
+            f"device {device!r}: not there on this machine; use cpu, or auto to take what there is."
         )
     return chosen
 
@@ -159,7 +159,7 @@ def choose_dtype(dtype: "str | torch.dtype") -> "torch.dtype":
 
 
 def _load_plain(
-    folder: str | Path, device: "str | torch.device | None", dtype: "str | torch.dtype | None", load_in_8bit: bool
+    folder: str | Path, device: "str | torch.device", dtype: "str | torch.dtype | None", load_in_8bit: bool
 ) -> "tuple[UniHemaPreTrainedModel, UniHemaProcessor]":
     files = checkpoint_files(folder)
     from unihema.modeling_unihema import modeling_unihema

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -65,7 +66,7 @@ _IMAGES = ' "images": [\n'
 # Of a record: a slide of half a million cells has some 100 MB.
 MOST_RECORD_BYTES = 1 << 29
 # What is wrong with one image, and no reason to stop.
-_FAILURES = (OSError, ValueError, RuntimeError, MemoryError)
+FAILURES = (OSError, ValueError, RuntimeError, MemoryError)
 
 
 @dataclass
@@ -199,12 +200,7 @@ def analyze_into(
         images, output = list(named.values()), output / shard.folder
     settings = _settings(analyzer, checked, formats)
     report = BatchReport(failed=dict(problems))
-    attributes = list(analyzer.model.config.morphology) if "detection" in checked.tasks else []
-    shapes = "detection" in checked.tasks and analyzer.model.config.trained.cell_masks
-    if shapes and not can_measure():
-        logger.warning("cells.csv has no shapes: scikit-image is not installed. pip install 'unihema[shapes]'")
-        shapes = False
-    groups = shapes, NUCLEUS in checked.texts, bool(checked.second_look)
+    attributes, groups = cell_table(analyzer, checked)
     with exclusive(output, ["records"]):
         # Not before: another run's settings are its own.
         claim_folder(output, settings, overwrite=overwrite)
@@ -220,6 +216,53 @@ def analyze_into(
             if shard is not None:
                 write_shard(output, shard, named, report.failed, tables)
     return report
+
+
+def cell_table(analyzer: "Analyzer", request: "Request") -> tuple[list[str], tuple[bool, bool, bool]]:
+    """What the columns of a request's cells follow from, see [`cell_columns`]: attributes, and the groups that are there."""
+    config = analyzer.model.config
+    attributes = list(config.morphology) if "detection" in request.tasks else []
+    shapes = "detection" in request.tasks and config.trained.cell_masks
+    if shapes and not can_measure():
+        logger.warning("The table of cells has no shapes: scikit-image is not installed. pip install 'unihema[shapes]'")
+        shapes = False
+    return attributes, (shapes, NUCLEUS in request.texts, bool(request.second_look))
+
+
+def analyze_each(
+    analyzer: "Analyzer",
+    request: "Request",
+    opened: Sequence[RegionSource],
+    stores: "Sequence[TileStore | None]" = (),
+    on_tile: Callable[[str | None, int, int, int], None] | None = None,
+) -> list[SmearResult | str]:
+    """Analyses images together; of each its result, or what is wrong with it, which the others do not suffer from.
+
+    Args:
+        analyzer ([`Analyzer`]): Analyses.
+        request, opened, stores, on_tile: As of [`Analyzer.run`].
+    """
+    if not opened:
+        return []
+    try:
+        return list(analyzer.run(request, opened, stores, on_tile))
+    except FAILURES as error:
+        if len(opened) == 1:
+            return [one_line(error, opened[0].name)]
+    return [
+        analyze_each(analyzer, request, [source], stores[number : number + 1], on_tile)[0]
+        for number, source in enumerate(opened)
+    ]
+
+
+def count_rows(result: SmearResult) -> Iterator[dict[str, Any]]:
+    """Rows of `counts.csv`, one a class."""
+    warnings = " ".join(result.warnings) or None
+    for label, count in result.counts.items():
+        percent = result.percent_of_white_cells(label)
+        percent = None if percent is None else round(percent, 1)
+        values = result.image, label, count, percent, result.place_in_differential(label), warnings
+        yield dict(zip(COUNT_COLUMNS, values, strict=True))
 
 
 def _settings(analyzer: "Analyzer", request: "Request", formats: Sequence[str]) -> dict[str, Any]:
@@ -247,14 +290,33 @@ def _settings(analyzer: "Analyzer", request: "Request", formats: Sequence[str]) 
 
 
 @dataclass
-class _Work:
-    """An image on its way: what was read, and what came of it."""
+class Work:
+    """An image on its way: what was read, and what came of it.
+
+    Args:
+        path (`Path`): The file.
+        name (`str`): Of its files in the results folder.
+        digest (`str`): See [`image_sha256`].
+        opened ([`RegionSource`], *optional*): The image, while it is open.
+        outcome ([`SmearResult`] or `str`, *optional*): Its result, or what is wrong with it.
+    """
 
     path: Path
     name: str
     digest: str = ""
     opened: RegionSource | None = None
     outcome: SmearResult | str | None = None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height, which decide the size after resizing and so the padding; `None` of what is not to be analysed."""
+        return self.opened.pixels.size if self.opened else None
+
+    def close(self) -> None:
+        """Closes the image, where it is open."""
+        if self.opened is not None:
+            self.opened.close()
+        self.opened = None
 
 
 class _Run:
@@ -280,9 +342,9 @@ class _Run:
     ) -> None:
         """Analyses and writes all images, and says what became of each: its result, an error message, or `None` when it was there
         already. No result stays in memory: that of a slide is large."""
-        works = (self._read(_Work(path, name)) for path, name in self.folder.names(images).items())
+        works = (self._read(Work(path, name)) for path, name in self.folder.names(images).items())
         number = 0
-        for group in in_buckets(works, self._size, batch_size):
+        for group in in_buckets(works, attrgetter("size"), batch_size):
             self._analyse(group)
             for work in group:
                 self._write(work)
@@ -290,7 +352,7 @@ class _Run:
                 if on_image:
                     on_image(number, len(images), work.path, work.outcome)
 
-    def _read(self, work: _Work) -> _Work:
+    def _read(self, work: Work) -> Work:
         try:
             work.digest = image_sha256(work.path)
             if self.overwrite or not self.folder.is_current(work.name, work.digest):
@@ -299,34 +361,20 @@ class _Run:
                 work.opened.pixels.load()
             else:
                 self.folder.part(work.name, work.digest).remove()
-        except _FAILURES as error:
-            work.outcome = _one_line(error, work.path)
-            self._close(work)
+        except FAILURES as error:
+            work.outcome = one_line(error, work.path)
+            work.close()
         return work
 
-    @staticmethod
-    def _size(work: _Work) -> object:
-        # The size in pixels decides the size after resizing, and so the padding. What is not analysed waits for nothing.
-        return work.opened.pixels.size if work.opened else None
-
-    def _analyse(self, group: list[_Work]) -> None:
+    def _analyse(self, group: list[Work]) -> None:
         waiting = [work for work in group if work.opened]
-        if not waiting:
-            return
-        outcomes: Sequence[SmearResult | str]
-        try:
-            stores: list[TileStore | None] = [self.folder.part(work.name, work.digest) for work in waiting]
-            outcomes = self.analyzer.run(self.request, [work.opened for work in waiting], stores, self.on_tile)
-        except _FAILURES as error:
-            if len(waiting) > 1:
-                for work in waiting:
-                    self._analyse([work])
-                return
-            outcomes = [_one_line(error, waiting[0].path)]
+        stores = [self.folder.part(work.name, work.digest) for work in waiting]
+        opened = [work.opened for work in waiting]
+        outcomes = analyze_each(self.analyzer, self.request, opened, stores, self.on_tile)
         for work, outcome in zip(waiting, outcomes, strict=True):
             work.outcome = outcome
 
-    def _write(self, work: _Work) -> None:
+    def _write(self, work: Work) -> None:
         # Where results cannot be written, no further image needs analysing: that is raised.
         if work.outcome is None:
             self.report.skipped.append(work.path)
@@ -338,16 +386,10 @@ class _Run:
             self.folder.write(work.name, work.path, work.digest, work.outcome, work.opened.pixels)
             self.folder.part(work.name, work.digest).remove()
             self.report.analysed.append(work.path)
-        self._close(work)
-
-    @staticmethod
-    def _close(work: _Work) -> None:
-        if work.opened is not None:
-            work.opened.close()
-        work.opened = None
+        work.close()
 
 
-def in_buckets(items: Iterable[_Work], key: Callable[[_Work], object], size: int) -> Iterator[list[_Work]]:
+def in_buckets(items: Iterable[Work], key: Callable[[Work], object], size: int) -> Iterator[list[Work]]:
     """Groups of up to `size` items with the same key; in order where `size` is 1.
 
     At most `HELD_BATCHES * size` items are held back until their group is full; then the group that waits longest goes as it is.
@@ -357,7 +399,7 @@ def in_buckets(items: Iterable[_Work], key: Callable[[_Work], object], size: int
         key (`Callable`): What the items of a group share.
         size (`int`): Items in a group at most.
     """
-    buckets: OrderedDict[object, list[_Work]] = OrderedDict()
+    buckets: OrderedDict[object, list[Work]] = OrderedDict()
     held = 0
     for item in items:
         bucket = buckets.setdefault(key(item), [])
@@ -371,7 +413,8 @@ def in_buckets(items: Iterable[_Work], key: Callable[[_Work], object], size: int
     yield from buckets.values()
 
 
-def _one_line(error: Exception, path: Path) -> str:
+def one_line(error: Exception, path: str | Path | None) -> str:
+    """What was wrong with an image, as its row says it."""
     # As it was raised: shown, a name is as it can be printed.
     text = str(error.args[0] if isinstance(error, UniHemaError) and error.args else error).removeprefix(f"{path}: ")
     return " ".join(text.split()) or type(error).__name__
@@ -578,11 +621,7 @@ class ResultFolder:
             of_class: dict[str, Cell] = {}
             for cell in map(Cell.from_dict, values["cells"]):
                 result.cells.append(of_class.setdefault(cell.label, cell))
-            warnings = " ".join(result.warnings) or None
-            for label, count in result.counts.items():
-                percent = result.percent_of_white_cells(label)
-                percent = None if percent is None else round(percent, 1)
-                yield [result.image, label, count, percent, result.place_in_differential(label), warnings]
+            yield from (list(row.values()) for row in count_rows(result))
 
     def _json(self, paths: Sequence[Path], report: BatchReport) -> Iterator[str]:
         head = {"unihema": __version__, "settings": self.settings, "totals": report.totals, "failed": report.failed}
@@ -675,10 +714,16 @@ __all__ = [
     "BatchReport",
     "ResultFolder",
     "StoredResult",
+    "Work",
+    "analyze_each",
     "analyze_into",
+    "cell_table",
+    "count_rows",
     "csv_lines",
     "failed_images",
     "file_name",
+    "in_buckets",
+    "one_line",
     "read_results",
     "same_file",
 ]

@@ -12,6 +12,7 @@ import click
 from .options import (
     PATH,
     batch_size_option,
+    device_option,
     image_size_option,
     int8_option,
     of_all_tasks,
@@ -93,7 +94,7 @@ def _tiles(context: click.Context, parameter: click.Parameter, value: str) -> st
 )  # fmt: skip
 @image_size_option
 @batch_size_option
-@click.option("--device", help="Device, such as cpu, cuda:0 or mps; the first GPU by default.")
+@device_option
 @int8_option
 @overwrite_option
 def predict(
@@ -114,7 +115,7 @@ def predict(
     shard: str | None,
     image_sizes: Sequence[tuple[str | None, int]],
     batch_sizes: Sequence[tuple[str | None, int]],
-    device: str | None,
+    device: str,
     int8: bool,
     overwrite: bool,
 ) -> None:
@@ -138,7 +139,8 @@ def predict(
     part = None if shard is None else Shard.parse(shard)
     # Of `accelerate launch`: each process has a part of this part, on its own device.
     together = Processes()
-    part, device = together.part(part), device or together.device
+    part = together.part(part)
+    device = together.device if together.device and device == "auto" else device
     # Shown beside the bar, from the result.
     warnings.simplefilter("ignore", QueryCapWarning)
 
@@ -287,7 +289,8 @@ def merge(results: Path) -> None:
 @click.argument("image", type=PATH)
 @click.argument("questions", nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="Answer as JSON.")
-def ask(checkpoint: str, image: Path, questions: tuple[str, ...], as_json: bool) -> None:
+@device_option
+def ask(checkpoint: str, image: Path, questions: tuple[str, ...], as_json: bool, device: str) -> None:
     """Answer questions about an image.
 
     CHECKPOINT is a folder, an adapter, or a repository on the Hub. QUESTIONS may also be sentences with ___ where a word is to
@@ -297,7 +300,7 @@ def ask(checkpoint: str, image: Path, questions: tuple[str, ...], as_json: bool)
     from unihema.analyzer import Analyzer
     from unihema.files import printable
 
-    answers = Analyzer.from_pretrained(checkpoint).ask(image, questions)
+    answers = Analyzer.from_pretrained(checkpoint, device=device).ask(image, questions)
     if as_json:
         listed = [{"question": each.question, "answer": each.answer, **each.support()} for each in answers]
         click.echo(json.dumps(listed, ensure_ascii=True, indent=2))

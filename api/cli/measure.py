@@ -12,6 +12,7 @@ from .options import (
     SettingsCommand,
     batch_size_option,
     data_of,
+    device_option,
     image_size_option,
     int8_option,
     of_all_tasks,
@@ -57,6 +58,7 @@ FIGURES, EXACT_FIGURES = "metrics", "metrics_exact"
     is_flag=True,
     help="Only fit what scores of detection and single cells mean, and write it into the checkpoint's config.json.",
 )
+@device_option
 @int8_option
 @click.option(
     "--corruption",
@@ -86,6 +88,7 @@ def evaluate(
     shuffle_images: bool,
     name_classes: bool,
     calibrate: bool,
+    device: str,
     int8: bool,
     corruptions: tuple[str, ...],
     severities: tuple[int, ...],
@@ -106,7 +109,7 @@ def evaluate(
 
     _check_corruptions(corruptions, severities, output, shuffle_images, name_classes)
     batch_size = of_all_tasks(batch_sizes, "--batch-size", 8)
-    model, processor = load_model(checkpoint, "cpu" if int8 else None)
+    model, processor = load_model(checkpoint, "cpu" if int8 and device == "auto" else device)
     require_tasks(model, tasks)
     sizes = of_each_task(image_sizes, tasks)
     set_image_sizes(processor, sizes)
@@ -291,6 +294,7 @@ def _under_corruptions(
     is_flag=True,
     help="Record also how crops of nucleated cells are framed and coloured (config.json): others are then seen likewise.",
 )
+@device_option
 @set_option
 def reference(
     checkpoint: Path,
@@ -298,6 +302,7 @@ def reference(
     tasks: tuple[str, ...],
     max_images: int,
     crops: bool,
+    device: str,
     settings: Mapping[str, Any],
 ) -> None:
     """Record what training images are like.
@@ -319,7 +324,7 @@ def reference(
     wrong = [name for name in tasks if name not in IMAGE_TASKS]
     if wrong:
         raise click.UsageError(f"--task {wrong[0]}: a reference is of images; choose among {', '.join(IMAGE_TASKS)}.")
-    model, processor = load_model(checkpoint)
+    model, processor = load_model(checkpoint, device)
     require_tasks(model, tasks)
     config = data_of(data, _tasks_of(model, tasks, images_alone=True), settings, "reference")
     rows = [load_rows(config, split) for split in (config.train_split, config.val_split)]

@@ -106,6 +106,12 @@ batch_size_option = click.option(
     multiple=True,
     help="Images of a batch; may be repeated. TASK=N where each task has batches of its own.",
 )
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto, cpu, cuda, cuda:0 or mps; auto is an NVIDIA GPU, else Apple's, else the processor.",
+)
 int8_option = click.option(
     "--int8", is_flag=True, help="8-bit linear layers on the CPU: faster, less exact. `evaluate` says how much."
 )

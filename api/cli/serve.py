@@ -5,7 +5,7 @@ import os
 
 import click
 
-from .options import int8_option, port_option
+from .options import device_option, int8_option, port_option
 
 
 @click.command()
@@ -47,7 +47,7 @@ from .options import int8_option, port_option
     show_default=True,
     help="Of all requests that are not answered yet, at most. They lie in the folder of temporary files.",
 )
-@click.option("--device", help="Device, such as cpu, cuda:0 or mps; the first GPU by default.")
+@device_option
 @int8_option
 def serve(
     checkpoint: str,
@@ -60,7 +60,7 @@ def serve(
     seconds: float,
     upload_seconds: float,
     arriving_megabytes: int,
-    device: str | None,
+    device: str,
     int8: bool,
 ) -> None:
     """Analyse images that programs send over HTTP.

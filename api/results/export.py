@@ -126,6 +126,14 @@ def cell_row(
     return row
 
 
+def in_characters(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose texts every table can hold: names of files may have what is no character, which is written as an escape."""
+    return {
+        name: value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+        for name, value in row.items()
+    }
+
+
 def table_text(value: Any) -> Any:
     """A value of a table: text in one line that every spreadsheet takes for text, anything else as it is.
 
@@ -419,6 +427,7 @@ __all__ = [
     "coco",
     "geojson",
     "imagej",
+    "in_characters",
     "label_image",
     "supervision_detections",
     "table_text",

@@ -35,7 +35,7 @@ from .cell import (
     or_none,
 )
 from .edits import UNCLASSIFIED, of_coco, of_geojson, of_imagej, of_label_studio, of_labels
-from .export import cell_columns, cell_row, coco, geojson, imagej, label_image, supervision_detections
+from .export import cell_columns, cell_row, coco, geojson, imagej, in_characters, label_image, supervision_detections
 from .monolayer import is_monolayer, judged_again, outside_monolayer, read_bands, told
 from .overlay import draw_overlay
 from .shapes import can_measure
@@ -350,15 +350,7 @@ class SmearResult:
         shapes = can_measure() and any(cell.mask is not None for cell in self.cells)
         nuclei = any(cell.nucleus is not None for cell in self.cells)
         groups = shapes, nuclei, any(cell.second_look is not None for cell in self.cells)
-        rows = [cell_row(self, cell, attributes, *groups) for cell in self.cells]
-        # Names of files may hold what is no character, which tables of text cannot.
-        rows = [
-            {
-                name: value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
-                for name, value in row.items()
-            }
-            for row in rows
-        ]
+        rows = [in_characters(cell_row(self, cell, attributes, *groups)) for cell in self.cells]
         return pandas.DataFrame(rows, columns=cell_columns(attributes, *groups))
 
     def overlay(self, image: Image.Image) -> Image.Image:

@@ -18,7 +18,7 @@ from torch import nn
 import unihema
 from unihema import Analyzer, CheckpointError, QueryCapWarning, SmearResult, UniHemaError, prepare_for_inference
 from unihema.errors import PreparedModelError
-from unihema.loading import load_model
+from unihema.loading import choose_device, load_model
 from unihema.modeling_unihema.configuration_unihema import TrainingResults
 
 
@@ -322,12 +322,12 @@ def test_an_adapter_loads_onto_a_prepared_model(checkpoint, tmp_path):
 
 
 def test_a_device_or_dtype_that_there_is_not_is_named(checkpoint, monkeypatch):
-    with pytest.raises(UniHemaError, match="device 'nonsense': no such device; use cpu, cuda, cuda:0 or mps"):
+    with pytest.raises(UniHemaError, match="device 'nonsense': no such device; use auto, cpu, cuda, cuda:0 or mps"):
         Analyzer.from_pretrained(checkpoint, device="nonsense")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for device in ("cuda", "cuda:0", torch.device("cuda"), "mps", "xpu", "meta"):
-        with pytest.raises(UniHemaError, match="not there on this machine; use cpu, or leave it out"):
+        with pytest.raises(UniHemaError, match="not there on this machine; use cpu, or auto"):
             Analyzer.from_pretrained(checkpoint, device=device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UniHemaError, match="device 'cuda:2': not there"):
@@ -335,6 +335,13 @@ def test_a_device_or_dtype_that_there_is_not_is_named(checkpoint, monkeypatch):
     for dtype in ("int3", "auto", torch.int8, torch.float64):
         with pytest.raises(UniHemaError, match="choose one of float32, bfloat16, float16"):
             Analyzer.from_pretrained(checkpoint, device="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("cuda, mps, device", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_auto_is_the_best_device_that_there_is(monkeypatch, cuda, mps, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert choose_device() == choose_device("auto") == torch.device(device)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])

@@ -80,3 +80,8 @@ def test_help_is_plain_text():
     assert shown.isascii() and "\x1b" not in shown
     headings = [line.rstrip(":") for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert headings == ["Options", "Analyse", "Review", "Teach", "Measure", "Serve", "Share", "Data"]
+
+
+def test_every_command_that_computes_takes_a_device():
+    takers = {name for name, option in all_options() if make_cli.long_name(option) == "--device"}
+    assert takers == {"adapt", "ask", "evaluate", "predict", "reference", "serve", "train"}

@@ -194,7 +194,7 @@ class OptimisationConfig:
         ema_decay (`float`, *optional*): Keep an exponential moving average of the weights, evaluate and save that.
         ema_warmup (`float`): The decay at step t is at most (1 + t) / (`ema_warmup` + t).
         seed (`int`): Of everything random.
-        device (`str`): Device, such as cpu, cuda:0 or mps; the first GPU by default.
+        device (`str`): auto, cpu, cuda, cuda:0 or mps; auto is an NVIDIA GPU, else Apple's, else the processor.
         compile (`bool`): Compile the model with `torch.compile`, for training only: minutes at the start, faster steps on a GPU.
         gradient_checkpointing (`bool`): Compute layers again in the backward pass instead of keeping what they gave: less
             memory, more time.
@@ -429,9 +429,9 @@ class RunConfig:
                 raise RunConfigError(f"{dotted}={value} must be above 0.")
         if self.data.cache_gigabytes < 0:
             raise RunConfigError(f"data.cache_gigabytes={self.data.cache_gigabytes} must not be negative.")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.optimisation.device):
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.optimisation.device):
             raise RunConfigError(
-                f"optimisation.device={self.optimisation.device!r} must be auto, cpu, cuda, or cuda:0 and so on."
+                f"optimisation.device={self.optimisation.device!r} must be auto, cpu, mps, cuda, or cuda:0 and so on."
             )
         decay = self.optimisation.ema_decay
         if decay is not None and not 0 < decay < 1:

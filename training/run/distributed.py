@@ -55,6 +55,8 @@ def make_accelerator(
             f"optimisation.device={settings.device!r}: PyTorch sees {there} GPUs. Install a PyTorch with CUDA and a driver, or "
             "train on 'cpu'."
         )
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise RunConfigError("optimisation.device='mps': PyTorch sees no GPU of Apple's. Train on 'auto'.")
     if number:
         # Accelerate takes the current one, and with several processes a GPU for each.
         torch.cuda.set_device(int(number))

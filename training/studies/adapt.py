@@ -286,7 +286,7 @@ class _BeforeAfter:
     def __init__(self, config: RunConfig, base_data: str | Path | None):
         self.config = config
         self.progress = config.logging.progress
-        self.device = "cpu" if config.optimisation.device == "cpu" else None
+        self.device = config.optimisation.device
         self.rows = validation_rows(config, config.data.tasks)
         self.base_data = None if base_data is None else str(base_data)
 

@@ -137,7 +137,7 @@ def test_what_cannot_be_is_said(smears, tmp_path):
     there = torch.cuda.device_count()
     with pytest.raises(RunConfigError, match=f"device='cuda:{there}': PyTorch sees {there} GPUs.*train on 'cpu'"):
         train(run_config(smears, tmp_path / "run", **{"optimisation.device": f"cuda:{there}"}))
-    with pytest.raises(RunConfigError, match="device='gpu' must be auto, cpu, cuda, or cuda:0"):
+    with pytest.raises(RunConfigError, match="device='gpu' must be auto, cpu, mps, cuda, or cuda:0"):
         train(run_config(smears, tmp_path / "run", **{"optimisation.device": "gpu"}))
     with pytest.raises(RunConfigError, match="gradient_checkpointing: Linear cannot do that"):
         loop._checkpoint_gradients(torch.nn.Linear(2, 2))
