@@ -47,6 +47,8 @@ IMAGEJ = ["roifile>=2026.2.10,<2027"]
 SHAPES = ["scikit-image>=0.25,<1"]
 REVIEW = ["fastapi>=0.115,<1", "uvicorn>=0.30,<1"]
 SERVE = [*REVIEW, "python-multipart>=0.0.18,<1", "prometheus-client>=0.20,<1"]
+# A user of SAHI or of another plug has it; these name the releases that were tested.
+SAHI = ["sahi>=0.12.8,<1"]
 SUPERVISION = ["supervision>=0.25,<1"]
 ONNX = ["onnx>=1.19,<2", "onnxscript>=0.6.2,<1", "onnxruntime>=1.22,<2"]
 
@@ -138,6 +140,7 @@ setup(
         "peers": [*PEERS, *IMAGENET],
         "imagenet": IMAGENET,
         "review": REVIEW,
+        "sahi": SAHI,
         "serve": SERVE,
         "shapes": SHAPES,
         "supervision": SUPERVISION,

@@ -416,7 +416,8 @@ class Analyzer:
             tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look: As for a single
                 image.
             formats (`Sequence[str]`): Files of other programs to write for each image beside the tables: `geojson` (QuPath),
-                `coco`, `labels` (an image of instances), `imagej` (a zip file of ROIs).
+                `coco`, `labels` (an image of instances), `imagej` (a zip file of ROIs), `label_studio` (predictions; the
+                labelling configuration is in `label_studio.xml`).
             overwrite (`bool`): Analyse every image again, whatever the folder was written with.
             batch_size (`int`): Images of one size that are analysed together: faster on a GPU, with the same results up to
                 float rounding.

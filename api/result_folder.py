@@ -40,7 +40,15 @@ from unihema.files import (
 from unihema.inference.int8 import is_int8
 from unihema.processing_unihema.class_names import NUCLEUS
 from unihema.result_shards import Shard, link_or_copy, names_within, write_shard
-from unihema.results.export import FORMATS, as_file, cell_columns, cell_row, import_roifile, table_text
+from unihema.results.export import (
+    FORMATS,
+    as_file,
+    cell_columns,
+    cell_row,
+    import_roifile,
+    label_studio_config,
+    table_text,
+)
 from unihema.results.shapes import can_measure
 from unihema.results.smear_result import FORMAT, Cell, SmearResult
 from unihema.slides import RegionSource, image_sha256, open_regions
@@ -539,7 +547,8 @@ class ResultFolder:
         write_text(self._record(name), _with_cells({"record_sha256": digest, **record}, cells(), ensure_ascii=False))
 
     def write_tables(self, attributes: Sequence[str], report: BatchReport, groups: Sequence[bool]) -> None:
-        """Writes `cells.csv`, `counts.csv` and `results.json` from the records, and completes the report."""
+        """Writes `cells.csv`, `counts.csv`, `results.json`, and `label_studio.xml` with that format, from the records, and
+        completes the report."""
         failed = {str(real_path(item)) for item in report.failed}
         totals: dict[str, int] = {}
         current = []
@@ -558,6 +567,8 @@ class ResultFolder:
             csv_lines(COUNT_COLUMNS, self._counts(current)),
         )
         write_text(self.folder / "results.json", self._json(current, report))
+        if "label_studio" in self.settings["formats"]:
+            write_text(self.folder / "label_studio.xml", label_studio_config(totals))
 
     def results(self) -> Iterator[StoredResult]:
         """The results that are current, in the order of their names."""

@@ -424,6 +424,8 @@ def _licence_fields(
 def _trained_tasks(config: "UniHemaConfig") -> list[str]:
     """What a checkpoint was trained for; all that its head does where that is not recorded."""
     architecture = (getattr(config, "architectures", None) or [""])[0]
+    # The other name of the same class.
+    architecture = "UniHemaForDetection" if architecture == "UniHemaForObjectDetection" else architecture
     head = [name for name, task in TASK_TABLE.items() if task.model_class == architecture] or list(TASK_TABLE)
     return [task for task in head if task in (config.trained.tasks or head)]
 

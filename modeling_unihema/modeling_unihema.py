@@ -616,6 +616,10 @@ class UniHemaForDetection(UniHemaPreTrainedModel):
         )
 
 
+class UniHemaForObjectDetection(UniHemaForDetection):
+    """[`UniHemaForDetection`] by the name that Transformers gives such classes, for programs that go by it, such as FiftyOne."""
+
+
 class UniHemaForSegmentation(UniHemaPreTrainedModel):
     """Semantic mask, at the image's own size, of what the prompt names."""
 
@@ -1055,6 +1059,7 @@ __all__ = [
     "UniHemaForDetection",
     "UniHemaForImageClassification",
     "UniHemaForMultiTask",
+    "UniHemaForObjectDetection",
     "UniHemaForQA",
     "UniHemaForSegmentation",
     "UniHemaModel",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from unihema.result_shards import Shard
 
 # Those of unihema.results.export, which would take PyTorch to import; a test compares them.
-FORMATS = ("geojson", "coco", "labels", "imagej")
+FORMATS = ("geojson", "coco", "labels", "imagej", "label_studio")
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "evaluate", "safetensors", "timm")
 # Images of fewer tiles have no bar of their own.
 TILES_OF_SLIDE = 48
@@ -86,7 +86,8 @@ def _tiles(context: click.Context, parameter: click.Parameter, value: str) -> st
 )
 @click.option(
     "--format", "formats", type=click.Choice(FORMATS), multiple=True,
-    help="Also write a file for QuPath (geojson), of COCO, of instances (labels), or of ImageJ's ROIs; may be repeated.",
+    help="Also write a file for QuPath (geojson), of COCO, of instances (labels), of ImageJ's ROIs, or of predictions for Label "
+    "Studio; may be repeated.",
 )  # fmt: skip
 @click.option(
     "--shard", metavar="NUMBER/OF|slurm",

@@ -13,6 +13,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from unihema.files import shortened
 from ..processing_unihema.image_io import of_any_size
 from ..processing_unihema.masks import MOST_PIXELS, polygon_mask, rle_crop
 from .cell import LARGEST_NUMBER, LONGEST_TEXT, MOST_MASK_PIXELS, Cell, has, is_list, is_mapping, is_number, is_text
-from .export import BOX_KEY, CELL_KEY, ROI_KEY, geojson_id, import_roifile, label_image, roi_name
+from .export import BOX_KEY, CELL_KEY, LOCAL_FILES, ROI_KEY, geojson_id, import_roifile, label_image, roi_name
 
 
 if TYPE_CHECKING:
@@ -537,7 +538,14 @@ def images_in(content: Any) -> set[str]:
 
 
 def _file_of(place: str) -> str:
-    return unquote(urlsplit(place).path if "://" in place else place).replace("\\", "/").split("/")[-1]
+    if LOCAL_FILES in place:
+        place = unquote(place.partition(LOCAL_FILES)[2])
+    # Half a surrogate pair is "?" in a URL.
+    place = place.encode(errors="replace").decode()
+    # What is no URL, such as "http://[", raises an error.
+    with suppress(ValueError):
+        place = urlsplit(place).path if "://" in place else place
+    return unquote(place).replace("\\", "/").split("/")[-1]
 
 
 def _images_of_task(task: dict[str, Any]) -> set[str]:
@@ -552,7 +560,7 @@ def of_label_studio(result: "SmearResult", source: Any) -> "SmearResult":
     """See [`SmearResult.with_label_studio`]."""
     values, name = read_json(source, "JSON of Label Studio")
     tasks = [_object(task, f"{name}: [{place}]", "value") for place, task in enumerate(_list(values, name, "content"))]
-    wanted = _file_of(str(result.image))
+    wanted = _file_of(result.image or "image")
     same = [place for place, task in enumerate(tasks) if wanted in _images_of_task(task)]
     if len(same) != 1:
         raise InputError(f"{name}: {len(same)} of its {len(tasks)} tasks are of {shortened(wanted)}; one is expected.")
@@ -567,25 +575,25 @@ def of_label_studio(result: "SmearResult", source: Any) -> "SmearResult":
     # The last one is the one that counts, as in Label Studio itself.
     entry = f"{entry}.annotations[{done[-1]}]"
     regions = _list(annotations[done[-1]].get("result"), entry, "result")
-    boxes = np.array([cell.box for cell in result.cells], dtype=np.float64).reshape(-1, 4)
-    found, used = [], set()
+    own = {geojson_id(result, cell.id): cell for cell in result.cells}
+    found = []
     for place, region in enumerate(regions):
-        each = _of_region(_object(region, f"{entry}.result[{place}]", "value"), result, f"{entry}.result[{place}]")
-        if each is None:
-            continue
-        if each.box is not None:
-            near = [
-                at for at in np.flatnonzero((np.abs(boxes - each.box) <= ROUNDING).all(1)).tolist() if at not in used
-            ]
-            if near:
-                used.add(near[0])
-                each.number, each.box = result.cells[near[0]].id, result.cells[near[0]].box
-                each.mask = result.cells[near[0]].mask
-        found.append(each)
+        each = _of_region(_object(region, f"{entry}.result[{place}]", "value"), own, result, f"{entry}.result[{place}]")
+        found += [] if each is None else [each]
+    # By its id, which Label Studio keeps of a prediction; by its box where another program dropped that.
+    used = {each.number for each in found}
+    boxes = np.array([cell.box for cell in result.cells], dtype=np.float64).reshape(-1, 4)
+    for each in found:
+        if each.number is None and each.box is not None:
+            near = np.flatnonzero((np.abs(boxes - each.box) <= ROUNDING).all(1)).tolist()
+            cell = next((result.cells[at] for at in near if result.cells[at].id not in used), None)
+            if cell is not None:
+                used.add(cell.id)
+                each.number, each.box, each.mask = cell.id, cell.box, cell.mask
     return with_cells(result, found)
 
 
-def _of_region(region: dict[str, Any], result: "SmearResult", entry: str) -> Found | None:
+def _of_region(region: dict[str, Any], own: Mapping[str, Cell], result: "SmearResult", entry: str) -> Found | None:
     kind = region.get("type")
     if kind in ("rectangle", "polygon", "choices", "textarea", "relation", "labels", "rating", "number"):
         # A shape comes once more with its label; the others are about the whole image.
@@ -603,16 +611,21 @@ def _of_region(region: dict[str, Any], result: "SmearResult", entry: str) -> Fou
     value = _object(region.get("value"), entry, "value")
     names = _list(value.get(kind), entry, kind)
     label = _text(names[0], entry, "label") if names else None
+    identity = region.get("id")
+    cell = own.get(identity) if isinstance(identity, str) else None
+    number = None if cell is None else cell.id
     # Per cent of the image.
     across, down = result.width / 100, result.height / 100
     if kind == "polygonlabels":
         corners = _ring(value.get("points"), entry) * (across, down)
-        return Found(entry, None, label, [[corners]], is_mask=True)
+        return Found(entry, number, label, [[corners]], is_mask=True)
     x, y, width, height = (_number(value.get(name), entry, name) for name in ("x", "y", "width", "height"))
+    turn = math.radians(_number(value.get("rotation") or 0, entry, "rotation"))
+    left, top, right, bottom = x * across, y * down, (x + width) * across, (y + height) * down
+    if cell is not None and not turn and _near((left, top, right, bottom), cell.box):
+        return Found(entry, number, label, box=cell.box, mask=cell.mask)
     if width <= 0 or height <= 0:
         raise InputError(f"{entry}: its rectangle has no area.")
-    left, top, right, bottom = x * across, y * down, (x + width) * across, (y + height) * down
-    turn = math.radians(_number(value.get("rotation") or 0, entry, "rotation"))
     if turn:
         # Around its first corner.
         corners = np.array([[0, 0], [right - left, 0], [right - left, bottom - top], [0, bottom - top]])
@@ -622,7 +635,7 @@ def _of_region(region: dict[str, Any], result: "SmearResult", entry: str) -> Fou
     box = max(left, 0.0), max(top, 0.0), min(right, float(result.width)), min(bottom, float(result.height))
     if box[0] >= box[2] or box[1] >= box[3]:
         raise InputError(f"{entry}: it lies outside the image of {result.width} x {result.height} pixels.")
-    return Found(entry, None, label, box=box)
+    return Found(entry, number, label, box=box)
 
 
 def of_labels(result: "SmearResult", source: Any, label: str = UNCLASSIFIED) -> "SmearResult":

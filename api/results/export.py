@@ -1,4 +1,5 @@
-"""A result in the forms of other programs: table rows, COCO, GeoJSON, an image of instances, ROIs of ImageJ, supervision.
+"""A result in the forms of other programs: table rows, COCO, GeoJSON, an image of instances, ROIs of ImageJ, Label Studio,
+supervision.
 
 `edits.py` reads them again.
 """
@@ -8,8 +9,10 @@ import json
 import unicodedata
 import uuid
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
@@ -48,11 +51,16 @@ CELL_COLUMNS = [
 # What detection called a cell, and what its crop alone says.
 SECOND_LOOK_COLUMNS = ["detection_label", "second_look", "second_look_score"]
 # Forms of other programs that a result can be written in, each as one file; see `as_file`.
-FORMATS = ("geojson", "coco", "labels", "imagej")
+FORMATS = ("geojson", "coco", "labels", "imagej", "label_studio")
 # Metadata of a cell in GeoJSON beside its attributes: its number, and the box that its outline does not say.
 CELL_KEY, BOX_KEY = "unihema cell", "unihema box"
 # Key of what a ROI's properties say of a cell, as JSON.
 ROI_KEY = "unihema"
+# Where Label Studio serves files of its own machine: below `LOCAL_FILES_DOCUMENT_ROOT`.
+LOCAL_FILES = "/data/local-files/?d="
+# Kind of a region in Label Studio -> the tag of its labelling configuration that draws it, and the name of that.
+REGION_TAGS = {"rectanglelabels": ("RectangleLabels", "box"), "polygonlabels": ("PolygonLabels", "outline")}
+NOT_IN_XML = {0xFFFE: "?", 0xFFFF: "?"}
 # Of an image of instances. 16 bits hold 65 535 cells.
 MOST_LABEL_PIXELS = 1 << 29
 # Bytes of masks as large as the image, as supervision has them.
@@ -359,6 +367,59 @@ def import_roifile() -> Any:
     return roifile
 
 
+def label_studio(result: "SmearResult", image: str | None = None) -> list[dict[str, Any]]:
+    """See [`SmearResult.to_label_studio`]."""
+    regions = []
+    for cell in result.cells:
+        rings = [ring for polygon in outline(cell) for ring in polygon]
+        # A polygon there is one ring; a mask of several parts, or with holes, is shown by its box.
+        kind = "polygonlabels" if len(rings) == 1 else "rectanglelabels"
+        corners = rings[0][:-1] if len(rings) == 1 else [cell.box[:2], cell.box[2:]]
+        # Per cent of the image.
+        points = [[100 * x / result.width, 100 * y / result.height] for x, y in corners]
+        value: dict[str, Any] = {"points": points, "closed": True}
+        if kind == "rectanglelabels":
+            (x, y), (right, bottom) = points
+            value = {"x": x, "y": y, "width": right - x, "height": bottom - y, "rotation": 0}
+        regions.append(
+            {
+                "id": geojson_id(result, cell.id),
+                "type": kind,
+                "from_name": REGION_TAGS[kind][1],
+                "to_name": "image",
+                "original_width": result.width,
+                "original_height": result.height,
+                "image_rotation": 0,
+                "score": cell.score,
+                "value": value | {kind: [cell.label]},
+            }
+        )
+    prediction = {"model_version": "UniHema", "result": regions}
+    if regions:
+        prediction["score"] = float(np.mean([cell.score for cell in result.cells]))
+    place = image or LOCAL_FILES + quote((result.image or "image").replace("\\", "/"), errors="replace")
+    return [{"data": {"image": place}, "predictions": [prediction]}]
+
+
+def label_studio_config(classes: Iterable[str]) -> str:
+    """The labelling configuration of a project of Label Studio for what `to_label_studio` writes: classes as rectangles and as
+    polygons.
+
+    Args:
+        classes (`Iterable[str]`): Their names.
+    """
+    # The two that `printable` leaves and XML does not take.
+    labels = [
+        f"<Label value={quoteattr(printable(name).translate(NOT_IN_XML))} background={quoteattr('#' + bytes(color).hex())}/>"
+        for name, color in class_colors(classes).items()
+    ]
+    controls = [
+        f'  <{tag} name="{name}" toName="image">\n    ' + "\n    ".join(labels) + f"\n  </{tag}>"
+        for tag, name in REGION_TAGS.values()
+    ]
+    return "\n".join(['<View>\n  <Image name="image" value="$image" zoom="true"/>', *controls, "</View>\n"])
+
+
 def supervision_detections(result: "SmearResult") -> "supervision.Detections":
     """See [`SmearResult.to_supervision`]."""
     try:
@@ -413,6 +474,8 @@ def as_file(result: "SmearResult", form: str) -> tuple[str, bytes]:
         return "_coco.json", json.dumps(coco(result, 1, 1)).encode()
     if form == "imagej":
         return "_rois.zip", imagej(result)
+    if form == "label_studio":
+        return "_label_studio.json", json.dumps(label_studio(result)).encode()
     labels, file = label_image(result), io.BytesIO()
     write_labels(labels, file)
     return f"_labels{labels_suffix(labels)}", file.getvalue()
@@ -429,6 +492,8 @@ __all__ = [
     "imagej",
     "in_characters",
     "label_image",
+    "label_studio",
+    "label_studio_config",
     "supervision_detections",
     "table_text",
     "write_labels",

@@ -35,7 +35,17 @@ from .cell import (
     or_none,
 )
 from .edits import UNCLASSIFIED, of_coco, of_geojson, of_imagej, of_label_studio, of_labels
-from .export import cell_columns, cell_row, coco, geojson, imagej, in_characters, label_image, supervision_detections
+from .export import (
+    cell_columns,
+    cell_row,
+    coco,
+    geojson,
+    imagej,
+    in_characters,
+    label_image,
+    label_studio,
+    supervision_detections,
+)
 from .monolayer import is_monolayer, judged_again, outside_monolayer, read_bands, told
 from .overlay import draw_overlay
 from .shapes import can_measure
@@ -262,6 +272,16 @@ class SmearResult:
         """
         return imagej(self)
 
+    def to_label_studio(self, image: str | None = None) -> list[dict[str, Any]]:
+        """The cells as predictions of a task of Label Studio, as its import takes them: rectangles, or polygons where a mask is
+        of one part without holes. [`label_studio_config`] makes the labelling configuration of the project.
+
+        Args:
+            image (`str`, *optional*): URL at which Label Studio opens the image, ending with its name; its path below
+                `LOCAL_FILES_DOCUMENT_ROOT` when missing.
+        """
+        return label_studio(self, image)
+
     def to_supervision(self) -> "supervision.Detections":
         """The cells for the package supervision, masks too where all have one. Needs the extra `supervision`.
 
@@ -304,7 +324,8 @@ class SmearResult:
         """This result with the cells of Label Studio's JSON; see `with_geojson`.
 
         Of its tasks that of the result's image is read, and of that the last annotation that was submitted. Cells are rectangles
-        or polygons; a turned rectangle is the box around it. A rectangle where a cell was is that cell.
+        or polygons; a turned rectangle is the box around it. A region with the id that `to_label_studio` gave it, or a rectangle
+        where a cell was, is that cell.
 
         Args:
             source (`str`, `Path` or `list`): The file, or its content.

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import struct
 import sys
 import zipfile
@@ -14,7 +15,7 @@ from PIL import Image
 from unihema import SmearResult, UniHemaError
 from unihema.errors import InputError, PackageMissingError, RequestError
 from unihema.processing_unihema.masks import polygon_mask
-from unihema.results.export import as_file
+from unihema.results.export import as_file, label_studio_config
 from unihema.results.smear_result import Cell
 
 
@@ -66,6 +67,80 @@ def test_a_file_alone_has_the_cells(form, tmp_path):
     own = [cell.to_dict() | {"id": 0} for cell in before.cells]
     assert [cell.to_dict() | {"id": 0} for cell in after.cells] == own
     assert [change["what"] for change in after.changes] == ["added"] * len(own)
+
+
+def annotated(tasks: list) -> list:
+    """What Label Studio exports of tasks whose predictions a person took over as they are: regions keep their ids."""
+    tasks = json.loads(json.dumps(tasks))
+    for number, task in enumerate(tasks, 1):
+        (prediction,) = task.pop("predictions")
+        regions = [{**region, "origin": "prediction"} for region in prediction["result"]]
+        task |= {"id": number, "annotations": [{"id": 1, "was_cancelled": False, "result": regions}]}
+    return tasks
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_label_studio_predictions_that_are_taken_over_change_nothing(seed, tmp_path):
+    before = smear(seed)
+    before.cells.append(Cell(15, (300, 10, 300, 12), "RBC, young", 0.01))
+    # Of one part without holes.
+    before.cells.append(Cell(16, (-1, 10.5, 5, 14), "neutrophil", 0.01, {}, np.tri(4, 6, dtype=bool)))
+    ending, content = as_file(before, "label_studio")
+    tasks = json.loads(content)
+    (task,) = tasks
+    kinds = {region["type"] for region in task["predictions"][0]["result"]}
+    assert kinds == {"rectanglelabels", "polygonlabels"}
+    with pytest.raises(InputError, match="annotations"):
+        # What a program predicted is no correction.
+        before.with_label_studio(tasks)
+    (tmp_path / f"a{ending}").write_text(json.dumps(annotated(tasks)))
+    assert before.with_label_studio(tmp_path / f"a{ending}").to_dict() == before.to_dict()
+
+
+def test_label_studio_regions_that_are_moved_renamed_and_drawn_are_known_by_their_ids():
+    before = smear()
+    before.cells[1].mask = np.ones_like(before.cells[1].mask)
+    (task,) = annotated(before.to_label_studio())
+    regions = task["annotations"][0]["result"]
+    assert regions[1]["type"] == "polygonlabels"
+    regions[0]["value"] |= {"x": 10, "y": 20, "width": 5, "height": 10, "rectanglelabels": ["blast"]}
+    regions[1]["value"]["points"] = [[10, 10], [20, 10], [20, 20]]
+    del regions[4]
+    regions.append({**regions[2], "id": "a1b2c3"})
+    after = before.with_label_studio([task])
+    assert [(change["cell"], change["what"]) for change in after.changes] == [
+        (1, "class"), (1, "shape"), (2, "shape"), (15, "added"), (5, "deleted"),
+    ]  # fmt: skip
+    assert after.cells[0].box == pytest.approx((30, 40, 45, 60)) and after.cells[0].label == "blast"
+    assert after.cells[1].box == pytest.approx((30, 20, 60, 40)) and after.cells[1].mask.mean() == pytest.approx(
+        0.5, abs=0.05
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["b.png", "a/ü %41 & b?.png", "c:\\smears\\a.png", "http://[", "\udcff\ud800.png", None], ids=ascii
+)  # fmt: skip
+def test_label_studio_finds_the_image_by_any_name(name):
+    result = SmearResult(9, 9, [Cell(1, (1, 2, 3, 4), "RBC", 0.5)], ["RBC"], image=name)
+    (task,) = annotated(result.to_label_studio())
+    json.dumps(task).encode()
+    assert task["data"]["image"].startswith("/data/local-files/?d=")
+    assert result.with_label_studio([{"data": {"image": "other.png"}}, task]).changes == []
+    (task,) = annotated(result.to_label_studio("https://lab.example/smears/field.png?token=1"))
+    with pytest.raises(InputError, match="0 of its 1 tasks"):
+        result.with_label_studio([task])
+
+
+def test_the_labelling_configuration_has_every_class_as_text():
+    from xml.etree import ElementTree
+
+    classes = ["RBC", '"/><Script>alert(1)</Script>', "a\n\x00\ud800\ufffe", "<!--"]
+    view = ElementTree.fromstring(label_studio_config(classes).encode())
+    assert [child.tag for child in view] == ["Image", "RectangleLabels", "PolygonLabels"]
+    for control in view[1:]:
+        assert control.get("toName") == "image"
+        assert [label.get("value") for label in control] == [*classes[:2], "a\\n\\x00\\ud800?", "<!--"]
+        assert all(re.fullmatch("#[0-9a-f]{6}", label.get("background")) for label in control)
 
 
 def qupath(collection: dict) -> dict:

@@ -18,6 +18,7 @@ from tiny_runs import run_config
 
 from unihema import SmearResult
 from unihema.errors import OutputError
+from unihema.results.export import label_studio_config
 from unihema.results.smear_result import Cell
 from unihema.training.run.config import RunConfig
 from unihema.training.run.loop import train
@@ -48,7 +49,8 @@ def use(content: bytes) -> None:
     result = SmearResult.from_dict(json.loads(content))
     again = SmearResult.from_dict(json.loads(json.dumps(result.to_dict())))
     assert again.to_dict() == result.to_dict()
-    json.dumps([result.to_coco(), result.to_geojson()])
+    json.dumps([result.to_coco(), result.to_geojson(), result.to_label_studio()])
+    label_studio_config(result.classes)
     assert result.with_geojson(result.to_geojson()).changes == result.changes
     if result.width * result.height < 1 << 20:
         result.to_labels()

@@ -1,0 +1,1 @@
+"""UniHema inside programs of others: a module for each, which imports that program's package."""
