@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from unihema.report.smear_report import SmearReport
     from unihema.result_folder import BatchReport
     from unihema.result_shards import Shard
+    from unihema.results.odd_cells import CellReference
     from unihema.results.out_of_distribution import ModelReference
 
 
@@ -752,18 +753,29 @@ class Analyzer:
                 result.warnings.append(
                     f"The prompt names {name!r}, which is no class of this checkpoint, so all classes are answered.{hint}"
                 )
-        outputs = seen.outputs("detection")
+        outputs, odd = seen.outputs("detection"), self._cells_known("detection", request)
         sizes = [(result.height, result.width) for result in results]
         found = find_cells(outputs, config, sizes, prompt=request.prompt, threshold=request.threshold)
         asked = asked_classes(config, request.prompt)
         thresholds = config.class_thresholds(request.threshold)
-        for result, cells, logits in zip(results, found, outputs.logits, strict=True):
+        for number, (result, cells, logits) in enumerate(zip(results, found, outputs.logits, strict=True)):
             result.classes = [name for i, name in enumerate(config.class_names) if asked is None or asked[i]]
             result.cells = [
-                Cell(number, cell["box"], cell["label"], cell["score"], cell["attributes"], cell["mask"])
-                for number, cell in enumerate(cells, 1)
+                Cell(place, cell["box"], cell["label"], cell["score"], cell["attributes"], cell["mask"])
+                for place, cell in enumerate(cells, 1)
             ]
+            if odd is not None:
+                states = outputs.last_hidden_state[number, [cell["query"] for cell in cells]].float().cpu().numpy()
+                scores = odd.scores(states, [cell.label for cell in result.cells])
+                for cell, score in zip(result.cells, scores, strict=True):
+                    cell.odd = score
             _note_if_crowded(logits, thresholds, result)
+
+    def _cells_known(self, head: str, request: Request) -> "CellReference | None":
+        """What the cells are like that a head was trained on. A prompt of one's own changes what the decoder makes of them."""
+        if self.reference is None or request.prompt is not None or self._adapters() != self._reference_adapters:
+            return None
+        return self.reference.cells.get(head)
 
     def _segment(self, request: Request, seen: "_SeenImages", results: list[SmearResult]) -> None:
         masks = self._masks("segmentation", seen)
@@ -801,7 +813,8 @@ class Analyzer:
         from unihema.processing_unihema.post_processing import most_probable_labels, single_cell_probabilities
 
         config, labels = self.model.config, request.labels
-        logits = seen.outputs("single_cell").logits.float()
+        outputs, odd = seen.outputs("single_cell"), self._cells_known("single_cell", request)
+        logits = outputs.logits.float()
         if request.framing == "auto" and config.trained.crop_frame is not None:
             logits, frames = self._in_frame(request, seen, logits)
             for result, image, told in zip(results, seen.images, frames, strict=True):
@@ -814,6 +827,12 @@ class Analyzer:
         names = config.single_cell_labels if labels is None else labels
         for result, row, label in zip(results, probabilities, best.tolist(), strict=True):
             result.single_cell = {"label": names[label], "score": float(row[label])}
+        if odd is not None:
+            # Of the crop as it was cut: so were those of the training.
+            called = [result.single_cell["label"] for result in results]
+            for result, score in zip(results, odd.scores(outputs.features.float().cpu().numpy(), called), strict=True):
+                if score is not None:
+                    result.single_cell["odd"] = score
 
     def _in_frame(
         self, request: Request, seen: "_SeenImages", logits: "torch.Tensor"

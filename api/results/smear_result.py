@@ -70,8 +70,8 @@ class SmearResult:
         mask (`np.ndarray`, *optional*): uint8 [h, w] over the whole image, 1 on what `mask_label` names. Smaller than
             the image where that was reduced on opening.
         mask_label (`str`, *optional*): What the mask shows.
-        single_cell (`dict`, *optional*): {"label", "score"} of an image that shows one cell, with the calibrated "probability"
-            where there is one.
+        single_cell (`dict`, *optional*): {"label", "score"} of an image that shows one cell, with "probability" and "odd" where
+            there are any, see [`Cell`].
         framing (`dict`, *optional*): How the crop of a nucleated cell was seen, beside as it was cut: `box` of the frame in
             pixels of the image (beyond it its last pixels are repeated), `nucleus` (side of its box, as a part of the crop's),
             and `colour` (how much of the way to the colours of the training both views were taken). `None`: as it is.
@@ -374,7 +374,7 @@ class SmearResult:
 
 
 def _is_single_cell(value: Any) -> bool:
-    more = {"probability": is_number} if isinstance(value, dict) and "probability" in value else {}
+    more = {name: is_number for name in ("probability", "odd") if isinstance(value, dict) and name in value}
     return has(label=is_text, score=is_number, **more)(value)
 
 
