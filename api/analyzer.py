@@ -308,7 +308,7 @@ class Analyzer:
             CheckpointError: The checkpoint answers no questions.
             RequestError: A question longer than the limit.
         """
-        from unihema.processing_unihema.questions import answer_from_cells, is_count
+        from unihema.processing_unihema.questions import is_count
 
         asked = [questions] if isinstance(questions, str) else list(questions)
         heads = tuple(task for task in ("detection", "single_cell") if task in self.tasks)
@@ -319,22 +319,23 @@ class Analyzer:
             if not ("detection" in heads and is_count(question) and _language_task(question) not in self.tasks)
         ]
         result = self(image, heads, questions=written)
-        texts = {entry["question"]: entry["answer"] for entry in result.answers}
-        cells = [cell.to_dict() for cell in result.cells]
-        answers = [
-            answer_from_cells(
-                question,
-                texts.get(question),
-                cells,
-                result.classes,
-                result.class_parents,
-                result.single_cell,
-                (result.width, result.height),
-                self.model.config.morphology,
-            )
-            for question in asked
-        ]
+        texts = {entry["question"]: entry.get("text", entry["answer"]) for entry in result.answers}
+        answers = self._checked_answers(result, [(question, texts.get(question)) for question in asked])
         return answers[0] if isinstance(questions, str) else answers
+
+    def _checked_answers(self, result: SmearResult, texts: "Sequence[tuple[str, str | None]]") -> "list[Answer]":
+        """Answers with the cells of a result that support them.
+
+        Args:
+            result ([`SmearResult`]): Its cells are all that its image shows.
+            texts (`Sequence[tuple[str, str | None]]`): Questions, and what the text decoder says to each.
+        """
+        from unihema.processing_unihema.questions import answer_from_cells
+
+        cells = [cell.to_dict() for cell in result.cells]
+        of_image = result.classes, result.class_parents, result.single_cell, (result.width, result.height)
+        morphology = self.model.config.morphology
+        return [answer_from_cells(question, text, cells, *of_image, morphology) for question, text in texts]
 
     def analyze_images(
         self,
@@ -612,10 +613,21 @@ class Analyzer:
                 set_probabilities(result, self._calibration(request))
                 if request.second_look:
                     self._look_again(request, source, result)
+                if "detection" in request.tasks and request.prompt is None and request.white_cells is None:
+                    self._support_answers(result)
                 for text in result.warnings:
                     if CROWDED in text:
                         warnings.warn(f"{result.image or 'image'}: {text}", QueryCapWarning, stacklevel=4)
         return results
+
+    def _support_answers(self, result: SmearResult) -> None:
+        """Adds to the answers of a result what supports them; of its cells their numbers."""
+        texts = [(entry["question"], entry["answer"]) for entry in result.answers]
+        result.answers = [
+            {"question": told.question, "answer": told.answer, **told.support()}
+            | ({"cells": [cell["id"] for cell in told.cells]} if told.cells else {})
+            for told in self._checked_answers(result, texts)
+        ]
 
     def _calibration(self, request: Request) -> Mapping[str, Mapping[str, Any]]:
         """What scores mean. Of a single cell it was fitted to answers among all classes, framed as the checkpoint frames."""

@@ -326,7 +326,7 @@ def reference(
     require_tasks(model, tasks)
     config = data_of(data, _tasks_of(model, tasks, images_alone=True), settings, "reference")
     rows = [load_rows(config, split) for split in (config.train_split, config.val_split)]
-    of_cells = fit_cells(model, processor, *rows)
+    of_cells, figures = fit_cells(model, processor, *rows)
     if cells:
         found = with_cells(checkpoint, model, of_cells)
     else:
@@ -336,7 +336,12 @@ def reference(
             click.echo(f"{name}: 99 % of validation images are closer than {limits}")
     for name, of_head in of_cells.items():
         limits = ", ".join(f"{label} {limit:.2f}" for label, limit in zip(of_head.classes, of_head.limits))
-        click.echo(f"{name}: 95 % of cells are closer to their class than {limits}")
+        told = figures[name]
+        click.echo(
+            f"{name}: 95 % of cells are closer to their class than {limits}\n"
+            f"{name}: of {told['cells']} validation cells {told['odd']:.1%} are odd, of the wrong ones {told['wrong_odd']:.1%} "
+            f"(AUC {told['auc']:.3f}); {told['right']:.1%} are right, of those that are not odd {told['right_of_others']:.1%}"
+        )
     click.echo(f"Written to {found.save(checkpoint)}.")
     if crops:
         frame = record_crop_frame(checkpoint, rows[0].get("single_cell", ()), max_images)

@@ -75,7 +75,8 @@ class SmearResult:
         framing (`dict`, *optional*): How the crop of a nucleated cell was seen, beside as it was cut: `box` of the frame in
             pixels of the image (beyond it its last pixels are repeated), `nucleus` (side of its box, as a part of the crop's),
             and `colour` (how much of the way to the colours of the training both views were taken). `None`: as it is.
-        answers (`list[dict]`): {"question", "answer"} for each question asked.
+        answers (`list[dict]`): {"question", "answer"} for each question asked; where all cells were looked for, too, with what
+            supports the answer as in [`Answer`], `cells` being their numbers.
         out_of_distribution (`dict`, *optional*): How far the image is from those the model was trained on: {"distance" to the
             most similar data set, "limit" below which 99 % of its validation images are, "nearest": its name}. Of a
             checkpoint with a reference (`unihema reference`).
@@ -104,7 +105,7 @@ class SmearResult:
     mask_label: str | None = None
     single_cell: dict[str, Any] | None = None
     framing: dict[str, Any] | None = None
-    answers: list[dict[str, str]] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)
     out_of_distribution: dict[str, Any] | None = None
     tiling: dict[str, Any] | None = None
     um_per_pixel: float | None = None
@@ -378,6 +379,15 @@ def _is_single_cell(value: Any) -> bool:
     return has(label=is_text, score=is_number, **more)(value)
 
 
+def _is_answer(value: Any) -> bool:
+    known = {"question": is_text, "answer": is_text}
+    optional = dict.fromkeys(("source", "text", "disagreement", "note"), is_text)
+    optional |= {"cells": is_list(is_side), "counts": is_mapping(is_number), "single_cell": _is_single_cell}
+    optional |= {"attributes": is_mapping(has(value=is_text, score=is_number))}
+    known |= {name: check for name, check in optional.items() if isinstance(value, dict) and name in value}
+    return has(**known)(value)
+
+
 def _is_tiling(value: Any) -> bool:
     known = {"tiles": is_side, "tile": is_list(is_side, 2), "scale": is_number, "scale_source": is_text}
     # Of a checkpoint that does not say how large its cells are there is no size of a pixel.
@@ -401,7 +411,7 @@ _RESULT = {
     "mask_label": or_none(is_text),
     "single_cell": or_none(_is_single_cell),
     "framing": or_none(has(box=is_list(is_number, 4), nucleus=is_number, colour=is_number)),
-    "answers": is_list(has(question=is_text, answer=is_text)),
+    "answers": is_list(_is_answer),
     "out_of_distribution": or_none(has(distance=is_number, limit=is_number, nearest=is_text)),
     "tiling": or_none(_is_tiling),
     "um_per_pixel": or_none(is_number),

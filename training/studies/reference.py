@@ -149,7 +149,7 @@ def fit_cells(
     max_images: int = _IMAGES_OF_CLASS,
     seed: int = 0,
     progress: bool = True,
-) -> dict[str, CellReference]:
+) -> tuple[dict[str, CellReference], dict[str, dict[str, float]]]:
     """Learns what the cells of a model's data sets are like: what its heads read of those that they name rightly.
 
     Args:
@@ -162,11 +162,12 @@ def fit_cells(
         progress (`bool`): Show a progress bar.
 
     Returns:
-        `dict[str, CellReference]`: Of the heads of detection and of single cells; one that names too few cells is left out.
+        `tuple[dict[str, CellReference], dict[str, dict[str, float]]]`: Of the heads of detection and of single cells; one that
+        names too few cells is left out. And what the scores are worth on the validation cells, see [`odd_cell_figures`].
     """
-    looks: dict[str, Callable[[Any, Any, Row], Iterator[tuple[str, str, np.ndarray]]]]
+    looks: dict[str, Callable[[Any, Any, Row], Iterator[tuple[str, str | None, np.ndarray]]]]
     looks = {"detection": _cells_of_field, "single_cell": _cell_of_crop}
-    found, parents, was_training = {}, model.config.class_parents, model.training
+    found, figures, was_training = {}, {}, model.training
     model.eval()
     try:
         for task, look in looks.items():
@@ -175,21 +176,63 @@ def fit_cells(
             parts = []
             known = model.config.class_names if task == "detection" else model.config.single_cell_names
             for rows in (train, val):
-                names, states = [], [np.zeros(model.config.d_model)]
+                names, right, states = [], [], [np.zeros(model.config.d_model)]
                 drawn = _of_each_class(as_known(rows.get(task, ()), known), max_images, seed)
                 with torch.inference_mode():
                     for row in tqdm(drawn, desc=f"{task}, cells", unit="image", disable=not progress, leave=False):
                         for label, truth, state in look(model, processor, row):
-                            if label in (truth, *ancestors(truth, parents)) or truth in ancestors(label, parents):
-                                names.append(label)
-                                states.append(state)
-                parts.append((names, np.stack(states)[1:]))
-            fitted = CellReference.fit(*parts, head_checksum(model, task))
+                            names.append(label)
+                            right.append(_is_right(label, truth, model.config.class_parents))
+                            states.append(state)
+                parts.append((np.array(names, dtype=str), np.stack(states)[1:], np.array(right, dtype=bool)))
+            (of_train, of_val) = ((names[right], states[right]) for names, states, right in parts)
+            fitted = CellReference.fit(of_train, of_val, head_checksum(model, task))
             if fitted is not None:
-                found[task] = fitted
+                found[task], figures[task] = fitted, odd_cell_figures(fitted, *parts[1])
     finally:
         model.train(was_training)
-    return found
+    return found, figures
+
+
+def odd_cell_figures(
+    known: CellReference, labels: Sequence[str], states: np.ndarray, right: Sequence[bool]
+) -> dict[str, float]:
+    """What odd-cell scores are worth.
+
+    Args:
+        known ([`CellReference`]): Gives the scores.
+        labels (`Sequence[str]`): What cells were called, `[n]`.
+        states (`np.ndarray`): What the head reads of them, `[n, d]`.
+        right (`Sequence[bool]`): Whether they are that, `[n]`.
+
+    Returns:
+        `dict[str, float]`: Of the `cells` that have a score: the share `odd`, of the `wrong_odd` and of the `right_odd` ones;
+        the share `right`, and `right_of_others`, of those that are not odd; and `auc`, how often a wrong one is odder than a
+        right one. What does not exist is NaN.
+    """
+    scores = np.array([np.nan if score is None else score for score in known.scores(states, labels)])
+    has = ~np.isnan(scores)
+    scores, true = scores[has], np.asarray(right, bool)[has]
+    odd, wrong, rest = scores > 1, np.sort(scores[~true]), np.sort(scores[true])
+
+    def share(of: np.ndarray) -> float:
+        return float(of.mean()) if len(of) else float("nan")
+
+    below = np.searchsorted(rest, wrong, "left") + np.searchsorted(rest, wrong, "right")
+    return {
+        "cells": len(scores),
+        "odd": share(odd),
+        "wrong_odd": share(odd[~true]),
+        "right_odd": share(odd[true]),
+        "right": share(true),
+        "right_of_others": share(true[~odd]),
+        "auc": share(below / 2 / max(1, len(rest))),
+    }
+
+
+def _is_right(label: str, truth: str | None, parents: Mapping[str, str]) -> bool:
+    """Whether a cell is of a class, or of a finer or coarser one."""
+    return truth is not None and (label in (truth, *ancestors(truth, parents)) or truth in ancestors(label, parents))
 
 
 def _of_each_class(rows: Iterable[Row], count: int, seed: int) -> list[Row]:
@@ -213,8 +256,9 @@ def _outputs(model: Any, processor: Any, task: str, image: Any) -> Any:
     return model(pixel_values=inputs["pixel_values"].to(model.dtype), pixel_mask=inputs["pixel_mask"], **named)
 
 
-def _cells_of_field(model: Any, processor: Any, row: Row) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Of each cell that is found and is there: what it is called, what it is, and its state in the decoder."""
+def _cells_of_field(model: Any, processor: Any, row: Row) -> Iterator[tuple[str, str | None, np.ndarray]]:
+    """Of each cell that is found: what it is called, what it is, `None` where there is none, and its state in the decoder.
+    Cells of classes that the data set does not annotate are left out."""
     image = load_image(_source(row))
     outputs = _outputs(model, processor, "detection", image)
     (cells,) = find_cells(outputs, model.config, [(image.height, image.width)])
@@ -224,13 +268,17 @@ def _cells_of_field(model: Any, processor: Any, row: Row) -> Iterator[tuple[str,
     true = np.concatenate((true[:, :2], true[:, :2] + true[:, 2:]), 1)
     boxes = np.array([cell["box"] for cell in cells]).reshape(-1, 4)
     crowds = row["objects"].get("iscrowd") or [0] * len(true)
-    for number, other in zip(*match_cells(boxes, true, np.zeros((len(boxes), len(true)))), strict=True):
-        if not crowds[other]:
-            state = outputs.last_hidden_state[0, cells[number]["query"]].float().cpu().numpy()
-            yield cells[number]["label"], row["objects"]["category"][other], state
+    there = dict(zip(*match_cells(boxes, true, np.zeros((len(boxes), len(true)))), strict=True))
+    annotated = row.get("annotated_classes")
+    for number, cell in enumerate(cells):
+        other = there.get(number)
+        asked = {cell["label"], *ancestors(cell["label"], model.config.label_parents or {})}
+        if (annotated is None or asked & {*annotated}) if other is None else not crowds[other]:
+            truth = None if other is None else row["objects"]["category"][other]
+            yield cell["label"], truth, outputs.last_hidden_state[0, cell["query"]].float().cpu().numpy()
 
 
-def _cell_of_crop(model: Any, processor: Any, row: Row) -> Iterator[tuple[str, str, np.ndarray]]:
+def _cell_of_crop(model: Any, processor: Any, row: Row) -> Iterator[tuple[str, str | None, np.ndarray]]:
     """What a crop is called, what it is, and its feature."""
     outputs = _outputs(model, processor, "single_cell", load_image(_source(row)))
     best = most_probable_labels(single_cell_probabilities(outputs.logits.float(), model.config), model.config)
@@ -285,4 +333,4 @@ def _source(row: Row) -> Any:
     return row["image"].opened() if isinstance(row["image"], StoredFile) else row["image"]
 
 
-__all__ = ["fit_cells", "fit_reference", "record_crop_frame", "with_cells"]
+__all__ = ["fit_cells", "fit_reference", "odd_cell_figures", "record_crop_frame", "with_cells"]
