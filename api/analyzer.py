@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from unihema.report.smear_report import SmearReport
     from unihema.result_folder import BatchReport
     from unihema.result_shards import Shard
+    from unihema.results.odd_cells import CellReference
     from unihema.results.out_of_distribution import ModelReference
 
 
@@ -335,23 +336,22 @@ class Analyzer:
             result ([`SmearResult`]): Of what [`Analyzer.asked_of`] says of these questions.
             questions (`Sequence[str]`): The questions.
         """
+        texts = {entry["question"]: entry.get("text", entry["answer"]) for entry in result.answers}
+        return self._checked_answers(result, [(question, texts.get(question)) for question in questions])
+
+    def _checked_answers(self, result: SmearResult, texts: "Sequence[tuple[str, str | None]]") -> "list[Answer]":
+        """Answers with the cells of a result that support them.
+
+        Args:
+            result ([`SmearResult`]): Its cells are all that its image shows.
+            texts (`Sequence[tuple[str, str | None]]`): Questions, and what the text decoder says to each.
+        """
         from unihema.processing_unihema.questions import answer_from_cells
 
-        texts = {entry["question"]: entry["answer"] for entry in result.answers}
         cells = [cell.to_dict() for cell in result.cells]
-        return [
-            answer_from_cells(
-                question,
-                texts.get(question),
-                cells,
-                result.classes,
-                result.class_parents,
-                result.single_cell,
-                (result.width, result.height),
-                self.model.config.morphology,
-            )
-            for question in questions
-        ]
+        of_image = result.classes, result.class_parents, result.single_cell, (result.width, result.height)
+        morphology = self.model.config.morphology
+        return [answer_from_cells(question, text, cells, *of_image, morphology) for question, text in texts]
 
     def analyze_images(
         self,
@@ -630,10 +630,21 @@ class Analyzer:
                 set_probabilities(result, self._calibration(request))
                 if request.second_look:
                     self._look_again(request, source, result)
+                if "detection" in request.tasks and request.prompt is None and request.white_cells is None:
+                    self._support_answers(result)
                 for text in result.warnings:
                     if CROWDED in text:
                         warnings.warn(f"{result.image or 'image'}: {text}", QueryCapWarning, stacklevel=4)
         return results
+
+    def _support_answers(self, result: SmearResult) -> None:
+        """Adds to the answers of a result what supports them; of its cells their numbers."""
+        texts = [(entry["question"], entry["answer"]) for entry in result.answers]
+        result.answers = [
+            {"question": told.question, "answer": told.answer, **told.support()}
+            | ({"cells": [cell["id"] for cell in told.cells]} if told.cells else {})
+            for told in self._checked_answers(result, texts)
+        ]
 
     def _calibration(self, request: Request) -> Mapping[str, Mapping[str, Any]]:
         """What scores mean. Of a single cell it was fitted to answers among all classes, framed as the checkpoint frames."""
@@ -771,18 +782,29 @@ class Analyzer:
                 result.warnings.append(
                     f"The prompt names {name!r}, which is no class of this checkpoint, so all classes are answered.{hint}"
                 )
-        outputs = seen.outputs("detection")
+        outputs, odd = seen.outputs("detection"), self._cells_known("detection", request)
         sizes = [(result.height, result.width) for result in results]
         found = find_cells(outputs, config, sizes, prompt=request.prompt, threshold=request.threshold)
         asked = asked_classes(config, request.prompt)
         thresholds = config.class_thresholds(request.threshold)
-        for result, cells, logits in zip(results, found, outputs.logits, strict=True):
+        for number, (result, cells, logits) in enumerate(zip(results, found, outputs.logits, strict=True)):
             result.classes = [name for i, name in enumerate(config.class_names) if asked is None or asked[i]]
             result.cells = [
-                Cell(number, cell["box"], cell["label"], cell["score"], cell["attributes"], cell["mask"])
-                for number, cell in enumerate(cells, 1)
+                Cell(place, cell["box"], cell["label"], cell["score"], cell["attributes"], cell["mask"])
+                for place, cell in enumerate(cells, 1)
             ]
+            if odd is not None:
+                states = outputs.last_hidden_state[number, [cell["query"] for cell in cells]].float().cpu().numpy()
+                scores = odd.scores(states, [cell.label for cell in result.cells])
+                for cell, score in zip(result.cells, scores, strict=True):
+                    cell.odd = score
             _note_if_crowded(logits, thresholds, result)
+
+    def _cells_known(self, head: str, request: Request) -> "CellReference | None":
+        """What the cells are like that a head was trained on. A prompt of one's own changes what the decoder makes of them."""
+        if self.reference is None or request.prompt is not None or self._adapters() != self._reference_adapters:
+            return None
+        return self.reference.cells.get(head)
 
     def _segment(self, request: Request, seen: "_SeenImages", results: list[SmearResult]) -> None:
         masks = self._masks("segmentation", seen)
@@ -820,7 +842,8 @@ class Analyzer:
         from unihema.processing_unihema.post_processing import most_probable_labels, single_cell_probabilities
 
         config, labels = self.model.config, request.labels
-        logits = seen.outputs("single_cell").logits.float()
+        outputs, odd = seen.outputs("single_cell"), self._cells_known("single_cell", request)
+        logits = outputs.logits.float()
         if request.framing == "auto" and config.trained.crop_frame is not None:
             logits, frames = self._in_frame(request, seen, logits)
             for result, image, told in zip(results, seen.images, frames, strict=True):
@@ -833,6 +856,12 @@ class Analyzer:
         names = config.single_cell_labels if labels is None else labels
         for result, row, label in zip(results, probabilities, best.tolist(), strict=True):
             result.single_cell = {"label": names[label], "score": float(row[label])}
+        if odd is not None:
+            # Of the crop as it was cut: so were those of the training.
+            called = [result.single_cell["label"] for result in results]
+            for result, score in zip(results, odd.scores(outputs.features.float().cpu().numpy(), called), strict=True):
+                if score is not None:
+                    result.single_cell["odd"] = score
 
     def _in_frame(
         self, request: Request, seen: "_SeenImages", logits: "torch.Tensor"

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ANSWER_COLUMNS = ["image", "question", "answer", "source", "cells", "text", "disagreement", "note"]
 COUNT_COLUMNS = ["image", "label", "count", "percent_of_white_cells", "differential", "warnings"]
 # Images are held back until a batch of one size is full: so many batches of them at most.
 HELD_BATCHES = 4
@@ -547,8 +548,8 @@ class ResultFolder:
         write_text(self._record(name), _with_cells({"record_sha256": digest, **record}, cells(), ensure_ascii=False))
 
     def write_tables(self, attributes: Sequence[str], report: BatchReport, groups: Sequence[bool]) -> None:
-        """Writes `cells.csv`, `counts.csv`, `results.json`, and `label_studio.xml` with that format, from the records, and
-        completes the report."""
+        """Writes `cells.csv`, `counts.csv` and `results.json` from the records, where there were questions `answers.csv`, with
+        the format of Label Studio `label_studio.xml`, and completes the report."""
         failed = {str(real_path(item)) for item in report.failed}
         totals: dict[str, int] = {}
         current = []
@@ -566,6 +567,8 @@ class ResultFolder:
             self.folder / "counts.csv",
             csv_lines(COUNT_COLUMNS, self._counts(current)),
         )
+        if self.settings.get("questions"):
+            write_text(self.folder / "answers.csv", csv_lines(ANSWER_COLUMNS, self._answers(current)))
         write_text(self.folder / "results.json", self._json(current, report))
         if "label_studio" in self.settings["formats"]:
             write_text(self.folder / "label_studio.xml", label_studio_config(totals))
@@ -633,6 +636,12 @@ class ResultFolder:
             for cell in map(Cell.from_dict, values["cells"]):
                 result.cells.append(of_class.setdefault(cell.label, cell))
             yield from (list(row.values()) for row in count_rows(result))
+
+    def _answers(self, paths: Sequence[Path]) -> Iterator[list[Any]]:
+        for values in self._results(paths):
+            for entry in values["answers"]:
+                row = {**entry, "image": values["image"], "cells": " ".join(map(str, entry.get("cells", ()))) or None}
+                yield [row.get(name) for name in ANSWER_COLUMNS]
 
     def _json(self, paths: Sequence[Path], report: BatchReport) -> Iterator[str]:
         head = {"unihema": __version__, "settings": self.settings, "totals": report.totals, "failed": report.failed}

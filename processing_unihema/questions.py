@@ -56,8 +56,8 @@ class Answer:
         question (`str`): The question.
         answer (`str`): The answer.
         source (`str`): `cells`: counted among the cells that were found; `text`: written by the text decoder.
-        cells (`list[dict]`): The cells that it is about: `label`, `score`, `box` in pixels, and where there are any
-            `probability` and `attributes`.
+        cells (`list[dict]`): The cells that it is about: `label`, `score`, `box` in pixels, and where there are any `id`,
+            `probability`, `odd` and `attributes`.
         counts (`dict[str, int]`): How many cells of each class these are.
         attributes (`dict[str, dict]`): Attributes that a question of one cell names -> `{"value", "score"}` of that cell.
         single_cell (`dict`, *optional*): `label` and `score` of the classifier of single cells, where the picture shows one.
@@ -238,7 +238,7 @@ def _counted(
 
 
 def _shown(cell: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("id", "label", "score", "probability", "box", "attributes")
+    names = ("id", "label", "score", "probability", "odd", "box", "attributes")
     return {name: cell[name] for name in names if cell.get(name) not in (None, {})}
 
 

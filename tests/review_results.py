@@ -29,13 +29,20 @@ def cells_of(labels: Sequence[str], width: int = 200, side: int = 20) -> list[Ce
     return found
 
 
-def write_results(folder: Path, images: Mapping[str, Any], size: tuple[int, int] = (200, 160), **more: Any) -> Path:
+def write_results(
+    folder: Path,
+    images: Mapping[str, Any],
+    size: tuple[int, int] = (200, 160),
+    odd: Mapping[int, float] | None = None,
+    **more: Any,
+) -> Path:
     """Writes images beside a results folder, and the folder.
 
     Args:
         folder (`Path`): The results folder.
         images (`Mapping[str, Any]`): Name of each image's file -> its labels, or the label of its only cell.
         size (`tuple[int, int]`): Width and height of each.
+        odd (`Mapping[int, float]`, *optional*): Number of a cell -> its odd-cell score.
         **more: Fields of every result.
 
     Returns:
@@ -56,6 +63,8 @@ def write_results(folder: Path, images: Mapping[str, Any], size: tuple[int, int]
         if alone:
             values.setdefault("single_cell", {"label": labels, "score": 0.7})
         result = SmearResult(*size, [] if alone else cells_of(labels, size[0]), **values)
+        for cell in result.cells:
+            cell.odd = (odd or {}).get(cell.id)
         results.write(results.names([path])[path], path, image_sha256(path), result, Image.open(path).convert("RGB"))
     results.write_tables([], BatchReport(), (False, False))
     return folder

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,7 @@ def _under_corruptions(
     is_flag=True,
     help="Record also how crops of nucleated cells are framed and coloured (config.json): others are then seen likewise.",
 )
+@click.option("--cells", is_flag=True, help="Record only what cells are like, into the reference that is there.")
 @device_option
 @set_option
 def reference(
@@ -302,20 +304,21 @@ def reference(
     tasks: tuple[str, ...],
     max_images: int,
     crops: bool,
+    cells: bool,
     device: str,
     settings: Mapping[str, Any],
 ) -> None:
-    """Record what training images are like.
+    """Record what training images and their cells are like.
 
-    From then on results warn of images unlike them. CHECKPOINT is a folder or an adapter, into which the reference is written.
-    DATA are the data folders it was trained on: their train split says what images are like, their val split how much they
-    vary.
+    From then on results warn of images unlike them, and say how odd each cell is. CHECKPOINT is a folder or an adapter, into
+    which the reference is written. DATA are the data folders it was trained on: their train split says what images are like,
+    their val split how much they vary.
     """
     from unihema.checkpoint_files import is_adapter, is_onnx
     from unihema.loading import load_model, require_tasks
     from unihema.modeling_unihema.tasks import IMAGE_TASKS
     from unihema.training.run.build import load_rows
-    from unihema.training.studies.reference import fit_reference, record_crop_frame
+    from unihema.training.studies.reference import fit_cells, fit_reference, record_crop_frame, with_cells
 
     if is_onnx(checkpoint):
         raise click.UsageError(f"{checkpoint}: an ONNX file has no place for a reference; name a checkpoint folder.")
@@ -328,10 +331,22 @@ def reference(
     require_tasks(model, tasks)
     config = data_of(data, _tasks_of(model, tasks, images_alone=True), settings, "reference")
     rows = [load_rows(config, split) for split in (config.train_split, config.val_split)]
-    found = fit_reference(model, processor, *rows, max_images=max_images)
-    for name, of_task in found.tasks.items():
-        limits = ", ".join(f"{group} {limit:.2f}" for group, limit in zip(of_task.groups, of_task.limits))
-        click.echo(f"{name}: 99 % of validation images are closer than {limits}")
+    of_cells, figures = fit_cells(model, processor, *rows)
+    if cells:
+        found = with_cells(checkpoint, model, of_cells)
+    else:
+        found = replace(fit_reference(model, processor, *rows, max_images=max_images), cells=of_cells)
+        for name, of_task in found.tasks.items():
+            limits = ", ".join(f"{group} {limit:.2f}" for group, limit in zip(of_task.groups, of_task.limits))
+            click.echo(f"{name}: 99 % of validation images are closer than {limits}")
+    for name, of_head in of_cells.items():
+        limits = ", ".join(f"{label} {limit:.2f}" for label, limit in zip(of_head.classes, of_head.limits))
+        told = figures[name]
+        click.echo(
+            f"{name}: 95 % of cells are closer to their class than {limits}\n"
+            f"{name}: of {told['cells']} validation cells {told['odd']:.1%} are odd, of the wrong ones {told['wrong_odd']:.1%} "
+            f"(AUC {told['auc']:.3f}); {told['right']:.1%} are right, of those that are not odd {told['right_of_others']:.1%}"
+        )
     click.echo(f"Written to {found.save(checkpoint)}.")
     if crops:
         frame = record_crop_frame(checkpoint, rows[0].get("single_cell", ()), max_images)

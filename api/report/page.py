@@ -15,6 +15,7 @@ from unihema.processing_unihema.class_names import (
     usual_name,
 )
 from unihema.results.calibration import certainty
+from unihema.results.odd_cells import is_odd
 
 from .pictures import field_picture, thumbnails
 
@@ -108,7 +109,7 @@ class _Plot:
 
 
 def _gallery(report: "SmearReport") -> Iterator[dict[str, Any]]:
-    """Classes with the pictures of their least certain cells, in the order of the differential."""
+    """Classes with the pictures of their odd and least certain cells, in the order of the differential."""
     order = [row["name"] for row in report.figures["white_cells"]["rows"]]
     of_class: dict[str, list[tuple[ReportedImage, Any]]] = {}
     for image, cell in report.doubtful():
@@ -133,7 +134,13 @@ def _gallery(report: "SmearReport") -> Iterator[dict[str, Any]]:
             "count": len(cells),
             "more": len(cells) - len(shown),
             "cells": [
-                {"picture": picture, "score": certainty(cell), "id": cell.id, "image": image.name}
+                {
+                    "picture": picture,
+                    "score": certainty(cell),
+                    "odd": is_odd(cell),
+                    "id": cell.id,
+                    "image": image.name,
+                }
                 for (image, cell), picture in zip(shown, pictures, strict=True)
             ],
         }

@@ -16,6 +16,7 @@ from unihema.result_folder import StoredResult
 from unihema.results.calibration import certainty, is_typed_white_cell
 from unihema.results.cell import Cell
 from unihema.results.monolayer import outside_monolayer
+from unihema.results.odd_cells import is_odd
 from unihema.results.smear_result import POOR_QUALITY, SmearResult
 from unihema.results.tiles import ESTIMATED
 from unihema.version import __version__
@@ -71,7 +72,8 @@ class ReportedImage:
             return self.result.cells
         box = (0.0, 0.0, float(self.result.width), float(self.result.height))
         told = self.result.single_cell
-        return [Cell(1, box, told["label"], told["score"], probability=told.get("probability"))]
+        more = {name: told.get(name) for name in ("probability", "odd")}
+        return [Cell(1, box, told["label"], told["score"], **more)]
 
     def relabelled(self, labels: Mapping[int, str]) -> "ReportedImage":
         """The same with other classes of some cells.
@@ -292,12 +294,12 @@ class SmearReport:
         return write_reports([self], folder)[0]
 
     def doubtful(self) -> Iterator[tuple[ReportedImage, Cell]]:
-        """All cells, the least certain first: those that a person should look at next. Plain red cells and platelets, of which a
-        report says little, come after all others."""
+        """All cells, those that a person should look at next first: the odd ones, then the least certain. Plain red cells and
+        platelets, of which a report says little, come after all others."""
         kinds = {label: kind for image in self.images for label, kind in image.kinds.items()}
         plain = {label: kind == PLATELET or usual_name(label) == "rbc" for label, kind in kinds.items()}
         cells = [(image, cell) for image in self.images for cell in image.cells]
-        return iter(sorted(cells, key=lambda each: (plain[each[1].label], certainty(each[1]))))
+        return iter(sorted(cells, key=lambda each: (plain[each[1].label], not is_odd(each[1]), certainty(each[1]))))
 
 
 def _with_certain_types(images: Sequence[ReportedImage]) -> tuple[list[ReportedImage], list[str]]:

@@ -33,6 +33,8 @@ class Cell:
             `cytoplasm_area` in pixels of the image.
         probability (`float`, *optional*): How probable it is that the cell is of its class, of a checkpoint whose scores were
             calibrated on validation data.
+        odd (`float`, *optional*): How far it is from the training cells of the class that its head gave it; above 1 are cells
+            further away than 95 % of those, see [`CellReference`]. Of a checkpoint with a reference (`unihema reference`).
         second_look (`dict`, *optional*): {"label", "score"} of the cell's crop alone, and "detection", the label that detection
             gave it; `label` is of both together.
 
@@ -48,6 +50,7 @@ class Cell:
     mask: np.ndarray | None = None
     nucleus: dict[str, float] | None = None
     probability: float | None = None
+    odd: float | None = None
     second_look: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -111,6 +114,8 @@ class Cell:
             out["nucleus"] = self.nucleus
         if self.probability is not None:
             out["probability"] = self.probability
+        if self.odd is not None:
+            out["odd"] = self.odd
         return out
 
     @classmethod
@@ -186,7 +191,7 @@ def checked(values: Any, checks: Mapping[str, Callable[[Any], bool]], what: str)
         "tiling",
         "changes",
     }
-    optional |= {"um_per_pixel", "um_source", "monolayer", "framing", "second_look"}
+    optional |= {"um_per_pixel", "um_source", "monolayer", "framing", "second_look", "odd"}
     for name in (*values, *(name for name in checks if name not in values and name not in optional)):
         if name not in checks or name not in values or not checks[name](values[name]):
             shown = shortened(repr(values.get(name, "missing")), 60)
@@ -202,6 +207,7 @@ _CELL = {
     "attributes": is_mapping(has(value=is_text, score=is_number)),
     "mask": or_none(is_mask),
     "probability": or_none(lambda value: is_number(value) and 0 <= value <= 1),
+    "odd": or_none(lambda value: is_number(value) and value >= 0),
     "nucleus": or_none(has(nucleus_area=is_number, cytoplasm_area=is_number)),
     "second_look": or_none(has(label=is_text, score=is_number, detection=is_text)),
 }

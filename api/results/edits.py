@@ -110,14 +110,17 @@ def with_cells(result: "SmearResult", found: Sequence[Found]) -> "SmearResult":
             changes.append(_change(following, "added", None, label))
             following += 1
             continue
-        cell = Cell(
-            original.id,
-            box,
-            original.label if each.label is None else each.label,
-            original.score if each.score is None else each.score,
-            original.attributes if each.attributes is None else each.attributes,
-            mask,
+        cell = replace(
+            original,
+            box=box,
+            label=original.label if each.label is None else each.label,
+            score=original.score if each.score is None else each.score,
+            attributes=original.attributes if each.attributes is None else each.attributes,
+            mask=mask,
         )
+        if cell.label != original.label:
+            # These were of the class before.
+            cell.probability = cell.odd = None
         kept[cell.id] = cell
         changes += _differences(original, cell)
     for number, cell in own.items():

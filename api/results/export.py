@@ -37,6 +37,7 @@ CELL_COLUMNS = [
     "label",
     "score",
     "probability",
+    "odd",
     "x_min",
     "y_min",
     "x_max",
@@ -113,6 +114,7 @@ def cell_row(
                 cell.label,
                 round(cell.score, 4),
                 cell.probability,
+                cell.odd,
                 *(round(value, 2) for value in (*cell.box, *cell.center, x_max - x_min, y_max - y_min)),
                 *(None if um is None else round(side * um, 2) for side in (x_max - x_min, y_max - y_min)),
             ],
@@ -394,7 +396,7 @@ def label_studio(result: "SmearResult", image: str | None = None) -> list[dict[s
                 "value": value | {kind: [cell.label]},
             }
         )
-    prediction = {"model_version": "UniHema", "result": regions}
+    prediction: dict[str, Any] = {"model_version": "UniHema", "result": regions}
     if regions:
         prediction["score"] = float(np.mean([cell.score for cell in result.cells]))
     place = image or LOCAL_FILES + quote((result.image or "image").replace("\\", "/"), errors="replace")

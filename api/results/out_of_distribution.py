@@ -3,17 +3,15 @@
 What is compared are the backbone's features, averaged over the image, and how sharp and bright the image is. Both are taken
 while the model computes its answer anyway, so they cost an average and no forward pass.
 
-The score is a Mahalanobis distance (Lee et al., A Simple Unified Framework for Detecting Out-of-Distribution Samples and
-Adversarial Attacks, arXiv 1807.03888, section 2.1), with data sets as the groups. The covariance is shrunk as Ledoit and Wolf
-do (A well-conditioned estimator for large-dimensional covariance matrices, 2004), for there may be fewer images than features.
-It is stored by its largest directions and one variance for all others.
+The score is a Mahalanobis distance with data sets as the groups, see [`TiedGaussians`]. Beside it the file has what cells are
+like, see [`CellReference`].
 """
 
 import hashlib
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +22,16 @@ from unihema.checkpoint_files import REFERENCE_FILE
 from unihema.errors import CheckpointError, InputError
 from unihema.files import shortened, write_atomically
 from unihema.modeling_unihema.outputs import UniHemaImageFeatures
+from unihema.modeling_unihema.tasks import TASK_TABLE
+from unihema.results.odd_cells import CellReference
 from unihema.results.smear_result import OTHER_SIZE, POOR_QUALITY, SmearResult
+from unihema.results.tied_gaussians import TiedGaussians
 
 
 # Variance of the Laplacian as part of the variance of the grey values; mean grey value, 0..255; share of burnt-out pixels.
 QUALITIES = ("sharpness", "brightness", "white")
 # From this grey value on (of 255) a pixel counts as burnt out.
 _WHITE = 250
-# Directions of the covariance that are kept.
-_RANK = 64
-# Of a channel, as part of the root mean square of all channels' spreads.
-_LEAST_SPREAD = 0.1
 # Share of the images of a data set that are below its limit, and inside its ranges.
 QUANTILE = 0.99
 # How far outside its range a value must be: the range is that of the images at hand, and others vary a little more.
@@ -47,7 +44,7 @@ _FEWEST_CELLS = 3
 _FORMAT = "unihema-reference-1"
 _ABOUT = "about"
 _ARRAYS = ("means", "scale", "vectors", "variances")
-_STORED = (*_ARRAYS, "rest", "limits", "quality")
+_STORED = (*_ARRAYS, "rest", "limits")
 
 
 def image_quality(
@@ -77,69 +74,6 @@ def image_quality(
         sharpness = laplacian.var() / centre.var().clamp(min=1)
         found.append(torch.stack((sharpness, grey.mean(), (grey >= _WHITE).float().mean())))
     return torch.stack(found)
-
-
-@dataclass(frozen=True)
-class TiedGaussians:
-    """Gaussians of groups (data sets), with one mean a group and one covariance for all.
-
-    Args:
-        means (`np.ndarray`): `[groups, D]`.
-        scale (`np.ndarray`): `[D]`, by which a difference to a mean is divided first.
-        vectors (`np.ndarray`): `[D, rank]`, directions of the largest variances of such differences.
-        variances (`np.ndarray`): `[rank]`.
-        rest (`float`): Variance in every other direction.
-    """
-
-    means: np.ndarray
-    scale: np.ndarray
-    vectors: np.ndarray
-    variances: np.ndarray
-    rest: float
-
-    @classmethod
-    def fit(cls, features: np.ndarray, groups: np.ndarray, rank: int = _RANK) -> "TiedGaussians":
-        """
-        Args:
-            features (`np.ndarray`): `[n, D]`.
-            groups (`np.ndarray`): `[n]`, the number of each one's group, from 0 without gaps.
-            rank (`int`): Directions to keep.
-
-        Raises:
-            ValueError: Fewer than two features in every group: no spread to learn.
-        """
-        features, groups = np.asarray(features, float), np.asarray(groups, int)
-        count = int(groups.max(initial=-1)) + 1
-        if len(features) <= count:
-            raise InputError(f"{len(features)} images in {count} groups say nothing about spread; give more images.")
-        means = np.stack([features[groups == group].mean(0) for group in range(count)])
-        differences = features - means[groups]
-        spread = differences.std(0)
-        # A channel that was silent on every image would make the least sound of another one infinitely far.
-        scale = np.maximum(spread, _LEAST_SPREAD * np.sqrt((spread**2).mean())) + 1e-6
-        differences /= scale
-        values, vectors = np.linalg.eigh(_shrunk_covariance(differences))
-        values, vectors = values[::-1], vectors[:, ::-1]
-        kept = min(rank, len(values) - 1)
-        return cls(means, scale, vectors[:, :kept], values[:kept], float(values[kept:].mean()))
-
-    def distances(self, features: np.ndarray) -> np.ndarray:
-        """Mahalanobis distance to each group, over the root of D so that it is near 1 inside a group: `[n, groups]`."""
-        differences = (np.asarray(features, float)[:, None] - self.means) / self.scale
-        along = differences @ self.vectors
-        beside = np.maximum((differences**2).sum(-1) - (along**2).sum(-1), 0)
-        return np.sqrt(((along**2 / self.variances).sum(-1) + beside / self.rest) / len(self.scale))
-
-
-def _shrunk_covariance(centred: np.ndarray) -> np.ndarray:
-    """Covariance of centred rows `[n, D]`, drawn towards a multiple of the identity (Ledoit and Wolf 2004, section 3.3)."""
-    number, size = centred.shape
-    sample = centred.T @ centred / number
-    level = np.trace(sample) / size
-    spread = ((sample - level * np.eye(size)) ** 2).sum()
-    error = ((centred**2).sum(1) ** 2).sum() / number**2 - (sample**2).sum() / number
-    weight = min(max(error, 0.0) / spread, 1.0) if spread > 0 else 1.0
-    return (1 - weight) * sample + (weight * level + 1e-6) * np.eye(size)
 
 
 class ReferenceWarning(UserWarning):
@@ -173,10 +107,12 @@ class ModelReference:
     Args:
         tasks (`dict[str, TaskReference]`): For each task of images.
         backbone (`str`): Of the weights it belongs to, see `backbone_checksum`.
+        cells (`dict[str, CellReference]`): What cells are like, for each head that names them.
     """
 
     tasks: dict[str, TaskReference]
     backbone: str
+    cells: dict[str, CellReference] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> Path:
         """Writes `reference_features.safetensors` into a checkpoint folder, whole or not at all."""
@@ -185,11 +121,12 @@ class ModelReference:
         arrays: dict[str, np.ndarray] = {}
         told = {}
         for task, of_task in self.tasks.items():
-            parts = {name: getattr(of_task.gaussians, name) for name in _ARRAYS}
-            parts |= {"rest": np.array([of_task.gaussians.rest]), "limits": of_task.limits, "quality": of_task.quality}
-            arrays |= {f"{task}.{name}": np.ascontiguousarray(part, np.float32) for name, part in parts.items()}
+            arrays |= _arrays(task, of_task) | {f"{task}.quality": np.ascontiguousarray(of_task.quality, np.float32)}
             told[task] = {"groups": of_task.groups, "cell_sizes": of_task.cell_sizes}
-        about = {"format": _FORMAT, "backbone": self.backbone, "tasks": told}
+        about: dict[str, Any] = {"format": _FORMAT, "backbone": self.backbone, "tasks": told}
+        for head, of_head in self.cells.items():
+            arrays |= _arrays(f"cells.{head}", of_head)
+            about.setdefault("cells", {})[head] = {"classes": of_head.classes, "head": of_head.head}
         # One entry, as the library writes several in any order: a file that is the same each time can be compared.
         content = save(arrays, {_ABOUT: json.dumps(about, ensure_ascii=False)})
         path = Path(folder) / REFERENCE_FILE
@@ -199,7 +136,23 @@ class ModelReference:
     def save_with(self, model: Any, folder: str | Path) -> None:
         """Writes it beside a model's weights, if they are still those it was made with."""
         if self.backbone == backbone_checksum(model):
-            self.save(folder)
+            self.with_heads_of(model).save(folder)
+
+    def with_heads_of(self, model: Any, unsure: bool = False) -> "ModelReference":
+        """The same without the cells of heads that a model has not, or has with other weights.
+
+        Args:
+            model (`UniHemaPreTrainedModel`): The model.
+            unsure (`bool`): Its weights have lost what the checksum is made of.
+        """
+        fitting = {
+            head: of
+            for head, of in self.cells.items()
+            if hasattr(model, TASK_TABLE[head].head[0])
+            and (unsure or of.head == head_checksum(model, head))
+            and of.gaussians.means.shape[1] == model.config.d_model
+        }
+        return replace(self, cells=fitting)
 
     @classmethod
     def of_model(cls, model: Any, folder: str | Path) -> "ModelReference | None":
@@ -220,7 +173,8 @@ class ModelReference:
         except ValueError as error:
             raise CheckpointError(str(error)) from error
         # In bfloat16 the weights have lost what the checksum is made of.
-        if str(model.dtype) in ("torch.float32", "torch.float16") and reference.backbone != backbone_checksum(model):
+        unsure = str(model.dtype) not in ("torch.float32", "torch.float16")
+        if not unsure and reference.backbone != backbone_checksum(model):
             warnings.warn(
                 f"{path} was made with other weights, so images are not compared with it. Write it anew with "
                 "`unihema reference`.",
@@ -228,7 +182,7 @@ class ModelReference:
                 stacklevel=3,
             )
             return None
-        return reference
+        return reference.with_heads_of(model, unsure)
 
     @classmethod
     def load(cls, folder: str | Path) -> "ModelReference":
@@ -246,19 +200,46 @@ class ModelReference:
                 if about.get("format") != _FORMAT:
                     raise InputError(f"format {about.get('format')!r}, not {_FORMAT!r}")
                 tasks = {
-                    task: _task_reference(told, {name: file.get_tensor(f"{task}.{name}") for name in _STORED})
+                    task: _task_reference(
+                        told, {name: file.get_tensor(f"{task}.{name}") for name in (*_STORED, "quality")}
+                    )
                     for task, told in about["tasks"].items()
                 }
-            return cls(tasks, about["backbone"])
+                # Older ones have none.
+                cells = {
+                    head: _cell_reference(told, {name: file.get_tensor(f"cells.{head}.{name}") for name in _STORED})
+                    for head, told in about.get("cells", {}).items()
+                }
+            return cls(tasks, about["backbone"], cells)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}: cannot be read ({shortened(error)}). Delete it, or write it anew with `unihema reference`."
             ) from error
 
 
+def _arrays(name: str, part: TaskReference | CellReference) -> dict[str, np.ndarray]:
+    arrays = {key: getattr(part.gaussians, key) for key in _ARRAYS}
+    arrays |= {"rest": np.array([part.gaussians.rest]), "limits": part.limits}
+    return {f"{name}.{key}": np.ascontiguousarray(array, np.float32) for key, array in arrays.items()}
+
+
+def _gaussians(stored: dict[str, np.ndarray]) -> TiedGaussians:
+    return TiedGaussians(**{name: stored[name].astype(float) for name in _ARRAYS}, rest=float(stored["rest"][0]))
+
+
+def _cell_reference(told: dict[str, Any], stored: dict[str, np.ndarray]) -> CellReference:
+    gaussians, limits, classes = _gaussians(stored), stored["limits"].astype(float), tuple(told["classes"])
+    rank, width = len(gaussians.variances), len(gaussians.scale)
+    shapes = [part.shape for part in (gaussians.means, gaussians.scale, gaussians.vectors, gaussians.variances, limits)]
+    if shapes != [(len(classes), width), (width,), (width, rank), (rank,), (len(classes),)]:
+        raise InputError(f"what cells of {len(classes)} classes are like has the shapes {shapes}")
+    if not all(isinstance(name, str) for name in classes) or not (limits > 0).all():
+        raise InputError("what cells are like has limits, or names of classes, that are none")
+    return CellReference(classes, gaussians, limits, told["head"])
+
+
 def _task_reference(told: dict[str, Any], stored: dict[str, np.ndarray]) -> TaskReference:
-    arrays = {name: stored[name].astype(float) for name in _ARRAYS}
-    gaussians = TiedGaussians(**arrays, rest=float(stored["rest"][0]))
+    gaussians = _gaussians(stored)
     sizes = {name: (float(low), float(high)) for name, (low, high) in told["cell_sizes"].items()}
     limits, quality = stored["limits"].astype(float), stored["quality"].astype(float)
     if quality.shape != (len(told["groups"]), len(QUALITIES), 2):
@@ -268,8 +249,17 @@ def _task_reference(told: dict[str, Any], stored: dict[str, np.ndarray]) -> Task
 
 def backbone_checksum(model: Any) -> str:
     """SHA-256 of the backbone's weights as float16, so that storing a checkpoint in half precision does not change it."""
+    return _checksum(model.model.visual_backbone.backbone)
+
+
+def head_checksum(model: Any, task: str) -> str:
+    """The same of the head of a task."""
+    return _checksum(getattr(model, TASK_TABLE[task].head[0]))
+
+
+def _checksum(part: torch.nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, tensor in model.model.visual_backbone.backbone.state_dict().items():
+    for name, tensor in part.state_dict().items():
         digest.update(name.encode())
         if tensor.is_floating_point():
             digest.update(tensor.detach().half().cpu().numpy().tobytes())
@@ -395,6 +385,7 @@ __all__ = [
     "TiedGaussians",
     "backbone_checksum",
     "compare_images",
+    "head_checksum",
     "image_scores",
     "set_out_of_distribution",
 ]

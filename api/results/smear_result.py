@@ -1,7 +1,7 @@
 """What an analysis of one image found: cells, counts, mask, answers, and how it was made."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,12 +80,13 @@ class SmearResult:
         mask (`np.ndarray`, *optional*): uint8 [h, w] over the whole image, 1 on what `mask_label` names. Smaller than
             the image where that was reduced on opening.
         mask_label (`str`, *optional*): What the mask shows.
-        single_cell (`dict`, *optional*): {"label", "score"} of an image that shows one cell, with the calibrated "probability"
-            where there is one.
+        single_cell (`dict`, *optional*): {"label", "score"} of an image that shows one cell, with "probability" and "odd" where
+            there are any, see [`Cell`].
         framing (`dict`, *optional*): How the crop of a nucleated cell was seen, beside as it was cut: `box` of the frame in
             pixels of the image (beyond it its last pixels are repeated), `nucleus` (side of its box, as a part of the crop's),
             and `colour` (how much of the way to the colours of the training both views were taken). `None`: as it is.
-        answers (`list[dict]`): {"question", "answer"} for each question asked.
+        answers (`list[dict]`): {"question", "answer"} for each question asked; where all cells were looked for, too, with what
+            supports the answer as in [`Answer`], `cells` being their numbers.
         out_of_distribution (`dict`, *optional*): How far the image is from those the model was trained on: {"distance" to the
             most similar data set, "limit" below which 99 % of its validation images are, "nearest": its name}. Of a
             checkpoint with a reference (`unihema reference`).
@@ -114,7 +115,7 @@ class SmearResult:
     mask_label: str | None = None
     single_cell: dict[str, Any] | None = None
     framing: dict[str, Any] | None = None
-    answers: list[dict[str, str]] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)
     out_of_distribution: dict[str, Any] | None = None
     tiling: dict[str, Any] | None = None
     um_per_pixel: float | None = None
@@ -387,8 +388,17 @@ class SmearResult:
 
 
 def _is_single_cell(value: Any) -> bool:
-    more = {"probability": is_number} if isinstance(value, dict) and "probability" in value else {}
+    more = {name: is_number for name in ("probability", "odd") if isinstance(value, dict) and name in value}
     return has(label=is_text, score=is_number, **more)(value)
+
+
+def _is_answer(value: Any) -> bool:
+    known: dict[str, Callable[[Any], bool]] = {"question": is_text, "answer": is_text}
+    optional: dict[str, Callable[[Any], bool]] = dict.fromkeys(("source", "text", "disagreement", "note"), is_text)
+    optional |= {"cells": is_list(is_side), "counts": is_mapping(is_number), "single_cell": _is_single_cell}
+    optional |= {"attributes": is_mapping(has(value=is_text, score=is_number))}
+    known |= {name: check for name, check in optional.items() if isinstance(value, dict) and name in value}
+    return has(**known)(value)
 
 
 def _is_tiling(value: Any) -> bool:
@@ -414,7 +424,7 @@ _RESULT = {
     "mask_label": or_none(is_text),
     "single_cell": or_none(_is_single_cell),
     "framing": or_none(has(box=is_list(is_number, 4), nucleus=is_number, colour=is_number)),
-    "answers": is_list(has(question=is_text, answer=is_text)),
+    "answers": is_list(_is_answer),
     "out_of_distribution": or_none(has(distance=is_number, limit=is_number, nearest=is_text)),
     "tiling": or_none(_is_tiling),
     "um_per_pixel": or_none(is_number),

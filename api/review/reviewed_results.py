@@ -72,12 +72,14 @@ def _as_reviewed(image: ReviewedImage) -> StoredResult:
     if image.shows_one_cell:
         alone = None
         if present and result.single_cell:
-            certain = {"probability": 1.0} if present[0].looked_at else {}
-            alone = {**result.single_cell, "label": present[0].label, **certain}
+            alone = {**result.single_cell, "label": present[0].label}
+            if present[0].looked_at:
+                alone["probability"] = 1.0
+                alone.pop("odd", None)
         return image.stored._replace(result=replace(result, single_cell=alone))
     cells = [
         # What a person has looked at is certain.
-        replace(cell.original, label=cell.label, probability=1.0 if cell.looked_at else cell.original.probability)
+        replace(cell.original, label=cell.label, **({"probability": 1.0, "odd": None} if cell.looked_at else {}))
         for cell in present
     ]
     return image.stored._replace(result=replace(result, cells=cells))

@@ -270,6 +270,7 @@ def review_app(review: Review, token: str, port: int) -> FastAPI:
             round(1.0 if cell.drawn else certainty(original), 4),
             [round(value, 1) for value in original.box],
             {name: value["value"] for name, value in original.attributes.items()},
+            original.odd,
         ]
 
     def after(sample: ReviewedSample, who: str, revision: int) -> Plain:

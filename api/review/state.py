@@ -556,7 +556,8 @@ def _cells(stored: StoredResult) -> dict[int, ReviewedCell]:
     if not cells and result.single_cell is not None:
         box = (0.0, 0.0, float(result.width), float(result.height))
         told = result.single_cell
-        cells = [Cell(WHOLE_IMAGE, box, told["label"], told["score"], probability=told.get("probability"))]
+        more = {name: told.get(name) for name in ("probability", "odd")}
+        cells = [Cell(WHOLE_IMAGE, box, told["label"], told["score"], **more)]
     return {cell.id: ReviewedCell(stored.name, cell, False, cell.label) for cell in cells}
 
 

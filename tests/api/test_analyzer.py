@@ -133,6 +133,20 @@ def test_a_prompt_that_misspells_a_class_is_said(loaded, prompt, said):
     assert len(found) == len(said) and all(words in text for words, text in zip(said, found, strict=True))
 
 
+def test_answers_beside_cells_name_what_supports_them(loaded):
+    asked = ["How many cells are there?", "What is it?"]
+    result = loaded(noise(0), ["detection", "single_cell"], questions=asked, tiles="off")
+    counted, written = result.answers
+    answers = loaded.ask(noise(0), asked)
+    assert counted["answer"] == str(len(result.cells)) == str(answers[0]) and counted["source"] == "cells"
+    assert counted["cells"] == [cell.id for cell in result.cells] and counted["counts"] == answers[0].counts
+    assert written["answer"] == written["text"] == str(answers[1]) and written["source"] == "text"
+    assert SmearResult.from_dict(result.to_dict()).answers == result.answers
+    # Where only some cells were looked for they say nothing of how many there are.
+    (alone,) = loaded(noise(0), ["detection"], prompt="neutrophil", questions=asked[:1]).answers
+    assert set(alone) == {"question", "answer"}
+
+
 def test_one_question_has_one_answer_and_several_have_a_list(loaded):
     questions = ["What is it?", "The cell is ___."]
     answers = loaded.ask(noise(0), questions)
@@ -143,7 +157,8 @@ def test_one_question_has_one_answer_and_several_have_a_list(loaded):
     assert result.answers == [{"question": q, "answer": str(a)} for q, a in zip(questions, answers)]
     assert result.cells == [] and result.mask is None
     # A text is one question, not one for each of its letters.
-    assert loaded(noise(0), tasks="detection", questions=questions[0]).answers == result.answers[:1]
+    (told,) = loaded(noise(0), tasks="detection", questions=questions[0]).answers
+    assert told["answer"] == result.answers[0]["answer"]
     with pytest.raises(UniHemaError, match="the limit is 32"):
         loaded.ask(noise(0), "why " * 100)
 
@@ -177,7 +192,10 @@ def test_tasks_at_different_sizes_are_those_of_each_alone(checkpoint):
     assert [cell.score for cell in together.cells] == pytest.approx([cell.score for cell in alone[0].cells], abs=1e-6)
     np.testing.assert_array_equal(together.mask, alone[1].mask)
     assert together.single_cell["score"] == pytest.approx(alone[2].single_cell["score"], abs=1e-6)
-    assert together.answers == analyzer(noise(3), (), questions=ALL["questions"]).answers
+    # Beside them the cells that support them, where these were looked for.
+    read = [(entry["question"], entry.get("text", entry["answer"])) for entry in together.answers]
+    alone = analyzer(noise(3), (), questions=ALL["questions"]).answers
+    assert read == [(entry["question"], entry["answer"]) for entry in alone]
 
 
 def test_two_analyzers_in_turn_give_what_each_gives_alone(checkpoint, other_checkpoint):

@@ -40,6 +40,23 @@ def shares(report):
     return {row["name"]: (row["count"], row["of"]) for row in rows if row["count"]}
 
 
+def test_odd_cells_come_first_until_somebody_has_looked_at_them(tmp_path):
+    folder = write_results(tmp_path / "results", {"a.png": ["neutrophil"] * 4}, odd={1: 1.2, 2: 0.9})
+    (sample,) = reviewed_samples(folder)
+    report = SmearReport.of(sample.results, made=WHEN)
+    assert [cell.id for _, cell in report.doubtful()] == [1, 4, 3, 2]
+    page = report.to_html()
+    assert page.count(" odd</figcaption>") == 1 and "the odd and the least certain first" in page
+    with Review(folder) as review:
+        review.change("Ada", [Target("a", 1, 0)], "confirm")
+    (sample,) = reviewed_samples(folder)
+    assert [cell.odd for cell in sample.results[0].result.cells] == [None, 0.9, None, None]
+    # Of a crop.
+    alone = SmearResult(60, 60, single_cell={"label": "neutrophil", "score": 0.9, "odd": 2.5})
+    ((_, cell),) = SmearReport.of([alone], made=WHEN).doubtful()
+    assert cell.odd == 2.5
+
+
 def test_classes_of_crops_count_as_the_checkpoint_has_them(tmp_path):
     labels = ["villous cell", "odd thing", "neutrophil", "pale one"]
     tree = {"villous cell": "reactive lymphocyte", "reactive lymphocyte": "WBC", "pale one": "RBC"}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unihema.errors import InputError
 from unihema.results.smear_result import Cell, SmearResult, differential
 
 
@@ -165,3 +166,20 @@ def test_a_name_that_is_no_text_stands_escaped_in_the_table():
     result = SmearResult(20, 10, [Cell(1, (1, 2, 5, 6), "platelet \udcff", 0.5)], image="\ud800.png")
     table = SmearResult.from_dict(result.to_dict()).to_dataframe()
     assert table["image"][0] == "\\ud800.png" and table["label"][0] == "platelet \\udcff"
+
+
+def test_odd_cell_scores_are_stored_and_checked(result):
+    result.cells[0].odd = 1.25
+    stored = result.to_dict()
+    assert SmearResult.from_dict(stored).cells[0].odd == 1.25 and "odd" not in stored["cells"][1]
+    assert result.to_dataframe()["odd"].tolist()[0] == 1.25
+    # What another program leaves as it was keeps it; another class has no such score.
+    as_it_was = result.with_geojson(result.to_geojson())
+    assert as_it_was.cells[0].odd == 1.25
+    moved = result.to_geojson()
+    moved["features"][0]["properties"]["classification"]["name"] = "lymphocyte"
+    assert result.with_geojson(moved).cells[0].odd is None
+    for wrong in (-0.1, "1", float("nan")):
+        stored["cells"][0]["odd"] = wrong
+        with pytest.raises(InputError, match="odd"):
+            SmearResult.from_dict(stored)

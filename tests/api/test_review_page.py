@@ -218,6 +218,8 @@ def test_filters_leave_what_was_asked_for(served, opened):
     page = opened(served)
     shown = lambda: int(page.locator("#shown").inner_text().split()[0])
     assert shown() == 18
+    # Results without such scores offer no filter by them.
+    assert not page.get_by_label("odd cells").is_visible()
     page.locator("#filter-class").select_option("neutrophil")
     assert shown() == 2
     page.get_by_role("button", name="Show all").click()
@@ -235,6 +237,24 @@ def test_filters_leave_what_was_asked_for(served, opened):
     says(page, "1 cell confirmed")
     page.get_by_label("not looked at yet").check()
     assert shown() == 17
+
+
+def test_odd_cells_come_first_and_are_filtered(tmp_path, opened):
+    odd = {1: 0.4, 2: 1.8}
+    served = Served(write_results(tmp_path / "results", {"a.png": ["neutrophil"] * 5}, odd=odd))
+    try:
+        page = opened(served)
+        tiles = page.get_by_role("option")
+        first = tiles.nth(0)
+        assert "odd, not looked at" in first.get_attribute("aria-label")
+        assert first.locator(".odd").is_visible() and not tiles.nth(1).locator(".odd").is_visible()
+        first.click()
+        assert "1.80 (above 1: unlike its class)" in page.locator("#details").inner_text()
+        page.get_by_label("odd cells").check()
+        assert page.locator("#shown").inner_text().startswith("1 shown")
+        assert tiles.count() == 1 and not page.evaluate(CONTRASTS)
+    finally:
+        served.close()
 
 
 def test_sign_and_amend(served, opened):

@@ -141,7 +141,7 @@ export class Gallery {
     image.draggable = false;
     image.src = `/api/images/${cell.image}/cells/${cell.cell}`;
     node.append(image);
-    for (const name of ["score", "mark"]) {
+    for (const name of ["score", "mark", "odd"]) {
       const badge = document.createElement("span");
       badge.className = name;
       badge.setAttribute("aria-hidden", "true");
@@ -151,10 +151,12 @@ export class Gallery {
   }
 
   dress(node, cell, place) {
-    const [, score, mark] = node.children;
+    const [, score, mark, odd] = node.children;
     score.textContent = cell.drawn ? "drawn" : `${Math.round(100 * cell.score)}`;
     mark.textContent = cell.lookedAt ? "✓" : "";
     mark.hidden = !cell.lookedAt;
+    odd.textContent = "odd";
+    odd.hidden = !cell.odd;
     node.classList.toggle("deleted", !cell.present);
     node.classList.toggle("current", cell.key === this.current);
     node.setAttribute("aria-selected", String(this.selected.has(cell.key)));
@@ -163,6 +165,7 @@ export class Gallery {
     node.setAttribute("aria-label", [
       cell.label,
       cell.drawn ? "drawn" : `score ${Math.round(100 * cell.score)} per cent`,
+      cell.odd ? "odd" : "",
       cell.present ? "" : "deleted",
       cell.lookedAt ? "looked at" : "not looked at",
     ].filter(Boolean).join(", "));

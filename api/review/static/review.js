@@ -34,9 +34,9 @@ function queue(task) {
   return work;
 }
 
-function takeCell([image, cell, label, rev, present, lookedAt, drawn, predicted, score, box, attributes]) {
+function takeCell([image, cell, label, rev, present, lookedAt, drawn, predicted, score, box, attributes, odd]) {
   const key = `${image}:${cell}`, known = cells.get(key);
-  const value = { key, image, cell, label, revision: rev, present, lookedAt, drawn, predicted, score, box, attributes };
+  const value = { key, image, cell, label, revision: rev, present, lookedAt, drawn, predicted, score, box, attributes, odd: odd > 1, distance: odd };
   if (!known) {
     cells.set(key, value);
     images.get(image)?.cells.push(value);
@@ -110,9 +110,10 @@ function attributes() {
 function show() {
   const onlyClass = find("filter-class").value, attribute = find("filter-attribute").value, image = find("filter-image").value;
   const most = find("filter-score").value / 100, fresh = find("filter-new").checked, deleted = find("filter-deleted").checked;
+  const odd = find("filter-odd").checked;
   const [name, value] = attribute ? JSON.parse(attribute) : [];
   const order = {
-    doubt: (a, b) => a.score - b.score,
+    doubt: (a, b) => b.odd - a.odd || a.score - b.score,
     sure: (a, b) => b.score - a.score,
     image: (a, b) => a.image - b.image || a.cell - b.cell,
   }[find("order").value];
@@ -120,7 +121,7 @@ function show() {
   let shown = 0;
   for (const cell of cells.values()) {
     if (cell.present === deleted || (onlyClass && cell.label !== onlyClass) || (image && cell.image !== Number(image))) continue;
-    if (cell.score > most || (fresh && cell.lookedAt) || (attribute && cell.attributes[name] !== value)) continue;
+    if (cell.score > most || (fresh && cell.lookedAt) || (odd && !cell.odd) || (attribute && cell.attributes[name] !== value)) continue;
     if (!groups.has(cell.label)) groups.set(cell.label, []);
     groups.get(cell.label).push(cell);
     shown += 1;
@@ -130,6 +131,7 @@ function show() {
   const all = [...cells.values()].filter((cell) => cell.present).length;
   const looked = [...cells.values()].filter((cell) => cell.present && cell.lookedAt).length;
   find("shown").textContent = `${shown} shown. ${looked} of ${all} looked at.`;
+  find("filter-odd").parentElement.hidden = ![...cells.values()].some((cell) => cell.distance !== null);
   find("filter-score-value").textContent = `${find("filter-score").value} %`;
 }
 
@@ -187,6 +189,7 @@ function showCell(cell) {
   const lines = cell ? [
     ["Class", cell.label],
     ["Predicted", cell.drawn ? "drawn by a person" : `${cell.predicted}, score ${Math.round(100 * cell.score)} %`],
+    ...(cell.distance === null ? [] : [["Odd", `${cell.distance.toFixed(2)} (above 1: unlike its class)`]]),
     ["Image", `${image.name}, cell ${cell.cell}`],
     ["Looked at", cell.lookedAt ? "yes" : image.through ? "with its field" : "no"],
   ] : [];
@@ -417,12 +420,12 @@ function keyOfClass(letter) {
 }
 
 document.addEventListener("keydown", pressed);
-for (const id of ["filter-class", "filter-attribute", "filter-image", "filter-score", "filter-new", "filter-deleted", "order"]) {
+for (const id of ["filter-class", "filter-attribute", "filter-image", "filter-score", "filter-odd", "filter-new", "filter-deleted", "order"]) {
   find(id).addEventListener("input", show);
 }
 find("filter-none").addEventListener("click", () => {
   for (const id of ["filter-class", "filter-attribute", "filter-image"]) find(id).value = "";
-  for (const id of ["filter-new", "filter-deleted"]) find(id).checked = false;
+  for (const id of ["filter-odd", "filter-new", "filter-deleted"]) find(id).checked = false;
   find("filter-score").value = 100;
   show();
 });
