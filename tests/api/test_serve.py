@@ -3,10 +3,7 @@
 import base64
 import io
 import json
-import os
-import signal
 import socket
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -285,37 +282,6 @@ def test_a_full_queue_and_a_slow_analyzer_are_told(analyzer, monkeypatch):
         refused = [answer.result() for answer in answers if answer.result().status_code == 429]
         assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
         slow.go.set()
-
-
-@pytest.fixture
-def server(checkpoint):
-    """A server of its own process, and its address."""
-    command = [sys.executable, "-m", "unihema", "serve", str(checkpoint), "--port", "0", "--device", "cpu"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    said = process.stdout.readline()
-    yield process, said.partition(" is served at ")[2].partition(",")[0]
-    process.kill()
-    process.wait()
-
-
-def test_a_server_that_is_asked_to_stop_finishes_what_it_took(server):
-    process, address = server
-    assert httpx.post(f"{address}/v1/analyze", files=sent(png()), timeout=120).status_code == 200
-    # Half a request, which harms nobody.
-    host, port = address.removeprefix("http://").split(":")
-    half = socket.create_connection((host, int(port)))
-    half.sendall(b"POST /v1/analyze HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n--half")
-    with ThreadPoolExecutor(4) as pool:
-        answers = [
-            pool.submit(httpx.post, f"{address}/v1/analyze", files=sent(png(seed)), timeout=120) for seed in range(4)
-        ]
-        assert {answer.result().status_code for answer in answers} == {200}
-    half.close()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) in (0, -signal.SIGTERM)
-    logged = process.stderr.read()
-    assert logged.count("POST /v1/analyze 200") == 5 and "Traceback" not in logged, logged
 
 
 def test_an_address_that_is_taken(checkpoint):
