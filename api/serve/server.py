@@ -7,8 +7,8 @@ import io
 import re
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import lru_cache, partial
 from importlib import resources
 from pathlib import Path
@@ -100,8 +100,8 @@ def serve_app(
         except UniHemaError as error:
             raise HTTPException(422, str(error)) from error
         until = time.monotonic() + limits.seconds
-        with tempfile.TemporaryDirectory(dir=app.state.folder) as place:
-            received = [await run_in_threadpool(_received, Path(place), each, limits) for each in uploads]
+        with _new_folder(app.state.folder) as place:
+            received = [await run_in_threadpool(_received, place, each, limits) for each in uploads]
             jobs = [
                 Job(partial(image.opened, limits), image.size, key, read, partial(image.written, written))
                 for image in received
@@ -289,6 +289,20 @@ class _Received:
         return to_json(written(result, source))
 
 
+@contextmanager
+def _new_folder(within: Path) -> Iterator[Path]:
+    try:
+        folder = tempfile.TemporaryDirectory(dir=within)
+    except OSError as error:
+        raise _no_room(error) from error
+    with folder as place:
+        yield Path(place)
+
+
+def _no_room(error: OSError) -> HTTPException:
+    return HTTPException(507, f"The server cannot keep what is sent ({shortened(error.strerror)}).")
+
+
 def _received(place: Path, upload: UploadFile, limits: Limits) -> _Received:
     """Keeps an image that was sent.
 
@@ -309,7 +323,7 @@ def _received(place: Path, upload: UploadFile, limits: Limits) -> _Received:
         # What was sent lies on the disk twice no longer than it has to.
         upload.file.close()
     except OSError as error:
-        raise HTTPException(507, f"The server cannot keep what is sent ({shortened(error.strerror)}).") from error
+        raise _no_room(error) from error
     try:
         try:
             size = stored_size(path)

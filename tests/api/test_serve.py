@@ -1,12 +1,15 @@
 """Analysis over HTTP: right answers, limits that hold, and bad input that harms nobody else."""
 
 import base64
+import contextlib
+import errno
 import io
 import json
 import socket
-import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from tempfile import SpooledTemporaryFile
 
 import numpy as np
 import pytest
@@ -20,9 +23,10 @@ pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 httpx = pytest.importorskip("httpx")
 
+import uvicorn  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
-from unihema.serve.gate import Limits  # noqa: E402
+from unihema.serve.gate import Limits, PatientProtocol  # noqa: E402
 from unihema.serve.queue import AnalysisQueue, Job, QueueFullError, StoppingError  # noqa: E402
 from unihema.serve.server import serve_app  # noqa: E402
 from unihema.slides import open_regions  # noqa: E402
@@ -295,3 +299,68 @@ def test_an_address_that_is_taken(checkpoint):
         port = taken.getsockname()[1]
         done = CliRunner().invoke(app, ["serve", str(checkpoint), "--port", str(port), "--device", "cpu"])
     assert done.exit_code and "cannot be listened at" in str(done.exception), json.dumps(done.output)
+
+
+def test_what_arrives_is_bounded_for_all_clients_together(analyzer):
+    """What a client says it will send counts for nothing; what has come counts until it is answered."""
+    with TestClient(serve_app(analyzer, Limits(arriving_megabytes=1))) as client:
+        answer = client.post("/v1/analyze", files=sent(b"x" * (2 << 20)))
+        assert answer.status_code == 429 and answer.headers["retry-after"] == "5"
+        assert "Too much arrives at once" in answer.json()["error"]
+        assert client.post("/v1/analyze", files=sent(png())).status_code == 200
+    with TestClient(serve_app(analyzer, Limits(arriving=0))) as client:
+        answer = client.post("/v1/analyze", files=sent(png()))
+        assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+
+
+def test_a_disk_that_is_full_is_named(client, monkeypatch):
+    class Full(SpooledTemporaryFile):
+        def write(self, content):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def no_folder(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for place, name, value in (
+        ("starlette.formparsers", "SpooledTemporaryFile", Full),
+        ("unihema.serve.server.tempfile", "mkdtemp", no_folder),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"{place}.{name}", value)
+            answer = client.post("/v1/analyze", files=sent(png()))
+        assert answer.status_code == 507 and "No space left on device" in answer.json()["error"], answer.text
+        assert client.post("/v1/analyze", files=sent(png())).status_code == 200
+
+
+def test_a_connection_without_a_request_and_one_that_fetches_no_answer_are_given_up():
+    async def large(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(64):
+            await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    protocol = type("Protocol", (PatientProtocol,), {"first_seconds": 0.2, "fetch_seconds": 0.5})
+    server = uvicorn.Server(uvicorn.Config(large, http=protocol, ws="none", lifespan="off", log_level="critical"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        request = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+        for begun, again in ((b"", b""), (request[:10], b""), (request, request[:10])):
+            with socket.create_connection(listener.getsockname(), timeout=60) as connection:
+                connection.sendall(begun)
+                connection.sendall(again)
+                received = 0
+                with contextlib.suppress(ConnectionResetError):
+                    while block := connection.recv(1 << 20):
+                        received += len(block)
+                # A request that is complete is answered, however long its answer takes to fetch.
+                assert (received > 64 << 20) == (begun == request)
+        with socket.create_connection(listener.getsockname(), timeout=60) as connection:
+            connection.sendall(request)
+            while not server.server_state.connections:
+                time.sleep(0.01)
+            # Nothing is fetched of it, and the server lets go.
+            while server.server_state.connections:
+                time.sleep(0.05)
+        server.should_exit = True
+        thread.join()
