@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from unihema.files import printable
+from unihema.files import printable, shortened
 
 
 class Plain(Response):
@@ -32,7 +32,7 @@ def tell_errors(app: FastAPI) -> None:
     async def http(_: Request, error: HTTPException) -> Plain:
         if isinstance(error.__cause__, OSError) and error.status_code == 400:
             # A form whose parts found no room on the disk.
-            return Plain({"error": f"The server cannot keep what is sent ({printable(error.__cause__)[:100]})."}, 507)
+            return Plain({"error": f"The server cannot keep what is sent ({shortened(error.__cause__, 100)})."}, 507)
         return Plain({"error": str(error.detail)}, error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)

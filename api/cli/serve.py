@@ -2,10 +2,14 @@
 
 import logging
 import os
+import secrets
+from contextlib import ExitStack
+from pathlib import Path
 
 import click
 
-from .options import device_option, int8_option, port_option
+from .options import PATH, device_option, int8_option, port_option
+from .review import sample_by_option
 
 
 @click.command()
@@ -47,6 +51,14 @@ from .options import device_option, int8_option, port_option
     show_default=True,
     help="Of all requests that are not answered yet, at most. They lie in the folder of temporary files.",
 )
+@click.option(
+    "--review",
+    "results",
+    metavar="RESULTS",
+    type=PATH,
+    help="Also the page of a review of this results folder, at /review/. It opens with the token in its address.",
+)
+@sample_by_option
 @device_option
 @int8_option
 def serve(
@@ -60,6 +72,8 @@ def serve(
     seconds: float,
     upload_seconds: float,
     arriving_megabytes: int,
+    results: Path | None,
+    sample_by: str | None,
     device: str,
     int8: bool,
 ) -> None:
@@ -73,6 +87,7 @@ def serve(
     from unihema.errors import PackageMissingError
 
     try:
+        from unihema.review.server import mounted_review
         from unihema.serve.gate import Limits
         from unihema.serve.server import serve as run
     except ModuleNotFoundError as error:
@@ -81,10 +96,15 @@ def serve(
     token = os.environ.get("UNIHEMA_TOKEN") or None
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("unihema.serve").setLevel(logging.INFO)
+    # The address of the page stays the same where the service has a token of its own.
+    page_token = token or secrets.token_urlsafe(32)
     analyzer = Analyzer.from_pretrained(checkpoint, device=device, int8=int8)
 
     def on_start(address: str) -> None:
         click.echo(f"{checkpoint} is served at {address}, which shows what can be asked.")
+        if results is not None:
+            shown = page_token if token is None else "..., with UNIHEMA_TOKEN in its place"
+            click.echo(f"{results}: open {address}/review/?token={shown}")
         if token is None and host not in ("127.0.0.1", "localhost", "::1"):
             click.echo(
                 "Anyone who reaches this address may use it: set UNIHEMA_TOKEN to let in only who knows it.", err=True
@@ -99,4 +119,8 @@ def serve(
         upload_seconds=upload_seconds,
         arriving_megabytes=arriving_megabytes,
     )
-    run(analyzer, host, port, limits, token, on_start)
+    with ExitStack() as stack:
+        mounted = {}
+        if results is not None:
+            mounted["/review"] = stack.enter_context(mounted_review(results, page_token, sample_by))
+        run(analyzer, host, port, limits, token, on_start, mounted)

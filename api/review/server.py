@@ -6,7 +6,8 @@ import hmac
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from http.cookies import CookieError, SimpleCookie
 from importlib import resources
 from pathlib import Path
@@ -57,7 +58,7 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-NOT_LET_IN = "This page opens with the whole address that `unihema review` printed."
+NOT_LET_IN = "This page opens with the whole address, with its token, that the server printed."
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -115,16 +116,15 @@ class Guard:
     Args:
         app: The application behind it.
         token (`str`): What the address has.
-        hosts (`Sequence[str]`): `host:port` by which the page is called.
+        hosts (`Sequence[str]`, *optional*): `host:port` by which the page is called; any where none are given.
     """
 
-    def __init__(self, app: Any, token: str, hosts: Sequence[str]):
-        self.app, self.hosts = app, tuple(hosts)
+    def __init__(self, app: Any, token: str, hosts: Sequence[str] | None):
+        self.app, self.hosts = app, hosts
         self.token = token.encode()
         # The cookie is another secret: the address stays in the history of the browser, the cookie ends with the server.
         self.session = secrets.token_urlsafe(32)
-        port = hosts[0].rpartition(":")[2]
-        self.cookie = f"unihema-review-{port}"
+        self.cookie = "-".join(["unihema-review", *(hosts[0].rpartition(":")[2:] if hosts else ())])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -139,29 +139,32 @@ class Guard:
         await answer(scope, receive, _with_headers(send))
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> Response | None:
-        if headers.get("host") not in self.hosts:
+        host = headers.get("host", "")
+        if self.hosts is not None and host not in self.hosts:
             return _error(421, "This server is called by the address that it printed, and no other.")
         # Some other page of the browser, whatever it has been told.
         if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             return _error(403, "Another page may not ask this one.")
         origin = headers.get("origin")
-        allowed = [f"http://{host}" for host in self.hosts]
-        if (origin is not None and origin not in allowed) or (
-            scope["method"] not in ("GET", "HEAD") and origin is None
-        ):
+        # Beside another application the page may have come through a proxy, by https.
+        own = [f"http://{name}" for name in self.hosts or (host,)] + ([] if self.hosts else [f"https://{host}"])
+        if (origin is not None and origin not in own) or (scope["method"] not in ("GET", "HEAD") and origin is None):
             return _error(403, "Changes come from the page of the review itself.")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 12 or int(length) > MOST_BODY:
             return _error(413, f"More than {MOST_BODY >> 20} MB at once.")
         given = _token(scope.get("query_string", b""))
-        if scope["method"] == "GET" and scope["path"] == "/" and hmac.compare_digest(given, self.token):
+        # Where it is mounted beside another application.
+        root = scope.get("root_path", "")
+        is_page = scope["path"].removeprefix(root) == "/"
+        if scope["method"] == "GET" and is_page and hmac.compare_digest(given, self.token):
             # The address without its secret, so that it does not stay on the screen.
-            response = RedirectResponse("/", 303)
-            response.set_cookie(self.cookie, self.session, httponly=True, samesite="strict", path="/")
+            response = RedirectResponse(f"{root}/", 303)
+            response.set_cookie(self.cookie, self.session, httponly=True, samesite="strict", path=f"{root}/")
             return response
         if self._has_cookie(headers.get("cookie", "")):
             return None
-        if scope["path"] == "/":
+        if is_page:
             return HTMLResponse(_template("closed.html").render(text=NOT_LET_IN), 401)
         return _error(401, NOT_LET_IN)
 
@@ -214,13 +217,14 @@ def _template(name: str) -> jinja2.Template:
     return jinja2.Environment(loader=loader, autoescape=True).get_template(name)
 
 
-def review_app(review: Review, token: str, port: int) -> FastAPI:
+def review_app(review: Review, token: str, port: int | None) -> FastAPI:
     """The application of a review.
 
     Args:
         review ([`Review`]): What is reviewed; the caller closes it.
         token (`str`): What the address has to have.
-        port (`int`): By which it is called.
+        port (`int`, *optional*): By which it is called, on this machine; `None` where it is mounted beside an application that is
+            called by other names.
     """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, default_response_class=Plain)
     pictures = Pictures()
@@ -441,8 +445,29 @@ def review_app(review: Review, token: str, port: int) -> FastAPI:
     tell_errors(app)
 
     app.add_middleware(GZipMiddleware, minimum_size=4096, compresslevel=4)
-    app.add_middleware(Guard, token=token, hosts=(f"{HOST}:{port}", f"localhost:{port}"))
+    hosts = None if port is None else (f"{HOST}:{port}", f"localhost:{port}")
+    app.add_middleware(Guard, token=token, hosts=hosts)
     return app
+
+
+@contextmanager
+def mounted_review(folder: str | Path, token: str, sample_by: str | None = None) -> Iterator[FastAPI]:
+    """The application of a review, to be mounted beside another one.
+
+    Args:
+        folder (`str` or `Path`): The results folder.
+        token (`str`): What the address has to have.
+        sample_by (`str`, *optional*): See [`Review`].
+
+    Raises:
+        InputError, OutputError: See [`Review`].
+    """
+    with Review(folder, sample_by) as review:
+        app = review_app(review, token, None)
+        try:
+            yield app
+        finally:
+            app.state.pictures.close()
 
 
 def _cached(
@@ -498,4 +523,4 @@ def serve(
             app.state.pictures.close()
 
 
-__all__ = ["Guard", "HOST", "review_app", "serve"]
+__all__ = ["Guard", "HOST", "mounted_review", "review_app", "serve"]

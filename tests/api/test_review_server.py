@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -29,9 +30,10 @@ from unihema.slides import open_regions
 
 
 pytest.importorskip("fastapi")
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from unihema.review.server import HEADERS, MOST_BODY, review_app, serve
+from unihema.review.server import HEADERS, MOST_BODY, mounted_review, review_app, serve
 
 
 TOKEN, PORT = "a-token-of-tests", 8123
@@ -536,3 +538,36 @@ def test_the_command_says_what_to_install(folder, monkeypatch):
 def test_classes_have_keys_as_far_as_there_are_any():
     keys = class_keys([*CLASSES, *(f"class {number}" for number in range(60))])
     assert keys["neutrophil"] == "n" and len(set(keys.values())) == len(keys) == 36
+
+
+def test_the_page_stands_beside_another_application(folder):
+    """At a path of its own, called by whatever name the other one has, with the same rules."""
+    host = FastAPI()
+    with mounted_review(folder, TOKEN) as app:
+        host.mount("/review", app)
+        client = TestClient(host, base_url="https://lab.example", headers={"Origin": "https://lab.example"})
+        assert client.get("/review/").status_code == client.get("/review/api/samples").status_code == 401
+        assert client.get("/review/", params={"token": "wrong"}).status_code == 401
+        answer = client.get("/review", params={"token": TOKEN})
+        assert answer.status_code == 200 and str(answer.url) == "https://lab.example/review/"
+        for link in re.findall(r'(?:href|src)="(static/[^"]+)"', answer.text):
+            assert client.get(f"/review/{link}").status_code == 200
+        assert (
+            "path=/review/" in client.get("/review/", params={"token": TOKEN}).history[0].headers["set-cookie"].lower()
+        )
+        (sample,) = client.get("/review/api/samples").json()
+        cell = client.get("/review/api/samples/0").json()["cells"][0]
+        change = {
+            "who": "Ann",
+            "kind": "class",
+            "label": "WBC",
+            "cells": [{"image": cell[0], "cell": cell[1], "revision": cell[3]}],
+        }
+        for origin in ("https://other.example", "null"):
+            refused = client.post("/review/api/samples/0/changes", json=change, headers={"Origin": origin})
+            assert refused.status_code == 403
+        assert client.post("/review/api/samples/0/changes", json=change).status_code == 200
+        assert client.get("/review/api/samples/0").json()["revision"] == sample.get("revision", 0) + 1
+    # The log is closed, and another may open it.
+    with Review(folder) as review:
+        assert review.log.head[0] == 2

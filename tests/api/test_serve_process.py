@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
+from review_results import write_results
 from tiny_checkpoint import save_tiny_checkpoint
 
 from unihema import Analyzer
@@ -38,14 +39,14 @@ PART = b'--b\r\nContent-Disposition: form-data; name="images"; filename="a.png"\
 class Server:
     """A process that serves a checkpoint."""
 
-    def __init__(self, checkpoint: Path, temporary: Path, port: int = 0):
+    def __init__(self, checkpoint: Path, temporary: Path, port: int = 0, *more: str):
         temporary.mkdir(exist_ok=True)
         self.temporary, self.log = temporary, temporary.with_suffix(".log")
         options = "--device cpu --megabytes 1 --megapixels 1 --waiting 8 --upload-seconds 2 --seconds 90"
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary), "UNIHEMA_TOKEN": "secret"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "unihema", "serve", str(checkpoint), "--port", str(port), *options.split()],
+                [sys.executable, "-m", "unihema", "serve", str(checkpoint), "--port", str(port), *options.split(), *more],
                 stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
             )  # fmt: skip
         said = self.process.stdout.readline()
@@ -84,7 +85,9 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(checkpoint, tmp_path_factory):
-    one = Server(checkpoint, tmp_path_factory.mktemp("server") / "temporary")
+    folder = tmp_path_factory.mktemp("server")
+    results = write_results(folder / "results", {"a.png": ["RBC", "neutrophil"]})
+    one = Server(checkpoint, folder / "temporary", 0, "--review", str(results))
     assert one.analyze(png()).status_code == 200
     yield one
     one.process.kill()
@@ -107,6 +110,16 @@ def png(seed: int = 0, size: tuple[int, int] = (40, 32), **options) -> bytes:
     written = io.BytesIO()
     Image.fromarray(pixels).save(written, "PNG", **options)
     return written.getvalue()
+
+
+def test_the_page_of_a_review_stands_beside_it(server):
+    """It opens with the service's token in its address, and the service does not open with the page's cookie."""
+    with httpx.Client(base_url=server.address, follow_redirects=True, timeout=60) as browser:
+        assert browser.get("/review/").status_code == browser.get("/review/api/samples").status_code == 401
+        page = browser.get("/review/", params={"token": "secret"})
+        assert page.status_code == 200 and "default-src 'none'" in page.headers["content-security-policy"]
+        assert [sample["images"] for sample in browser.get("/review/api/samples").json()] == [1]
+        assert browser.get("/v1/info").status_code == 401 and browser.get("/health").status_code == 200
 
 
 def answer_of(connection: socket.socket) -> tuple[int, bytes]:

@@ -40,7 +40,7 @@ export class Context {
     if (!this.isDrawing) this.part = this.partAt(this.zoom);
     const [left, top, right, bottom] = this.part;
     const longest = Math.min(LONGEST, Math.ceil(this.view.clientWidth * (window.devicePixelRatio || 1)) || 640);
-    const source = `/api/images/${cell.image}/view?left=${left}&top=${top}&right=${right}&bottom=${bottom}&longest=${longest}`;
+    const source = `api/images/${cell.image}/view?left=${left}&top=${top}&right=${right}&bottom=${bottom}&longest=${longest}`;
     if (this.image.getAttribute("src") !== source) this.image.src = source;
     this.image.style.aspectRatio = `${right - left} / ${bottom - top}`;
     this.view.setAttribute("aria-label", `Context of ${cell.label} in ${file.name}`);

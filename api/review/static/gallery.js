@@ -139,7 +139,7 @@ export class Gallery {
     image.alt = "";
     image.decoding = "async";
     image.draggable = false;
-    image.src = `/api/images/${cell.image}/cells/${cell.cell}`;
+    image.src = `api/images/${cell.image}/cells/${cell.cell}`;
     node.append(image);
     for (const name of ["score", "mark", "odd"]) {
       const badge = document.createElement("span");

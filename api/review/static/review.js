@@ -57,18 +57,18 @@ function take(answer) {
 }
 
 async function refresh() {
-  take(await ask(`/api/samples/${sample}/changes?after_revision=${revision}&who=${encodeURIComponent(who())}`));
+  take(await ask(`api/samples/${sample}/changes?after_revision=${revision}&who=${encodeURIComponent(who())}`));
 }
 
 /** Sends a change. The answer has what it changed; what others did before is fetched as well. */
 async function send(what, body, method = "POST") {
-  const answer = await ask(`/api/samples/${sample}/${what}`, { who: who(), ...body }, method);
+  const answer = await ask(`api/samples/${sample}/${what}`, { who: who(), ...body }, method);
   if (answer.after !== revision) await refresh();
   else take(answer);
 }
 
 async function openSample(number) {
-  const answer = await ask(`/api/samples/${number}?who=${encodeURIComponent(who())}`);
+  const answer = await ask(`api/samples/${number}?who=${encodeURIComponent(who())}`);
   sample = number;
   cells.clear();
   images.clear();
@@ -335,7 +335,7 @@ function toggleDrawing() {
 }
 
 async function showHistory() {
-  const { entries, head } = await ask(`/api/samples/${sample}/log`);
+  const { entries, head } = await ask(`api/samples/${sample}/log`);
   const value = (of) => (of ? [of.label, of.present === false ? "deleted" : "", of.status, of.looked_through ? "looked through" : ""].filter(Boolean).join(" ") : "");
   find("head").textContent = `Last entry: ${head.number}, ${head.hash}`;
   find("history-list").replaceChildren(...entries.reverse().map((entry) => {
@@ -463,7 +463,7 @@ find("sample").addEventListener("input", () => queue(() => openSample(Number(fin
 
 setName(storedName);
 queue(async () => {
-  const samples = await ask("/api/samples");
+  const samples = await ask("api/samples");
   fill(find("sample"), samples.map((each) => [String(each.id), each.name]));
   find("sample-label").hidden = samples.length < 2;
   await openSample(0);
