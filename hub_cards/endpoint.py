@@ -14,8 +14,8 @@ from transformers import pipeline
 
 
 TASKS = ("object-detection", "image-segmentation", "image-classification", "visual-question-answering")
-# Bytes of an image.
-MOST_BYTES = 64 << 20
+# Bytes of an image, and pixels.
+MOST_BYTES, MOST_PIXELS = 64 << 20, 64_000_000
 
 
 class EndpointHandler:
@@ -67,7 +67,7 @@ class EndpointHandler:
 
 def _image(given: Any) -> Image.Image:
     if isinstance(given, Image.Image):
-        return given
+        return _checked(given)
     if isinstance(given, str):
         # An address would be fetched by the pipeline: a request only brings its own image.
         try:
@@ -76,7 +76,17 @@ def _image(given: Any) -> Image.Image:
             raise ValueError("an image is sent as base64") from None
     if not isinstance(given, (bytes, bytearray)) or not 0 < len(given) <= MOST_BYTES:
         raise ValueError(f"an image is needed, as base64, of {MOST_BYTES >> 20} MB at most")
-    return Image.open(io.BytesIO(given))
+    try:
+        return _checked(Image.open(io.BytesIO(given)))
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
+
+
+def _checked(image: Image.Image) -> Image.Image:
+    # Not decoded yet.
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, and {MOST_PIXELS} are the most")
+    return image
 
 
 def _plain(value: Any) -> Any:

@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoModelForObjectDetection, AutoProcessor,
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import unihema
-from unihema.hub_cards import folder_card, plan_push
 from unihema.modeling_unihema.remote_code import auto_map, code_files, custom_pipelines, write_code
 
 
@@ -256,41 +255,3 @@ def test_an_image_processor_alone_brings_its_code(tmp_path, without_unihema):
         "assert type(processor).__name__ == 'UniHemaImageProcessor'\n",
         tmp_path,
     )
-
-
-def test_an_endpoint_answers_without_the_package(lab, without_unihema, tmp_path):
-    folder = lab / "pushed"
-    shutil.copytree(lab / "checkpoint", folder)
-    (folder / "README.md").write_text(folder_card(folder, licence="mit", data_licences={"smears": "mit"}), "utf-8")
-    for name, content in plan_push(folder, "lab/smears", endpoint=True).files.items():
-        (lab / "endpoint").mkdir(exist_ok=True)
-        (lab / "endpoint" / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-    assert "timm" in (lab / "endpoint" / "requirements.txt").read_text()
-    code = f"""
-import base64, json, sys
-sys.path.insert(0, "endpoint")
-from handler import EndpointHandler
-from PIL import Image
-answer = EndpointHandler("endpoint")
-image = base64.b64encode(open("smear.png", "rb").read()).decode()
-cells = answer({{"inputs": image}})
-assert cells and cells == answer({{"inputs": Image.open("smear.png")}}) and {{"label", "score", "box"}} <= cells[0].keys()
-asked = {{"image": image, "question": {QUESTION!r}}}
-assert answer({{"inputs": asked, "parameters": {{"max_new_tokens": 6}}}})[0].keys() >= {{"answer"}}
-assert answer({{"inputs": image, "parameters": {{"task": "image-classification"}}}})[0]["score"] <= 1
-(mask,) = answer({{"inputs": image, "parameters": {{"task": "image-segmentation"}}}})
-Image.open(__import__("io").BytesIO(base64.b64decode(mask["mask"]))).load()
-json.dumps([cells, mask])
-for inputs, parameters, said in (
-    (None, {{}}, "an image is needed"),
-    ("http://127.0.0.1/smear.png", {{}}, "an image is sent as base64"),
-    ("/etc/passwd.", {{}}, "an image is sent as base64"),
-    (base64.b64encode(b"no image").decode(), {{}}, "cannot identify image file"),
-    (image, {{"task": "dancing"}}, "there is no task 'dancing'"),
-    (image, {{"task": "visual-question-answering"}}, "a question is a text"),
-    (image, {{"nonsense": 1}}, ""),
-):
-    found = answer({{"inputs": inputs, "parameters": parameters}})
-    assert set(found) == {{"error"}} and said in found["error"], found
-"""
-    without_unihema(code + LOADED_FROM_CHECKPOINT, lab)
