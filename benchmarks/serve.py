@@ -23,6 +23,7 @@ import httpx
 import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from benchmarks.measuring import processor_name
 from unihema import Analyzer
@@ -306,9 +307,11 @@ def measure(
         end = begun + 60 * minutes
         asked = threading.Thread(target=asking.ask_until, args=(end, clients))
         asked.start()
-        while asked.is_alive():
-            memory.append((time.monotonic() - begun, server.megabytes()))
-            asked.join(LOOK)
+        with tqdm(desc="clients", unit="request") as bar:
+            while asked.is_alive():
+                memory.append((time.monotonic() - begun, server.megabytes()))
+                asked.join(LOOK)
+                bar.update(len(asking.counts.seconds) - bar.n)
         took = time.monotonic() - begun
         counts = asking.counts
     warm = [each for each in memory if each[0] >= min(WARMING, took / 3)] or memory[-1:]
@@ -340,7 +343,7 @@ def _side_by_side(
 ) -> list[dict[str, float]]:
     """Seconds and processor seconds for all images, of each round; the first, which warms up, is left out."""
     found = []
-    for number in range(rounds + 1):
+    for number in tqdm(range(rounds + 1), desc="speed", unit="round"):
         processor, begun = time.process_time(), time.monotonic()
         analyzer.analyze_files([work / "images"], work / f"results-{number}")
         predict, predict_processor = time.monotonic() - begun, time.process_time() - processor
