@@ -267,7 +267,8 @@ def _bomb() -> bytes:
 
 
 def _endless() -> Iterator[bytes]:
-    """Two gigabytes, without saying so."""
+    """An image of two gigabytes, without saying so."""
+    yield b'--b\r\nContent-Disposition: form-data; name="images"; filename="a.png"\r\n\r\n'
     for _ in range(2 << 14):
         yield b"x" * (1 << 16)
 
