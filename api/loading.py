@@ -127,9 +127,7 @@ def choose_device(device: "str | torch.device" = "auto") -> "torch.device":
         "mps": torch.backends.mps.is_available(),
     }
     if not there.get(chosen.type, _computes(chosen)):
-        raise DeviceError(
-            f"device {device!r}: not there on this machine; use cpu, or auto to take what there is."
-        )
+        raise DeviceError(f"device {device!r}: not there on this machine; use cpu, or auto to take what there is.")
     return chosen
 
 

@@ -80,7 +80,9 @@ class AnalyzeBatch:
         try:
             import pyarrow
         except ImportError as error:
-            raise PackageMissingError("pyarrow is not installed. Install it with: pip install 'unihema[ray]'") from error
+            raise PackageMissingError(
+                "pyarrow is not installed. Install it with: pip install 'unihema[ray]'"
+            ) from error
         if batch_size < 1:
             raise RequestError(f"batch_size must be 1 or more, got {batch_size}.")
         self.batch_size = batch_size
@@ -129,7 +131,9 @@ class AnalyzeBatch:
     def _works(self, batch: "dict[str, numpy.ndarray]") -> Iterator[Work]:
         arrays, paths = batch.get("image"), batch.get("path")
         if arrays is None and paths is None:
-            raise RequestError(f"A batch has the columns {', '.join(batch) or 'none'}, and needs one called path or image.")
+            raise RequestError(
+                f"A batch has the columns {', '.join(batch) or 'none'}, and needs one called path or image."
+            )
         for number in range(len(arrays if paths is None else paths)):
             path = None if paths is None else str(paths[number])
             work = Work(Path(path or ""), str(number))
@@ -152,9 +156,7 @@ class AnalyzeBatch:
         result.provenance |= {"checkpoint_sha256": self._weights, "image_sha256": work.digest or None}
         return row | {
             "counts": list(map(in_characters, count_rows(result))),
-            "cells": [
-                in_characters(cell_row(result, cell, self._attributes, *self._groups)) for cell in result.cells
-            ],
+            "cells": [in_characters(cell_row(result, cell, self._attributes, *self._groups)) for cell in result.cells],
             "result": json.dumps(result.to_dict()),
         }
 

@@ -130,7 +130,11 @@ def test_a_cluster_of_two_workers(checkpoint, smears, predicted, tmp_path):
         environment = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), "OMP_NUM_THREADS": "1"}
         ray.init(address=cluster.address, runtime_env={"env_vars": environment}, log_to_driver=False)
         items = [{"path": str(path)} for path in sorted(smears.glob("*.png"))]
-        how = {"fn_constructor_kwargs": {"checkpoint": str(checkpoint), "device": "cpu"}, "batch_size": 2, "num_cpus": 1}
+        how = {
+            "fn_constructor_kwargs": {"checkpoint": str(checkpoint), "device": "cpu"},
+            "batch_size": 2,
+            "num_cpus": 1,
+        }
         rows = ray.data.from_items(items, override_num_blocks=4).map_batches(DiesOnce, concurrency=2, **how)
         rows.write_parquet(str(tmp_path / "rows"))
         pictures = ray.data.read_images([str(smears / f"{number}.png") for number in range(7)], include_paths=True)
