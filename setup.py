@@ -49,6 +49,7 @@ REVIEW = ["fastapi>=0.115,<1", "uvicorn>=0.30,<1"]
 SERVE = [*REVIEW, "python-multipart>=0.0.18,<1", "prometheus-client>=0.20,<1"]
 # A user of SAHI or of another plug has it; these name the releases that were tested.
 SAHI = ["sahi>=0.12.8,<1"]
+CVAT = ["cvat-sdk>=2.80,<3"]
 SUPERVISION = ["supervision>=0.25,<1"]
 ONNX = ["onnx>=1.19,<2", "onnxscript>=0.6.2,<1", "onnxruntime>=1.22,<2"]
 
@@ -132,6 +133,7 @@ setup(
             *SLIDES,
         ],
         "convert": CONVERT,
+        "cvat": CVAT,
         "docs": DOCS,
         "imagej": IMAGEJ,
         "onnx": ONNX,

@@ -26,7 +26,7 @@ def page(demo, monkeypatch):
     def run(heading: str, **names) -> dict:
         monkeypatch.chdir(demo)
         (part,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", PAGE.read_text(encoding="utf-8"), re.M | re.S)
-        exec(compile("\n".join(re.findall(r"^```py\n(.*?)^```", part, re.M | re.S)), str(PAGE), "exec"), names)
+        exec(compile("\n".join(re.findall(r"^```py\n(.*?)^```", part, re.M | re.S)), heading, "exec"), names)
         return names
 
     return run

@@ -1,0 +1,177 @@
+"""Data sets of Hugging Face `datasets`: cells as the column `objects` of the Hub's object-detection data sets, and such data
+sets as data folders to train on."""
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image
+
+from unihema.analyzer import Analyzer
+from unihema.errors import DatasetError, FileThereError, UnreadableImageError
+from unihema.files import shortened, write_text
+from unihema.processing_unihema.image_io import image_size
+from unihema.results.smear_result import SmearResult
+
+
+def object_features(classes: Sequence[str]) -> datasets.Features:
+    """The columns that [`FindObjects`] adds: `width`, `height`, and `objects` with the lists `id`, `bbox` (x, y, width, height in
+    pixels), `category`, `area` (of the mask where there is one) and `score`.
+
+    Args:
+        classes (`Sequence[str]`): Names of the categories.
+    """
+    number, whole = datasets.Value("float64"), datasets.Value("int64")
+    objects = {
+        "id": whole,
+        "bbox": datasets.List(number, length=4),
+        "category": datasets.ClassLabel(names=list(classes)),
+    }
+    objects |= {"area": number, "score": number}
+    return datasets.Features(
+        {"width": whole, "height": whole, "objects": {name: datasets.List(kind) for name, kind in objects.items()}}
+    )
+
+
+def object_columns(result: SmearResult) -> dict[str, Any]:
+    """A result as a row of `object_features(result.classes)`."""
+    coco = result.to_coco()
+    names = {category["id"]: category["name"] for category in coco["categories"]}
+    objects = {
+        name: [annotation[key] for annotation in coco["annotations"]]
+        for name, key in {"id": "cell_id", "bbox": "bbox", "area": "area", "score": "score"}.items()
+    }
+    objects["category"] = [names[annotation["category_id"]] for annotation in coco["annotations"]]
+    return {"width": result.width, "height": result.height, "objects": objects}
+
+
+class FindObjects:
+    """Finds the cells of a data set's images, for its `map` with `batched=True`.
+
+    `datasets` knows it again by checkpoint, weights and options: what was found before is taken from its cache, and its
+    processes (`num_proc`) load the checkpoint themselves.
+
+    Args:
+        checkpoint (`str` or `Path`): As of [`Analyzer.from_pretrained`].
+        device (`str`): As there.
+        image (`str`): Column of the images.
+        **asked: `prompt`, `threshold`, `tiles` and others of [`Analyzer.analyze_images`].
+
+    Example:
+
+    ```python
+    >>> import datasets
+    >>> from unihema.plugs.hub_datasets import FindObjects
+
+    >>> smears = datasets.load_dataset("imagefolder", data_dir="smears", split="train")
+    >>> find = FindObjects("unihema")
+    >>> found = smears.map(find, batched=True, batch_size=8, features=find.features(smears.features))
+    >>> found.push_to_hub("lab/smears-with-cells")
+    ```
+    """
+
+    def __init__(self, checkpoint: str | Path, device: str = "auto", image: str = "image", **asked: Any):
+        self.checkpoint, self.device, self.image, self.asked = str(checkpoint), device, image, asked
+        self.analyzer = Analyzer.from_pretrained(checkpoint, device=device)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the categories."""
+        return list(self.analyzer.model.config.class_names)
+
+    def features(self, features: datasets.Features) -> datasets.Features:
+        """The features of the data set that `map` gives.
+
+        Args:
+            features (`datasets.Features`): Those of the data set that it takes.
+        """
+        return datasets.Features({**features, **object_features(self.classes)})
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """The new columns of a batch."""
+        results = self.analyzer.analyze_images(batch[self.image], "detection", **self.asked)
+        rows = [object_columns(result) for result in results]
+        return {name: [row[name] for row in rows] for name in ("width", "height", "objects")}
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: vars(self)[name] for name in ("checkpoint", "device", "image", "asked")}
+        return state | {"weights": self.analyzer.weights_sha256()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["checkpoint"], state["device"], state["image"], **state["asked"])  # type: ignore[misc]
+
+
+def write_image_folder(
+    dataset: "datasets.Dataset | datasets.IterableDataset",
+    folder: str | Path,
+    split: str = "train",
+    classes: Sequence[str] | None = None,
+) -> Path:
+    """Writes an object-detection data set of the Hub as a data folder that `unihema train` and `unihema data` read.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): With `image`, and `objects` with `bbox` (x, y, width, height in pixels) and
+            `category`.
+        folder (`str` or `Path`): The data folder; made when missing, for several splits.
+        split (`str`): Name of the split there.
+        classes (`Sequence[str]`, *optional*): Names of the categories, where they are numbers without names.
+
+    Returns:
+        `Path`: The folder of the split.
+
+    Raises:
+        FileThereError: The split is there already.
+        DatasetError: The data set has no such columns, or a row cannot be used.
+    """
+    target = Path(folder) / split
+    if target.exists():
+        raise FileThereError(f"{target} is there already. Delete it, or name another split.")
+    if not {"image", "objects"} <= set(dataset.column_names or ()):
+        raise DatasetError(f"The data set has the columns {dataset.column_names}, and needs image and objects.")
+    classes = classes or (_names_of(dataset.features) if dataset.features else None)
+    # As the files are: decoded and written again, a JPEG would be another image.
+    stored = dataset.select_columns(["image", "objects"]).cast_column("image", datasets.Image(decode=False))
+    target.mkdir(parents=True)
+    write_text(target / "metadata.jsonl", _lines(stored, target, classes))
+    return target
+
+
+def _names_of(features: datasets.Features) -> Sequence[str] | None:
+    # Lists in a dictionary, or a list of dictionaries.
+    objects = features["objects"]
+    category = getattr(objects, "feature", objects)["category"]
+    return getattr(getattr(category, "feature", category), "names", None)
+
+
+def _lines(rows: Any, target: Path, classes: Sequence[str] | None) -> Iterator[str]:
+    for number, row in zip(count(), rows):
+        where = f"row {number} of the data set"
+        objects, image = row["objects"], row["image"]
+        content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        try:
+            image_size(content)
+            kind = Image.open(io.BytesIO(content)).format
+        except UnreadableImageError as error:
+            raise DatasetError(f"{where}: its image cannot be read ({shortened(error)}).") from error
+        file = target / f"{number:06d}.{str(kind).lower()}"
+        file.write_bytes(content)
+        if isinstance(objects, list):
+            objects = {name: [each[name] for each in objects] for name in ("bbox", "category")}
+        names = [_name(category, classes, where) for category in objects["category"]]
+        described = {"bbox": [list(box) for box in objects["bbox"]], "category_name": names}
+        yield json.dumps({"file_name": file.name, "objects": described}, ensure_ascii=False) + "\n"
+
+
+def _name(category: Any, classes: Sequence[str] | None, where: str) -> str:
+    if isinstance(category, str):
+        return category
+    if not isinstance(category, int) or not 0 <= category < len(classes or ()):
+        raise DatasetError(f"{where}: category {shortened(repr(category), 60)} has no name; give `classes`.")
+    return (classes or ())[category]
+
+
+__all__ = ["FindObjects", "object_columns", "object_features", "write_image_folder"]
