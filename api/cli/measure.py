@@ -288,7 +288,7 @@ def _under_corruptions(
     type=click.IntRange(2),
     default=500,
     show_default=True,
-    help="Look at no more images of a data set, task and split.",
+    help="Look at no more images of a data set, task and split; for cells of a class, too, and at most 30.",
 )
 @click.option(
     "--crops",
@@ -318,7 +318,13 @@ def reference(
     from unihema.loading import load_model, require_tasks
     from unihema.modeling_unihema.tasks import IMAGE_TASKS
     from unihema.training.run.build import load_rows
-    from unihema.training.studies.reference import fit_cells, fit_reference, record_crop_frame, with_cells
+    from unihema.training.studies.reference import (
+        IMAGES_OF_CLASS,
+        fit_cells,
+        fit_reference,
+        record_crop_frame,
+        with_cells,
+    )
 
     if is_onnx(checkpoint):
         raise click.UsageError(f"{checkpoint}: an ONNX file has no place for a reference; name a checkpoint folder.")
@@ -331,7 +337,7 @@ def reference(
     require_tasks(model, tasks)
     config = data_of(data, _tasks_of(model, tasks, images_alone=True), settings, "reference")
     rows = [load_rows(config, split) for split in (config.train_split, config.val_split)]
-    of_cells, figures = fit_cells(model, processor, *rows)
+    of_cells, figures = fit_cells(model, processor, *rows, max_images=min(max_images, IMAGES_OF_CLASS))
     if cells:
         found = with_cells(checkpoint, model, of_cells)
     else:

@@ -64,6 +64,7 @@ def report_page(report: "SmearReport") -> str:
         colors=colors,
         white=report.figures["white_cells"],
         gallery=list(_gallery(report)),
+        has_odd=any(cell.odd is not None for image in report.images for cell in image.cells),
         fields=list(_fields(report, colors)),
         most_rows=MOST_ROWS,
         pieces=_pieces,

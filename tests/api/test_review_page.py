@@ -244,7 +244,7 @@ def test_odd_cells_come_first_and_are_filtered(tmp_path, opened):
     served = Served(write_results(tmp_path / "results", {"a.png": ["neutrophil"] * 5}, odd=odd))
     try:
         page = opened(served)
-        tiles = page.get_by_role("option")
+        tiles = page.locator("#gallery .cell")
         first = tiles.nth(0)
         assert "odd, not looked at" in first.get_attribute("aria-label")
         assert first.locator(".odd").is_visible() and not tiles.nth(1).locator(".odd").is_visible()

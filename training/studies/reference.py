@@ -35,7 +35,7 @@ from unihema.training.metrics.morphology import match_cells
 
 _FEWEST_IMAGES = 2
 # Images of each data set and class in which cells are looked at: enough for a mean, and for a spread that classes share.
-_IMAGES_OF_CLASS = 30
+IMAGES_OF_CLASS = 30
 
 
 def fit_reference(
@@ -146,7 +146,7 @@ def fit_cells(
     processor: Any,
     train: Mapping[str, Sequence[Row]],
     val: Mapping[str, Sequence[Row]],
-    max_images: int = _IMAGES_OF_CLASS,
+    max_images: int = IMAGES_OF_CLASS,
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[dict[str, CellReference], dict[str, dict[str, float]]]:
@@ -333,4 +333,4 @@ def _source(row: Row) -> Any:
     return row["image"].opened() if isinstance(row["image"], StoredFile) else row["image"]
 
 
-__all__ = ["fit_cells", "fit_reference", "odd_cell_figures", "record_crop_frame", "with_cells"]
+__all__ = ["IMAGES_OF_CLASS", "fit_cells", "fit_reference", "odd_cell_figures", "record_crop_frame", "with_cells"]
