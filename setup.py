@@ -72,7 +72,7 @@ setup(
         "unihema.processing_unihema": ["tokenizer/*.json"],
         "unihema.training.data": ["stains.json"],
         "unihema.training.data.curation": ["catalog.json"],
-        "unihema.hub_cards": ["templates/*.jinja"],
+        "unihema.hub_cards": ["templates/*.jinja", "templates/space/*"],
     },
     # The lower bounds are the oldest releases that pass the tests (constraints-lowest.txt, `make test-lowest`). Transformers
     # 5.15 is the first whose T5 attends through SDPA. Its 5.24 runs all but adapters: it asks for PEFT 0.22, and the newest
@@ -140,9 +140,13 @@ setup(
         "peers": [*PEERS, *IMAGENET],
         "imagenet": IMAGENET,
         "review": REVIEW,
+        # Not in `dev`: it is large. `pytest -m slow tests/api/test_ray.py` runs where it is installed.
+        "ray": ["ray[data]>=2.60,<3"],
         "sahi": SAHI,
         "serve": SERVE,
         "shapes": SHAPES,
+        # Not in `dev`, as of Ray: `pytest -m slow tests/hub_cards/test_space.py`.
+        "space": ["gradio>=6.31,<7"],
         "supervision": SUPERVISION,
         "tokenizer-training": ["sentencepiece>=0.2.3,<1"],
     },

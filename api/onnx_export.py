@@ -33,9 +33,10 @@ _TRACED_SIZE = (192, 256)
 def export_onnx(checkpoint: str | Path, output: str | Path, task: str = "detection", overwrite: bool = False) -> Path:
     """Writes one task of a checkpoint as an ONNX file.
 
-    Inputs are `pixel_values` `[batch, 3, height, width]` (float32, normalised) and, for detection, the prompt's
-    `input_ids` and `attention_mask` `[batch, tokens]`; outputs are those of the task's model class. Batch, height, width
-    and tokens may be any, from 65 pixels a side on. There is no `pixel_mask`: the images of a batch have one size.
+    Inputs are `pixel_values` `[batch, 3, height, width]` (float32, normalised), `pixel_mask` `[batch, height, width]` (1 on the
+    image, 0 on padding below and to the right of it) and, for detection, the prompt's `input_ids` and `attention_mask`
+    `[batch, tokens]`; outputs are those of the task's model class. Batch, height, width and tokens may be any, from 65 pixels
+    a side on. An image gives in a padded batch what it gives alone.
     Class names, thresholds, processor and tokenizer are in the file's metadata.
 
     Args:
@@ -84,15 +85,15 @@ def _trace(model: "UniHemaPreTrainedModel", task: str) -> torch.onnx.ONNXProgram
             super().__init__()
             self.model = model
 
-        def forward(self, pixel_values, input_ids=None, attention_mask=None):
+        def forward(self, pixel_values, pixel_mask, input_ids=None, attention_mask=None):
             inputs = {} if input_ids is None else {"input_ids": input_ids, "attention_mask": attention_mask}
             if len(self.model.tasks) > 1:
                 inputs["task"] = task
-            output = self.model(pixel_values=pixel_values, **inputs)
+            output = self.model(pixel_values=pixel_values, pixel_mask=pixel_mask, **inputs)
             return tuple(output[name] for name in OUTPUTS[task])
 
-    inputs = [torch.zeros(2, 3, *_TRACED_SIZE)]
-    axes = [{0: "batch", 2: "height", 3: "width"}]
+    inputs = [torch.zeros(2, 3, *_TRACED_SIZE), torch.ones(2, *_TRACED_SIZE, dtype=torch.long)]
+    axes = [{0: "batch", 2: "height", 3: "width"}, {0: "batch", 1: "height", 2: "width"}]
     # The official maths lets padding take part, so that its text has one length.
     whole = model.config.attend_to_padding
     for _ in TEXT_INPUTS[task]:
@@ -104,7 +105,7 @@ def _trace(model: "UniHemaPreTrainedModel", task: str) -> torch.onnx.ONNXProgram
             Exported().eval(),
             tuple(inputs),
             dynamo=True,
-            input_names=["pixel_values", *TEXT_INPUTS[task]],
+            input_names=["pixel_values", "pixel_mask", *TEXT_INPUTS[task]],
             output_names=list(OUTPUTS[task]),
             dynamic_shapes=tuple(axes),
             opset_version=OPSET,
@@ -119,8 +120,6 @@ def _trace(model: "UniHemaPreTrainedModel", task: str) -> torch.onnx.ONNXProgram
 
 
 def _metadata(model: "UniHemaPreTrainedModel", processor: "UniHemaProcessor", task: str) -> dict[str, str]:
-    # An image alone needs no padding, and the file has no mask to tell padding from image.
-    processor.image_processor.pad_multiple = 1
     with scratch_folder() as folder:
         model.config.save_pretrained(folder)
         processor.save_pretrained(folder)

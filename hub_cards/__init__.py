@@ -4,6 +4,7 @@ from .card import adapter_card, checkpoint_card, dataset_card, folder_card
 from .check import check_card, is_repo_id
 from .data_record import DataRecord, DataSource
 from .push import PushPlan, PushResult, plan_push, push_folder, push_to_hub
+from .space import write_space
 
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "plan_push",
     "push_folder",
     "push_to_hub",
+    "write_space",
 ]

@@ -105,12 +105,12 @@ class PushResult:
     plan: PushPlan
 
 
-def plan_push(folder: str | Path, repo_id: str, base_model: str | None = None, endpoint: bool = False) -> PushPlan:
+def plan_push(folder: str | Path, repo_id: str | None = None, base_model: str | None = None, endpoint: bool = False) -> PushPlan:
     """Chooses and checks the files of a push; touches no network.
 
     Args:
         folder (`str` or `Path`): A checkpoint, or a PEFT adapter.
-        repo_id (`str`): Where it goes; the code in the card names it.
+        repo_id (`str`, *optional*): Where it goes; the code in the card names it. Without one it stays as it is.
         base_model (`str`, *optional*): Id of an adapter's base, where `adapter_config.json` names a folder.
         endpoint (`bool`): With what an Inference Endpoint of the Hub runs: `handler.py` ([`EndpointHandler`]) and
             `requirements.txt`. Of a checkpoint only.
@@ -124,7 +124,7 @@ def plan_push(folder: str | Path, repo_id: str, base_model: str | None = None, e
         ValueError: `repo_id` is none.
     """
     folder = Path(folder)
-    if not is_repo_id(repo_id):
+    if repo_id is not None and not is_repo_id(repo_id):
         raise InputError(f"{repo_id!r} is no repository id; it looks like lab/blood-smears.")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder. Name a checkpoint or an adapter.")
@@ -295,7 +295,7 @@ def _check_whole(files: list[Path]) -> None:
                 ) from error
 
 
-def _card(folder: Path, repo_id: str, base_model: str | None) -> str:
+def _card(folder: Path, repo_id: str | None, base_model: str | None) -> str:
     path = folder / CARD_FILE
     if not path.is_file():
         raise CardError(f"{folder}: no {CARD_FILE}. Write the card with `unihema card {folder} --license LICENCE`.")
@@ -307,7 +307,7 @@ def _card(folder: Path, repo_id: str, base_model: str | None) -> str:
     stale = stale_result(data.eval_results, read_json(metrics) if metrics.is_file() else None)
     if stale:
         raise CardError(f"{path}: {stale}. Write the card anew with `unihema card`.")
-    return for_repo(text, repo_id)
+    return text if repo_id is None else for_repo(text, repo_id)
 
 
 def _call(call: Callable[[], Result], repo_id: str, token: str | None) -> Result:

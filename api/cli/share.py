@@ -84,6 +84,9 @@ def convert(source: Path, output: Path, tokenizer: str | None, report: bool) -> 
 @base_option
 @task_option(multiple=False)
 @click.option("--description", help="What a data folder shows, and who annotated it.")
+@click.option(
+    "--space", type=PATH, help="Also make this folder, a Gradio Space of the checkpoint; a card that is there stays."
+)
 @overwrite_option
 def card(
     folder: Path,
@@ -96,6 +99,7 @@ def card(
     base: str | None,
     task: str | None,
     description: str | None,
+    space: Path | None,
     overwrite: bool,
 ) -> None:
     """Write README.md of a checkpoint, an adapter or data.
@@ -104,10 +108,14 @@ def card(
     trained for, where that was not measured. Read the card before others do.
     """
     from unihema.files import write_text
-    from unihema.hub_cards import folder_card
+    from unihema.hub_cards import folder_card, write_space
     from unihema.hub_cards.card import CARD_FILE, check_replaceable
 
     path = folder / CARD_FILE
+    if space is not None and path.is_file():
+        write_space(folder, space, name, overwrite)
+        click.echo(f"{space} written. Look at it with `python {space / 'app.py'}`.")
+        return
     if not overwrite:
         check_replaceable(path)
     terms = {"licence": license, "licence_name": license_name, "licence_link": license_link, "name": name}
@@ -128,6 +136,9 @@ def card(
         text = data_folder_card(folder, source=source, description=description, **terms)
     write_text(path, [text])
     click.echo(f"{path} written. Read it before others do.")
+    if space is not None:
+        write_space(folder, space, name, overwrite)
+        click.echo(f"{space} written. Look at it with `python {space / 'app.py'}`.")
 
 
 @click.command()

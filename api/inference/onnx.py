@@ -75,7 +75,7 @@ class OnnxModel:
         """
         Args:
             pixel_values (`torch.Tensor`): `[B, 3, H, W]`.
-            pixel_mask (`torch.Tensor`, *optional*): `[B, H, W]`, all ones: the file knows no padding.
+            pixel_mask (`torch.Tensor`, *optional*): `[B, H, W]`, 1 on the image, 0 on padding. All image when missing.
             input_ids (`torch.Tensor`, *optional*): The prompt `[B, L]`; needed for detection.
             attention_mask (`torch.Tensor`, *optional*): `[B, L]`.
             task (`str`, *optional*): The one this file does.
@@ -84,15 +84,21 @@ class OnnxModel:
             The output of the task's model class, without states.
 
         Raises:
-            ValueError: Another task, or images padded to a common size.
+            ValueError: Another task; or images padded to a common size, of an older file, which knows no padding.
         """
         if task not in (None, *self.tasks):
             raise InputError(f"This ONNX file does {self.tasks[0]}, not {task}.")
-        if pixel_mask is not None and not pixel_mask.all():
-            raise InputError("An ONNX file knows no padding: give it images of one size, or one at a time.")
-        given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+        if pixel_mask is None:
+            pixel_mask = pixel_values.new_ones(pixel_values[:, 0].shape, dtype=torch.long)
+        given = {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
+        given |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        arguments = self.session.get_inputs()
+        if not pixel_mask.all() and not any(argument.name == "pixel_mask" for argument in arguments):
+            raise InputError(
+                "This ONNX file knows no padding: give it images of one size, or one at a time, or export it again."
+            )
         feed = {}
-        for argument in self.session.get_inputs():
+        for argument in arguments:
             tensor = given[argument.name]
             if argument.name in TEXT_INPUTS["detection"] and isinstance(argument.shape[1], int):
                 missing = argument.shape[1] - tensor.shape[1]
