@@ -14,7 +14,7 @@ from tiny_models import batch, lively
 
 from unihema import Analyzer
 from unihema.errors import CheckpointError
-from unihema.inference.onnx import OUTPUTS, MissingOnnxError
+from unihema.inference.onnx import OUTPUTS, TEXT_INPUTS, MissingOnnxError, OnnxModel
 from unihema.loading import load_model
 from unihema.onnx_export import export_onnx
 from unihema_cli.app import app
@@ -54,7 +54,7 @@ def test_any_batch_and_size_gives_the_models_numbers(checkpoint, exported, task,
     session = onnxruntime.InferenceSession(exported[task])
     inputs = batch(task, images, size)
     names = [argument.name for argument in session.get_inputs()]
-    assert names == ["pixel_values"] + ["input_ids", "attention_mask"] * (task == "detection")
+    assert names == ["pixel_values", "pixel_mask"] + ["input_ids", "attention_mask"] * (task == "detection")
     assert [result.name for result in session.get_outputs()] == list(OUTPUTS[task])
     found = session.run(None, {name: inputs[name].numpy() for name in names})
     with torch.no_grad():
@@ -73,6 +73,7 @@ def test_axes_and_metadata_are_named(exported):
     }
     assert axes == {
         "pixel_values": ["batch", 3, "height", "width"],
+        "pixel_mask": ["batch", "height", "width"],
         "input_ids": ["batch", "tokens"],
         "attention_mask": ["batch", "tokens"],
         "logits": ["batch", "queries", 3],
@@ -132,12 +133,44 @@ def test_file_does_its_own_task_only(exported, smear):
         model.train()
 
 
-def test_padded_batch_is_refused_as_the_file_would_see_the_padding(exported):
+@pytest.mark.parametrize("task", OUTPUTS)
+def test_an_image_gives_in_a_padded_batch_what_it_gives_alone(exported, task):
+    model, _ = load_model(exported[task])
+    sizes = [(96, 160), (130, 97), (65, 70)]
+    alone = [batch(task, 1, size) for size in sizes]
+    height, width = (max(sides) for sides in zip(*sizes))
+    texts = {name: alone[0][name].repeat(3, 1) for name in TEXT_INPUTS[task]}
+    # What stands in the padding has no part in it.
+    padded = {"pixel_values": torch.full((3, 3, height, width), 5.0), "pixel_mask": torch.zeros(3, height, width).long()}
+    for number, (inputs, (down, right)) in enumerate(zip(alone, sizes)):
+        padded["pixel_values"][number, :, :down, :right] = inputs["pixel_values"][0]
+        padded["pixel_mask"][number, :down, :right] = 1
+    together = model(**padded, **texts)
+    for number, inputs in enumerate(alone):
+        expected = model(inputs["pixel_values"], **{name: text[:1] for name, text in texts.items()})
+        for name in OUTPUTS[task]:
+            torch.testing.assert_close(together[name][number], expected[name][0], rtol=0, atol=2e-5, msg=name)
+
+
+def test_an_older_file_knows_no_padding(exported):
+    """One without `pixel_mask` still runs, on images of one size."""
     model, _ = load_model(exported["single_cell"])
+    pixels = torch.zeros(1, 3, 96, 96)
+
+    class Older:
+        def get_inputs(self):
+            return [argument for argument in model.session.get_inputs() if argument.name != "pixel_mask"]
+
+        def run(self, names, feed):
+            assert set(feed) == {"pixel_values"}
+            return model.session.run(names, feed | {"pixel_mask": torch.ones(1, 96, 96).long().numpy()})
+
+    older = OnnxModel(Older(), model.config, "single_cell")
+    torch.testing.assert_close(older(pixels).logits, model(pixels).logits)
     mask = torch.ones(1, 96, 96, dtype=torch.long)
     mask[:, :, 64:] = 0
     with pytest.raises(ValueError, match="knows no padding"):
-        model(torch.zeros(1, 3, 96, 96), mask)
+        older(pixels, mask)
 
 
 def test_what_cannot_be_exported(checkpoint, tmp_path, monkeypatch):

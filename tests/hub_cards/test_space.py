@@ -171,7 +171,8 @@ def test_the_app_in_a_browser(served, smears, tmp_path):
         page.get_by_label("Questions, one a line").fill(f"How many neutrophils are there?\n{HOSTILE}?")
         page.get_by_text("field_0", exact=False).first.wait_for()
         page.get_by_role("button", name="Analyse").first.click()
-        page.get_by_text(HOSTILE).first.wait_for()
+        # The table has a hidden copy of its cells, by which it measures them.
+        page.get_by_text(HOSTILE).locator("visible=true").first.wait_for()
         page.locator("img[src*='image.png'], img[src*='.png']").first.wait_for()
         page.screenshot(path=str(tmp_path / "space.png"), full_page=True)
         assert page.title() == "UniHema" and page.locator("img[src='x']").count() == 0
