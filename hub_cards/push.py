@@ -105,7 +105,9 @@ class PushResult:
     plan: PushPlan
 
 
-def plan_push(folder: str | Path, repo_id: str | None = None, base_model: str | None = None, endpoint: bool = False) -> PushPlan:
+def plan_push(
+    folder: str | Path, repo_id: str | None = None, base_model: str | None = None, endpoint: bool = False
+) -> PushPlan:
     """Chooses and checks the files of a push; touches no network.
 
     Args:

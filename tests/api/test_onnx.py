@@ -141,7 +141,10 @@ def test_an_image_gives_in_a_padded_batch_what_it_gives_alone(exported, task):
     height, width = (max(sides) for sides in zip(*sizes))
     texts = {name: alone[0][name].repeat(3, 1) for name in TEXT_INPUTS[task]}
     # What stands in the padding has no part in it.
-    padded = {"pixel_values": torch.full((3, 3, height, width), 5.0), "pixel_mask": torch.zeros(3, height, width).long()}
+    padded = {
+        "pixel_values": torch.full((3, 3, height, width), 5.0),
+        "pixel_mask": torch.zeros(3, height, width).long(),
+    }
     for number, (inputs, (down, right)) in enumerate(zip(alone, sizes)):
         padded["pixel_values"][number, :, :down, :right] = inputs["pixel_values"][0]
         padded["pixel_mask"][number, :down, :right] = 1

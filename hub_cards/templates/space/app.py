@@ -1,6 +1,7 @@
 """A Gradio Space: blood smears in; cells, differential and answers out.
 
-`unihema card --space` puts it beside a checkpoint. What an image, a checkpoint or a visitor says is shown as text, never as markup.
+`unihema card --space` puts it beside a checkpoint. What an image, a checkpoint or a visitor says is shown as
+text, never as markup.
 """
 
 import json
@@ -94,7 +95,7 @@ def analyze(path: str | None, questions: str):
     return overlay, [row[:-1] for row in counts], cells, answers, "\n".join(result.warnings)
 
 
-def analyze_all(paths: list[str] | None, progress=gr.Progress()):  # noqa: B008
+def analyze_all(paths: list[str] | None, progress=gr.Progress()):
     """A zip file of the tables and overlays of many images, and what could not be analysed."""
     if not paths or len(paths) > MOST_IMAGES:
         return None, f"Choose 1 to {MOST_IMAGES} images."
@@ -132,7 +133,9 @@ with gr.Blocks(title="UniHema", delete_cache=(KEPT, KEPT)) as demo:
         with gr.Row():
             with gr.Column():
                 image = gr.File(label="Image", file_types=ENDINGS)
-                questions = gr.Textbox(label="Questions, one a line", placeholder="How many neutrophils are there?", lines=3)
+                questions = gr.Textbox(
+                    label="Questions, one a line", placeholder="How many neutrophils are there?", lines=3
+                )
                 one = gr.Button("Analyse", variant="primary")
             overlay = gr.Image(label="Cells", format="png", interactive=False)
         notes = gr.Textbox(label="Notes", interactive=False, lines=2)
