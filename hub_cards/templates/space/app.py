@@ -95,7 +95,7 @@ def analyze(path: str | None, questions: str):
     return overlay, [row[:-1] for row in counts], cells, answers, "\n".join(result.warnings)
 
 
-def analyze_all(paths: list[str] | None, progress=gr.Progress()):
+def analyze_all(paths: list[str] | None, progress=gr.Progress()):  # noqa: B008
     """A zip file of the tables and overlays of many images, and what could not be analysed."""
     if not paths or len(paths) > MOST_IMAGES:
         return None, f"Choose 1 to {MOST_IMAGES} images."
