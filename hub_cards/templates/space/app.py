@@ -1,7 +1,7 @@
 """A Gradio Space: blood smears in; cells, differential and answers out.
 
-`unihema card --space` puts it beside a checkpoint. What an image, a checkpoint or a visitor says is shown as text, never as
-markup.
+`unihema card --space` puts it beside a checkpoint. What an image, a checkpoint or a visitor says is shown as
+text, never as markup.
 """
 
 import json
