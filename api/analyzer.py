@@ -7,8 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from unihema.files import OpenedImage
 from unihema.loading import available_tasks, load_model, require_tasks
 from unihema.modeling_unihema.tasks import IMAGE_TASKS, TASK_TABLE, TASKS
 from unihema.processing_unihema.class_names import NUCLEUS, WHITE_CELL, cell_kind
+from unihema.request import Request, SeenImages, head_of, language_task
 from unihema.results.calibration import set_probabilities
 from unihema.results.cell_size import KnownSize
 from unihema.results.shapes import nucleus_of
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from unihema.inference.graphs import Recorder
     from unihema.inference.onnx import OnnxModel
     from unihema.modeling_unihema.modeling_unihema import UniHemaPreTrainedModel
-    from unihema.modeling_unihema.outputs import UniHemaImageFeatures, UniHemaPromptFeatures
     from unihema.processing_unihema.processing_unihema import UniHemaProcessor
     from unihema.processing_unihema.questions import Answer
     from unihema.report.smear_report import SmearReport
@@ -65,41 +64,6 @@ class OutOfMemoryWarning(UserWarning):
 
 class QueryCapWarning(UserWarning):
     """The field holds about as many cells as the model has queries, so some are probably not counted."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be done with images, checked and read once for all of them.
-
-    Args:
-        tasks (`tuple[str, ...]`): Of the image tasks, in the order of the table.
-        prompt (`str` or `tuple[str, ...]`, *optional*): Class names, or a disease.
-        questions (`tuple[str, ...]`): Questions and sentences with blanks.
-        threshold (`float`, *optional*): Smallest detection score for all classes.
-        texts (`dict`): Task -> token ids and mask of its prompt `[1, L]`.
-        question_texts (`tuple[dict]`): The same of each question.
-        prompts (`dict`): Task -> what its prompt gives the queries, of one image.
-        tiles (`str` or `int`): `"auto"`, `"off"`, or the longer edge of a tile in pixels of the image.
-        um_per_pixel (`float`, *optional*): Size of a pixel of the images, in micrometres.
-        white_cells (`int`, *optional*): How many white cells are looked for, alone.
-        labels (`tuple[str, ...]`, *optional*): What a single cell may be.
-        framing (`str`): `"auto"` or `"off"`.
-        second_look (`bool`): Whether nucleated cells of fields are typed from their crops, too.
-    """
-
-    tasks: tuple[str, ...]
-    prompt: str | tuple[str, ...] | None = None
-    questions: tuple[str, ...] = ()
-    threshold: float | None = None
-    texts: dict[str, dict[str, "torch.Tensor"]] = field(default_factory=dict)
-    question_texts: tuple[dict[str, "torch.Tensor"], ...] = ()
-    prompts: dict[str, "UniHemaPromptFeatures"] = field(default_factory=dict)
-    tiles: str | int = "auto"
-    um_per_pixel: float | None = None
-    white_cells: int | None = None
-    labels: tuple[str, ...] | None = None
-    framing: str = "auto"
-    second_look: bool = False
 
 
 class Analyzer:
@@ -325,7 +289,7 @@ class Analyzer:
         written = tuple(
             question
             for question in questions
-            if not ("detection" in heads and is_count(question) and _language_task(question) not in self.tasks)
+            if not ("detection" in heads and is_count(question) and language_task(question) not in self.tasks)
         )
         return {"tasks": heads, "questions": written}
 
@@ -536,7 +500,7 @@ class Analyzer:
             raise RequestError(f"framing must be auto or off, got {framing!r}.")
         labels = self._checked_labels(labels, tasks)
         looks_again = self._looks_again(second_look, tasks)
-        require_tasks(self.model, [*tasks, *dict.fromkeys(map(_language_task, questions))])
+        require_tasks(self.model, [*tasks, *dict.fromkeys(map(language_task, questions))])
         tasks = tuple(task for task in IMAGE_TASKS if task in tasks)
         asked = {
             task: self.processor.default_prompts.get(task) if prompt is None else prompt
@@ -547,7 +511,7 @@ class Analyzer:
             asked[NUCLEUS] = NUCLEUS
         try:
             texts = {task: self._tokens(text, head_of(task)) for task, text in asked.items()}
-            question_texts = tuple(self._tokens(question, _language_task(question)) for question in questions)
+            question_texts = tuple(self._tokens(question, language_task(question)) for question in questions)
         except ValueError as error:
             raise RequestError(str(error)) from error
         prompts = {}
@@ -670,7 +634,7 @@ class Analyzer:
             result.provenance = self._provenance(request)
             result.class_parents = dict(parents or {})
         recorder = self._recorder_on_gpu()
-        seen = _SeenImages(self.model, self.processor, [image.pixels for image in opened], request, recorder)
+        seen = SeenImages(self.model, self.processor, [image.pixels for image in opened], request, recorder)
         with torch.inference_mode(), nullcontext() if recorder is None else recorder.held():
             for task in request.tasks:
                 {"detection": self._detect, "segmentation": self._segment, "single_cell": self._classify}[task](
@@ -772,7 +736,7 @@ class Analyzer:
     def _adapters(self) -> tuple[str, ...]:
         return tuple(getattr(self.model, "adapters_in_use", ()))
 
-    def _detect(self, request: Request, seen: "_SeenImages", results: list[SmearResult]) -> None:
+    def _detect(self, request: Request, seen: SeenImages, results: list[SmearResult]) -> None:
         from unihema.processing_unihema.post_processing import asked_classes, find_cells, misspelled_classes
 
         config = self.model.config
@@ -806,14 +770,14 @@ class Analyzer:
             return None
         return self.reference.cells.get(head)
 
-    def _segment(self, request: Request, seen: "_SeenImages", results: list[SmearResult]) -> None:
+    def _segment(self, request: Request, seen: SeenImages, results: list[SmearResult]) -> None:
         masks = self._masks("segmentation", seen)
         asked = request.prompt or self.processor.default_prompts.get("segmentation")
         for result, mask in zip(results, masks, strict=True):
             result.mask = mask
             result.mask_label = ", ".join([asked] if isinstance(asked, str) else asked or ["cell"])
 
-    def _masks(self, asked: str, seen: "_SeenImages") -> "list[numpy.ndarray]":
+    def _masks(self, asked: str, seen: SeenImages) -> "list[numpy.ndarray]":
         """What is asked of the mask head, uint8 at the size of each image."""
         masks = self.processor.image_processor.post_process_semantic_segmentation(
             seen.outputs(asked),
@@ -823,7 +787,7 @@ class Analyzer:
         )
         return [mask.to("cpu").numpy().astype("uint8") for mask in masks]
 
-    def _measure_nuclei(self, seen: "_SeenImages", results: list[SmearResult]) -> None:
+    def _measure_nuclei(self, seen: SeenImages, results: list[SmearResult]) -> None:
         """The areas of nucleus and cytoplasm of each white cell; of one without a mask of its own, the mask within its box."""
         for result, nuclei in zip(results, self._masks(NUCLEUS, seen), strict=True):
             to_x, to_y = nuclei.shape[1] / result.width, nuclei.shape[0] / result.height
@@ -838,7 +802,7 @@ class Analyzer:
                 areas = nucleus_of(region, nuclei[place])
                 cell.nucleus = areas and {name: area / (to_x * to_y) for name, area in areas.items()}
 
-    def _classify(self, request: Request, seen: "_SeenImages", results: list[SmearResult]) -> None:
+    def _classify(self, request: Request, seen: SeenImages, results: list[SmearResult]) -> None:
         from unihema.processing_unihema.post_processing import most_probable_labels, single_cell_probabilities
 
         config, labels = self.model.config, request.labels
@@ -864,7 +828,7 @@ class Analyzer:
                     result.single_cell["odd"] = score
 
     def _in_frame(
-        self, request: Request, seen: "_SeenImages", logits: "torch.Tensor"
+        self, request: Request, seen: SeenImages, logits: "torch.Tensor"
     ) -> "tuple[torch.Tensor, list[dict[str, Any] | None]]":
         """Logits `[B, classes]` of crops, of those with a nucleus the mean of two views as the training knows them; and how
         each was framed."""
@@ -876,7 +840,7 @@ class Analyzer:
 
         def classify(views: "list[Image.Image]") -> "torch.Tensor":
             # Not recorded: a recording of the same size would write over what was seen of the crops.
-            return _SeenImages(self.model, self.processor, views, alone).outputs("single_cell").logits.float()
+            return SeenImages(self.model, self.processor, views, alone).outputs("single_cell").logits.float()
 
         return logits_in_frame(seen.images, logits, known, classify)
 
@@ -900,7 +864,7 @@ class Analyzer:
         """What the single-cell head says of crops, framed where the request says so: `[B, classes]`."""
         import torch
 
-        seen = _SeenImages(self.model, self.processor, crops, request)
+        seen = SeenImages(self.model, self.processor, crops, request)
         with torch.inference_mode():
             logits = seen.outputs("single_cell").logits.float()
             if request.framing == "auto" and self.model.config.trained.crop_frame is not None:
@@ -928,15 +892,15 @@ class Analyzer:
                 )
         return bool(second_look)
 
-    def _answers(self, question: str, tokens: "dict[str, torch.Tensor]", seen: "_SeenImages") -> list[str]:
+    def _answers(self, question: str, tokens: "dict[str, torch.Tensor]", seen: SeenImages) -> list[str]:
         answers = self.model.generate(
             **{name: value.expand(len(seen.images), -1) for name, value in tokens.items()},
-            image_features=seen.features(_language_task(question)),
+            image_features=seen.features(language_task(question)),
             max_new_tokens=self.model.config.max_text_length,
         )
         return self.processor.decode_answers(answers)
 
-    def _compare(self, request: Request, seen: "_SeenImages", results: list[SmearResult]) -> None:
+    def _compare(self, request: Request, seen: SeenImages, results: list[SmearResult]) -> None:
         """The first task that there is a reference for says how far each image is from those the model was trained on."""
         if self.reference is None or self._adapters() != self._reference_adapters:
             return
@@ -1046,102 +1010,6 @@ class _WithinMemory:
         return found
 
 
-class _SeenImages:
-    """A batch of images as one call sees it: tasks that look at one size share the pixels and what the backbone makes of them.
-
-    Args:
-        model, processor: Of the analyzer.
-        images (`Sequence[PIL.Image.Image]`): The images.
-        request ([`Request`]): What is asked of them.
-        recorder ([`Recorder`], *optional*): Runs the model.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        processor: "UniHemaProcessor",
-        images: "Sequence[Image.Image]",
-        request: Request,
-        recorder: "Recorder | None" = None,
-    ):
-        self.model, self.processor, self.images, self.request = model, processor, images, request
-        self.recorder = recorder
-        self._batches: dict[tuple, dict[str, torch.Tensor]] = {}
-        self._seen: dict[tuple, tuple[UniHemaImageFeatures, dict[str, Any]]] = {}
-
-    def _size(self, task: str) -> tuple:
-        return tuple(sorted(self.processor.image_processor.task_sizes[head_of(task)].items()))
-
-    def batch(self, task: str) -> "dict[str, torch.Tensor]":
-        """`pixel_values` and `pixel_mask` at the size of a task."""
-        size = self._size(task)
-        if size not in self._batches:
-            batch = self.processor.image_processor(list(self.images), task=head_of(task))
-            # On the host, where the model reads whether there is padding without waiting for a device.
-            mask = batch["pixel_mask"]
-            batch = batch.to(self.model.device)
-            batch = dict(batch.to(self.model.dtype) if self.model.dtype.is_floating_point else batch)
-            self._batches[size] = batch | {"pixel_mask": mask}
-        return self._batches[size]
-
-    def features(self, task: str) -> "UniHemaImageFeatures":
-        """What the backbone, and the image encoder where a task at this size reads it, make of the images."""
-        return self._at_size_of(task)[0]
-
-    def outputs(self, task: str) -> Any:
-        """What the head of a task says."""
-        if hasattr(self.model, "get_image_features"):
-            return self._at_size_of(task)[1][task]
-        texts = {name: self._of_each(value) for name, value in self.request.texts.get(task, {}).items()}
-        return self.model(**self.batch(task), **texts, **self._named(task))
-
-    def _at_size_of(self, task: str) -> "tuple[UniHemaImageFeatures, dict[str, Any]]":
-        """Features and the outputs of all tasks that look at the size of this one."""
-        size = self._size(task)
-        if size not in self._seen:
-            asked = (*self.request.tasks, *((NUCLEUS,) if NUCLEUS in self.request.texts else ()))
-            tasks = tuple(other for other in asked if self._size(other) == size)
-            encoding = next(iter(tasks), task)
-            prompts = [self.request.prompts[other] for other in tasks if other in self.request.prompts]
-            pixels, mask = (self.batch(task)[name] for name in ("pixel_values", "pixel_mask"))
-            parts = [part for prompt in prompts for part in (prompt.last_hidden_state, prompt.attention_mask)]
-            texts = [self._of_each(part) for part in parts]
-            compute = partial(self._compute, encoding, tasks)
-            if self.recorder is None:
-                self._seen[size] = compute(pixels, mask, *texts)
-            else:
-                # What is image in each: where there is padding, other operators run.
-                inside = (*mask[:, :, 0].sum(1).tolist(), *mask[:, 0].sum(1).tolist())
-                mask = mask.to(pixels.device, non_blocking=True) if not bool(mask.all()) else None
-                self._seen[size] = self.recorder((encoding, *tasks, *inside), compute, pixels, mask, *texts)
-        return self._seen[size]
-
-    def _compute(
-        self,
-        encoding: str,
-        tasks: tuple[str, ...],
-        pixels: "torch.Tensor",
-        mask: "torch.Tensor | None",
-        *texts: Any,
-    ) -> "tuple[UniHemaImageFeatures, dict[str, Any]]":
-        from unihema.modeling_unihema.outputs import UniHemaPromptFeatures
-
-        features = self.model.get_image_features(pixels, mask, task=encoding)
-        rest, outputs = iter(texts), {}
-        for task in tasks:
-            given = {}
-            if task in self.request.prompts:
-                given["prompt_features"] = UniHemaPromptFeatures(next(rest), next(rest))
-            outputs[task] = self.model(image_features=features, **given, **self._named(task))
-        return features, outputs
-
-    def _of_each(self, text: "torch.Tensor") -> "torch.Tensor":
-        return text.expand(len(self.images), *text.shape[1:])
-
-    def _named(self, task: str) -> dict[str, str]:
-        return {"task": head_of(task)} if len(self.model.tasks) > 1 else {}
-
-
 def set_image_sizes(processor: "UniHemaProcessor", sizes: Mapping[str, int]) -> None:
     """Changes the size at which a processor gives images to the model, for another magnification than it was trained on.
 
@@ -1178,15 +1046,6 @@ def _weight_sums(model: Any) -> tuple[float, ...]:
     return tuple(float(tensor.detach().float().sum()) for _, tensor in _weights(model))
 
 
-def head_of(asked: str) -> str:
-    """The task whose head answers: nuclei are a second question to the mask head."""
-    return "segmentation" if asked == NUCLEUS else asked
-
-
-def _language_task(text: str) -> str:
-    return "cloze" if "___" in text or "<extra_id_" in text else "question_answering"
-
-
 def _note_if_crowded(logits: "torch.Tensor", thresholds: Sequence[float], result: SmearResult) -> None:
     # Counted before overlapping boxes are merged: a query that repeats a cell is not free for another one.
     best = logits.float().sigmoid().max(-1)
@@ -1202,6 +1061,5 @@ def _note_if_crowded(logits: "torch.Tensor", thresholds: Sequence[float], result
 __all__ = [
     "Analyzer",
     "QueryCapWarning",
-    "Request",
     "set_image_sizes",
 ]

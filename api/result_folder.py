@@ -58,7 +58,8 @@ from unihema.version import __version__
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
-    from unihema.analyzer import Analyzer, Request
+    from unihema.analyzer import Analyzer
+    from unihema.request import Request
     from unihema.results.tiles import TileStore
 
 

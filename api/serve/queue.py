@@ -15,7 +15,8 @@ from unihema.slides import RegionSource
 
 
 if TYPE_CHECKING:
-    from unihema.analyzer import Analyzer, Request
+    from unihema.analyzer import Analyzer
+    from unihema.request import Request
 
 
 logger = logging.getLogger(__name__)
