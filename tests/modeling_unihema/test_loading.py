@@ -7,12 +7,14 @@ import torch
 from tiny_models import batch, lively, very_tiny_config
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForObjectDetection
 
+from unihema import UniHemaProcessor
 from unihema.errors import InputError
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 from unihema.modeling_unihema.modeling_unihema import (
     UniHemaForDetection,
     UniHemaForImageClassification,
     UniHemaForMultiTask,
+    UniHemaForObjectDetection,
 )
 
 
@@ -102,3 +104,19 @@ def test_two_labels_of_an_older_checkpoint_load(tmp_path):
     assert UniHemaForDetection.from_pretrained(tmp_path).config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
     # A configuration that was never saved has the classes of a smear.
     assert UniHemaConfig.tiny().num_labels == 7
+
+
+def test_the_detection_class_by_its_other_name_is_saved_and_loaded_by_either(tmp_path):
+    from unihema.hub_cards.card import checkpoint_card
+    from unihema.loading import load_model
+
+    model = UniHemaForObjectDetection(very_tiny_config())
+    model.save_pretrained(tmp_path)
+    UniHemaProcessor.from_default().save_pretrained(tmp_path)
+    loaded, _ = load_model(tmp_path, "cpu")
+    for again in (loaded, UniHemaForDetection.from_pretrained(tmp_path)):
+        assert isinstance(again, UniHemaForDetection)
+        for name, tensor in again.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name])
+    card = checkpoint_card(loaded.config)
+    assert "- `detection`" in card and "- `cloze`" not in card
