@@ -17,7 +17,7 @@ from unihema.processing_unihema.image_io import pixel_size
 from unihema.results.cell_size import KnownSize
 from unihema.results.smear_result import Cell, SmearResult
 from unihema.results.tiles import see_in_tiles
-from unihema.slides import OpenSlideRegions, TiffRegions, UnreadableRegionError, open_regions
+from unihema.slides import OpenSlideRegions, TiffRegions, TooLargeError, UnreadableRegionError, open_regions
 
 
 tifffile = pytest.importorskip("tifffile")
@@ -424,6 +424,23 @@ def test_a_header_far_too_large_for_its_file_is_an_error(tmp_path):
     path.write_bytes(content)
     with pytest.raises(UnreadableImageError, match=re.escape(str(path))):
         open_regions(path)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "pages.tif"])
+def test_an_image_of_more_pixels_than_are_taken_is_refused_before_it_is_decoded(tmp_path, name, monkeypatch):
+    path, small = tmp_path / name, PIXELS[:64, :64]
+    if name == "pages.tif":
+        # PIL looks at the first page, and the largest is read.
+        with pytest.importorskip("tifffile").TiffWriter(path) as file:
+            for page in (small[::2, ::2], small):
+                file.write(page, photometric="rgb", tile=(64, 64), compression="deflate")
+    else:
+        Image.fromarray(small).save(path)
+    with open_regions(path, max_pixels=1, most_pixels=64 * 64) as source:
+        assert source.size == (64, 64)
+    monkeypatch.setattr(slides, "open_image", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(TooLargeError, match=rf"{name}: 64 x 64 pixels, and no more than 4095 are taken here"):
+        open_regions(path, max_pixels=1, most_pixels=64 * 64 - 1)
 
 
 def test_text_without_pixels_is_no_slide(tmp_path):

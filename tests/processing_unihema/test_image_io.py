@@ -1,6 +1,8 @@
 """Images of every kind are opened upright as 8-bit RGB, and broken files are named."""
 
+import struct
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from unihema.errors import InputTypeError, UnreadableImageError
 from unihema.files import open_image
-from unihema.processing_unihema.image_io import image_size, load_image, load_mask, read_image
+from unihema.processing_unihema.image_io import image_size, load_image, load_mask, read_image, stored_size
 
 
 RGB = np.zeros((20, 30, 3), np.uint8) + np.array([200, 120, 40], np.uint8)
@@ -230,3 +232,18 @@ def test_a_page_larger_than_the_first_is_said(tmp_path):
     assert notes == ["The file has a larger page (30 x 40 pixels): only the first (30 x 10) is read."]
     pages[1].save(tmp_path / "a.tif", save_all=True, append_images=pages[::2])
     assert read_image(tmp_path / "a.tif")[1] == []
+
+
+def test_a_png_is_not_decoded_for_metadata_behind_more_pixels_than_it_can_hold(tmp_path):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 50_000, 8, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(10_000)))
+    path = tmp_path / "bomb.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"tEXt", b"a\0b") + chunk(b"IEND", b""))
+    assert stored_size(path) == (60_000, 50_000)
+    with pytest.raises(
+        UnreadableImageError, match=r"bomb\.png: the file is far too small for the 60000 x 50000 pixels"
+    ):
+        image_size(path)
