@@ -122,15 +122,17 @@ def test_an_endpoint_answers_where_only_what_the_hub_installs_is_there(tmp_path)
         hub.close()
 
 
-def test_what_an_endpoint_requires_is_what_the_checkpoints_code_imports():
+def test_what_an_endpoint_requires_is_what_the_checkpoints_code_imports(tmp_path):
     """Every library that the code beside the weights imports stands in requirements.txt."""
     from transformers.dynamic_module_utils import get_imports
 
     from unihema.hub_cards.push import _REQUIREMENTS
-    from unihema.modeling_unihema.remote_code import code_files
+    from unihema.modeling_unihema.remote_code import write_code
 
     named = {Requirement(line.strip()).name for line in _REQUIREMENTS}
-    imported = {name for path in code_files().values() for name in get_imports(path)} - set(sys.stdlib_module_names)
+    imported = {name for file in write_code(tmp_path) for name in get_imports(tmp_path / file)} - set(
+        sys.stdlib_module_names
+    )
     distributions = {"PIL": "pillow"}
     # Transformers brings these.
     assert {distributions.get(name, name) for name in imported} - named <= {"numpy", "huggingface_hub"}
