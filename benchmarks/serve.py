@@ -336,6 +336,7 @@ def measure(
         "load": load,
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
     }
 
 
@@ -373,12 +374,14 @@ def page(found: dict[str, Any]) -> str:
     rounds, images = found["speed"], found["images"]
     ratio = statistics.median(each["predict"] / each["serve"] for each in rounds)
     processor = statistics.median(each["predict processor"] / each["serve processor"] for each in rounds)
+    of_image = statistics.median(each["serve processor"] for each in rounds) / images
     rows = {
         "good requests": f"{found['good requests']}, of which {found['failed good requests']} failed",
         "told to come again (429)": found["told to come again"],
         "time of a good request": f"p50 {found['p50 seconds']:.2f} s, p95 {found['p95 seconds']:.2f} s",
         "memory": f"{found['MB at the start']:.0f} MB after warming up, {found['MB at the end']:.0f} MB at the end "
         f"({found['MB at the end'] / found['MB at the start'] - 1:+.1%}), {found['MB a minute']:+.2f} MB a minute",
+        "an image, served": f"{of_image:.2f} processor seconds",
         f"{images} images, served": f"{images / statistics.median(each['serve'] for each in rounds):.2f} a second",
         f"{images} images, `unihema predict`": f"{images / statistics.median(each['predict'] for each in rounds):.2f} "
         "a second",
@@ -391,8 +394,9 @@ def page(found: dict[str, Any]) -> str:
             "# A server under load",
             "",
             f"`python -m benchmarks.serve`: {found['clients']} clients for {found['minutes']:.1f} minutes on "
-            f"{found['processor']}, {found['threads']} threads; the load of the machine was {found['load']:.1f} before "
-            "they began. The shipped checkpoint and examples, each in three sizes; one request in seven is wrong.",
+            f"{found['processor']}, {found['threads']} threads; the load of the machine was {found['load']:.1f} on "
+            f"{found['cores']} cores before they began: on a busy one, times by the clock say little. "
+            "The shipped checkpoint and examples, each in three sizes; one request in seven is wrong.",
             "",
             "| | |",
             "|---|---|",
