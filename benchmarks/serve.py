@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -260,6 +261,7 @@ class Clients:
             self.counts.bad[kind, status] += 1
 
 
+@cache
 def _bomb() -> bytes:
     written = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(written, "PNG")
