@@ -78,7 +78,7 @@ class QuerySelection(nn.Module):
 
         def gather(values: torch.Tensor) -> torch.Tensor:
             index = chosen[..., None].expand(-1, -1, values.shape[-1])
-            return values.expand(len(index), -1, -1).gather(1, index)
+            return values.expand(index.shape[0], -1, -1).gather(1, index)
 
         box_logits = self.box_head(gather(states)) + gather(anchors)
         content = self.content_queries(torch.arange(chosen.shape[1], device=tokens.device))

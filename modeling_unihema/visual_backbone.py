@@ -133,7 +133,7 @@ def feature_levels(
         of_tokens.append(grid if valid is None else grid / ratios[:, level, None])
     if valid is None:
         everywhere = torch.ones((), dtype=torch.bool, device=like.device)
-        valid = [everywhere.expand(len(like), *shape) for shape in shapes]
+        valid = [everywhere.expand(like.shape[0], *shape) for shape in shapes]
     return FeatureLevels(
         maps=maps,
         valid=valid,

@@ -137,7 +137,7 @@ def test_the_app_by_its_client(served, smears):
     found = {row[0]: int(row[1]) for row in counts["data"]}
     assert set(found) == {"neutrophil", HOSTILE} and sum(found.values()) == len(cells["data"]) > 0
     assert answers["data"][0][1].startswith(str(found["neutrophil"])) and answers["data"][1][0] == f"{HOSTILE}?"
-    assert "/" not in notes
+    assert answers["data"][0][3].startswith("neutrophil 0.") and "/" not in notes
     for name, problem in (("broken.png", "broken.png: not an image"), ("bomb.png", "bomb.png: more than 64 million")):
         overlay, counts, _, _, notes = analyze(name)
         assert overlay is None and not counts["data"] and notes.startswith(problem), notes

@@ -27,10 +27,12 @@ from unihema.results.export import cell_columns, cell_row
 
 MOST_BYTES, MOST_PIXELS = 32 << 20, 64_000_000
 MOST_IMAGES, MOST_QUESTIONS = 50, 10
+# Cells that are named with an answer.
+MOST_SHOWN = 3
 # Seconds for which files of visitors are kept.
 KEPT = 3600
 ENDINGS = [".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"]
-ANSWERS = ["question", "answer", "cells", "read with care", "all that supports it"]
+ANSWERS = ["question", "answer", "cells", "the surest of them", "read with care"]
 
 analyzer = Analyzer.from_pretrained(Path(__file__).parent / "checkpoint")
 attributes = list(analyzer.model.config.morphology)
@@ -60,6 +62,12 @@ def counts_of(result: SmearResult) -> list[list]:
     return [list(row.values()) for row in count_rows(result)]
 
 
+def shown(cell: dict) -> str:
+    """A cell that supports an answer."""
+    attributes = "".join(f", {name} {found['value']}" for name, found in cell.get("attributes", {}).items())
+    return f"{cell['label']} {cell['score']:.2f} at {', '.join(f'{side:.0f}' for side in cell['box'])}{attributes}"
+
+
 def answers_of(path: str, questions: str) -> list[list[str]]:
     """A row for each line of the questions: the answer, and what supports it."""
     asked = [line.strip() for line in questions.splitlines() if line.strip()]
@@ -70,8 +78,8 @@ def answers_of(path: str, questions: str) -> list[list[str]]:
             each.question,
             each.answer,
             ", ".join(f"{count} {label}" for label, count in each.counts.items()),
+            "; ".join(shown(cell) for cell in sorted(each.cells, key=lambda cell: -cell["score"])[:MOST_SHOWN]),
             " ".join(filter(None, (each.disagreement, each.note))),
-            json.dumps(each.support(), ensure_ascii=False),
         ]
         for each in (analyzer.ask(path, asked) if asked else ())
     ]
@@ -122,9 +130,9 @@ def analyze_all(paths: list[str] | None, progress=gr.Progress()):  # noqa: B008
     return name, "\n".join([f"{len(results)} analysed, {len(failed)} failed.", *failed.values()])
 
 
-def table(label: str, headers: list[str]) -> gr.Dataframe:
+def table(label: str, headers: list[str], wrap: bool = False) -> gr.Dataframe:
     """A table whose values are text."""
-    return gr.Dataframe(label=label, headers=headers, datatype="str", interactive=False, wrap=True)
+    return gr.Dataframe(label=label, headers=headers, datatype="str", interactive=False, wrap=wrap)
 
 
 with gr.Blocks(title="UniHema", delete_cache=(KEPT, KEPT)) as demo:
@@ -137,13 +145,13 @@ with gr.Blocks(title="UniHema", delete_cache=(KEPT, KEPT)) as demo:
                     label="Questions, one a line", placeholder="How many neutrophils are there?", lines=3
                 )
                 one = gr.Button("Analyse", variant="primary")
-            overlay = gr.Image(label="Cells", format="png", interactive=False)
+            overlay = gr.Image(label="Cells", format="png", interactive=False, buttons=["download", "fullscreen"])
         notes = gr.Textbox(label="Notes", interactive=False, lines=2)
         outputs = [
             overlay,
             table("Differential", COUNT_COLUMNS[1:-1]),
             table("Cells", cell_names[1:]),
-            table("Answers", ANSWERS),
+            table("Answers", ANSWERS, wrap=True),
             notes,
         ]
         one.click(analyze, [image, questions], outputs, api_name="analyze")
