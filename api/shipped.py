@@ -22,8 +22,8 @@ def lay_down_checkpoint(folder: str | Path = "unihema", replace: bool = False, w
     Args:
         folder (`str` or `Path`): Where; a folder that holds the same checkpoint already is left as it is.
         replace (`bool`): Delete what is there.
-        weights (`str`): `"open"` was trained on data sets under MIT and CC BY 4.0. `"research"` was trained on more, of which some
-            state no licence: for research only. Each one's `NOTICE.md` has the words.
+        weights (`str`): `"open"` was trained on data sets under MIT and CC BY 4.0. `"research"` was trained on more, of which
+            some state no licence: for research only. Each one's `NOTICE.md` has the words.
 
     Returns:
         `Path`: The checkpoint folder, whole.
