@@ -124,6 +124,14 @@ class TaskMixer(Sampler[list[Key]]):
             return dict(enumerate(sizes))
         return _allocate(shares, max(self.lengths[task], len(parts)))
 
+    def shares(self) -> dict[str, dict[str, float]]:
+        """Task -> data set -> share of the task's samples that are drawn from it; tasks whose data sets are mixed only."""
+        return {
+            task: {parts[number][0]: count / sum(counts.values()) for number, count in counts.items()}
+            for task, (parts, counts) in self._mixed_sources.items()
+            if len(parts) > 1
+        }
+
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Chooses the epoch, and the batch to start from when a run is resumed."""
         self.epoch = epoch

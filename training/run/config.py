@@ -53,7 +53,8 @@ class DataConfig:
         task_weights (`dict[str, float]`): Share of the batches of a task; others share what `temperature` gives them.
         temperature (`float`): Exponent of the tasks' sizes in the mix: 1 by size, 0 all alike.
         dataset_weights (`dict[str, float]`): Share of a task's samples that a data set (the name of its folder) has; others
-            share what `dataset_temperature` gives them.
+            have the fraction that `dataset_temperature` gives them, all together at most 1, so weights above 1 leave them little.
+            A run says the shares when it begins.
         dataset_temperature (`float`): Exponent of the sizes of a task's data sets: 1 by size, 0 all alike.
         class_temperature (`float`): Exponent of the sizes of the single-cell classes of a data set: 1 by size, 0 all alike. Rows
             in shards are drawn by size.

@@ -53,6 +53,16 @@ def test_temperature_and_weights():
     assert len(list(without)) == 10
 
 
+def test_shares_of_data_sets_are_told():
+    """A weight is a share, as those of the sets without one are: beside one of 3 they have little."""
+    sources = {"detection": [("a", [range(25)]), ("b", [range(25, 50)]), ("c", [range(50, 100)])]}
+    mixer = TaskMixer({"detection": 100}, 4, sources=sources, dataset_weights={"a": 3.0})
+    assert mixer.shares() == {
+        "detection": {"a": 0.8, "b": pytest.approx(0.07, abs=0.01), "c": pytest.approx(0.13, abs=0.01)}
+    }
+    assert TaskMixer({"detection": 100}, 4, sources=sources).shares() == {}
+
+
 def test_small_tasks_are_repeated_round_by_round():
     mixer = TaskMixer(LENGTHS, 4, temperature=0.0, steps_per_epoch=60)
     indices = [index for batch in mixer for task, index, _ in batch if task == "segmentation"]
