@@ -1,40 +1,33 @@
-"""The checkpoints and the example smears that come with the package: from installation to results without any download."""
+"""The checkpoint and the example smears that come with the package: from installation to results without any download."""
 
 import shutil
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
-from unihema.errors import FileThereError, OutputError, RequestError
+from unihema.errors import FileThereError, OutputError
 
 from .checkpoint_files import fingerprint
-from .files import remove_whole, sha256, shortened, whole_folder
+from .files import remove_whole, sha256, whole_folder
 
 
-EXAMPLES = "examples"
-# What each set of weights may be used for -> its folder.
-WEIGHTS = {"open": "checkpoint", "research": "checkpoint-research"}
+CHECKPOINT, EXAMPLES = "checkpoint", "examples"
 
 
-def lay_down_checkpoint(folder: str | Path = "unihema", replace: bool = False, weights: str = "open") -> Path:
-    """Copies a shipped checkpoint, so that `AutoModel.from_pretrained("unihema")` finds it.
+def lay_down_checkpoint(folder: str | Path = "unihema", replace: bool = False) -> Path:
+    """Copies the shipped checkpoint, so that `AutoModel.from_pretrained("unihema")` finds it.
 
     Args:
         folder (`str` or `Path`): Where; a folder that holds the same checkpoint already is left as it is.
         replace (`bool`): Delete what is there.
-        weights (`str`): `"open"` was trained on data sets under MIT and CC BY 4.0. `"research"` was trained on more, of which
-            some state no licence: for research only. Each one's `NOTICE.md` has the words.
 
     Returns:
         `Path`: The checkpoint folder, whole.
 
     Raises:
         FileExistsError: Something else is there.
-        RequestError: There are no such weights.
     """
-    if weights not in WEIGHTS:
-        raise RequestError(f"Weights {shortened(repr(weights), 60)}: there are {' and '.join(WEIGHTS)}.")
-    source, folder = _shipped(WEIGHTS[weights]), Path(folder)
+    source, folder = _shipped(CHECKPOINT), Path(folder)
     if folder.exists() and not replace:
         if not _holds(folder, source):
             raise FileThereError(
@@ -77,4 +70,4 @@ def _holds(folder: Path, source: Path) -> bool:
     return all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in wanted.items())
 
 
-__all__ = ["WEIGHTS", "copy_examples", "lay_down_checkpoint"]
+__all__ = ["copy_examples", "lay_down_checkpoint"]
