@@ -1,6 +1,7 @@
 """The monolayer: tiles judged by density, overlap and focus; red cells outside left out of figures, white cells never."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ def smear() -> SmearResult:
     """A tile with cells side by side, one with cells in heaps, an empty one, and one out of focus."""
     cells = [*grid(0, 60), *grid(SIDE, 20), *grid(3 * SIDE, 60)]
     cells += cells_of([(SIDE + 100, 100), (2 * SIDE + 50, 50)], 80, "neutrophil")
+    cells = [replace(cell, id=number) for number, cell in enumerate(cells, 1)]
     boxes = [(left, 0, left + SIDE, SIDE) for left in range(0, 4 * SIDE, SIDE)]
     result = SmearResult(4 * SIDE, SIDE, cells, classes=["RBC", "neutrophil"], class_parents=PARENTS)
     result.monolayer = judged(boxes, [0.02, 0.02, 0.02, 0.001], cells, PARENTS)

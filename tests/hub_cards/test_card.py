@@ -416,5 +416,5 @@ def test_ordinary_texts_and_addresses_stay_as_they_are(text):
 
 def test_the_templates_are_plain_ascii():
     # huggingface_hub 1.5 reads them in the encoding of the machine.
-    templates = sorted(path.name for path in TEMPLATES.iterdir() if path.read_text("ascii"))
-    assert templates == ["adapter.md.jinja", "checkpoint.md.jinja", "dataset.md.jinja"]
+    templates = sorted(path.name for path in TEMPLATES.rglob("*.jinja") if path.read_text("ascii"))
+    assert templates == ["README.md.jinja", "adapter.md.jinja", "checkpoint.md.jinja", "dataset.md.jinja"]
