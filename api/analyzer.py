@@ -312,7 +312,8 @@ class Analyzer:
         """
         from unihema.processing_unihema.questions import answer_from_cells
 
-        cells = [cell.to_dict() for cell in result.cells]
+        # No answer says anything of a mask, and writing it down takes long.
+        cells = [replace(cell, mask=None).to_dict() for cell in result.cells]
         of_image = result.classes, result.class_parents, result.single_cell, (result.width, result.height)
         morphology = self.model.config.morphology
         return [answer_from_cells(question, text, cells, *of_image, morphology) for question, text in texts]
@@ -594,7 +595,8 @@ class Analyzer:
                 set_probabilities(result, self._calibration(request))
                 if request.second_look:
                     self._look_again(request, source, result)
-                if "detection" in request.tasks and request.prompt is None and request.white_cells is None:
+                finds_all = "detection" in request.tasks and request.prompt is None and request.white_cells is None
+                if result.answers and finds_all:
                     self._support_answers(result)
                 for text in result.warnings:
                     if CROWDED in text:

@@ -396,7 +396,7 @@ def page(found: dict[str, Any]) -> str:
             "# A server under load",
             "",
             f"`python -m benchmarks.serve`: {found['clients']} clients for {found['minutes']:.1f} minutes on "
-            f"{found['processor']}, {found['threads']} threads; the load of the machine was {found['load']:.1f} on "
+            f"{found['processor']}, threads: {found['threads']}; the load of the machine was {found['load']:.1f} on "
             f"{found['cores']} cores before they began: on a busy one, times by the clock say little. "
             "The shipped checkpoint and examples, each in three sizes; one request in seven is wrong.",
             "",

@@ -70,10 +70,7 @@ class ReportedImage:
         """Its cells; of a crop the one that it shows."""
         if not self.shows_one_cell:
             return self.result.cells
-        box = (0.0, 0.0, float(self.result.width), float(self.result.height))
-        told = self.result.single_cell
-        more = {name: told.get(name) for name in ("probability", "odd")}
-        return [Cell(1, box, told["label"], told["score"], **more)]
+        return [self.result.whole_image_cell(1)]
 
     def relabelled(self, labels: Mapping[int, str]) -> "ReportedImage":
         """The same with other classes of some cells.

@@ -241,6 +241,16 @@ class SmearResult:
             **{name: value for name, value in values.items() if name not in derived},
         )
 
+    def whole_image_cell(self, number: int) -> Cell:
+        """The cell of an image that shows one, in the class of `single_cell`; its box is the image.
+
+        Args:
+            number (`int`): Its number.
+        """
+        told = self.single_cell or {}
+        box = (0.0, 0.0, float(self.width), float(self.height))
+        return Cell(number, box, told["label"], told["score"], probability=told.get("probability"), odd=told.get("odd"))
+
     def to_coco(self, image_id: int = 1, first_annotation_id: int = 1) -> dict[str, Any]:
         """A COCO detection dataset of this one image, with masks as run lengths, scores and attributes.
 

@@ -554,10 +554,7 @@ def _cells(stored: StoredResult) -> dict[int, ReviewedCell]:
     result = stored.result
     cells = list(result.cells)
     if not cells and result.single_cell is not None:
-        box = (0.0, 0.0, float(result.width), float(result.height))
-        told = result.single_cell
-        more = {name: told.get(name) for name in ("probability", "odd")}
-        cells = [Cell(WHOLE_IMAGE, box, told["label"], told["score"], **more)]
+        cells = [result.whole_image_cell(WHOLE_IMAGE)]
     return {cell.id: ReviewedCell(stored.name, cell, False, cell.label) for cell in cells}
 
 

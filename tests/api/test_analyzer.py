@@ -249,7 +249,8 @@ def test_processes_have_the_results_of_one(loaded):
 def test_a_copy_gives_the_same_and_is_another_one(loaded, duplicate):
     expected = loaded(noise(0), **ALL)
     other = duplicate(loaded)
-    assert_same(other(noise(0), **ALL), expected)
+    # Its weights lie at other addresses than those of the file that was mapped, by which kernels sum in another order.
+    assert_same(other(noise(0), **ALL), expected, atol=1e-6)
     with torch.no_grad():
         other.model.detection_head.class_head.bias -= 9
     assert other(noise(0), **ALL).cells != expected.cells
