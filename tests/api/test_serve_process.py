@@ -10,7 +10,7 @@ import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -240,9 +240,14 @@ def test_what_is_no_form_and_no_image_is_named(server):
         assert status == 200 or set(answer.json()) == {"error"}, answer.text
     for request in (b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/1.1\r\nHost", b"GET / HTTP/9\r\n\r\n", b"A" * (1 << 17)):
         with server.connect() as connection:
-            connection.sendall(request)
-            connection.shutdown(socket.SHUT_WR)
-            assert connection.recv(1 << 12)[:12] in (b"HTTP/1.1 400", b"")
+            answer = b""
+            # Who is no client of HTTP may be cut off while it still sends, before it has read the answer.
+            with suppress(OSError):
+                connection.sendall(request)
+                connection.shutdown(socket.SHUT_WR)
+                answer = connection.recv(1 << 12)
+            assert answer[:12] in (b"HTTP/1.1 400", b"")
+    assert server.analyze(png()).status_code == 200
 
 
 def test_where_it_is_full_a_client_is_told_when_to_come_again(server):

@@ -60,6 +60,10 @@ class RunBatches:
         pin_memory (`bool`): For an accelerator.
         count (`Callable[[str, Any], dict[str, int]]`, *optional*): Gives of task and labels what is put beside each batch under
             `loss_items`.
+
+    Attributes:
+        shares (`dict[str, dict[str, float]]`): Task -> data set -> share of the task's samples.
+        per_epoch (`int`): Batches of an epoch.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class RunBatches:
             one_cell={task: data.one_cell for task, data in datasets.items()},
             one_cell_batch_size=config.batch_size.get("single_cell", 4) * processes,
         )
+        self.shares = self.mixer.shares()
         self.per_epoch = len(self.mixer)
         self.loader = DataLoader(
             self.mixed,

@@ -289,7 +289,7 @@ class _Run:
         """Trains until a limit is reached, then measures and saves."""
         sizes = ", ".join(f"{task} {len(rows)}" for task, rows in self.rows.items())
         self._say(f"Training on {self.accelerator.device} ({self.accelerator.num_processes} process(es)): {sizes}.")
-        for task, shares in self.batches.mixer.shares().items():
+        for task, shares in self.batches.shares.items():
             self._say(f"{task}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
         # Python lets only the main thread handle signals.
         numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()

@@ -3,9 +3,10 @@
 import os
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -85,6 +86,7 @@ class Shared:
     """In place of `RunBatches`: the same images of each task, shared out to accumulated batches and processes."""
 
     per_epoch = 1_000
+    shares: Mapping[str, Mapping[str, float]] = MappingProxyType({})
     tasks: tuple[str, ...] = ()
     accumulation = 1
     without_attributes = False
