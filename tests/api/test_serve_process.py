@@ -315,12 +315,13 @@ def test_killed_it_starts_again_and_asked_to_stop_it_finishes(server, checkpoint
             slow.sendall(body[200:])
             assert slow.recv(1 << 12).startswith(b"HTTP/1.1 200 OK")
             answers = {number: each.exception() or each.result().status_code for number, each in asked.items()}
+        assert again.process.wait(120) in (0, -signal.SIGTERM)
+        # Whole only now: a request is logged after its answer is sent.
         logged = again.log.read_text()
         # A request that had not been read when it stopped is in no log.
         taken = {number for number in answers if f" {number} " in logged}
         assert taken and {answers[number] for number in taken} == {200}, answers
         assert all(isinstance(answers[number], httpx.TransportError) for number in asked.keys() - taken), answers
-        assert again.process.wait(120) in (0, -signal.SIGTERM)
         assert not list(server.temporary.iterdir()) and "Traceback" not in logged
     finally:
         again.process.kill()
