@@ -29,17 +29,29 @@ CANNOT_KNOW = "cannot know"
 # The largest nucleated cell of a picture of one cell covers at least this share of it.
 _ONE_CELL = 0.1
 
-_REST = r"(?:\s+(?:are|is|do|does|can|could|were|have|has|in|on|of|there|present|visible|shown|seen|here)\b.*)?"
-_HOW_MANY_OF = re.compile(r"how many of (?:the |all )?(?P<whole>.+?) (?:are|is) (?P<what>.+)$")
-_HOW_MANY = re.compile(rf"how many (?P<what>.+?){_REST}$")
-_IS_THERE = re.compile(rf"(?:is|are) there (?:any |an? |some )?(?P<what>.+?){_REST}$")
-_ARE_ANY = re.compile(r"(?:is|are) any (?P<what>.+?)(?: (?:present|visible|shown|seen|here|in|on)\b.*)$")
+# Words at the end of a question that say nothing of which cells are meant.
+_SAYS_NOTHING = frozenset(
+    "there here present visible shown seen found counted detected in on within of the this these a an image picture photo "
+    "photograph field smear slide view film sample frame total all altogether do does did can could be been are is were was "
+    "have has had you we i one see count find detect show contain please".split()
+)
+_HOW_MANY = (
+    re.compile(r"how many of (?:the |all )?(?P<whole>.+?) (?:are|is|were) (?P<what>.+)$"),
+    re.compile(r"how many (?P<whole>.+?) (?:are|is|were) (?P<what>.+)$"),
+    re.compile(r"how many (?:of )?(?P<what>.+)$"),
+)
+_ANY = (
+    re.compile(r"(?:is|are) there (?:any |an? |some )?(?P<what>.+)$"),
+    re.compile(r"(?:is|are) any (?P<what>.+)$"),
+)
 _SHARE = r"(?:per ?cent(?:age)?|%|proportion|share|fraction)"
 _PER_CENT = (
     re.compile(rf"what (?:is the )?{_SHARE} of (?:the |all )?(?P<whole>.+?) (?:are|is) (?P<what>.+)$"),
     re.compile(rf"what (?:is the )?{_SHARE} of (?P<what>.+?)(?: (?:among|of|in) (?:the |all )?(?P<whole>.+))?$"),
     re.compile(rf"what {_SHARE} (?:are|is) (?P<what>.+)$"),
 )
+# What each of these asks.
+_QUESTIONS = {"many": _HOW_MANY, "any": _ANY, "share": _PER_CENT}
 _KINDS = {"wbc": WHITE_CELL, "rbc": RED_CELL, "platelet": PLATELET}
 _SPELLINGS = {"color": "colour", "nuclear": "nucleus", "nuclei": "nucleus"}
 _OF_ANY_QUESTION = {"cell", "type"}
@@ -161,22 +173,27 @@ def answer_from_cells(
 
 def _asked(question: str) -> tuple[str, str, str | None] | None:
     """What a question of counts asks: `many`, `any` or `share`, of what, and of which whole."""
-    words = re.sub(r"\s+", " ", question.strip().rstrip("?!. ").lower())
-    if found := _HOW_MANY_OF.match(words) or _HOW_MANY.match(words):
-        return "many", found["what"], None
-    for pattern in (_IS_THERE, _ARE_ANY):
-        if found := pattern.match(words):
-            return "any", found["what"], None
-    for pattern in _PER_CENT:
-        if found := pattern.match(words):
-            return "share", found["what"], found.groupdict().get("whole")
+    asked = _without_place(question.strip().rstrip("?!. ").lower())
+    for how, patterns in _QUESTIONS.items():
+        for pattern in patterns:
+            if found := pattern.match(asked):
+                return how, found["what"], found.groupdict().get("whole")
     return None
+
+
+def _without_place(text: str) -> str:
+    """A text in single blanks, without the words at its end that say nothing of which cells are meant."""
+    words = text.split()
+    while words and words[-1] in _SAYS_NOTHING:
+        words.pop()
+    return " ".join(words)
 
 
 def _members(name: str, classes: Sequence[str], parents: Mapping[str, str]) -> set[str] | None:
     """The classes that a name stands for; `None` where the checkpoint has none of them."""
-    usual = usual_name(re.sub(r"^(?:the|any|all|an?) ", "", name.strip()))
-    if usual == "cell":
+    usual = usual_name(re.sub(r"^(?:the|any|all|an?) ", "", _without_place(name)))
+    # "these" and the like say nothing either.
+    if usual in ("cell", ""):
         return set(classes)
     kind = _KINDS.get(usual)
     found = {
@@ -203,22 +220,24 @@ def _counted(
             # Granules and vacuoles are no cells; the text decoder may know.
             return None
         return Answer(question, CANNOT_KNOW, CELLS, text=text, note=f"this checkpoint has no class {what!r}")
-    found = [cell for cell in shown if cell["label"] in members]
+    white = all(is_white_cell(label, parents) for label in members)
+    name = whole or ("white blood cells" if white else "cells")
+    base = _members(name, classes, parents)
+    if base is None:
+        return Answer(question, CANNOT_KNOW, CELLS, text=text, note=f"this checkpoint has no class {name!r}")
+    if not base & members:
+        return Answer(question, CANNOT_KNOW, CELLS, text=text, note=f"{what!r} are not counted among {name!r}")
+    found = [cell for cell in shown if cell["label"] in base & members]
     unsure = sum(is_untyped_white_cell(cell["label"]) for cell in shown)
     note = None
-    if unsure and all(is_white_cell(label, parents) and not is_untyped_white_cell(label) for label in members):
+    if unsure and white and not any(is_untyped_white_cell(label) for label in members):
         note = f"{unsure} white {'cell is' if unsure == 1 else 'cells are'} of no sure type"
     if how == "many":
         said = str(len(found))
     elif how == "any":
         said = f"yes, {len(found)}" if found else "no"
     else:
-        white = all(is_white_cell(label, parents) for label in members)
-        name = whole or ("white blood cells" if white else "cells")
-        base = _members(name, classes, parents)
-        if base is None:
-            return Answer(question, CANNOT_KNOW, CELLS, text=text, note=f"this checkpoint has no class {name!r}")
-        of = [cell for cell in shown if cell["label"] in base | members]
+        of = [cell for cell in shown if cell["label"] in base]
         said = f"no {name} were found"
         if of:
             low, high = exact_limits(len(found), len(of))

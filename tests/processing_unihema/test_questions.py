@@ -58,6 +58,21 @@ def asked(question: str, text: str | None = None, labels: list[str] = FIELD):
         ("What is the proportion of platelets among all cells?", "8 % (1 of 12 cells; exact limits 0.2 to 38.5 %)", 1),
         ("How many schistocytes are there?", "cannot know", 0),
         ("What per cent of blasts are neutrophils?", "cannot know", 0),
+        # What a question says of the cells is not passed over.
+        ("How many cells are neutrophils?", "3", 3),
+        ("How many white blood cells are lymphocytes in this image?", "2", 2),
+        ("How many of these are neutrophils?", "3", 3),
+        ("How many red blood cells are infected with malaria?", "cannot know", 0),
+        ("How many red cells have parasites?", "cannot know", 0),
+        ("How many cells are not neutrophils?", "cannot know", 0),
+        ("How many of the neutrophils are platelets?", "cannot know", 0),
+        ("What per cent of the white cells are platelets?", "cannot know", 0),
+        ("What per cent of lymphocytes are white cells?", "100 % (2 of 2 lymphocytes; exact limits 15.8 to 100.0 %)", 2),
+        (
+            "What percentage of cells in the image are platelets?",
+            "8 % (1 of 12 cells in the image; exact limits 0.2 to 38.5 %)",
+            1,
+        ),
     ],
 )
 def test_counts_are_of_the_cells_that_were_found(question, answer, cells):
@@ -65,6 +80,12 @@ def test_counts_are_of_the_cells_that_were_found(question, answer, cells):
     assert (found.answer, found.source, len(found.cells)) == (answer, "cells", cells)
     assert is_count(question) and found.text == "many" and sum(found.counts.values()) == cells
     assert all(set(each) == {"label", "score", "box"} for each in found.cells)
+
+
+def test_whether_there_are_cells_of_a_kind_that_is_no_class_is_for_the_text():
+    for question in ("Are any neutrophils in the image toxic?", "Are there neutrophils in the picture that are toxic?"):
+        found = asked(question, "No.")
+        assert (found.answer, found.source) == ("No.", "text")
 
 
 def test_a_share_of_none_is_no_number():
