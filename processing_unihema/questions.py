@@ -30,10 +30,10 @@ CANNOT_KNOW = "cannot know"
 _ONE_CELL = 0.1
 
 # Words at the end of a question that say nothing of which cells are meant.
-_SAYS_NOTHING = frozenset(
-    "there here present visible shown seen found counted detected in on within of the this these a an image picture photo "
-    "photograph field smear slide view film sample frame total all altogether do does did can could be been are is were was "
-    "have has had you we i one see count find detect show contain please".split()
+_SAYS_NOTHING = re.compile(
+    r"there|here|present|visible|shown|seen|found|counted|detected|in|on|within|of|the|this|these|an?|image|picture|photo(?:graph)?"
+    r"|field|smear|slide|view|film|sample|frame|total|all|altogether|do|does|did|can|could|be|been|are|is|were|was|have|has|had"
+    r"|you|we|i|one|see|count|find|detect|show|contain|please"
 )
 _HOW_MANY = (
     re.compile(r"how many of (?:the |all )?(?P<whole>.+?) (?:are|is|were) (?P<what>.+)$"),
@@ -184,7 +184,7 @@ def _asked(question: str) -> tuple[str, str, str | None] | None:
 def _without_place(text: str) -> str:
     """A text in single blanks, without the words at its end that say nothing of which cells are meant."""
     words = text.split()
-    while words and words[-1] in _SAYS_NOTHING:
+    while words and _SAYS_NOTHING.fullmatch(words[-1]):
         words.pop()
     return " ".join(words)
 

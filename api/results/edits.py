@@ -40,6 +40,8 @@ UNCLASSIFIED = "unclassified"
 # more, in pixels, are the same.
 ROUNDING = 0.02
 MOST_BYTES = 1 << 29
+# Digits of an id that may be a number; a hash in digits stays text.
+LONGEST_ID = 19
 MOST_CELLS = 1_000_000
 
 Polygons = list[list[np.ndarray]]
@@ -119,8 +121,8 @@ def with_cells(result: "SmearResult", found: Sequence[Found]) -> "SmearResult":
             mask=mask,
         )
         if cell.label != original.label:
-            # These were of the class before.
-            cell.probability = cell.odd = None
+            # As in a review: what a person says is certain, and how odd it was is of the class before.
+            cell.probability, cell.odd = 1.0, None
         kept[cell.id] = cell
         changes += _differences(original, cell)
     for number, cell in own.items():
@@ -389,19 +391,26 @@ def of_coco(result: "SmearResult", source: Any) -> "SmearResult":
         for part in ("images", "categories", "annotations")
     )
     image = _image_of(result, images, name)
-    names = {
-        _key(category.get("id"), f"{name}: categories[{place}]"): _text(
-            category.get("name"), f"{name}: categories[{place}]", "name"
-        )
-        for place, category in enumerate(categories)
-    }
+    places = [_key(each.get("id"), f"{name}: images[{place}]") for place, each in enumerate(images)]
+    own = _key(image.get("id"), name)
+    if places.count(own) > 1:
+        raise InputError(f"{name}: {places.count(own)} of its images have the id {own}. Give each its own.")
+    names: dict[int | str, str] = {}
+    for place, category in enumerate(categories):
+        entry = f"{name}: categories[{place}]"
+        key, label = _key(category.get("id"), entry), _text(category.get("name"), entry, "name")
+        if names.setdefault(key, label) != label:
+            raise InputError(f"{entry}: {key} is the id of {names[key]} and of {label}. Give each its own.")
     known = {cell.id: cell for cell in result.cells}
     boxes = np.array([cell.box for cell in result.cells], dtype=np.float64).reshape(-1, 4)
     found = []
     for place, annotation in enumerate(annotations):
         entry = f"{name}: annotations[{place}]"
+        of = _key(annotation.get("image_id"), entry)
+        if of not in places:
+            raise InputError(f"{entry}: its image {of} is not among the images of the file.")
         # A crowd is a region, no cell.
-        if annotation.get("image_id") != image.get("id") or annotation.get("iscrowd") == 1:
+        if of != own or annotation.get("iscrowd") == 1:
             continue
         category = _key(annotation.get("category_id"), entry)
         if category not in names:
@@ -410,10 +419,20 @@ def of_coco(result: "SmearResult", source: Any) -> "SmearResult":
     return with_cells(result, found)
 
 
+def coco_id(value: Any) -> int | str | None:
+    """An id of a COCO file, of which programs write one as 7, 7.0 (pandas) and "7" (pylabel); `None` of what is none."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < LONGEST_ID:
+        return int(value)
+    return value if isinstance(value, (int, str)) and not isinstance(value, bool) else None
+
+
 def _key(value: Any, entry: str) -> int | str:
-    if not isinstance(value, (int, str)):
-        raise InputError(f"{entry}: its id is {shortened(repr(value), 60)}, and a number is expected.")
-    return value
+    found = coco_id(value)
+    if found is None:
+        raise InputError(f"{entry}: its id is {shortened(repr(value), 60)}, and a whole number or a text is expected.")
+    return found
 
 
 def _image_of(result: "SmearResult", images: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -524,23 +543,23 @@ def _fill_from_runs(found: Found, code: dict[str, Any], result: "SmearResult") -
     found.mask[y - top : y - top + height, x - left : x - left + width] = inside
 
 
-def images_in(content: Any) -> set[str]:
-    """Names of the files that COCO, or JSON of Label Studio, is about, without folders.
+def images_of(content: Any) -> list[list[str]]:
+    """Of each image that COCO, or JSON of Label Studio, is about (each entry of `images`, each task), where it may lie.
 
     Args:
         content (`Any`): What was read of the file.
     """
     if isinstance(content, dict):
         entries = content.get("images")
-        names = (
-            [each.get("file_name") for each in entries if isinstance(each, dict)] if isinstance(entries, list) else []
-        )
-        return {_file_of(name) for name in names if isinstance(name, str)}
-    tasks = [task for task in content if isinstance(task, dict)] if isinstance(content, list) else []
-    return set().union(*map(_images_of_task, tasks)) if tasks else set()
+        entries = entries if isinstance(entries, list) else []
+        names = [each.get("file_name") if isinstance(each, dict) else None for each in entries]
+        return [
+            [name.replace("\\", "/"), *_uploaded(_place_of(name))] if isinstance(name, str) else [] for name in names
+        ]
+    return [_places_of_task(task) if isinstance(task, dict) else [] for task in content]
 
 
-def _file_of(place: str) -> str:
+def _place_of(place: str) -> str:
     if LOCAL_FILES in place:
         place = unquote(place.partition(LOCAL_FILES)[2])
     # Half a surrogate pair is "?" in a URL.
@@ -548,23 +567,31 @@ def _file_of(place: str) -> str:
     # What is no URL, such as "http://[", raises an error.
     with suppress(ValueError):
         place = urlsplit(place).path if "://" in place else place
-    return unquote(place).replace("\\", "/").split("/")[-1]
+    return unquote(place).replace("\\", "/")
 
 
-def _images_of_task(task: dict[str, Any]) -> set[str]:
-    """Names of the image of a task. Label Studio puts eight digits before that of a file that was uploaded."""
+def _name(place: str) -> str:
+    return place.split("/")[-1]
+
+
+def _places_of_task(task: dict[str, Any]) -> list[str]:
+    """Places of the image of a task."""
     data = task.get("data")
-    places = [value for value in data.values() if isinstance(value, str)] if isinstance(data, dict) else []
-    names = {_file_of(place) for place in [*places, task.get("file_upload") or ""] if isinstance(place, str)}
-    return {each for name in names for each in (name, re.sub(r"^[0-9a-f]{8}-", "", name)) if each}
+    given = [*(data.values() if isinstance(data, dict) else ()), task.get("file_upload")]
+    return [each for place in given if isinstance(place, str) for each in _uploaded(_place_of(place))]
+
+
+def _uploaded(place: str) -> list[str]:
+    """A place, and the one without the eight digits that Label Studio puts before the name of a file that was uploaded."""
+    return [each for each in (place, re.sub(r"(^|/)[0-9a-f]{8}-([^/]*)$", r"\1\2", place)) if each]
 
 
 def of_label_studio(result: "SmearResult", source: Any) -> "SmearResult":
     """See [`SmearResult.with_label_studio`]."""
     values, name = read_json(source, "JSON of Label Studio")
     tasks = [_object(task, f"{name}: [{place}]", "value") for place, task in enumerate(_list(values, name, "content"))]
-    wanted = _file_of(result.image or "image")
-    same = [place for place, task in enumerate(tasks) if wanted in _images_of_task(task)]
+    wanted = _name(_place_of(result.image or "image"))
+    same = [place for place, task in enumerate(tasks) if wanted in map(_name, _places_of_task(task))]
     if len(same) != 1:
         raise InputError(f"{name}: {len(same)} of its {len(tasks)} tasks are of {shortened(wanted)}; one is expected.")
     entry = f"{name}: [{same[0]}]"
@@ -775,7 +802,8 @@ def _stored_in_roi(properties: str) -> dict[str, Any] | None:
 
 __all__ = [
     "UNCLASSIFIED",
-    "images_in",
+    "coco_id",
+    "images_of",
     "of_coco",
     "of_geojson",
     "of_imagej",

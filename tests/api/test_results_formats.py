@@ -214,6 +214,8 @@ def test_what_a_person_changes_is_said_by_cell():
     assert cells[15].box == (0, 100, 20, 130) and cells[15].score == 1
     assert cells[15].mask.sum() == pytest.approx(1.2 * (5 + 25) / 2 * 20, rel=0.02)
     assert after.counts["lymphocyte"] == 1 and after.counts["blast"] == 1
+    # A report does not leave open what a person has said.
+    assert (cells[2].probability, cells[2].odd) == (1.0, None)
     # Stored and read again, with what was changed.
     assert SmearResult.from_dict(json.loads(json.dumps(after.to_dict()))).to_dict() == after.to_dict()
     assert after.with_geojson(after.to_geojson()).to_dict() == after.to_dict()
@@ -263,6 +265,10 @@ def test_other_programs_coco(tmp_path):
     values["images"][0]["file_name"] = "other/folder\\smear.png"
     after = before.with_coco(values)
     assert after.to_dict() == before.to_dict()
+    # Ids as pylabel and pandas write them: as text, and with a point.
+    for annotation in values["annotations"]:
+        annotation["image_id"], annotation["category_id"] = "1", float(annotation["category_id"])
+    assert before.with_coco(values).to_dict() == before.to_dict()
     polygon = {
         "id": 1,
         "image_id": 1,
@@ -376,6 +382,10 @@ def shape(kind, coordinates):
         ("coco", annotation(segmentation={"size": [HEIGHT, WIDTH], "counts": "zzzz"}), "annotations"),
         ("coco", annotation(segmentation={"size": [HEIGHT, WIDTH], "counts": [5]}), "add up to 5"),
         ("coco", annotation() | {"images": []}, "0 of its 0 images"),
+        ("coco", annotation(image_id=2), r"annotations\[0\]: its image 2 is not among the images"),
+        ("coco", annotation(image_id=1.5), r"annotations\[0\]: its id is 1.5"),
+        ("coco", annotation() | {"categories": [{"id": 1, "name": "A"}, {"id": "1", "name": "B"}]}, "1 is the id of A and of B"),
+        ("coco", annotation() | {"images": annotation()["images"] + [{"id": 1, "file_name": "b.png"}]}, "2 .* have the id 1"),
         ("coco", [], "an object is expected"),
     ],
 )  # fmt: skip

@@ -67,7 +67,11 @@ def asked(question: str, text: str | None = None, labels: list[str] = FIELD):
         ("How many cells are not neutrophils?", "cannot know", 0),
         ("How many of the neutrophils are platelets?", "cannot know", 0),
         ("What per cent of the white cells are platelets?", "cannot know", 0),
-        ("What per cent of lymphocytes are white cells?", "100 % (2 of 2 lymphocytes; exact limits 15.8 to 100.0 %)", 2),
+        (
+            "What per cent of lymphocytes are white cells?",
+            "100 % (2 of 2 lymphocytes; exact limits 15.8 to 100.0 %)",
+            2,
+        ),
         (
             "What percentage of cells in the image are platelets?",
             "8 % (1 of 12 cells in the image; exact limits 0.2 to 38.5 %)",

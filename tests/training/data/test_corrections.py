@@ -213,6 +213,65 @@ def test_what_other_programs_saved_counts_as_well(folder, tmp_path, edited, name
         assert {box for box, _ in objects(row, 1)} == left
 
 
+@pytest.fixture
+def patients(tmp_path):
+    """Photographs of two patients, of the same name; their results are `01` and `p2_01`."""
+    return write_results(tmp_path / "results", {"p1/01.png": ["RBC", "RBC"], "p2/01.png": ["neutrophil", "RBC"]})
+
+
+@pytest.mark.parametrize("form", ["geojson", "coco", "label_studio"])
+def test_images_of_one_name_are_told_apart_or_the_file_is_refused(patients, tmp_path, form):
+    result = stored_of(patients, "p2_01").result
+    if form == "geojson":
+        values = result.to_geojson()
+        values["features"][0]["properties"]["classification"] = {"name": "lymphocyte"}
+    elif form == "coco":
+        values = result.to_coco()
+        values["images"][0]["file_name"] = "p2\\01.png"
+        values["annotations"][0]["category_id"] = 5
+    else:
+        values = label_studio(result)
+        values[0]["data"]["image"] = "/data/local-files/?d=smears/p2/01.png"
+        values[0]["annotations"][1]["result"][0]["value"]["rectanglelabels"] = ["lymphocyte"]
+    # As QuPath calls it, after the image, which is the name of the other result here.
+    path = tmp_path / ("01.geojson" if form == "geojson" else "project.json")
+    path.write_text(json.dumps(values))
+    write_corrections(patients, tmp_path / "data", [path])
+    (row,) = rows_of(tmp_path / "data").values()
+    assert row["file_name"].endswith("p2_01.png") and objects(row, 0) == [((2, 2, 16, 16), "lymphocyte")]
+
+    if form == "coco":
+        values["images"][0]["file_name"] = "01.png"
+    elif form == "label_studio":
+        values[0]["data"]["image"] = "/data/upload/1/1a2b3c4d-01.png"
+    else:
+        return
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"\[0\]: it may be of 01 or p2_01"):
+        write_corrections(patients, tmp_path / "other", [path])
+
+
+def test_two_files_about_one_image_are_refused(folder, tmp_path):
+    result = stored_of(folder).result
+    for name, values in {"a.geojson": edited_geojson(result), "c.json": edited_coco(result)}.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"c.json: a is in .*a.geojson, too"):
+        write_corrections(folder, tmp_path / "data", [tmp_path / "a.geojson", tmp_path / "c.json"])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_was_drawn_and_not_named_is_no_class_to_learn(folder, tmp_path, whole):
+    values = stored_of(folder).result.to_geojson()
+    ring = [[100, 100], [120, 100], [120, 120], [100, 120], [100, 100]]
+    drawn = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {}}
+    values["features"] = [drawn, *values["features"]]
+    (tmp_path / "a.geojson").write_text(json.dumps(values))
+    done = write_corrections(folder, tmp_path / "data", [tmp_path / "a.geojson"], whole)
+    (row,) = rows_of(tmp_path / "data").values()
+    assert "unclassified" not in row["annotated_classes"] and (100, 100, 20, 20) in {box for box, _ in objects(row, 1)}
+    assert len(objects(row, 0)) == done.cells == (3 if whole else 0)
+
+
 def test_label_studio_comes_back_as_it_went(folder):
     result = stored_of(folder).result
     assert result.with_label_studio(label_studio(result)).changes == []

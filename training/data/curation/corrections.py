@@ -1,7 +1,8 @@
 """A data folder of what a person has confirmed or corrected, in the page of a review or in another program."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from unihema.errors import DatasetError, InputError
 from unihema.files import contents, json_sha256, scratch_folder, whole_folder, write_json
 from unihema.processing_unihema.image_io import IMAGE_SUFFIXES
 from unihema.result_folder import StoredResult, read_results
-from unihema.results.edits import images_in, read_json
+from unihema.results.edits import UNCLASSIFIED, images_of, read_json
+from unihema.results.export import geojson_id
 from unihema.results.smear_result import SmearResult
 from unihema.review.state import LOG_FILE, WHOLE_IMAGE, Review
 from unihema.slides import RegionSource, image_sha256, open_regions
@@ -33,7 +35,7 @@ class CorrectedCell:
     Args:
         box (`tuple[float, float, float, float]`): x_min, y_min, x_max, y_max in pixels of the image.
         label (`str`): Class.
-        looked_at (`bool`): A person has confirmed, changed or drawn it.
+        looked_at (`bool`): A person has confirmed, changed or drawn it, and said what it is.
         attributes (`dict[str, str]`): Those that a person has given.
     """
 
@@ -73,7 +75,7 @@ class Corrections:
         fields (`int`): Images with cells that a person has looked at.
         whole_fields (`int`): Of these, those that were looked through.
         cells (`int`): Cells to learn from.
-        ignored (`int`): Cells that nobody has looked at.
+        ignored (`int`): Cells that nobody has looked at, or that were drawn without a class.
         crops (`int`): Pictures of one cell.
     """
 
@@ -175,26 +177,27 @@ def edited_images(
         whole_fields (`bool`): All cells of these images were looked at.
 
     Raises:
-        InputError: No results folder, a file that is none of these, or one that is of no image.
+        InputError: No results folder, a file that is none of these or of no image, one that may be of several images, or two that
+            are of one.
     """
-    stored = list(read_results(results))
+    stored = {each.name: each for each in read_results(results)}
     found: dict[str, SmearResult] = {}
+    said_by: dict[str, Path] = {}
     digests = {}
     for path in _files(edited):
         content, name = read_json(path, str(path))
         digests[Path(name).name] = json_sha256(content)
-        used = False
-        for each in stored:
-            change = _reader(each, content, Path(path))
-            if change is not None:
-                found[each.name] = change(found.get(each.name, each.result), content)
-                used = True
+        used = _read_edited(stored, content, path)
         if not used:
             raise InputError(f"{path}: no image of {results} is in it, by its name.")
-    images = []
-    for each in stored:
-        if each.name in found:
-            images.append(_edited(each, found[each.name], whole_fields))
+        twice = next((each for each in used if each in found), None)
+        if twice is not None:
+            raise InputError(
+                f"{path}: {twice} is in {said_by[twice]}, too. Give one file that says what its cells are."
+            )
+        found |= used
+        said_by |= dict.fromkeys(used, path)
+    images = [_edited(each, found[name], whole_fields) for name, each in stored.items() if name in found]
     return images, {"edited": digests}
 
 
@@ -206,17 +209,88 @@ def _files(edited: Sequence[str | Path]) -> Iterator[Path]:
             yield each
 
 
-def _reader(stored: StoredResult, content: Any, path: Path) -> Callable[[SmearResult, Any], SmearResult] | None:
-    """What reads a file into the result of an image; `None` where the file is not about it."""
-    names = {stored.source.name, Path(str(stored.result.image or "")).name} - {""}
-    if isinstance(content, dict) and "images" in content:
-        return SmearResult.with_coco if names & images_in(content) else None
-    if isinstance(content, list) and any(isinstance(each, dict) and "data" in each for each in content):
-        return SmearResult.with_label_studio if names & images_in(content) else None
-    # QuPath calls a file after its image, with or without the suffix of that.
-    return (
-        SmearResult.with_geojson if path.stem in {stored.name, *names, *(Path(name).stem for name in names)} else None
-    )
+def _read_edited(stored: Mapping[str, StoredResult], content: Any, path: Path) -> dict[str, SmearResult]:
+    """The results of the images that a file is about, by their names, as it has their cells.
+
+    Raises:
+        InputError: It cannot be read, or may be about several images of one name.
+    """
+    is_coco = isinstance(content, dict) and "images" in content
+    if not is_coco and not (
+        isinstance(content, list) and any(isinstance(each, dict) and "data" in each for each in content)
+    ):
+        owner = _of_geojson(stored, content, path)
+        return {} if owner is None else {owner: stored[owner].result.with_geojson(content)}
+    # Last part of a path -> images that end so, with all parts.
+    ends: dict[str, list[tuple[str, list[str]]]] = {}
+    for name, each in stored.items():
+        for own in {each.source.as_posix(), str(each.result.image or "").replace("\\", "/")}:
+            parts = own.split("/")
+            ends.setdefault(parts[-1], []).append((name, parts))
+    entries: dict[str, list[int]] = {}
+    for number, places in enumerate(images_of(content)):
+        owners = _owners(ends, places)
+        if len(owners) > 1:
+            raise InputError(
+                f"{path}: {'images' if is_coco else ''}[{number}]: it may be of {' or '.join(owners[:3])}. Put the folder of the "
+                "image before its name."
+            )
+        for owner in owners:
+            entries.setdefault(owner, []).append(number)
+    found = {}
+    for owner, numbers in entries.items():
+        result = stored[owner].result
+        if is_coco:
+            # By the name that the file has for it: others may end likewise.
+            image = content["images"][numbers[0]]["file_name"]
+            found[owner] = replace(replace(result, image=image).with_coco(content), image=result.image)
+        else:
+            found[owner] = result.with_label_studio([content[number] for number in numbers])
+    return found
+
+
+def _owners(ends: Mapping[str, Sequence[tuple[str, list[str]]]], places: Sequence[str]) -> list[str]:
+    """The images that lie at one of these places: of that name, and with as many folders above it alike as any."""
+    alike: dict[str, int] = {}
+    for place in places:
+        given = place.split("/")
+        for name, own in ends.get(given[-1], ()):
+            alike[name] = max(alike.get(name, 0), _same_end(own, given))
+    return [name for name, number in alike.items() if number == max(alike.values())]
+
+
+def _same_end(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many parts at the end of two paths are the same."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(one), reversed(other))))
+
+
+def _of_geojson(stored: Mapping[str, StoredResult], content: Any, path: Path) -> str | None:
+    """The image that a file of QuPath is about, which is called after it, with or without the suffix of that."""
+    owners = [
+        name
+        for name, each in stored.items()
+        if path.stem in {name, each.source.name, each.source.stem, *_names(each.result.image)}
+    ]
+    if len(owners) > 1:
+        features = content.get("features") if isinstance(content, dict) else content
+        ids = {each.get("id") for each in features if isinstance(each, dict)} if isinstance(features, list) else set()
+        # Cells keep their ids in QuPath.
+        own = [
+            name
+            for name in owners
+            if any(geojson_id(stored[name].result, cell.id) in ids for cell in stored[name].result.cells)
+        ]
+        owners = own or [name for name in owners if name == path.stem] or owners
+    if len(owners) > 1:
+        raise InputError(
+            f"{path}: it may be of {', '.join(owners[:3])}. Call it {owners[0]}.geojson, or whichever it is."
+        )
+    return owners[0] if owners else None
+
+
+def _names(image: str | None) -> set[str]:
+    """Name of an image with its suffix, and without."""
+    return set() if image is None else {Path(image).name, Path(image).stem}
 
 
 def _edited(stored: StoredResult, result: SmearResult, whole: bool) -> CorrectedImage:
@@ -230,7 +304,9 @@ def _edited(stored: StoredResult, result: SmearResult, whole: bool) -> Corrected
             change["what"].removeprefix("attribute ") for change in of_cell if change["what"].startswith("attribute ")
         ]
         attributes = {name: cell.attributes[name]["value"] for name in given if name in cell.attributes}
-        cells.append(CorrectedCell(cell.box, cell.label, whole or bool(of_cell), attributes))
+        # What was drawn, and not named, teaches nothing.
+        named = cell.label != UNCLASSIFIED or UNCLASSIFIED in stored.result.classes
+        cells.append(CorrectedCell(cell.box, cell.label, named and (whole or bool(of_cell)), attributes))
     return CorrectedImage(stored, None, cells, whole, touched=whole or bool(changes))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from unihema.errors import DatasetError, InputError
 from unihema.processing_unihema.masks import check_runs
+from unihema.results.edits import coco_id
 from unihema.training.data.layouts.files import (
     LONGEST_NAME,
     ClippedBoxes,
@@ -47,8 +48,6 @@ BOOKKEEPING = frozenset(
 )
 # More values than this, all numbers, are measurements or identifiers.
 MOST_NUMBERS = 20
-# Digits of an id that may be a number; a hash in digits stays text.
-LONGEST_ID = 19
 # Of a box and of the outline of the same cell: overlap over union below which they belong to two.
 LEAST_OVERLAP = 0.5
 
@@ -309,14 +308,11 @@ def _category_names(categories: list[Any], path: Path, rename: Mapping[str, str]
 
 
 def _identifier(value: Any, key: str, source: str) -> int | str:
-    """An id, of which programs write one as 7, 7.0 (pandas) and "7" (pylabel). Two that are then alike are found as twins."""
-    identifier = require(_record(value, source), key, source)
-    if isinstance(identifier, float) and identifier.is_integer():
-        return int(identifier)
-    if isinstance(identifier, str) and identifier.isascii() and identifier.isdecimal() and len(identifier) < LONGEST_ID:
-        return int(identifier)
-    if isinstance(identifier, bool) or not isinstance(identifier, (int, str)):
-        raise DatasetError(f"{source}.{key}: {shown(identifier)} must be a whole number or a text.")
+    """An id. Two that are alike as `coco_id` reads them are found as twins."""
+    given = require(_record(value, source), key, source)
+    identifier = coco_id(given)
+    if identifier is None:
+        raise DatasetError(f"{source}.{key}: {shown(given)} must be a whole number or a text.")
     return identifier
 
 
