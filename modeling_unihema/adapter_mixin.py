@@ -213,15 +213,17 @@ def adapter_fields(peft_config: Any) -> dict[str, Any]:
     if trained := take_old_fields("trained", stored):
         stored["trained"] = trained
     fields = {name: stored[name] for name in ADAPTER_FIELDS if name in stored}
+    # What the base's scores mean, those of changed layers do not.
+    fields["trained"] = {"calibration": {}, **fields.get("trained", {})}
     if "single_cell_labels" in fields:
         # Groups of the base are none of an older adapter's classes.
         fields.setdefault("single_cell_parents", None)
         # Nor does the base's frame tell how its crops were cut.
-        fields["trained"] = {"crop_frame": None, "second_look": None, **fields.get("trained", {})}
+        fields["trained"] = {"crop_frame": None, "second_look": None, **fields["trained"]}
     if fields.get("id2label"):
         fields["id2label"] = {int(index): name for index, name in fields["id2label"].items()}
         # Older adapters do not say how large the cells were that they learned; they need not be as large as the base's.
-        fields["trained"] = {"red_cell_diameter": None, **fields.get("trained", {})}
+        fields["trained"] = {"red_cell_diameter": None, **fields["trained"]}
     return fields
 
 

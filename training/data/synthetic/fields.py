@@ -291,7 +291,8 @@ def _paint(
     light = rng.uniform(228, 250) * (1 + rng.normal(0, 0.012, 3))
     picture = np.exp(-(density.reshape(-1, 3) @ matrix.astype(np.float32))).reshape(density.shape)
     picture *= light.astype(np.float32)
-    focus = rng.uniform(0.35, 0.055 * red_radius)
+    # Of the smallest fields the pixels are as sharp as it gets.
+    focus = rng.uniform(0.35, max(0.35, 0.055 * red_radius))
     for axis in (0, 1):
         picture = ndimage.gaussian_filter1d(picture, focus, axis=axis, mode="nearest", truncate=3)
     picture += rng.uniform(0.8, 2.4) * rng.standard_normal(picture.shape, dtype=np.float32)
