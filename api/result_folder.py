@@ -666,15 +666,25 @@ class ResultFolder:
         if digest != _record_sha256(record, result["cells"]):
             return None
         # Of another image, copied to this name.
-        if f"{path.stem}_overlay.png" not in record["files"]:
-            return None
-        return record
+        return record if _is_record(record, path.stem) and f"{path.stem}_overlay.png" in record["files"] else None
 
     def _read_all(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         for path in sorted((self.folder / "records").glob("*.json")):
             record = self._read(path)
             if record is not None:
                 yield path, record
+
+
+def _is_record(record: dict[str, Any], name: str) -> bool:
+    """Whether a record, which may come from elsewhere, has what is read of it; its files lie in its folder."""
+    files, counts = record.get("files"), record["result"].get("counts")
+    return (
+        all(isinstance(record.get(key), str) for key in ("source", "image_sha256", "settings_sha256"))
+        and isinstance(files, dict)
+        and all(file.startswith(name) and not {"/", "\\", "\0"} & set(file) for file in files)
+        and isinstance(counts, dict)
+        and all(type(count) is int for count in counts.values())
+    )
 
 
 def _write_bytes(content: bytes, file: IO[bytes]) -> None:

@@ -1,5 +1,6 @@
 """One results folder of the shards that several machines have analysed."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from unihema.errors import OutputError
 from unihema.files import SETTINGS_FILE, claim_folder, exclusive, read_json_object, real_path
 from unihema.result_folder import BatchReport, ResultFolder
 from unihema.result_shards import MOST_SHARDS, SHARD_FILE
+from unihema.results.cell import has, is_list, is_mapping, is_side, is_text
 
 
 # Images that a message names.
@@ -96,10 +98,7 @@ def _shards_in(output: Path) -> dict[Path, dict[str, Any]]:
     shards = {}
     for path in sorted(output.glob(f"*/{SHARD_FILE}")):
         said = read_json_object(path, OutputError, "Repeat the command of this shard.")
-        kinds = {"number": int, "of": int, "images": dict, "failed": dict, "tables": dict}
-        if not all(isinstance(said.get(key), kind) for key, kind in kinds.items()) or not (
-            1 <= said["number"] <= said["of"] <= MOST_SHARDS and {"attributes", "groups"} <= said["tables"].keys()
-        ):
+        if not _SHARD(said) or not 1 <= said["number"] <= said["of"] <= MOST_SHARDS:
             raise OutputError(f"{path}: not what `unihema predict --shard` writes. Repeat the command of this shard.")
         shards[path.parent] = said
     if not shards:
@@ -109,6 +108,24 @@ def _shards_in(output: Path) -> dict[Path, dict[str, Any]]:
         named = ", ".join(f"{folder.name} is one of {of}" for of, folder in divisions.items())
         raise OutputError(f"{output}: shards of several divisions: {named}. Move those of one of them away.")
     return shards
+
+
+def _is_path(value: Any) -> bool:
+    return is_text(value) and "\0" not in value
+
+
+def _are_images(value: Any) -> bool:
+    """Images as [`names_within`] calls them -> where they lie."""
+    return is_mapping(_is_path)(value) and all(re.match(r"[0-9]{1,9}/", name) for name in value)
+
+
+_SHARD = has(
+    number=is_side,
+    of=is_side,
+    images=_are_images,
+    failed=lambda value: is_mapping(is_text)(value) and all(map(_is_path, value)),
+    tables=has(attributes=is_list(is_text), groups=is_list(lambda each: isinstance(each, bool), 3)),
+)
 
 
 class _Found(NamedTuple):

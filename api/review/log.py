@@ -202,7 +202,11 @@ class Log:
             after (`int`): Those with a larger number.
         """
         for row in self._rows(after):
-            yield _entry(row)
+            try:
+                entry = _entry(row)
+            except (ValueError, RecursionError) as error:
+                raise OutputError(f"{self.path}: entry {row[0]} is no JSON. Put back a copy of it.") from error
+            yield entry
 
     def _rows(self, after: int = 0) -> Iterator[tuple]:
         # Read in pieces: an open query would keep the log from being packed.

@@ -197,7 +197,13 @@ class Review:
                 )
             self._begin(stored, sample_by, read_only)
             for entry in self.log.entries():
-                self._apply(entry)
+                try:
+                    self._apply(entry)
+                except (LookupError, TypeError, ValueError, AttributeError) as error:
+                    raise OutputError(
+                        f"{path}: entry {entry.number} is none of a review of this folder ({shortened(repr(error))}). Put back a "
+                        "copy of the log, or move it away and begin anew."
+                    ) from error
         except BaseException:
             self.closing.close()
             raise
@@ -477,14 +483,15 @@ class Review:
 
     def _apply(self, entry: Entry) -> None:
         """Lays an entry over what is there: right after it was written, and again at the next start."""
-        assert entry.sample is not None
-        sample = self.samples[entry.sample]
+        sample = self.samples[entry.sample]  # type: ignore[index]
         if entry.kind == "begin":
             return
         sample.revision = entry.number
         if entry.image is not None:
             self.images[entry.image].revision = entry.number
         if entry.kind in ("sign", "amend"):
+            if entry.new["status"] not in (*SIGNED, AMENDING):
+                raise ValueError("an unknown status")
             sample.status = entry.new["status"]
             if entry.kind == "sign":
                 told = {"who": entry.who, "time": entry.time, "number": entry.number, "why": entry.why}
@@ -498,6 +505,8 @@ class Review:
                 drawn = Cell(entry.cell, entry.new["box"], entry.new["label"], 1.0)
                 image.cells[entry.cell] = ReviewedCell(image.name, drawn, True, drawn.label)
             cell = image.cells[entry.cell]
+            if not isinstance(entry.new["label"], str):
+                raise TypeError("a class that is no text")
             cell.label, cell.present = entry.new["label"], entry.new["present"]
             cell.looked_at, cell.revision = entry.new["looked_at"], entry.number
             if cell.label not in sample.classes:

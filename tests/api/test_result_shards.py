@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from review_results import write_results
 from tiny_checkpoint import save_tiny_checkpoint
 
 from unihema import Analyzer, OutputError, RequestError
+from unihema.files import json_sha256
 from unihema.result_merging import merge_results
 from unihema.result_shards import SHARD_FILE, Shard, names_within
 from unihema_cli.app import app
@@ -145,10 +147,36 @@ def test_what_cannot_be_merged(analyzer, tmp_path):
     with pytest.raises(OutputError, match="shards of several divisions"):
         merge_results(parts)
     shutil.rmtree(parts / "shard_2_of_3")
-    for content in ("{half", "[]", "{}", '{"number": 3, "of": 2, "images": {}, "failed": {}, "tables": {}}'):
+    said = json.loads((parts / "shard_1_of_2" / SHARD_FILE).read_text())
+    changes: list[dict] = [
+        {"number": 3},
+        {"images": {"0/a.png": []}},
+        {"images": {"a.png": "a.png"}},
+        {"failed": {"\0": ""}},
+    ]
+    changes += [
+        {"tables": said["tables"] | wrong}
+        for wrong in ({"attributes": 5}, {"attributes": [[]]}, {"groups": [True] * 9})
+    ]
+    for content in ("{half", "[]", "{}", *(json.dumps(said | change) for change in changes)):
         (parts / "shard_1_of_2" / SHARD_FILE).write_text(content)
         with pytest.raises(OutputError, match=SHARD_FILE):
             merge_results(parts)
+
+
+def test_a_shard_writes_nothing_outside(tmp_path):
+    parts = tmp_path / "out" / "parts"
+    shard = write_results(parts / "shard_1_of_1", {"records.png": ["RBC"]})
+    path = shard / "records" / "records.json"
+    record = json.loads(path.read_text())
+    record["files"]["records/../../stolen"] = 4
+    (parts / "stolen").write_text("evil")
+    del record["record_sha256"]
+    path.write_text(json.dumps({"record_sha256": json_sha256(record), **record}))
+    said = {"number": 1, "of": 1, "images": {"0/records.png": record["source"]}, "failed": {}}
+    (shard / SHARD_FILE).write_text(json.dumps(said | {"tables": {"attributes": [], "groups": [False] * 3}}))
+    report = merge_results(parts)
+    assert report.waiting == [record["source"]] and [path.name for path in parts.parent.iterdir()] == ["parts"]
 
 
 def test_the_commands(checkpoint, tmp_path, monkeypatch):

@@ -332,3 +332,21 @@ def test_a_damaged_log_and_a_folder_without_results_are_told(folder, tmp_path):
     raw.close()
     with pytest.raises(OutputError, match="entry 3"):
         Review(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        Change("class", "elsewhere", "a", 1, {}, {"label": "RBC", "present": True, "looked_at": True}),
+        Change("class", "results", "a", 77, {}, {"label": "RBC", "present": True, "looked_at": True}),
+        Change("class", "results", "a", 1, {}, {"label": 5, "present": True, "looked_at": True}),
+        Change("draw", "results", "a", 9, None, {"label": "RBC", "present": True, "looked_at": True}),
+        Change("sign", "results", None, None, None, {"status": "certified"}),
+        Change("class", "results", None, 1),
+    ],
+)
+def test_a_log_of_another_folder_is_told(folder, change):
+    with Review(folder) as review:
+        (entry,) = review.log.append("Eve", [change])
+    with pytest.raises(OutputError, match=f"entry {entry.number} is none of a review of this folder"):
+        Review(folder)
