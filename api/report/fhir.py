@@ -57,6 +57,12 @@ def diagnostic_report(report: "SmearReport") -> dict[str, Any]:
         add("parasites", None, dataAbsentReason=absent)
     elif parasites["film"] == "thin":
         add("infected red cells", None, **_share(parasites["share"], "red cells"))
+        if parasites["per_ul"]:
+            add(
+                "infected red cells per microlitre",
+                None,
+                **_number(parasites["per_ul"]["percent"], "/uL", "per microlitre"),
+            )
     else:
         add("parasites, thick film", None, **_number(parasites["per_ul"], "/uL", "per microlitre"))
     per_1000 = figures["platelets"]["per_1000_red_cells"]

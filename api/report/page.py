@@ -5,6 +5,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from unihema.errors import printable
 from unihema.processing_unihema.class_names import (
     PLATELET,
@@ -55,7 +57,13 @@ def report_page(report: "SmearReport") -> str:
         undefined=jinja2.StrictUndefined,
         finalize=_shown,
     )
-    environment.filters |= {"whole": _whole, "tenth": _tenth, "number": _number, "listed": _listed}
+    environment.filters |= {
+        "whole": _whole,
+        "tenth": _tenth,
+        "hundredth": _hundredth,
+        "number": _number,
+        "listed": _listed,
+    }
     colors = class_colors(report)
     page = environment.get_template("report.html.jinja").render(
         report=report,
@@ -211,6 +219,17 @@ def _whole(value: float | None) -> str:
 
 def _tenth(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
+
+
+def _hundredth(value: float | None) -> str:
+    """A share of which a few of very many are not none."""
+    if value is None:
+        return "–"
+    return (
+        f"{value:.2f}"
+        if value == 0 or value >= 0.1
+        else np.format_float_positional(value, 2, fractional=False, trim="-")
+    )
 
 
 def _number(value: float | None) -> str:

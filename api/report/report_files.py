@@ -29,10 +29,12 @@ COLUMNS = [
     "grade",
 ]
 COLUMNS += ["precision", "recall", "note"]
+# Of the files of a report.
+ENDINGS = (".csv", "_fhir.json", ".html", ".json")
 
 
 def table_rows(report: "SmearReport") -> Iterator[list[Any]]:
-    """The rows of a report's table, in the order of `COLUMNS`; numbers are rounded to a tenth of a per cent.
+    """The rows of a report's table, in the order of `COLUMNS`; numbers are rounded to a tenth, those below 1 to two digits.
 
     Args:
         report ([`SmearReport`]): The report.
@@ -58,12 +60,33 @@ def table_rows(report: "SmearReport") -> Iterator[list[Any]]:
     if not parasites["known"]:
         yield line("parasites", name="cannot know", note=parasites["why"])
     else:
+        per_ul, note = parasites["per_ul"], None
         if parasites["film"] == "thin":
             yield line("parasites", **parasites["share"])
+            of_red_cells = per_ul and {"count": per_ul["percent"], "low": per_ul["low"], "high": per_ul["high"]}
+            per_ul, note = of_red_cells, f"with {report.options.red_count} x 10^12/L red cells"
+        else:
+            yield line(
+                "parasites",
+                name="parasites",
+                count=parasites["parasites"],
+                note=f"beside {parasites['white_cells']} white cells",
+            )
+            if per_ul is not None:
+                per_ul = {"count": per_ul}
+                note = f"with {parasites['white_count']:g} x 10^9/L white cells, {parasites['white_count_source']}"
+        if per_ul:
+            yield line("parasites", name="per microlitre", **per_ul, note=note)
         for stage in parasites["stages"]:
             note = None if stage["counted"] else "not counted"
             yield line("stages", name=stage["name"], count=stage["count"], note=note)
-    yield line("platelets", name="per 1 000 red cells", count=figures["platelets"]["per_1000_red_cells"])
+    platelets = figures["platelets"]
+    if platelets["looked_for"]:
+        yield line("platelets", name="counted", count=platelets["count"])
+    yield line("platelets", name="per 1 000 red cells", count=platelets["per_1000_red_cells"])
+    if platelets["per_ul"] is not None:
+        note = f"by the factor {platelets['factor']:g} of {report.tables.platelets['name']}"
+        yield line("platelets", name="per microlitre", count=platelets["per_ul"], note=note)
     for note in figures["notes"]:
         yield line("notes", note=note)
     for left in report.left_out:
@@ -76,7 +99,10 @@ def _measured(report: "SmearReport", name: str) -> dict[str, float]:
 
 
 def _rounded(value: Any) -> Any:
-    return round(value, 1) if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    # One infected cell of ten thousand is not none.
+    return round(value, 1) if abs(value) >= 1 else float(f"{value:.2g}")
 
 
 def write_reports(reports: "list[SmearReport]", folder: str | Path) -> list[Path]:
@@ -97,35 +123,43 @@ def write_reports(reports: "list[SmearReport]", folder: str | Path) -> list[Path
     folder, taken, pages = Path(folder), set(), []
     for report in reports:
         digest = hashlib.sha256(report.sample.encode(errors="surrogatepass")).hexdigest()[:12]
-        name = file_name(report.sample, digest)
-        if same_file(name) in taken:
-            name = f"{name}_{digest}"
-        taken.add(same_file(name))
+        version = f"_v{report.report_version}" if report.signatures else ""
+        stem = file_name(report.sample, digest) or "sample"
+        # Of the samples `a` and `a_fhir`, or `a` in its first version and `a_v1`, some files would be the same.
+        free = {same_file(f"{stem}{version}{ending}") for ending in ENDINGS}.isdisjoint(taken)
+        name = f"{stem}{version}" if free else f"{stem}_{digest}{version}"
+        taken |= {same_file(f"{name}{ending}") for ending in ENDINGS}
         pages.append(_write(report, folder, name))
     return pages
 
 
 def _write(report: "SmearReport", folder: Path, name: str) -> Path:
-    if report.signatures:
-        name = f"{name}_v{report.report_version}"
-        there = folder / f"{name}.json"
-        if there.exists() and _sha256_in(there) != report.sha256:
+    there = folder / f"{name}.json"
+    if there.exists():
+        status, sha256 = _status_in(there)
+        if (report.signatures or status in ("final", "amended")) and sha256 != report.sha256:
             raise OutputError(
                 f"{there}: a signed report that differs from this one. Name another folder (--output); what was signed stays."
             )
-    write_text(folder / f"{name}.csv", csv_lines(COLUMNS, table_rows(report)))
-    write_text(folder / f"{name}_fhir.json", json.dumps(report.to_fhir(), indent=1) + "\n")
-    write_text(folder / f"{name}.html", report.to_html())
-    # By it a signed report is known again, so it comes last.
-    write_text(folder / f"{name}.json", report.to_json())
+    contents = {
+        ".csv": lambda: csv_lines(COLUMNS, table_rows(report)),
+        "_fhir.json": lambda: json.dumps(report.to_fhir(), indent=1) + "\n",
+        ".html": report.to_html,
+        # By it a signed report is known again, so it comes last.
+        ".json": report.to_json,
+    }
+    for ending, content in contents.items():
+        write_text(folder / f"{name}{ending}", content())
     return folder / f"{name}.html"
 
 
-def _sha256_in(path: Path) -> str | None:
+def _status_in(path: Path) -> tuple[Any, Any]:
+    """Status and hash of the report in a file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("sha256")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found.get("status"), found.get("sha256")
     except (ValueError, AttributeError):
-        return None
+        return None, None
 
 
 __all__ = ["COLUMNS", "table_rows", "write_reports"]

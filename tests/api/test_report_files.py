@@ -19,8 +19,9 @@ from unihema.processing_unihema.class_names import WHITE_CELL
 from unihema.report.classifier_errors import classifier_errors
 from unihema.report.fhir import CODES_FILE, LOINC
 from unihema.report.report_files import COLUMNS, table_rows, write_reports
-from unihema.report.sample import exact_limits
+from unihema.report.sample import ReportOptions, exact_limits
 from unihema.result_folder import failed_images, read_results
+from unihema.results.smear_result import Cell
 from unihema.review.reviewed_results import reviewed_samples
 from unihema.review.rows import class_rows
 from unihema.review.state import Review, Target
@@ -375,3 +376,46 @@ def test_images_that_failed_are_read_of_the_results(tmp_path):
     path.write_text("[")
     with pytest.raises(InputError, match="results.json"):
         failed_images(folder)
+
+
+def parasitaemia(infected: int, red: int, **options) -> SmearReport:
+    labels = ["RBC"] * (red - infected) + ["infected red blood cell"] * infected + ["parasite"] * 3 + ["WBC"] * 200
+    cells = [Cell(number, (1, 1, 9, 9), label, 0.9) for number, label in enumerate(labels, 1)]
+    classes = ["RBC", "WBC", "infected red blood cell", "parasite"]
+    result = SmearResult(200, 100, cells, classes, {"infected red blood cell": "RBC"})
+    return SmearReport.of([result], "p", options=ReportOptions(**options))
+
+
+def test_a_table_has_the_parasites_however_few_they_are():
+    def rows(report):
+        found = [dict(zip(COLUMNS, row)) for row in table_rows(report)]
+        return {row["name"]: row for row in found if row["section"] == "parasites"}
+
+    thin = parasitaemia(3, 10_000, red_count=5)
+    share = rows(thin)["infected red cells"]
+    assert (share["count"], share["percent"], share["low"], share["high"]) == (3, 0.03, 0.0062, 0.088)
+    of_red_cells = rows(thin)["per microlitre"]
+    assert [of_red_cells[name] for name in ("count", "low", "high")] == [1500, 309.4, 4382.4]
+    assert of_red_cells["note"] == "with 5 x 10^12/L red cells"
+    told = {each["code"]["text"]: each for each in thin.to_fhir()["contained"]}
+    assert told["infected red cells per microlitre"]["valueQuantity"]["value"] == 1500
+    assert "<b>0.005 %</b> of 20" in parasitaemia(1, 20_000).to_html()
+    thick = rows(parasitaemia(0, 1, thick_film=True, assume_white_count=True))
+    assert thick["parasites"]["count"] == 3 and thick["parasites"]["note"] == "beside 200 white cells"
+    assert (thick["per microlitre"]["count"], thick["per microlitre"]["note"]) == (
+        120,
+        "with 8 x 10^9/L white cells, assumed",
+    )
+
+
+def test_samples_whose_files_would_be_called_alike_keep_theirs(tmp_path):
+    result = SmearResult(9, 9, [Cell(1, (1, 1, 5, 5), "WBC", 0.9)], ["WBC"])
+    signed = [{"who": "Ada", "time": "2026-01-01", "status": "final", "why": ""}]
+    first = SmearReport.of([result], "a", signatures=signed)
+    others = [SmearReport.of([result, result], name) for name in ("a_v1", "a", "a_fhir")]
+    assert len(set(write_reports([first, *others], tmp_path))) == 4
+    assert json.loads((tmp_path / "a_v1.json").read_text())["status"] == "final"
+    assert json.loads((tmp_path / "a_fhir.json").read_text())["resourceType"] == "DiagnosticReport"
+    # Written by another call it stays as well.
+    with pytest.raises(OutputError, match=r"a_v1\.json: a signed report"):
+        write_reports(others[:1], tmp_path)
