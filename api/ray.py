@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unihema.analyzer import Analyzer
-from unihema.errors import PackageMissingError, RequestError
+from unihema.errors import InputTypeError, PackageMissingError, RequestError, UnreadableImageError
 from unihema.files import open_image
 from unihema.result_folder import (
     COUNT_COLUMNS,
@@ -135,15 +135,18 @@ class AnalyzeBatch:
                 f"A batch has the columns {', '.join(batch) or 'none'}, and needs one called path or image."
             )
         for number in range(len(arrays if paths is None else paths)):
-            path = None if paths is None else str(paths[number])
+            # Of a table with gaps, `None`: a row says so, and the others go on.
+            path = None if paths is None or paths[number] is None else str(paths[number])
             work = Work(Path(path or ""), str(number))
             try:
                 if arrays is None:
+                    if path is None:
+                        raise UnreadableImageError("it has no path.")
                     work.digest, work.opened = image_sha256(work.path), open_regions(path)
                 else:
                     work.opened = ImageRegions(open_image(arrays[number])._replace(name=path))
                 work.opened.pixels.load()
-            except FAILURES as error:
+            except (*FAILURES, InputTypeError) as error:
                 work.outcome = one_line(error, path)
                 work.close()
             yield work

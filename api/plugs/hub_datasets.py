@@ -13,7 +13,7 @@ from PIL import Image
 
 from unihema.analyzer import Analyzer
 from unihema.errors import DatasetError, FileThereError, UnreadableImageError
-from unihema.files import shortened, write_text
+from unihema.files import shortened, whole_folder, write_text
 from unihema.processing_unihema.image_io import image_size
 from unihema.results.smear_result import SmearResult
 
@@ -135,23 +135,23 @@ def write_image_folder(
     classes = classes or (_names_of(dataset.features) if dataset.features else None)
     # As the files are: decoded and written again, a JPEG would be another image.
     stored = dataset.select_columns(["image", "objects"]).cast_column("image", datasets.Image(decode=False))
-    target.mkdir(parents=True)
-    write_text(target / "metadata.jsonl", _lines(stored, target, classes))
+    with whole_folder(target) as whole:
+        write_text(whole / "metadata.jsonl", _lines(stored, whole, classes))
     return target
 
 
 def _names_of(features: datasets.Features) -> Sequence[str] | None:
     # Lists in a dictionary, or a list of dictionaries.
     objects = features["objects"]
-    category = getattr(objects, "feature", objects)["category"]
+    objects = getattr(objects, "feature", objects)
+    category = objects.get("category") if isinstance(objects, dict) else None
     return getattr(getattr(category, "feature", category), "names", None)
 
 
 def _lines(rows: Any, target: Path, classes: Sequence[str] | None) -> Iterator[str]:
     for number, row in zip(count(), rows):
         where = f"row {number} of the data set"
-        objects, image = row["objects"], row["image"]
-        content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        content = _content(row["image"], where)
         try:
             image_size(content)
             kind = Image.open(io.BytesIO(content)).format
@@ -159,11 +159,41 @@ def _lines(rows: Any, target: Path, classes: Sequence[str] | None) -> Iterator[s
             raise DatasetError(f"{where}: its image cannot be read ({shortened(error)}).") from error
         file = target / f"{number:06d}.{str(kind).lower()}"
         file.write_bytes(content)
-        if isinstance(objects, list):
-            objects = {name: [each[name] for each in objects] for name in ("bbox", "category")}
-        names = [_name(category, classes, where) for category in objects["category"]]
-        described = {"bbox": [list(box) for box in objects["bbox"]], "category_name": names}
+        objects = _objects(row["objects"], where)
+        described = {
+            "bbox": [list(box) if isinstance(box, Sequence) else box for box in objects["bbox"]],
+            "category_name": [_name(category, classes, where) for category in objects["category"]],
+        }
+        if objects.get("iscrowd"):
+            described["iscrowd"] = list(objects["iscrowd"])
         yield json.dumps({"file_name": file.name, "objects": described}, ensure_ascii=False) + "\n"
+
+
+def _content(image: Any, where: str) -> bytes:
+    """The file of an image."""
+    if isinstance(image, dict) and image.get("bytes") is not None:
+        return image["bytes"]
+    path = image.get("path") if isinstance(image, dict) else None
+    if path is None:
+        raise DatasetError(f"{where}: it has no image. Leave such rows out: `dataset.filter(...)`.")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DatasetError(
+            f"{where}: its image {shortened(path)} cannot be read ({shortened(error.strerror)})."
+        ) from error
+
+
+def _objects(objects: Any, where: str) -> Mapping[str, Sequence[Any]]:
+    """The cells of an image, as lists."""
+    if isinstance(objects, list) and all(isinstance(each, dict) for each in objects):
+        names = {name for each in objects for name in each} if objects else {"bbox", "category"}
+        objects = {name: [each.get(name) for each in objects] for name in names}
+    for name in ("bbox", "category"):
+        if not isinstance(objects, dict) or not isinstance(objects.get(name), list):
+            # Nothing is not the same as no cells.
+            raise DatasetError(f"{where}: its objects have no list {name!r}; an image without cells has empty ones.")
+    return objects
 
 
 def _name(category: Any, classes: Sequence[str] | None, where: str) -> str:

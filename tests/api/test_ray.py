@@ -101,6 +101,16 @@ def test_arrays_and_batches_without_cells(checkpoint, smears, tmp_path):
     assert pyarrow.parquet.read_table(tmp_path / "rows.parquet").num_rows == 5
 
 
+def test_gaps_of_a_table_are_rows_with_an_error(checkpoint):
+    analyze, arrays = AnalyzeBatch(str(checkpoint), device="cpu"), np.empty(2, object)
+    arrays[:] = [np.zeros((9, 9, 3), np.uint8), None]
+    one, gap = analyze({"image": arrays}).to_pylist()
+    assert one["error"] is None and one["result"] and gap["result"] is None
+    assert gap["error"] == "Expected a path, bytes, PIL image or array, got NoneType."
+    (gap,) = analyze({"path": arrays[1:]}).to_pylist()
+    assert (gap["path"], gap["error"], gap["result"]) == (None, "it has no path.", None)
+
+
 def test_what_is_no_batch(checkpoint):
     with pytest.raises(RequestError, match="columns bytes, and needs one called path or image"):
         AnalyzeBatch(str(checkpoint), device="cpu")({"bytes": np.array([b""])})

@@ -127,6 +127,39 @@ def test_a_damaged_image_is_named(tmp_path):
         write_image_folder(dataset, tmp_path, "train")
 
 
+@pytest.mark.parametrize(
+    ("image", "objects", "said"),
+    [
+        (None, {"bbox": [], "category": []}, "it has no image"),
+        ({"bytes": None, "path": "nowhere.png"}, {"bbox": [], "category": []}, "its image nowhere.png cannot be read"),
+        ("white", None, "its objects have no list 'bbox'"),
+        ("white", {"bbox": [[1.0, 1.0, 2.0, 2.0]], "category": None}, "its objects have no list 'category'"),
+    ],
+)
+def test_a_row_with_gaps_is_named_and_nothing_is_left(tmp_path, image, objects, said):
+    Image.new("RGB", (9, 9)).save(tmp_path / "white.png")
+    whole = {"bytes": (tmp_path / "white.png").read_bytes(), "path": None}
+    rows = [{"image": whole, "objects": {"bbox": [[1.0, 1.0, 2.0, 2.0]], "category": ["RBC"]}}]
+    rows.append({"image": whole if image == "white" else image, "objects": objects})
+    dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
+    with pytest.raises(DatasetError, match=f"row 1 of the data set: {said}"):
+        write_image_folder(dataset, tmp_path / "data")
+    assert not (tmp_path / "data" / "train").exists()
+
+
+def test_crowds_stay_crowds(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "white.png")
+    objects = {"bbox": [[1.0, 1.0, 2.0, 2.0], [4.0, 4.0, 3.0, 3.0]], "category": ["RBC", "RBC"], "iscrowd": [0, 1]}
+    rows = {"image": [str(tmp_path / "white.png")], "objects": [objects]}
+    write_image_folder(datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()), tmp_path / "data")
+    (row,) = load_folder(tmp_path / "data", "train")["detection"]
+    assert row["objects"]["iscrowd"] == [0, 1]
+    line = tmp_path / "data" / "train" / "metadata.jsonl"
+    line.write_text(line.read_text().replace("[0, 1]", "[1]"))
+    with pytest.raises(DatasetError, match="'iscrowd' must have a 0 or 1 for each of 2 boxes"):
+        load_folder(tmp_path / "data", "train")
+
+
 def test_an_image_without_cells_has_empty_lists(find):
     from unihema import SmearResult
 

@@ -584,13 +584,17 @@ def _read_objects(
     if not isinstance(given, list) or len(names) != len(given):
         number = len(given) if isinstance(given, list) else shown(given)
         raise DatasetError(f"{source}: {number} boxes but {len(names)} class names.")
-    kept: dict[str, list] = {"bbox": [], "category": [], "morphology": []}
-    for index, (box, name) in enumerate(zip(given, names)):
+    crowds = objects.get("iscrowd") or [0] * len(given)
+    if not isinstance(crowds, list) or len(crowds) != len(given):
+        raise DatasetError(f"{source}: 'iscrowd' must have a 0 or 1 for each of {len(given)} boxes.")
+    kept: dict[str, list] = {"bbox": [], "category": [], "morphology": [], "iscrowd": []}
+    for index, (box, name, crowd) in enumerate(zip(given, names, crowds)):
         with bad.collecting():
             label = checked_label(name, f"{source}: objects[{index}]")
             kept["bbox"].append(boxes.checked(box, *size, f"{source}: objects.bbox[{index}]"))
             kept["category"].append(rename.get(label, label))
             kept["morphology"].append({})
+            kept["iscrowd"].append(int(bool(crowd)))
     return kept
 
 
