@@ -168,7 +168,8 @@ def _shape(
     is_box = _is_rectangle(found.polygons)
     if original is not None:
         if original.mask is None or not original.mask.any():
-            if is_box and _near(bounds, original.box):
+            # A box without area is no rectangle any more.
+            if (is_box or left == right or top == bottom) and _near(bounds, original.box):
                 return original.box, original.mask
         elif _within(bounds, original.box) and np.array_equal(
             polygon_mask(found.polygons, _pixels(original.box)), original.mask

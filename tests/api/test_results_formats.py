@@ -58,6 +58,14 @@ def test_what_was_not_changed_comes_back_to_the_last_bit(form, seed, tmp_path):
     assert [cell.box for cell in after.cells] == [cell.box for cell in before.cells]
 
 
+@pytest.mark.parametrize("box", [(5, 5, 5, 5), (5, 2, 5, 9), (20, 20, 20, 20)])
+def test_a_cell_without_area_comes_back(box, tmp_path):
+    result = SmearResult(20, 20, [Cell(1, box, "RBC", 0.5)], ["RBC"], image="a.png")
+    (tmp_path / "rois.zip").write_bytes(result.to_imagej())
+    for again in (result.with_geojson(result.to_geojson()), result.with_imagej(tmp_path / "rois.zip")):
+        assert again.to_dict() == result.to_dict()
+
+
 @pytest.mark.parametrize("form", ["geojson", "coco", "imagej"])
 def test_a_file_alone_has_the_cells(form, tmp_path):
     before = smear()
