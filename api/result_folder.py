@@ -205,6 +205,7 @@ def analyze_into(
             f"{output}: this folder holds {beside.name}, an image to analyse; name another one for results."
         )
     named = names_within(images, inputs)
+    given = {"images": len(named), "sha256": json_sha256(sorted(named))}
     if shard is not None:
         named = {name: image for name, image in named.items() if shard.holds(name)}
         images, output = list(named.values()), output / shard.folder
@@ -217,14 +218,14 @@ def analyze_into(
         folder = ResultFolder(output, settings)
         tables = {"attributes": attributes, "groups": groups}
         if shard is not None:
-            write_shard(output, shard, named, report.failed, tables)
+            write_shard(output, shard, named, report.failed, tables, given)
         run = _Run(analyzer, folder, report, checked, overwrite, on_tile)
         try:
             run.all(images, batch_size, on_image)
         finally:
             folder.write_tables(attributes, report, groups)
             if shard is not None:
-                write_shard(output, shard, named, report.failed, tables)
+                write_shard(output, shard, named, report.failed, tables, given)
     return report
 
 

@@ -10,7 +10,7 @@ from unihema.errors import OutputError
 from unihema.files import SETTINGS_FILE, claim_folder, exclusive, read_json_object, real_path
 from unihema.result_folder import BatchReport, ResultFolder
 from unihema.result_shards import MOST_SHARDS, SHARD_FILE
-from unihema.results.cell import has, is_list, is_mapping, is_side, is_text
+from unihema.results.cell import has, is_list, is_mapping, is_number, is_side, is_text, or_none
 
 
 # Images that a message names.
@@ -28,6 +28,7 @@ class MergeReport:
         repeated (`int`): Results of images that another shard's folder has as well: counted once.
         missing (`list[int]`): Numbers of the shards of which there is no folder.
         waiting (`list[str]`): Images of the shards that are neither analysed nor failed.
+        unlike (`dict[str, int]`): Where shards were not given the same images, the folder of each and the number that it saw.
     """
 
     images: int = 0
@@ -36,6 +37,7 @@ class MergeReport:
     repeated: int = 0
     missing: list[int] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)
+    unlike: dict[str, int] = field(default_factory=dict)
 
     @property
     def problems(self) -> list[str]:
@@ -43,6 +45,12 @@ class MergeReport:
         said = [f"Shard {number} is missing." for number in self.missing[:SHOWN]]
         if len(self.missing) > SHOWN:
             said.append(f"{len(self.missing) - SHOWN} more shards are missing.")
+        if self.unlike:
+            named = ", ".join(f"{folder} of {number}" for folder, number in list(self.unlike.items())[:SHOWN])
+            said.append(
+                f"The shards are not of the same images, so that some may be in none of them: {named}. Repeat those that were "
+                "not given all."
+            )
         if self.waiting:
             named = ", ".join(self.waiting[:SHOWN])
             said.append(
@@ -77,6 +85,9 @@ def merge_results(output: str | Path, on_image: Callable[[int, int], None] | Non
     found, report = _newest_records(shards, settings)
     there = {shard["number"] for shard in shards.values()}
     report.missing = [number for number in range(1, of + 1) if number not in there]
+    given = {folder.name: shard["given"] for folder, shard in shards.items() if shard["given"]}
+    if len({each["sha256"] for each in given.values()}) > 1:
+        report.unlike = {name: each["images"] for name, each in given.items()}
     with exclusive(output, ["records"]):
         claim_folder(output, settings)
         whole = ResultFolder(output, settings)
@@ -98,6 +109,7 @@ def _shards_in(output: Path) -> dict[Path, dict[str, Any]]:
     shards = {}
     for path in sorted(output.glob(f"*/{SHARD_FILE}")):
         said = read_json_object(path, OutputError, "Repeat the command of this shard.")
+        said.setdefault("given", None)
         if not _SHARD(said) or not 1 <= said["number"] <= said["of"] <= MOST_SHARDS:
             raise OutputError(f"{path}: not what `unihema predict --shard` writes. Repeat the command of this shard.")
         shards[path.parent] = said
@@ -124,6 +136,8 @@ _SHARD = has(
     of=is_side,
     images=_are_images,
     failed=lambda value: is_mapping(is_text)(value) and all(map(_is_path, value)),
+    # Older ones do not say it.
+    given=or_none(has(images=is_number, sha256=is_text)),
     tables=has(attributes=is_list(is_text), groups=is_list(lambda each: isinstance(each, bool), 3)),
 )
 

@@ -86,7 +86,12 @@ def names_within(images: Sequence[Path], inputs: Sequence[str | Path]) -> dict[s
 
 
 def write_shard(
-    folder: Path, shard: Shard, images: Mapping[str, Path], failed: Mapping[str, str], tables: Mapping[str, Any]
+    folder: Path,
+    shard: Shard,
+    images: Mapping[str, Path],
+    failed: Mapping[str, str],
+    tables: Mapping[str, Any],
+    given: Mapping[str, Any],
 ) -> None:
     """Says in its results folder which images a shard has, and what of them failed.
 
@@ -96,12 +101,12 @@ def write_shard(
         images (`Mapping[str, Path]`): Its images, see [`names_within`].
         failed (`Mapping[str, str]`): Image or input -> what was wrong with it.
         tables (`Mapping[str, Any]`): What the columns of its tables follow from.
+        given (`Mapping[str, Any]`): How many images all shards together have, as this machine sees them, and the SHA-256 of their
+            names.
     """
     listed = {name: str(real_path(path)) for name, path in images.items()}
-    write_json(
-        folder / SHARD_FILE,
-        {"number": shard.number, "of": shard.of, "images": listed, "failed": dict(failed), "tables": dict(tables)},
-    )
+    said = {"number": shard.number, "of": shard.of, "images": listed, "failed": dict(failed), "tables": dict(tables)}
+    write_json(folder / SHARD_FILE, said | {"given": dict(given)})
 
 
 def link_or_copy(source: Path, target: Path) -> None:

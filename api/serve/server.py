@@ -7,7 +7,7 @@ import io
 import re
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import lru_cache, partial
 from importlib import resources
@@ -145,6 +145,7 @@ def serve_app(
             "white_cells": white_cells,
             "labels": tuple(labels) or None,
         }
+        await _check_fields(request, {"images", "geojson", "overlay", *asked})
 
         def written(result: SmearResult, source: RegionSource) -> dict[str, Any]:
             result.provenance |= {"checkpoint_sha256": analyzer.files}
@@ -167,6 +168,7 @@ def serve_app(
         questions: Annotated[list[str], Form(description="Questions, or sentences with ___ to fill in.")],
     ) -> Response:
         """Answers to questions about an image, with the cells that support them."""
+        await _check_fields(request, {"image", "questions"})
         if not all(question.strip() for question in questions):
             raise HTTPException(422, "A question is empty.")
 
@@ -244,6 +246,16 @@ def serve_app(
         check_room=queue.check_room,
     )
     return app
+
+
+async def _check_fields(request: Request, known: Collection[str]) -> None:
+    """Checks that nothing was asked that would be passed over, such as a misspelt field, or one in the address."""
+    for name in (*await request.form(), *request.query_params):
+        if name not in known or name in request.query_params:
+            raise HTTPException(
+                422,
+                f"{shortened(name, 60)}: no field of this form. There are {', '.join(sorted(known))}, none in the address.",
+            )
 
 
 async def _all_of(jobs: Sequence[Job], request: Request, until: float, seconds: float) -> list[bytes]:

@@ -98,6 +98,18 @@ def test_a_shard_of_another_machine_is_known_by_the_path_within_the_folder(analy
     assert report.images == 19 and report.repeated and not report.problems
 
 
+def test_shards_that_were_not_given_the_same_images_are_told(analyzer, tmp_path):
+    images, parts = draw(tmp_path / "smears", 6), tmp_path / "parts"
+    analyzer.analyze_files([images], parts, shard=Shard(1, 2))
+    assert not merge_results(parts).unlike
+    # On another machine a part of them has not arrived yet.
+    (images / "slide_1" / "0002.png").unlink()
+    analyzer.analyze_files([images], parts, shard=Shard(2, 2))
+    report = merge_results(parts)
+    assert report.unlike == {"shard_1_of_2": 7, "shard_2_of_2": 6}
+    assert "shard_1_of_2 of 7, shard_2_of_2 of 6. Repeat" in report.problems[0]
+
+
 def test_shards_are_a_division():
     names = [f"0/a/{number}.png" for number in range(800)]
     holders = [[n for n in range(1, 9) if Shard(n, 8).holds(name)] for name in names]

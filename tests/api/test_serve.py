@@ -112,6 +112,20 @@ def test_what_is_wrong_is_named_and_nothing_else_suffers(client):
     assert client.post("/v1/ask", files={"image": ("a.png", png())}, data={"questions": ""}).status_code == 422
 
 
+def test_what_would_be_passed_over_is_refused(client):
+    image = {"image": ("a.png", png())}
+    for path, files, data, name in (
+        ("/v1/analyze", sent(png()), {"treshold": "0.5"}, "treshold"),
+        ("/v1/analyze?threshold=0.5", sent(png()), {}, "threshold"),
+        ("/v1/analyze", [*sent(png()), ("image", ("b.png", png()))], {}, "image"),
+        ("/v1/ask", image, {"questions": "a", "question": "b"}, "question"),
+    ):
+        answer = client.post(path, files=files, data=data)
+        assert answer.status_code == 422 and answer.json()["error"].startswith(
+            f"{name}: no field of this form. There are "
+        )
+
+
 def test_names_are_text_and_no_path_of_a_client_is_opened(client, tmp_path):
     (tmp_path / "secret.png").write_bytes(png(9))
     name = f"..%2f../{tmp_path}/secret.png"
