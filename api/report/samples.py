@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from unihema.errors import InputError, RequestError, printable
@@ -51,6 +51,33 @@ def sample_of(stored: StoredResult, folder: Path, by: str | None, table: Mapping
     return printable(name)
 
 
+def check_samples(images: Iterable[StoredResult], by: str | None, table: Mapping[str, str] | None = None) -> None:
+    """Checks that images of several samples would not be taken for one, see [`sample_of`].
+
+    Args:
+        images (`Iterable[StoredResult]`): All images.
+        by, table: As there.
+
+    Raises:
+        RequestError: Two folders of one name, or two images of which the table has the name alone.
+    """
+    places: dict[str, Path] = {}
+    for each in images:
+        source = each.source
+        if table is not None and source.name in table and not {str(source), source.as_posix()} & table.keys():
+            name, place, remedy = source.name, source, "Write their paths into the table."
+        elif by == "folder":
+            name, place = source.parent.name, source.parent
+            remedy = r"Give a regular expression that tells them apart, such as '([^/]+/[^/]+)/[^/]+$'."
+        else:
+            continue
+        other = places.setdefault(name, place)
+        if other != place:
+            raise RequestError(
+                f"--sample-by {shortened(by or '', 100)}: {other} and {place} have the same name. {remedy}"
+            )
+
+
 def read_samples(by: str | None) -> dict[str, str] | None:
     """Image -> sample, of a CSV file with the columns `image` (path, or name of the file) and `sample`.
 
@@ -83,4 +110,4 @@ def read_samples(by: str | None) -> dict[str, str] | None:
     return found
 
 
-__all__ = ["read_samples", "sample_of"]
+__all__ = ["check_samples", "read_samples", "sample_of"]

@@ -9,7 +9,7 @@ from unihema.checkpoint_files import local_folder
 from unihema.errors import InputError, UniHemaError
 from unihema.files import SETTINGS_FILE, read_json_object
 from unihema.report.classifier_errors import classifier_errors
-from unihema.report.samples import read_samples, sample_of
+from unihema.report.samples import check_samples, read_samples, sample_of
 from unihema.result_folder import StoredResult, failed_images, read_results
 
 from .state import LOG_FILE, SIGNED, Review, ReviewedImage, ReviewedSample
@@ -51,8 +51,9 @@ def reviewed_samples(
                 results = [_as_reviewed(image) for image in sample.images]
                 found[sample.name] = SampleResults(sample.name, results, {"signatures": _signatures(sample)})
     else:
-        table = read_samples(sample_by)
-        for stored in read_results(folder):
+        table, images = read_samples(sample_by), list(read_results(folder))
+        check_samples(images, sample_by, table)
+        for stored in images:
             name = sample_of(stored, folder, sample_by, table)
             found.setdefault(name, SampleResults(name)).results.append(stored)
     if not found:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from unihema.errors import InputError, OutputError, RequestError, UniHemaError
 from unihema.files import exclusive, shortened
-from unihema.report.samples import read_samples, sample_of
+from unihema.report.samples import check_samples, read_samples, sample_of
 from unihema.result_folder import StoredResult, read_results
 from unihema.results.cell import Cell
 
@@ -212,6 +212,7 @@ class Review:
         """Lays out images and samples, and notes in the log which predictions it is about."""
         known = {}
         table = read_samples(sample_by)
+        check_samples(stored, sample_by, table)
         for entry in self.log.entries():
             if entry.kind == "begin":
                 known |= {entry.image: entry}

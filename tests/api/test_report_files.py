@@ -419,3 +419,21 @@ def test_samples_whose_files_would_be_called_alike_keep_theirs(tmp_path):
     # Written by another call it stays as well.
     with pytest.raises(OutputError, match=r"a_v1\.json: a signed report"):
         write_reports(others[:1], tmp_path)
+
+
+def test_images_of_two_samples_are_not_taken_for_one(tmp_path):
+    names = ["p1/day1/01.png", "p1/day1/02.png", "p2/day1/01.png"]
+    folder = write_results(tmp_path / "results", {name: ["WBC"] for name in names})
+    with pytest.raises(RequestError, match=r"p1/day1 and .*p2/day1 have the same name. Give a regular expression"):
+        reviewed_samples(folder, "folder")
+    samples = reviewed_samples(folder, r"([^/]+/[^/]+)/[^/]+$")
+    assert [(each.name, len(each.results)) for each in samples] == [("p1/day1", 2), ("p2/day1", 1)]
+    table = tmp_path / "samples.csv"
+    table.write_text("image,sample\n01.png,A\n02.png,A\n")
+    for read in (reviewed_samples, Review):
+        with pytest.raises(
+            RequestError, match=r"p1/day1/01.png and .*p2/day1/01.png have the same name. Write their paths"
+        ):
+            read(folder, str(table))
+    table.write_text(f"image,sample\n01.png,A\n02.png,A\n{tmp_path / 'smears' / names[2]},B\n")
+    assert [(each.name, len(each.results)) for each in reviewed_samples(folder, str(table))] == [("A", 2), ("B", 1)]
