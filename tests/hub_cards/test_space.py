@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import time
 import urllib.request
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -121,6 +123,21 @@ def smears(tmp_path_factory):
     # Six kilobytes that would be 66 million pixels.
     Image.new("1", (8200, 8100)).save(folder / "bomb.png", optimize=True)
     return folder
+
+
+def test_images_of_one_name_are_told_apart(checkpoint, smears, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", mock.MagicMock())
+    page = runpy.run_path(str(write_space(checkpoint, tmp_path / "space") / "app.py"), run_name="app")
+    paths = [smears / "field_0.png", tmp_path / "field_0.png", smears / "broken.png", tmp_path / "broken.png"]
+    shutil.copy(smears / "field_1.png", paths[1])
+    paths[3].write_bytes(b"none either")
+    archive, notes = page["analyze_all"](list(map(str, paths)), mock.Mock(tqdm=lambda paths: paths))
+    assert notes.startswith("2 analysed, 2 failed.\n")
+    with zipfile.ZipFile(archive) as archive:
+        rows = list(csv.DictReader(io.StringIO(archive.read("counts.csv").decode())))
+        results = json.loads(archive.read("results.json"))
+    assert {row["image"] for row in rows} == {"field_0.png", "02_field_0.png"}
+    assert set(results["failed"]) == {"broken.png", "04_broken.png"}
 
 
 @pytest.mark.slow

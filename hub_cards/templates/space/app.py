@@ -110,15 +110,19 @@ def analyze_all(paths: list[str] | None, progress=gr.Progress()):  # noqa: B008
     for old in zips.iterdir():
         if old.stat().st_mtime < time.time() - KEPT:
             old.unlink()
-    cells, counts, results, failed = [], [], [], {}
+    cells, counts, results, failed, names = [], [], [], {}, set()
     descriptor, name = tempfile.mkstemp(".zip", "results-", zips)
     with open(descriptor, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for number, path in enumerate(progress.tqdm(paths), 1):
+            # Images of several folders may have one name; their rows are told apart by it.
+            image = Path(path).name if Path(path).name not in names else f"{number:02d}_{Path(path).name}"
+            names.add(image)
             try:
                 result, overlay = look(path)
             except (UniHemaError, OSError, MemoryError) as error:
-                failed[Path(path).name] = wrong(error, path)
+                failed[image] = wrong(error, path)
                 continue
+            result.image = image
             cells += cells_of(result)
             counts += counts_of(result)
             results.append(result.to_dict())
