@@ -713,9 +713,16 @@ def _read_labels(result: "SmearResult", source: Any) -> tuple[np.ndarray, str]:
             with of_any_size():
                 opened = Image.open(content, formats=("PNG", "TIFF"))
             with opened as image:
+                pages = getattr(image, "n_frames", 1)
+                if pages > 1:
+                    raise InputError(
+                        f"{name}: {pages} pages, and an image of instances has one. Save that of this image."
+                    )
                 # The size first: pixels of another one are not decoded.
                 source = np.array(image) if image.size[::-1] == size else np.empty((*image.size[::-1], 0))
         except Exception as error:
+            if isinstance(error, UniHemaError):
+                raise
             # Pillow's readers raise almost anything at damaged files.
             raise InputError(f"{name}: not readable as PNG or TIFF ({shortened(error)}). Save it again.") from error
     labels = np.asarray(source)

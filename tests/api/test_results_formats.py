@@ -439,6 +439,10 @@ def test_labels_of_another_size_or_kind_are_refused(tmp_path):
             smear().with_labels(tmp_path / name)
     with pytest.raises(InputError, match="whole numbers"):
         smear().with_labels(np.zeros((HEIGHT, WIDTH)))
+    pages = [Image.new("I", (WIDTH, HEIGHT), number) for number in (0, 1)]
+    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(InputError, match=r"stack.tif: 2 pages, and an image of instances has one"):
+        smear().with_labels(tmp_path / "stack.tif")
 
 
 def test_pixels_whose_centre_lies_inside():
