@@ -28,7 +28,7 @@ from unihema.results.calibration import set_probabilities
 from unihema.results.cell_size import KnownSize
 from unihema.results.shapes import nucleus_of
 from unihema.results.smear_result import CROWDED, Cell, SmearResult
-from unihema.results.tiles import SMALLEST_TILE, TileStore, judge_whole, see_in_tiles, state_pixel_size
+from unihema.results.tiles import SMALLEST_TILE, TileDetector, TileStore, judge_whole, see_in_tiles, state_pixel_size
 from unihema.slides import RegionSource, open_regions
 from unihema.version import __version__
 
@@ -681,17 +681,14 @@ class Analyzer:
             # Whatever is asked for, red cells tell the scale.
             search = _WithinMemory(self.request(["detection"]), self.look, self._on_cpu).look_at_parts
         diameters = self.model.config.trained.red_cell_diameter
+        known = None if diameters is None else KnownSize(*diameters)
         see_in_tiles(
             source,
             result,
-            within.look_at_parts,
-            edge,
-            None if diameters is None else KnownSize(*diameters),
-            tiles=request.tiles,
-            um_per_pixel=request.um_per_pixel,
+            TileDetector(within.look_at_parts, edge, known, search, calibrated=request.threshold is None),
+            request.tiles,
+            request.um_per_pixel,
             white_cells=request.white_cells,
-            calibrated=request.threshold is None,
-            search=search,
             store=store,
             on_tile=None if on_tile is None else lambda done, of, cells: on_tile(source.name, done, of, cells),
         )

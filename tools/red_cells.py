@@ -17,7 +17,7 @@ from unihema.processing_unihema.class_names import RED_CELL, cell_kind
 from unihema.processing_unihema.image_io import load_image
 from unihema.results.cell_size import KnownSize
 from unihema.results.smear_result import Cell, SmearResult
-from unihema.results.tiles import see_in_tiles
+from unihema.results.tiles import TileDetector, see_in_tiles
 from unihema.shipped import lay_down_checkpoint
 from unihema.training.data.readers import load_folder
 from unihema.training.data.rows import Row
@@ -187,7 +187,8 @@ def of_magnified(analyzer: Analyzer, row: Row, tiles: str) -> dict[str, Any]:
     if tiling:
         edge = analyzer.processor.image_processor.task_sizes["detection"]["longest_edge"]
         known = KnownSize(*config.trained.red_cell_diameter)
-        see_in_tiles(image, result, ranked, edge, known, um_per_pixel=known.um_per_pixel / tiling["scale"])
+        um_per_pixel = known.um_per_pixel / tiling["scale"]
+        see_in_tiles(image, result, TileDetector(ranked, edge, known), um_per_pixel=um_per_pixel)
     return {
         "boxes": [[round(value, 2) for value in cell.box] for cell in result.cells],
         "labels": [config.class_names.index(cell.label) for cell in result.cells],

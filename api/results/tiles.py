@@ -3,7 +3,8 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -73,18 +74,48 @@ class TileStore(Protocol):
         """Keeps what was seen of some tiles."""
 
 
+@dataclass(frozen=True)
+class TileDetector:
+    """What finds cells in parts of an image.
+
+    Args:
+        look (`Callable`): What is seen of parts of the image.
+        edge (`int`): Longer edge of the model's input in pixels.
+        known ([`KnownSize`], *optional*): Of the checkpoint.
+        search (`Callable`, *optional*): What is seen of parts of the image when its scale is searched, where `look` finds not all
+            classes, or not at the thresholds of the checkpoint.
+        calibrated (`bool`): Whether cells are those above the thresholds of the checkpoint. With others it says nothing that all
+            queries found one, and nothing is seen in smaller tiles for that.
+    """
+
+    look: Callable[[list[Image.Image]], list[SmearResult]]
+    edge: int
+    known: KnownSize | None
+    search: Callable[[list[Image.Image]], list[SmearResult]] | None = None
+    calibrated: bool = True
+
+    @property
+    def usual(self) -> float:
+        """Usual diameter of a red cell, in pixels of the model's input."""
+        return self.edge * USUAL_SHARE if self.known is None else self.known.usual
+
+    def searched(self, source: RegionSource, parts: Sequence[Tile]) -> list[list[Cell]]:
+        """Cells of parts by which the scale is searched, in pixels of the file from the corner of each part."""
+        pictures = [cut(source, tile, strict=False) for tile in parts]
+        return [
+            _in_file(of_part.cells, picture, tile)
+            for of_part, picture, tile in zip((self.search or self.look)(pictures), pictures, parts, strict=True)
+        ]
+
+
 def see_in_tiles(
     image: Image.Image | RegionSource,
     result: SmearResult,
-    look: Callable[[list[Image.Image]], list[SmearResult]],
-    edge: int,
-    known: KnownSize | None,
+    detector: TileDetector,
     tiles: str | int = "auto",
     um_per_pixel: float | None = None,
     *,
     white_cells: int | None = None,
-    calibrated: bool = True,
-    search: Callable[[list[Image.Image]], list[SmearResult]] | None = None,
     store: TileStore | None = None,
     on_tile: Callable[[int, int, int], None] | None = None,
 ) -> None:
@@ -94,135 +125,151 @@ def see_in_tiles(
     Args:
         image (`RegionSource` or `PIL.Image.Image`): The image, of any size, or perhaps reduced.
         result ([`SmearResult`]): What was seen of the whole image, in pixels of its file; changed.
-        look (`Callable`): What is seen of parts of the image.
-        edge (`int`): Longer edge of the model's input in pixels.
-        known ([`KnownSize`], *optional*): Of the checkpoint.
+        detector ([`TileDetector`]): What finds cells in parts of the image.
         tiles (`str` or `int`): `"auto"`, or the longer edge of a tile in pixels of the file.
         um_per_pixel (`float`, *optional*): Size of a pixel of the file in micrometres, instead of what the file says.
+        white_cells (`int`, *optional*): Only tiles with nuclei are seen, in an order of chance that is always the same, until so
+            many white cells are found; other cells are not counted.
         store ([`TileStore`], *optional*): Keeps finished tiles.
         on_tile (`Callable`, *optional*): Called with the number of tiles that are done, of all tiles, and of cells in them (near
             seams some are counted twice).
-        search (`Callable`, *optional*): What is seen of parts of the image when its scale is searched, where `look` finds not all
-            classes, or not at the thresholds of the checkpoint.
-        white_cells (`int`, *optional*): Only tiles with nuclei are seen, in an order of chance that is always the same, until so
-            many white cells are found; other cells are not counted.
-        calibrated (`bool`): Whether cells are those above the thresholds of the checkpoint. With others it says nothing that all
-            queries found one, and nothing is seen in smaller tiles for that.
 
     Raises:
-        RequestError: With pixels of this size no cell of the image could be seen.
+        RequestError: With pixels of this size no cell of the image could be seen, or there would be too many tiles.
         UnreadableImageError: No tile can be read.
     """
     if isinstance(image, RegionSource):
         source = image
     else:
         source = ImageRegions(OpenedImage(image, result.width, result.height, result.image))
+    edge, known, parents = detector.edge, detector.known, result.class_parents
     state_pixel_size(result, source, um_per_pixel)
     if source.streams:
         source.longest, source.places = SHARPEST * edge, crowded_places(source)
-
-    def cells_of(parts: Sequence[Tile]) -> list[list[Cell]]:
-        pictures = [cut(source, tile, strict=False) for tile in parts]
-        return [
-            _in_file(of_part.cells, picture, tile)
-            for of_part, picture, tile in zip((search or look)(pictures), pictures, parts, strict=True)
-        ]
-
-    first_look, result.cells = result.cells, list(result.cells)
-    whole = Tile((0, 0, *source.size), (0, 0, *source.size))
-    red_cells = first_look
-    if search and tiles == "auto" and um_per_pixel is None:
-        (red_cells,) = cells_of([whole])
-    scale, scale_source = _scale(source, result, red_cells, cells_of, edge, known, tiles, um_per_pixel)
-    if scale is None and calibrated and known is not None and _is_crowded(result):
+    scale, scale_source = _scale(source, result, detector, tiles, um_per_pixel)
+    if scale is None and detector.calibrated and known is not None and _is_crowded(result):
         scale, scale_source = max(source.size) / edge / 2, "halved, as there were more cells than the model has queries"
     if scale is None:
-        if white_cells is not None:
-            result.warnings.append(
-                "The image was seen whole, so that all of its cells are counted, not white cells alone."
-            )
-        if source.streams and known is not None:
-            result.warnings.append(
-                f"The image has {source.width} x {source.height} pixels and was seen whole, as no red cells by which to tell its "
-                "scale were found. Give the size of its pixels (--um-per-pixel)."
-            )
+        _note_seen_whole(result, source, known, white_cells)
         return
-    usual = edge * USUAL_SHARE if known is None else known.usual
-    placed = tiles_at(source, scale, edge, usual)
+    diameter = detector.usual * scale
+    placed = tiles_at(source, scale, edge, detector.usual)
     if len(placed) > MOST_TILES:
         raise RequestError(
             f"{result.image or 'image'}: {source.width} x {source.height} pixels would be {len(placed):,} tiles, and more than "
             f"{MOST_TILES:,} are not seen. Give larger tiles, or check the size of a pixel."
         )
-    glass = empty_glass(source, placed)
-    looked_at = [tile for tile, empty in zip(placed, glass, strict=True) if not empty]
-    filled = len(looked_at)
+    filled = [tile for tile, empty in zip(placed, empty_glass(source, placed), strict=True) if not empty]
+    looked_at = filled
+    layout = {"size": list(source.size), "scale": scale, "tiles": len(placed)}
     if white_cells is not None:
         size = result.um_per_pixel or cast("KnownSize", known).um_per_pixel / scale
-        looked_at = tiles_with_nuclei(source, looked_at, size)
-    mask = None if result.mask is None else _Mask(source.size)
-    layout = {"size": list(source.size), "scale": scale, "tiles": len(placed), "looked_at": len(looked_at)}
-    layout |= {} if white_cells is None else {"white_cells": white_cells}
-    found: deque[list[Cell]] = deque()
-    unreadable: list[Tile] = []
-    focus: list[tuple[tuple[int, int, int, int], float]] = []
-    full = split = cells = white = 0
+        looked_at = tiles_with_nuclei(source, filled, size)
+        layout["white_cells"] = white_cells
+    layout["looked_at"] = len(looked_at)
+    found = _Findings(None if result.mask is None else _Mask(source.size), parents)
     store = store if len(looked_at) >= WORTH_KEEPING else None
-    for start, seen in _seen(source, looked_at, look, mask, layout, store, usual * scale, calibrated):
+    for start, seen in _seen(source, looked_at, detector, found.mask, layout, store, diameter):
         for tile, of_tile in zip(looked_at[start:], seen, strict=False):
-            found.append(of_tile["cells"])
-            full += of_tile["full"]
-            split += of_tile["split"]
-            cells += len(of_tile["cells"])
-            if white_cells is not None:
-                white += _white_cells_within(tile, of_tile["cells"], result.class_parents)
-            if of_tile["unreadable"]:
-                unreadable.append(tile)
-            else:
-                focus.append((tile.core, of_tile["focus"]))
-            if mask is not None and of_tile["mask"] is not None:
-                mask.put(tile, of_tile["mask"])
+            found.add(tile, of_tile)
         if on_tile:
-            on_tile(start + len(seen), len(looked_at), cells)
-        if white_cells is not None and white >= white_cells:
+            on_tile(start + len(seen), len(looked_at), found.number)
+        if white_cells is not None and found.white >= white_cells:
             break
-    with_nuclei, looked_at = len(looked_at), looked_at[: len(found)]
-    if unreadable and len(unreadable) == len(looked_at):
+    if len(found.unreadable) == len(found.tiles) > 0:
         raise UnreadableImageError(
-            f"{result.image or 'image'}: none of its {len(looked_at)} tiles can be read. Copy it again or export it anew."
+            f"{result.image or 'image'}: none of its {len(found.tiles)} tiles can be read. Copy it again or export it anew."
         )
     # White cells may be known from whole fields, at their size there, as well.
-    of_whole = [cell for cell in first_look if _is_white_cell_of(cell, usual * scale, result.class_parents)]
-    found.append(of_whole if white_cells is None else [])
-    # Each list goes as its cells are taken: of a slide there are hundreds of thousands, and more than one copy is too many.
-    lists = (found.popleft() for _ in range(len(found)))
-    result.cells = merged([*looked_at, whole], lists, result.class_parents, usual * scale)
-    result.mask = None if mask is None else mask.pixels
+    of_whole = [cell for cell in result.cells if _is_white_cell_of(cell, diameter, parents)]
+    result.cells = found.merged(_whole(source), of_whole if white_cells is None else [], diameter)
+    result.mask = None if found.mask is None else found.mask.pixels
     width, height = size_of(placed[0].box)
     result.tiling = {"tiles": len(placed), "tile": [width, height], "scale": scale, "scale_source": scale_source}
     if known is not None:
         result.tiling["um_per_pixel"] = result.um_per_pixel or known.um_per_pixel / scale
     result.warnings = [text for text in result.warnings if CROWDED not in text and OTHER_SIZE not in text]
     result.warnings.append(f"Seen in {len(placed)} tiles of {width} x {height} pixels; their size is {scale_source}.")
-    if filled < len(placed):
-        result.tiling["empty"] = len(placed) - filled
-        result.warnings.append(f"{len(placed) - filled} of {len(placed)} tiles are empty glass.")
+    if len(filled) < len(placed):
+        result.tiling["empty"] = len(placed) - len(filled)
+        result.warnings.append(f"{len(placed) - len(filled)} of {len(placed)} tiles are empty glass.")
     if white_cells is not None:
-        _count_white_cells_alone(result, white_cells, len(looked_at), with_nuclei, filled)
-    if unreadable:
-        result.tiling["unreadable"] = len(unreadable)
-        result.warnings.append(_of_unreadable(unreadable, len(placed)))
-    if mask is not None and mask.share < 1:
-        result.warnings.append(f"The mask is kept at {mask.pixels.shape[1]} x {mask.pixels.shape[0]} pixels.")
-    judge_tiles(result, focus)
-    if split:
+        _count_white_cells_alone(result, white_cells, len(found.tiles), len(looked_at), len(filled))
+    found.judge(result, len(placed))
+
+
+def _whole(source: RegionSource) -> Tile:
+    """The image as one tile."""
+    return Tile((0, 0, *source.size), (0, 0, *source.size))
+
+
+def _note_seen_whole(
+    result: SmearResult, source: RegionSource, known: KnownSize | None, white_cells: int | None
+) -> None:
+    if white_cells is not None:
+        result.warnings.append("The image was seen whole, so that all of its cells are counted, not white cells alone.")
+    if source.streams and known is not None:
         result.warnings.append(
-            f"{split} of {len(placed)} tiles held more cells than the model has queries and were seen in smaller ones."
+            f"The image has {source.width} x {source.height} pixels and was seen whole, as no red cells by which to tell its "
+            "scale were found. Give the size of its pixels (--um-per-pixel)."
         )
-    if full:
-        result.warnings.append(
-            f"In {full} of {len(placed)} tiles all {CROWDED}: the counts are too low. Give smaller tiles."
-        )
+
+
+class _Findings:
+    """What the tiles that are done show.
+
+    Args:
+        mask ([`_Mask`], *optional*): Takes their masks.
+        parents (`dict[str, str]`): Class -> coarser class.
+    """
+
+    def __init__(self, mask: "_Mask | None", parents: dict[str, str]):
+        self.mask, self.parents = mask, parents
+        self.tiles: list[Tile] = []
+        self.unreadable: list[Tile] = []
+        self.number = self.white = self._full = self._split = 0
+        self._cells: deque[list[Cell]] = deque()
+        self._focus: list[tuple[tuple[int, int, int, int], float]] = []
+
+    def add(self, tile: Tile, seen: dict[str, Any]) -> None:
+        """Adds what a tile shows."""
+        self.tiles.append(tile)
+        self._cells.append(seen["cells"])
+        self._full += seen["full"]
+        self._split += seen["split"]
+        self.number += len(seen["cells"])
+        self.white += _white_cells_within(tile, seen["cells"], self.parents)
+        if seen["unreadable"]:
+            self.unreadable.append(tile)
+        else:
+            self._focus.append((tile.core, seen["focus"]))
+        if self.mask is not None and seen["mask"] is not None:
+            self.mask.put(tile, seen["mask"])
+
+    def merged(self, whole: Tile, of_whole: list[Cell], diameter: float) -> list[Cell]:
+        """Each cell once, with those that were seen in the whole image."""
+        self._cells.append(of_whole)
+        # Each list goes as its cells are taken: of a slide there are hundreds of thousands, and more than one copy is too many.
+        lists = (self._cells.popleft() for _ in range(len(self._cells)))
+        return merged([*self.tiles, whole], lists, self.parents, diameter)
+
+    def judge(self, result: SmearResult, placed: int) -> None:
+        """Says in a result, of an image of so many tiles, what could not be seen or counted, and where its monolayer is."""
+        if self.unreadable:
+            result.tiling = {**(result.tiling or {}), "unreadable": len(self.unreadable)}
+            result.warnings.append(_of_unreadable(self.unreadable, placed))
+        if self.mask is not None and self.mask.share < 1:
+            height, width = self.mask.pixels.shape
+            result.warnings.append(f"The mask is kept at {width} x {height} pixels.")
+        judge_tiles(result, self._focus)
+        if self._split:
+            result.warnings.append(
+                f"{self._split} of {placed} tiles held more cells than the model has queries and were seen in smaller ones."
+            )
+        if self._full:
+            result.warnings.append(
+                f"In {self._full} of {placed} tiles all {CROWDED}: the counts are too low. Give smaller tiles."
+            )
 
 
 def _white_cells_within(tile: Tile, cells: Sequence[Cell], parents: dict[str, str]) -> int:
@@ -280,12 +327,11 @@ def judge_whole(result: SmearResult, source: RegionSource) -> None:
 def _seen(
     source: RegionSource,
     tiles: Sequence[Tile],
-    look: Callable[[list[Image.Image]], list[SmearResult]],
+    detector: TileDetector,
     mask: "_Mask | None",
     layout: dict[str, Any],
     store: TileStore | None,
     diameter: float,
-    may_split: bool,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """The number of the first tile of each group, and what they show: first all that was kept, then what is looked at."""
     kept = [_from_store(of_tile) for group in (store.begin(layout) if store else ()) for of_tile in group]
@@ -300,7 +346,7 @@ def _seen(
             except UnreadableRegionError:
                 pictures.append(None)
         there = [picture for picture in pictures if picture is not None]
-        results = iter(look(there) if there else ())
+        results = iter(detector.look(there) if there else ())
         seen: list[dict[str, Any]] = []
         for tile, picture in zip(group, pictures, strict=True):
             if picture is None:
@@ -312,8 +358,8 @@ def _seen(
             part = None if mask is None or of_tile.mask is None else mask.core(tile, of_tile.mask)
             cells = _in_file(of_tile.cells, picture, tile)
             crowded = split = _is_crowded(of_tile)
-            if crowded and may_split:
-                cells, crowded = seen_closer(source, tile, cells, look, of_tile.class_parents)
+            if crowded and detector.calibrated:
+                cells, crowded = seen_closer(source, tile, cells, detector.look, of_tile.class_parents)
             focus = focus_of(picture, diameter * picture.width / (tile.box[2] - tile.box[0]))
             split = split and not crowded
             seen.append(
@@ -424,15 +470,12 @@ def _is_white_cell_of(cell: Cell, diameter: float, parents: dict[str, str]) -> b
 def _scale(
     source: RegionSource,
     result: SmearResult,
-    first_look: Sequence[Cell],
-    cells_of: Callable[[Sequence[Tile]], list[list[Cell]]],
-    edge: int,
-    known: KnownSize | None,
+    detector: TileDetector,
     tiles: str | int,
     um_per_pixel: float | None,
 ) -> tuple[float | None, str]:
     """Pixels of the image for a pixel of the model's input, `None` where it is best seen whole, and where that comes from."""
-    longer = max(source.size)
+    longer, edge, known = max(source.size), detector.edge, detector.known
     if isinstance(tiles, int):
         return (tiles / edge if tiles < longer else None), "given"
     if known is None:
@@ -455,8 +498,10 @@ def _scale(
                 "Check the size of a pixel."
             )
         return or_whole(scale), "that of the training at the given micrometres"
-    crowded = _is_crowded(result)
-    estimated, diameter = find_scale(source, first_look, crowded, known, edge, result.class_parents, cells_of)
+    red_cells = detector.searched(source, [_whole(source)])[0] if detector.search else result.cells
+    estimated, diameter = find_scale(
+        source, red_cells, _is_crowded(result), known, edge, result.class_parents, partial(detector.searched, source)
+    )
     by_cells = RED_CELL_MICROMETRES / diameter if diameter else None
     said = source.um_per_pixel
     if said is not None and (by_cells is None or 1 / CONTRADICTION < said / by_cells < CONTRADICTION):

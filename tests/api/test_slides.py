@@ -16,7 +16,7 @@ from unihema.errors import InputError, UnreadableImageError
 from unihema.processing_unihema.image_io import pixel_size
 from unihema.results.cell_size import KnownSize
 from unihema.results.smear_result import Cell, SmearResult
-from unihema.results.tiles import see_in_tiles
+from unihema.results.tiles import TileDetector, see_in_tiles
 from unihema.slides import OpenSlideRegions, TiffRegions, TooLargeError, UnreadableRegionError, open_regions
 
 
@@ -172,7 +172,7 @@ def seen(source: slides.RegionSource, detector: Detector | None = None, **option
     result = SmearResult(source.width, source.height, classes=["RBC"], image=source.name, warnings=list(source.notes))
     result.cells = detector([source.pixels])[0].cells if max(source.size) == max(source.pixels.size) else []
     result.mask = np.zeros((1, 1), np.uint8)
-    see_in_tiles(source, result, detector, EDGE, KNOWN, **options)
+    see_in_tiles(source, result, TileDetector(detector, EDGE, KNOWN), **options)
     return result
 
 

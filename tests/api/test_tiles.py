@@ -13,7 +13,7 @@ from unihema.errors import RequestError
 from unihema.results.cell_size import KnownSize
 from unihema.results.smear_result import CROWDED, Cell, SmearResult
 from unihema.results.tile_layout import lay_tiles
-from unihema.results.tiles import see_in_tiles
+from unihema.results.tiles import TileDetector, see_in_tiles
 from unihema.shipped import copy_examples, lay_down_checkpoint
 from unihema.training.data.rows import red_cell_diameter
 
@@ -79,7 +79,7 @@ class Detector:
 def seen(image: Image.Image, detector: Detector | None = None, **options) -> tuple[SmearResult, Detector]:
     detector = detector or Detector()
     (result,) = detector([image])
-    see_in_tiles(image, result, detector, EDGE, KNOWN, **options)
+    see_in_tiles(image, result, TileDetector(detector, EDGE, KNOWN), **options)
     return result, detector
 
 
@@ -183,7 +183,7 @@ def test_a_size_of_a_pixel_at_which_no_cell_can_be_seen_is_refused_before_a_tile
     detector = Detector()
     image = Image.new("RGB", (640, 480), "white")
     with pytest.raises(RequestError, match=r"a red cell would be [\d.e+]+ pixels wide, in an image of 640 x 480"):
-        see_in_tiles(image, detector.look(image), detector, EDGE, KNOWN, um_per_pixel=um_per_pixel)
+        see_in_tiles(image, detector.look(image), TileDetector(detector, EDGE, KNOWN), um_per_pixel=um_per_pixel)
     assert detector.looks == 0
 
 
@@ -191,7 +191,7 @@ def test_given_tiles_are_taken_also_without_a_known_size():
     image, centres = discs(1600, 1200, 110)
     detector = Detector()
     (result,) = detector([image])
-    see_in_tiles(image, result, detector, EDGE, None, tiles=640)
+    see_in_tiles(image, result, TileDetector(detector, EDGE, None), tiles=640)
     assert result.tiling["tile"] == [640, 480] and "um_per_pixel" not in result.tiling
     assert matched(result, centres, 25) == len(centres) == len(result.cells)
 
@@ -203,7 +203,7 @@ def test_a_reduced_image_gives_pixels_of_its_file():
     result.width, result.height = 2560, 1920
     for cell in result.cells:
         cell.box = tuple(2 * value for value in cell.box)
-    see_in_tiles(image, result, detector, EDGE, KNOWN)
+    see_in_tiles(image, result, TileDetector(detector, EDGE, KNOWN))
     assert matched(result, 2 * centres, 25) == len(centres)
 
 
@@ -211,7 +211,7 @@ def test_tiles_with_more_cells_than_queries_are_said():
     image, _ = discs(1600, 1200, 110)
     detector = Detector(cap=3)
     (result,) = detector([image])
-    see_in_tiles(image, result, detector, EDGE, KNOWN, tiles=640)
+    see_in_tiles(image, result, TileDetector(detector, EDGE, KNOWN), tiles=640)
     assert any(CROWDED in text and "Give smaller tiles" in text for text in result.warnings)
 
 
@@ -219,7 +219,7 @@ def test_tiles_with_more_cells_than_queries_are_seen_in_smaller_ones():
     image, centres = discs(1600, 1200, 60)
     detector = Detector(cap=14)
     (result,) = detector([image])
-    see_in_tiles(image, result, detector, EDGE, KNOWN, tiles=500)
+    see_in_tiles(image, result, TileDetector(detector, EDGE, KNOWN), tiles=500)
     assert matched(result, centres, 15) == len(centres) == len(result.cells)
     assert any(
         "held more cells than the model has queries and were seen in smaller ones" in text for text in result.warnings
@@ -231,7 +231,7 @@ def test_at_other_thresholds_it_says_nothing_that_all_queries_found_a_cell():
     image, _ = discs(1600, 1200, 60)
     detector = Detector(cap=14)
     (result,) = detector([image])
-    see_in_tiles(image, result, detector, EDGE, KNOWN, tiles=500, calibrated=False)
+    see_in_tiles(image, result, TileDetector(detector, EDGE, KNOWN, calibrated=False), tiles=500)
     assert detector.looks == 1 + result.tiling["tiles"] and any(CROWDED in text for text in result.warnings)
 
 
@@ -239,7 +239,7 @@ def test_a_field_with_more_cells_than_queries_is_seen_in_tiles_also_where_no_sca
     image, centres = discs(1600, 1200, 190, share=0.6)
     (result,) = (detector := Detector(cap=20))([image])
     assert len(centres) > 20 == len(result.cells)
-    see_in_tiles(image, result, detector, EDGE, KnownSize(30.0, 38.0, 47.0))
+    see_in_tiles(image, result, TileDetector(detector, EDGE, KnownSize(30.0, 38.0, 47.0)))
     assert "halved, as there were more cells" in result.tiling["scale_source"]
     assert matched(result, centres, 40) == len(centres) == len(result.cells)
     assert not any(CROWDED in text for text in result.warnings)
@@ -266,7 +266,7 @@ def test_white_cells_of_the_whole_field_keep_their_type():
         Cell(2, (0, 0, 1200, 900), "lymphocyte", 0.9),
         Cell(3, (300, 300, 520, 520), "RBC", 0.9),
     ]
-    see_in_tiles(image, result, detector, EDGE, KNOWN)
+    see_in_tiles(image, result, TileDetector(detector, EDGE, KNOWN))
     assert [cell.label for cell in result.cells if cell.label != "RBC"] == ["neutrophil"]
     assert all(cell.box[2] - cell.box[0] < 150 for cell in result.cells if cell.label == "RBC")
 
