@@ -18,17 +18,18 @@ from unihema.checkpoint_files import (
     local_folder,
     reference_files,
 )
+from unihema.device_memory import WithinMemory
 from unihema.errors import RequestError
 from unihema.files import OpenedImage
-from unihema.loading import available_tasks, load_model, require_tasks
-from unihema.modeling_unihema.tasks import IMAGE_TASKS, TASK_TABLE, TASKS
+from unihema.loading import available_tasks, load_model, require_tasks, set_image_sizes
+from unihema.modeling_unihema.tasks import IMAGE_TASKS, TASK_TABLE
 from unihema.processing_unihema.class_names import NUCLEUS, WHITE_CELL, cell_kind
 from unihema.request import Request, SeenImages, head_of, language_task
 from unihema.results.calibration import set_probabilities
 from unihema.results.cell_size import KnownSize
 from unihema.results.shapes import nucleus_of
 from unihema.results.smear_result import CROWDED, Cell, SmearResult
-from unihema.results.tiles import SMALLEST_TILE, TileDetector, TileStore, judge_whole, see_in_tiles, state_pixel_size
+from unihema.results.tiles import TileDetector, TileStore, judge_whole, see_in_tiles, state_pixel_size
 from unihema.slides import RegionSource, open_regions
 from unihema.version import __version__
 
@@ -52,14 +53,7 @@ if TYPE_CHECKING:
 
 # From this share of the queries on, cells were probably left without one.
 FULL = 0.95
-SMALL_MEMORY = (
-    "The device has not enough memory for one image at this size, so the processor does the rest, more slowly."
-)
 _making = threading.Lock()
-
-
-class OutOfMemoryWarning(UserWarning):
-    """The device has not enough memory, so the processor goes on with the work."""
 
 
 class QueryCapWarning(UserWarning):
@@ -404,18 +398,10 @@ class Analyzer:
         """
         from unihema.result_folder import analyze_into
 
-        return analyze_into(
-            output,
-            self,
-            inputs,
-            (tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look),
-            formats,
-            overwrite,
-            batch_size,
-            on_image,
-            on_tile,
-            shard,
+        request = self.request(
+            tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look
         )
+        return analyze_into(output, self, inputs, request, formats, overwrite, batch_size, on_image, on_tile, shard)
 
     def report(
         self, images: "Sequence[str | Path | Image.Image | numpy.ndarray | RegionSource]", **details: Any
@@ -472,33 +458,11 @@ class Analyzer:
         import torch
 
         tasks = [tasks] if isinstance(tasks, str) else tasks
-        questions = (questions,) if isinstance(questions, str) else tuple(questions)
         tasks = self._default_tasks() if tasks is None else tuple(dict.fromkeys(tasks))
-        for task in tasks:
-            if task not in IMAGE_TASKS:
-                raise RequestError(
-                    f"Unknown task '{task}'; choose among {', '.join(IMAGE_TASKS)}. Questions are asked apart."
-                )
-        if not tasks and not questions:
-            raise RequestError("Nothing to do: this checkpoint only answers questions, and no question was given.")
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise RequestError(f"The threshold must lie in 0..1, got {threshold}.")
-        if tiles not in ("auto", "off") and not (type(tiles) is int and tiles >= SMALLEST_TILE):
-            raise RequestError(f"tiles must be auto, off, or an edge of {SMALLEST_TILE} pixels or more, got {tiles!r}.")
-        if um_per_pixel is not None and not 0.001 <= um_per_pixel <= 100:
-            raise RequestError(f"A pixel is 0.001 to 100 micrometres wide, got {um_per_pixel}.")
-        if um_per_pixel is not None and self.model.config.trained.red_cell_diameter is None:
-            raise RequestError("This checkpoint does not say how large its cells are, so micrometres tell it nothing.")
-        if white_cells is not None and not (type(white_cells) is int and white_cells >= 1):
-            raise RequestError(f"white_cells is a number of cells from 1, got {white_cells!r}.")
-        if white_cells is not None and (tiles == "off" or self.model.config.trained.red_cell_diameter is None):
-            raise RequestError(
-                "White cells are looked for alone in tiles (not with tiles=off), by a checkpoint that says how large cells are."
-            )
-        if white_cells is not None and "detection" not in tasks:
-            raise RequestError("White cells are found by the task detection, which was not asked for.")
-        if framing not in ("auto", "off"):
-            raise RequestError(f"framing must be auto or off, got {framing!r}.")
+        questions = (questions,) if isinstance(questions, str) else tuple(questions)
+        kept = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
+        request = Request(tasks, kept, questions, threshold, tiles, um_per_pixel, white_cells, framing=framing)
+        request.check(knows_size=self.model.config.trained.red_cell_diameter is not None)
         labels = self._checked_labels(labels, tasks)
         looks_again = self._looks_again(second_look, tasks)
         require_tasks(self.model, [*tasks, *dict.fromkeys(map(language_task, questions))])
@@ -519,21 +483,14 @@ class Analyzer:
         if hasattr(self.model, "get_prompt_features") and self.model.config.text_guided_refinement:
             with torch.inference_mode():
                 prompts = {task: self.model.get_prompt_features(**texts[task], task=head_of(task)) for task in asked}
-        kept = prompt if prompt is None or isinstance(prompt, str) else tuple(prompt)
-        return Request(
-            tasks,
-            kept,
-            questions,
-            threshold,
-            texts,
-            question_texts,
-            prompts,
-            tiles,
-            um_per_pixel,
-            white_cells,
-            labels,
-            framing,
-            looks_again,
+        return replace(
+            request,
+            tasks=tasks,
+            labels=labels,
+            second_look=looks_again,
+            texts=texts,
+            question_texts=question_texts,
+            prompts=prompts,
         )
 
     def _checked_labels(self, labels: Sequence[str] | None, tasks: Sequence[str]) -> tuple[str, ...] | None:
@@ -584,7 +541,7 @@ class Analyzer:
                 image if isinstance(image, RegionSource) else opened.enter_context(open_regions(image))
                 for image in images
             ]
-            within = _WithinMemory(request, self.look, self._on_cpu)
+            within = WithinMemory(request, self.look, self._on_cpu)
             pixels = [OpenedImage(each.pixels, each.width, each.height, each.name, each.notes) for each in sources]
             results = within.look(pixels)
             for result in results:
@@ -676,10 +633,10 @@ class Analyzer:
             judge_whole(result, source)
             return
         alone = replace(request, tasks=tasks, questions=(), question_texts=())
-        within, search = _WithinMemory(alone, self.look, self._on_cpu), None
+        within, search = WithinMemory(alone, self.look, self._on_cpu), None
         if request.prompt is not None or request.threshold is not None:
             # Whatever is asked for, red cells tell the scale.
-            search = _WithinMemory(self.request(["detection"]), self.look, self._on_cpu).look_at_parts
+            search = WithinMemory(self.request(["detection"]), self.look, self._on_cpu).look_at_parts
         diameters = self.model.config.trained.red_cell_diameter
         known = None if diameters is None else KnownSize(*diameters)
         see_in_tiles(
@@ -947,87 +904,6 @@ class Analyzer:
         }
 
 
-class _WithinMemory:
-    """Looks at images in as large groups as the device has memory for; where it has none for a single one, the processor does.
-
-    Args:
-        request ([`Request`]): What is asked.
-        look (`Callable`): Looks at images on the device.
-        on_cpu (`Callable`): Gives what does so on the processor.
-    """
-
-    def __init__(
-        self,
-        request: Request,
-        look: Callable[[Request, Sequence[OpenedImage]], list[SmearResult]],
-        on_cpu: Callable[[], "Analyzer | None"],
-    ):
-        self._request, self._look, self._on_cpu = request, look, on_cpu
-        self._most: int | None = None
-        self.warnings: list[str] = []
-
-    def look_at_parts(self, parts: "Sequence[Image.Image]") -> list[SmearResult]:
-        """What is seen of parts of images."""
-        return self.look([OpenedImage(part, part.width, part.height, None) for part in parts])
-
-    def look(self, images: Sequence[OpenedImage]) -> list[SmearResult]:
-        """What is seen of whole images."""
-        import torch
-
-        found: list[SmearResult] = []
-        while len(found) < len(images):
-            group = images[len(found) : len(found) + (self._most or len(images))]
-            try:
-                found += self._look(self._request, group)
-                continue
-            except torch.OutOfMemoryError:
-                on_cpu = self._on_cpu() if len(group) == 1 else None
-                if len(group) == 1 and on_cpu is None:
-                    raise
-            # Not before: the error's traceback holds on to what fills the memory.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            if on_cpu is None:
-                self._most = len(group) // 2
-                continue
-            warnings.warn(SMALL_MEMORY, OutOfMemoryWarning, stacklevel=5)
-            self.warnings.append(SMALL_MEMORY)
-            old = self._request
-            self._look, self._on_cpu = on_cpu.look, lambda: None
-            self._request = on_cpu.request(
-                old.tasks,
-                old.prompt,
-                old.questions,
-                old.threshold,
-                old.tiles,
-                old.um_per_pixel,
-                old.white_cells,
-                old.labels,
-                old.framing,
-                old.second_look,
-            )
-        return found
-
-
-def set_image_sizes(processor: "UniHemaProcessor", sizes: Mapping[str, int]) -> None:
-    """Changes the size at which a processor gives images to the model, for another magnification than it was trained on.
-
-    Args:
-        processor ([`UniHemaProcessor`]): The processor.
-        sizes (`Mapping[str, int]`): Task -> longest edge in pixels.
-
-    Raises:
-        RequestError: Unknown task, or an edge that is no image's.
-    """
-    images = processor.image_processor
-    for task, edge in sizes.items():
-        if task not in images.task_sizes:
-            raise RequestError(f"Unknown task '{task}' for an image size; tasks are {', '.join(TASKS)}.")
-        if not 32 <= edge <= 8192:
-            raise RequestError(f"An image size is the longest edge in pixels, 32 to 8192; got {edge} for {task}.")
-    images.task_sizes = images.task_sizes | {task: {"longest_edge": int(edge)} for task, edge in sizes.items()}
-
-
 def _weights(model: Any) -> "Iterator[tuple[str, torch.Tensor]]":
     """Everything that a model computes with, by name. The state dict of a model in 8 bit has more than tensors."""
     yield from model.named_parameters()
@@ -1060,5 +936,4 @@ def _note_if_crowded(logits: "torch.Tensor", thresholds: Sequence[float], result
 __all__ = [
     "Analyzer",
     "QueryCapWarning",
-    "set_image_sizes",
 ]

@@ -14,9 +14,9 @@ from unihema.checkpoint_files import (
     read_json,
     stored_parameters,
 )
-from unihema.errors import CheckpointError, DeviceError
+from unihema.errors import CheckpointError, DeviceError, RequestError
 from unihema.files import shortened
-from unihema.modeling_unihema.tasks import check_task
+from unihema.modeling_unihema.tasks import TASKS, check_task
 
 
 if TYPE_CHECKING:
@@ -301,4 +301,23 @@ def require_tasks(model: "UniHemaPreTrainedModel | OnnxModel", tasks: Sequence[s
             )
 
 
-__all__ = ["available_tasks", "choose_device", "choose_dtype", "load_model", "require_tasks"]
+def set_image_sizes(processor: "UniHemaProcessor", sizes: Mapping[str, int]) -> None:
+    """Changes the size at which a processor gives images to the model, for another magnification than it was trained on.
+
+    Args:
+        processor ([`UniHemaProcessor`]): The processor.
+        sizes (`Mapping[str, int]`): Task -> longest edge in pixels.
+
+    Raises:
+        RequestError: Unknown task, or an edge that is no image's.
+    """
+    images = processor.image_processor
+    for task, edge in sizes.items():
+        if task not in images.task_sizes:
+            raise RequestError(f"Unknown task '{task}' for an image size; tasks are {', '.join(TASKS)}.")
+        if not 32 <= edge <= 8192:
+            raise RequestError(f"An image size is the longest edge in pixels, 32 to 8192; got {edge} for {task}.")
+    images.task_sizes = images.task_sizes | {task: {"longest_edge": int(edge)} for task, edge in sizes.items()}
+
+
+__all__ = ["available_tasks", "choose_device", "choose_dtype", "load_model", "require_tasks", "set_image_sizes"]

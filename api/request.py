@@ -1,11 +1,14 @@
 """What is asked of images, and what the model makes of a batch of them in one call."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from unihema.errors import RequestError
+from unihema.modeling_unihema.tasks import IMAGE_TASKS
 from unihema.processing_unihema.class_names import NUCLEUS
+from unihema.results.tiles import SMALLEST_TILE
 
 
 if TYPE_CHECKING:
@@ -17,6 +20,10 @@ if TYPE_CHECKING:
     from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 
 
+# Fields of a request that are read from the others.
+_READ = ("texts", "question_texts", "prompts")
+
+
 @dataclass(frozen=True)
 class Request:
     """What is to be done with images, checked and read once for all of them.
@@ -26,30 +33,71 @@ class Request:
         prompt (`str` or `tuple[str, ...]`, *optional*): Class names, or a disease.
         questions (`tuple[str, ...]`): Questions and sentences with blanks.
         threshold (`float`, *optional*): Smallest detection score for all classes.
-        texts (`dict`): Task -> token ids and mask of its prompt `[1, L]`.
-        question_texts (`tuple[dict]`): The same of each question.
-        prompts (`dict`): Task -> what its prompt gives the queries, of one image.
         tiles (`str` or `int`): `"auto"`, `"off"`, or the longer edge of a tile in pixels of the image.
         um_per_pixel (`float`, *optional*): Size of a pixel of the images, in micrometres.
         white_cells (`int`, *optional*): How many white cells are looked for, alone.
         labels (`tuple[str, ...]`, *optional*): What a single cell may be.
         framing (`str`): `"auto"` or `"off"`.
         second_look (`bool`): Whether nucleated cells of fields are typed from their crops, too.
+        texts (`dict`): Task -> token ids and mask of its prompt `[1, L]`.
+        question_texts (`tuple[dict]`): The same of each question.
+        prompts (`dict`): Task -> what its prompt gives the queries, of one image.
     """
 
     tasks: tuple[str, ...]
     prompt: str | tuple[str, ...] | None = None
     questions: tuple[str, ...] = ()
     threshold: float | None = None
-    texts: dict[str, dict[str, "torch.Tensor"]] = field(default_factory=dict)
-    question_texts: tuple[dict[str, "torch.Tensor"], ...] = ()
-    prompts: dict[str, "UniHemaPromptFeatures"] = field(default_factory=dict)
     tiles: str | int = "auto"
     um_per_pixel: float | None = None
     white_cells: int | None = None
     labels: tuple[str, ...] | None = None
     framing: str = "auto"
     second_look: bool = False
+    texts: dict[str, dict[str, "torch.Tensor"]] = field(default_factory=dict)
+    question_texts: tuple[dict[str, "torch.Tensor"], ...] = ()
+    prompts: dict[str, "UniHemaPromptFeatures"] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> tuple[Any, ...]:
+        """The arguments of [`Analyzer.request`] that ask the same."""
+        return tuple(getattr(self, each.name) for each in fields(self) if each.name not in _READ)
+
+    def check(self, knows_size: bool) -> None:
+        """Checks what needs no model.
+
+        Args:
+            knows_size (`bool`): Whether the checkpoint says how large its cells are.
+
+        Raises:
+            RequestError: Unknown task, nothing to do, or a value that cannot be.
+        """
+        for task in self.tasks:
+            if task not in IMAGE_TASKS:
+                raise RequestError(
+                    f"Unknown task '{task}'; choose among {', '.join(IMAGE_TASKS)}. Questions are asked apart."
+                )
+        if not self.tasks and not self.questions:
+            raise RequestError("Nothing to do: this checkpoint only answers questions, and no question was given.")
+        threshold, tiles, um_per_pixel, white_cells = self.threshold, self.tiles, self.um_per_pixel, self.white_cells
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise RequestError(f"The threshold must lie in 0..1, got {threshold}.")
+        if tiles not in ("auto", "off") and not (type(tiles) is int and tiles >= SMALLEST_TILE):
+            raise RequestError(f"tiles must be auto, off, or an edge of {SMALLEST_TILE} pixels or more, got {tiles!r}.")
+        if um_per_pixel is not None and not 0.001 <= um_per_pixel <= 100:
+            raise RequestError(f"A pixel is 0.001 to 100 micrometres wide, got {um_per_pixel}.")
+        if um_per_pixel is not None and not knows_size:
+            raise RequestError("This checkpoint does not say how large its cells are, so micrometres tell it nothing.")
+        if white_cells is not None and not (type(white_cells) is int and white_cells >= 1):
+            raise RequestError(f"white_cells is a number of cells from 1, got {white_cells!r}.")
+        if white_cells is not None and (tiles == "off" or not knows_size):
+            raise RequestError(
+                "White cells are looked for alone in tiles (not with tiles=off), by a checkpoint that says how large cells are."
+            )
+        if white_cells is not None and "detection" not in self.tasks:
+            raise RequestError("White cells are found by the task detection, which was not asked for.")
+        if self.framing not in ("auto", "off"):
+            raise RequestError(f"framing must be auto or off, got {self.framing!r}.")
 
 
 class SeenImages:

@@ -167,7 +167,7 @@ def analyze_into(
     output: str | Path,
     analyzer: "Analyzer",
     inputs: Sequence[str | Path],
-    request: tuple,
+    request: "Request",
     formats: Sequence[str] = (),
     overwrite: bool = False,
     batch_size: int = 1,
@@ -181,7 +181,7 @@ def analyze_into(
         output (`str` or `Path`): The results folder.
         analyzer ([`Analyzer`]): Analyses.
         inputs (`Sequence[str | Path]`): Image files, folders and glob patterns.
-        request (`tuple`): Tasks, prompt, questions, threshold, tiles and size of a pixel.
+        request ([`Request`]): Of [`Analyzer.request`].
         formats, overwrite, batch_size, on_image, on_tile, shard: As there.
 
     Returns:
@@ -197,7 +197,6 @@ def analyze_into(
         raise RequestError(f"Unknown format {unknown[0]!r}; formats are {', '.join(FORMATS)}.")
     if "imagej" in formats:
         import_roifile()
-    checked = analyzer.request(*request)
     images, problems = find_images(inputs, exclude=output)
     beside = next((image for image in images if real_path(image).parent == real_path(output)), None)
     if beside is not None:
@@ -209,9 +208,9 @@ def analyze_into(
     if shard is not None:
         named = {name: image for name, image in named.items() if shard.holds(name)}
         images, output = list(named.values()), output / shard.folder
-    settings = _settings(analyzer, checked, formats)
+    settings = _settings(analyzer, request, formats)
     report = BatchReport(failed=dict(problems))
-    attributes, groups = cell_table(analyzer, checked)
+    attributes, groups = cell_table(analyzer, request)
     with exclusive(output, ["records"]):
         # Not before: another run's settings are its own.
         claim_folder(output, settings, overwrite=overwrite)
@@ -219,7 +218,7 @@ def analyze_into(
         tables = {"attributes": attributes, "groups": groups}
         if shard is not None:
             write_shard(output, shard, named, report.failed, tables, given)
-        run = _Run(analyzer, folder, report, checked, overwrite, on_tile)
+        run = _Run(analyzer, folder, report, request, overwrite, on_tile)
         try:
             run.all(images, batch_size, on_image)
         finally:

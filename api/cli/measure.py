@@ -101,10 +101,9 @@ def evaluate(
     CHECKPOINT is a folder, an adapter, or a file made by `unihema export`. DATA are data folders; of several, each is also
     reported by itself. With --corruption the images are corrupted: focus, light, stain, file, magnification, dense fields.
     """
-    from unihema.analyzer import set_image_sizes
     from unihema.checkpoint_files import fingerprint, is_onnx
     from unihema.hub_cards import DataRecord
-    from unihema.loading import load_model, require_tasks
+    from unihema.loading import load_model, require_tasks, set_image_sizes
     from unihema.results.out_of_distribution import ModelReference
     from unihema.training.run.build import load_rows
 

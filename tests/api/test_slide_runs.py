@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_checkpoint import save_tiny_checkpoint
 
 from unihema import Analyzer
-from unihema.analyzer import OutOfMemoryWarning
+from unihema.device_memory import OutOfMemoryWarning
 from unihema.results.tiles import TILES_AT_ONCE
 
 

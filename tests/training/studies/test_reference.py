@@ -18,9 +18,8 @@ from tiny_runs import run_config
 import unihema
 from tools.store_in_half import store_in_half
 from unihema import Analyzer, CheckpointError
-from unihema.analyzer import set_image_sizes
 from unihema.checkpoint_files import fingerprint
-from unihema.loading import load_model
+from unihema.loading import load_model, set_image_sizes
 from unihema.results.out_of_distribution import (
     REFERENCE_FILE,
     ModelReference,
