@@ -57,9 +57,9 @@ from unihema.training.run.precision import with_half_weights
 
 
 DEFAULT_EPOCHS = 24
-# What is left of a run whose loss was no number.
 # The deepest map of a backbone has a pixel for as many of the image.
 SMALLEST_ALONE = 32
+# What is left of a run whose loss was no number.
 DIVERGED_FILE = "diverged.json"
 CACHE_FOLDER = "image_cache"
 # A compiled model is compiled anew for each size of a batch, so there are few: padding costs less, and changes no result.
@@ -174,33 +174,10 @@ class _Run:
         self.agreement = Agreement(self.accelerator.num_processes)
         self.cache: ImageCache | None = None
         self.batches = self._make_batches(model.config)
-        self.ema = None
-        # The optimizer is chosen by the device of the weights.
-        model.to(self.accelerator.device)
-        if self.settings.compile:
-            compile_for_training(model)
-        optimizer = make_optimizer(model, self.settings)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        if self.accelerator.device.type == "cuda" and isinstance(model, UniHemaPreTrainedModel):
-            # As its maps are, so that no convolution turns its weights around.
-            model.base_model.visual_backbone.backbone.to(memory_format=torch.channels_last)
-        self.schedule = ProgressSchedule(self.optimizer, self.settings)
-        if self.settings.ema_decay is not None:
-            self.ema = ExponentialMovingAverage(self._plain(), self.settings.ema_decay, self.settings.ema_warmup)
-            self.accelerator.register_for_checkpointing(self.ema)
+        self._place(model)
         self.progress = Progress(processes=self.accelerator.num_processes)
         if found is not None:
-            path, self.progress = found
-            try:
-                self.accelerator.load_state(str(path))
-            except Exception as error:
-                # Accelerate, PyTorch and safetensors raise anything on damaged files.
-                raise TrainingError(
-                    f"{path}: a damaged checkpoint ({shortened(error)}). Delete it, and the run goes on from the one before."
-                ) from error
-            total = self._total_steps()
-            self._say(f"Resuming from {path}: step {self.progress.step}{f' of {total}' if total else ''}.")
-            self.log.forget_after(self.progress.step)
+            self._restore(*found)
         elif resume:
             self._say(f"No checkpoint in {self.folder / 'checkpoints'}: starting from the beginning.")
             self.log.forget_after(0)
@@ -210,15 +187,47 @@ class _Run:
             config.save(self.folder)
         self.stopped_by: int | None = None
         self.files: list[str] = []
+        self.waiting = Waiting()
+        self.images = 0
+
+    def _place(self, model: Any) -> None:
+        """Puts the model on its device, with the optimizer and the averages of its weights."""
+        on_gpu = self.accelerator.device.type == "cuda"
+        # The optimizer is chosen by the device of the weights.
+        model.to(self.accelerator.device)
+        if self.settings.compile:
+            compile_for_training(model)
+        optimizer = make_optimizer(model, self.settings)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if on_gpu and isinstance(model, UniHemaPreTrainedModel):
+            # As its maps are, so that no convolution turns its weights around.
+            model.base_model.visual_backbone.backbone.to(memory_format=torch.channels_last)
+        self.schedule = ProgressSchedule(self.optimizer, self.settings)
+        self.ema = None
+        if self.settings.ema_decay is not None:
+            self.ema = ExponentialMovingAverage(self._plain(), self.settings.ema_decay, self.settings.ema_warmup)
+            self.accelerator.register_for_checkpointing(self.ema)
         # Autocast casts a weight at every use. Compiled, and computed again in the backward pass, weights are cast there.
         self.casts_weights = (
-            self.accelerator.device.type == "cuda"
+            on_gpu
             and self.accelerator.num_processes == 1
             and self.settings.mixed_precision == "bf16"
             and not (self.settings.compile or self.settings.gradient_checkpointing)
         )
-        self.waiting = Waiting()
-        self.images = 0
+
+    def _restore(self, path: Path, progress: Progress) -> None:
+        """Goes on from a checkpoint of the run."""
+        self.progress = progress
+        try:
+            self.accelerator.load_state(str(path))
+        except Exception as error:
+            # Accelerate, PyTorch and safetensors raise anything on damaged files.
+            raise TrainingError(
+                f"{path}: a damaged checkpoint ({shortened(error)}). Delete it, and the run goes on from the one before."
+            ) from error
+        total = self._total_steps()
+        self._say(f"Resuming from {path}: step {progress.step}{f' of {total}' if total else ''}.")
+        self.log.forget_after(progress.step)
 
     def _make_batches(self, model_config) -> RunBatches:
         data = self.config.data
@@ -235,9 +244,9 @@ class _Run:
                 single_cell_labels=model_config.single_cell_names,
                 morphology=model_config.morphology,
                 seed=self.settings.seed,
-                questions_per_image=self.config.data.questions_per_image,
+                questions_per_image=data.questions_per_image,
                 cache=self.cache,
-                text_only=self.config.data.text_only,
+                text_only=data.text_only,
                 label_parents=model_config.label_parents,
                 pixels_as_bytes=True,
                 pad_multiple=COMPILED_SIDES if self.settings.compile else None,
@@ -247,7 +256,7 @@ class _Run:
         }
         return RunBatches(
             datasets,
-            self.config.data,
+            data,
             self.settings.seed,
             self.accelerator.process_index,
             self.accelerator.num_processes,
@@ -523,7 +532,7 @@ class _Run:
             return
         if self.accelerator.is_main_process:
             with self._averaged():
-                report = self._evaluate(logging.evaluation_samples)
+                report = self._evaluate(self._plain(), logging.evaluation_samples)
                 score, text = headline(report)
                 if self.progress.take_score(score) and logging.keep_best:
                     save_trained(self._plain(), None, self.folder / "best")
@@ -533,14 +542,16 @@ class _Run:
         self.progress.waited = int(self.agreement.largest(self.progress.waited)[0])
         self.parts.train(self._plain())
 
-    def _evaluate(self, samples: int | None) -> dict[str, Any]:
-        with _not_compiled():
+    def _evaluate(self, model: Any, samples: int | None, calibrate: bool = False) -> dict[str, Any]:
+        # Images of other sizes, and figures that do not hang on compilation.
+        with torch.compiler.set_stance("force_eager"):
             return evaluate_model(
-                self._plain(),
+                model,
                 self.processor,
                 self.val_rows,
                 max_samples=samples,
                 progress=self.config.logging.progress,
+                calibrate=calibrate,
                 text_only=self.config.data.text_only,
             )
 
@@ -555,16 +566,7 @@ class _Run:
                 if logging.keep_best and self.progress.best is not None:
                     model = load_trained(model, self.folder / "best")
                 if self.val_rows:
-                    with _not_compiled():
-                        report = evaluate_model(
-                            model.eval(),
-                            self.processor,
-                            self.val_rows,
-                            max_samples=logging.final_samples,
-                            progress=logging.progress,
-                            calibrate=True,
-                            text_only=self.config.data.text_only,
-                        )
+                    report = self._evaluate(model.eval(), logging.final_samples, calibrate=True)
                 self._save(model, report)
             if self.cache is not None:
                 self.cache.clear()
@@ -606,11 +608,6 @@ def compile_for_training(model: Any) -> None:
         model.compile_parts()
     else:
         model.compile(dynamic=True)
-
-
-def _not_compiled() -> Any:
-    """Within, nothing compiled is used: evaluation has images of other sizes, and figures that do not hang on it."""
-    return torch.compiler.set_stance("force_eager")
 
 
 __all__ = ["Build", "Trainable", "compile_for_training", "train"]
