@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoBackbone
 
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
+from unihema.training.run.build import timm_model
 
 
 WEIGHTS = "model.safetensors"
@@ -64,7 +65,7 @@ class Peer(nn.Module):
             backbone (`nn.Module`): Of the same kind; Transformers' wrapper of timm networks or not.
         """
         if self.backbone_network is not None:
-            _inner(self.backbone_network).load_state_dict(_inner(backbone).state_dict())
+            timm_model(self.backbone_network).load_state_dict(timm_model(backbone).state_dict())
             self.freeze_norms()
 
     def freeze_norms(self) -> None:
@@ -91,25 +92,17 @@ def make_backbone(config: UniHemaConfig) -> nn.Module:
     return AutoBackbone.from_config(config.backbone_config)
 
 
-def _inner(backbone: nn.Module) -> nn.Module:
-    """The network inside Transformers' wrapper of timm backbones; any other backbone itself."""
-    return getattr(backbone, "_backbone", backbone)
-
-
-def padded(
-    pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, multiple: int = MULTIPLE
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and their mask, grown to the right and below until both sides are multiples.
+def padded(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and their mask, grown to the right and below until both sides are multiples of 32 pixels.
 
     Args:
         pixel_values (`torch.Tensor`): `[B, 3, H, W]`.
         pixel_mask (`torch.Tensor`, *optional*): `[B, H, W]`, 1 on the image; all image when missing.
-        multiple (`int`): Of pixels.
     """
     if pixel_mask is None:
         pixel_mask = pixel_values.new_ones((len(pixel_values), *pixel_values.shape[-2:]), dtype=torch.long)
     height, width = pixel_values.shape[-2:]
-    grown = (0, -width % multiple, 0, -height % multiple)
+    grown = (0, -width % MULTIPLE, 0, -height % MULTIPLE)
     return nn.functional.pad(pixel_values, grown), nn.functional.pad(pixel_mask, grown)
 
 

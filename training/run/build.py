@@ -267,43 +267,50 @@ def build(config: RunConfig, rows: dict[str, list[Row]]) -> tuple[UniHemaForMult
     Raises:
         RunConfigError: The initial checkpoint is not there, or files of it are missing.
     """
-    source = config.model.initial_checkpoint
-    if source:
-        if config.model.backbone_weights:
-            raise RunConfigError("model.backbone_weights start a new model; model.initial_checkpoint has a backbone.")
-        _check_checkpoint(Path(source))
-        processor = UniHemaProcessor.from_pretrained(source)
-        for task, size in config.data.image_sizes.items():
-            processor.image_processor.task_sizes[task] = dict(size)
-        processor.image_processor.size = processor.image_processor.task_sizes["detection"]
-        model = UniHemaForMultiTask.from_pretrained(source, **config.model.overrides)
-        _warn_of_unknown_attributes(source, model.config.morphology, rows)
-        model.config.default_prompt_ids = processor.default_prompt_ids()
-        trained = set(model.config.trained.tasks or ()) | set(rows)
-        model.config.trained.tasks = [task for task in TASKS if task in trained]
-        if config.adapter.method != "none":
-            attach_adapter(model, processor, config.adapter, rows)
-            return model, processor
-        if not set(config.model.trained_parts or PARTS) <= BESIDE_SCORES:
-            # What scores of other weights mean; validation data fit it anew.
-            model.config.trained.calibration = {}
-        # Of the training before this one; `unihema reference --crops` measures it anew.
-        if "single_cell" in rows:
-            model.config.trained.crop_frame = None
-        if {"single_cell", "detection"} & rows.keys():
-            model.config.trained.second_look = None
-        edge = processor.image_processor.task_sizes["detection"].get("longest_edge")
-        model.config.trained.red_cell_diameter = (
-            red_cell_diameter(rows.get("detection", ()), edge) or model.config.trained.red_cell_diameter
-        )
-        model.config.trained.cell_masks |= have_cell_masks(rows.get("detection", ()))
-        learned = [*(model.config.trained.mask_prompts or ()), *_mask_prompts(rows)]
-        model.config.trained.mask_prompts = list(dict.fromkeys(learned)) or None
-        if config.model.grow_classes:
-            grow(model, processor, rows, config.data.single_cell_parents)
-        if config.data.label_parents is not None or model.config.label_parents is None:
-            model.config.label_parents = _label_parents(config.data, list(model.config.id2label.values()))
+    if config.model.initial_checkpoint:
+        return _from_checkpoint(config, config.model.initial_checkpoint, rows)
+    return _new(config, rows)
+
+
+def _from_checkpoint(
+    config: RunConfig, source: str, rows: dict[str, list[Row]]
+) -> tuple[UniHemaForMultiTask, UniHemaProcessor]:
+    if config.model.backbone_weights:
+        raise RunConfigError("model.backbone_weights start a new model; model.initial_checkpoint has a backbone.")
+    _check_checkpoint(Path(source))
+    processor = UniHemaProcessor.from_pretrained(source)
+    for task, size in config.data.image_sizes.items():
+        processor.image_processor.task_sizes[task] = dict(size)
+    processor.image_processor.size = processor.image_processor.task_sizes["detection"]
+    model = UniHemaForMultiTask.from_pretrained(source, **config.model.overrides)
+    _warn_of_unknown_attributes(source, model.config.morphology, rows)
+    model.config.default_prompt_ids = processor.default_prompt_ids()
+    trained = model.config.trained
+    trained.tasks = [task for task in TASKS if task in {*(trained.tasks or ()), *rows}]
+    if config.adapter.method != "none":
+        attach_adapter(model, processor, config.adapter, rows)
         return model, processor
+    if not set(config.model.trained_parts or PARTS) <= BESIDE_SCORES:
+        # What scores of other weights mean; validation data fit it anew.
+        trained.calibration = {}
+    # Of the training before this one; `unihema reference --crops` measures it anew.
+    if "single_cell" in rows:
+        trained.crop_frame = None
+    if {"single_cell", "detection"} & rows.keys():
+        trained.second_look = None
+    fields = rows.get("detection", ())
+    edge = processor.image_processor.task_sizes["detection"].get("longest_edge")
+    trained.red_cell_diameter = red_cell_diameter(fields, edge) or trained.red_cell_diameter
+    trained.cell_masks |= have_cell_masks(fields)
+    trained.mask_prompts = list(dict.fromkeys([*(trained.mask_prompts or ()), *_mask_prompts(rows)])) or None
+    if config.model.grow_classes:
+        grow(model, processor, rows, config.data.single_cell_parents)
+    if config.data.label_parents is not None or model.config.label_parents is None:
+        model.config.label_parents = _label_parents(config.data, list(model.config.id2label.values()))
+    return model, processor
+
+
+def _new(config: RunConfig, rows: dict[str, list[Row]]) -> tuple[UniHemaForMultiTask, UniHemaProcessor]:
     try:
         processor = UniHemaProcessor.from_default(config.model.tokenizer, **config.data.image_sizes)
     # Files of a tokenizer that are damaged make readers raise anything.
@@ -419,7 +426,7 @@ def load_pretrained_backbone(backbone: nn.Module, source: str) -> int:
     Raises:
         RunConfigError: The source is not there, or its tensors do not fit the backbone.
     """
-    inner = _timm_model(backbone)
+    inner = timm_model(backbone)
     if source == "efficientnet-lite0":
         return _copy_in_order(inner, _lite0_tensors(), source)
     path = Path(source).expanduser()
@@ -436,7 +443,7 @@ def load_pretrained_backbone(backbone: nn.Module, source: str) -> int:
     return len(wanted)
 
 
-def _timm_model(backbone: nn.Module) -> nn.Module:
+def timm_model(backbone: nn.Module) -> nn.Module:
     """The network inside Transformers' wrapper of timm backbones; any other backbone itself."""
     # Private: the wrapper has no public name for what it wraps.
     return getattr(backbone, "_backbone", backbone)
