@@ -214,17 +214,15 @@ class SmearDataset(Dataset):
             "file_name": row["file_name"],
             "original_size": (height, width),
         }
-        boxes = self._boxes(row, width, height) if self.task == "detection" else None
-        if boxes is not None and tuple(image.shape[-2:]) != (height, width):
-            boxes *= torch.tensor([image.shape[-1] / width, image.shape[-2] / height]).repeat(2)
-        mask, kept_size = None, (int(image.shape[-2]), int(image.shape[-1]))
+        boxes = mask = seams = None
+        kept: Sequence[int] = ()
         if self.task == "segmentation":
-            mask = self._mask(row, width, height, kept_size)
-        elif boxes is not None and self.cell_masks and any(row["objects"].get("segmentation") or ()):
-            mask = self._instances(row, kept_size)
-        kept, seams = range(len(boxes)) if boxes is not None else (), None
-        if boxes is not None and (grid := self._grid(row, rng)) is not None:
-            field, seams = self._mosaic(Field(row, image, boxes, mask), grid, rng)
+            mask = self._mask(row, width, height, tuple(image.shape[-2:]))
+        elif self.task == "detection":
+            field = self._field(row, image, (height, width))
+            kept = range(len(field.boxes))
+            if (grid := self._grid(row, rng)) is not None:
+                field, seams = self._mosaic(field, grid, rng)
             row, image, boxes, mask = field.row, field.image, field.boxes, field.instances
         cell, edge = self._cell(row, width, height), None
         if cell is not None and self.augmentation is None:
@@ -279,8 +277,8 @@ class SmearDataset(Dataset):
         """A mosaic of a field and others that were annotated in the same way, and which cell each box is of."""
         rng = rng.spawn(1)[0]
         others = self._alike[_annotation_of(first.row)]
-        chosen = rng.choice(others, grid[0] * grid[1] - 1)
-        fields = [first, *(self._field(self.rows[int(number)]) for number in chosen)]
+        chosen = [self.rows[int(number)] for number in rng.choice(others, grid[0] * grid[1] - 1)]
+        fields = [first, *(self._field(row, *self._image(row)) for row in chosen)]
         rng.shuffle(fields)
         share = share_seen([len(field.boxes) for field in fields], grid, rng.random())
         whole = first.image.shape[-2:]
@@ -288,12 +286,13 @@ class SmearDataset(Dataset):
         size = max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale))
         return mosaic_of(fields, grid, share, size, rng, self.augmentation.min_visible)
 
-    def _field(self, row: Row) -> Field:
-        image, (height, width) = self._image(row)
+    def _field(self, row: Row, image: torch.Tensor, opened: tuple[int, int]) -> Field:
+        """A field in pixels of its image, which was opened with this height and width."""
+        height, width = opened
         boxes = self._boxes(row, width, height)
         boxes *= torch.tensor([image.shape[-1] / width, image.shape[-2] / height]).repeat(2)
         has_masks = self.cell_masks and any(row["objects"].get("segmentation") or ())
-        instances = self._instances(row, (int(image.shape[-2]), int(image.shape[-1]))) if has_masks else None
+        instances = self._instances(row, tuple(image.shape[-2:])) if has_masks else None
         return Field(row, image, boxes, instances)
 
     @cached_property
@@ -484,23 +483,7 @@ class SmearDataset(Dataset):
                 batch["crops"] = [sample["image"] for sample in samples]
         if self.task == "detection":
             for labels, sample in zip(batch["labels"], samples, strict=True):
-                if sample["one_cell"]:
-                    labels["boxes_known"] = torch.zeros_like(labels["class_labels"], dtype=torch.bool)
-                if "masks" in sample:
-                    labels[MASKS] = sample["masks"]
-                if sample["ignored"]:
-                    height, width = sample["image"].shape[-2:]
-                    regions = torch.tensor([box for box, _ in sample["ignored"]]) / torch.tensor([width, height] * 2)
-                    labels[IGNORED_BOXES] = box_convert(regions, "xywh", "cxcywh")
-                    labels[IGNORED_CLASSES] = torch.tensor([name for _, name in sample["ignored"]])
-                if sample["annotated_classes"] is not None:
-                    annotated = set(with_covered_parents(sample["annotated_classes"], self.label_parents))
-                    labels["annotated_classes"] = torch.tensor([name in annotated for name in self.class_names])
-                    if self._taught is not None:
-                        labels["taught_classes"] = self._taught
-                if sample["exact_classes"]:
-                    exact = sample["exact_classes"]
-                    labels["exact_classes"] = torch.tensor([name in exact for name in self.class_names])
+                self._add_what_is_known(labels, sample)
         batch["task"] = self.task
         if self.text_only:
             batch["text_only"] = True
@@ -513,6 +496,26 @@ class SmearDataset(Dataset):
             if self.task in LANGUAGE_TASKS:
                 batch["texts"], batch["answers"] = inputs["text"], inputs["answers"]
         return batch
+
+    def _add_what_is_known(self, labels: dict[str, torch.Tensor], sample: Mapping[str, Any]) -> None:
+        """Adds to the labels of a field what its data set says, and does not say, of its cells."""
+        if sample["one_cell"]:
+            labels["boxes_known"] = torch.zeros_like(labels["class_labels"], dtype=torch.bool)
+        if "masks" in sample:
+            labels[MASKS] = sample["masks"]
+        if sample["ignored"]:
+            height, width = sample["image"].shape[-2:]
+            regions = torch.tensor([box for box, _ in sample["ignored"]]) / torch.tensor([width, height] * 2)
+            labels[IGNORED_BOXES] = box_convert(regions, "xywh", "cxcywh")
+            labels[IGNORED_CLASSES] = torch.tensor([name for _, name in sample["ignored"]])
+        if sample["annotated_classes"] is not None:
+            annotated = set(with_covered_parents(sample["annotated_classes"], self.label_parents))
+            labels["annotated_classes"] = torch.tensor([name in annotated for name in self.class_names])
+            if self._taught is not None:
+                labels["taught_classes"] = self._taught
+        if sample["exact_classes"]:
+            exact = sample["exact_classes"]
+            labels["exact_classes"] = torch.tensor([name in exact for name in self.class_names])
 
     def _texts(self, asked: list[Any]) -> list[str] | None:
         """What each image of the batch is asked for; None if it is the processor's default for every one."""

@@ -20,7 +20,7 @@ import difflib
 import logging
 import math
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -62,6 +62,11 @@ KNOWN_COLUMNS = {*IMAGE_COLUMNS, *LABEL_COLUMNS, *(key for keys in PROVENANCE_KE
 _said: ContextVar[set[str] | None] = ContextVar("said", default=None)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120
+
+
+def image_key(row: Row) -> Hashable:
+    """What the rows of one image have in common."""
+    return row["image"] if isinstance(row["image"], str) else id(row["image"])
 
 
 def shown(value: Any) -> str:

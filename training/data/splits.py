@@ -11,7 +11,7 @@ import numpy as np
 
 from unihema.errors import DatasetError, InputError, RunConfigError
 from unihema.files import shortened
-from unihema.training.data.rows import GROUP_KEYS, PROVENANCE_KEYS, Row
+from unihema.training.data.rows import GROUP_KEYS, PROVENANCE_KEYS, Row, image_key
 
 
 SPLITS = ("train", "val", "test")
@@ -173,18 +173,14 @@ def image_groups(rows: Iterable[Row]) -> dict[str, int]:
     Args:
         rows (`Iterable[Row]`): Of any tasks.
     """
-    return dict(Counter(group for group, _ in {(_group(row), _image(row)) for row in rows}))
-
-
-def _image(row: Row) -> str | int:
-    return row["image"] if isinstance(row["image"], str) else id(row["image"])
+    return dict(Counter(group for group, _ in {(_group(row), image_key(row)) for row in rows}))
 
 
 def _group(row: Row) -> str:
     for kind in GROUP_KEYS:
         if row.get(kind):
             return f"{kind} {row['dataset']} {row[kind]}"
-    return f"image {_image(row)}"
+    return f"image {image_key(row)}"
 
 
 def is_held_out(row: Row, hold_out: Mapping[str, Sequence[str]]) -> bool:

@@ -5,12 +5,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from unihema.errors import InputError
-from unihema.training.data.rows import Row
-
-
-def image_key(row: Row) -> Hashable:
-    """What the rows of one image have in common."""
-    return row["image"] if isinstance(row["image"], str) else id(row["image"])
+from unihema.training.data.rows import Row, image_key
 
 
 def image_numbers(rows: Sequence[Row]) -> np.ndarray:
