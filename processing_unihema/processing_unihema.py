@@ -201,10 +201,6 @@ class UniHemaProcessor(ProcessorWithCode, ProcessorMixin):
             return [task_prompt(task, text)] * (count or 1)
         if len(text) != count:
             raise InputError(f"{len(text)} prompts for {count} images: give one for all, or one for each image.")
-        if all(isinstance(t, str) for t in text) and count > 1:
-            return [task_prompt(task, names) for names in text]
-        if all(isinstance(t, str) for t in text):
-            return [task_prompt(task, text)]
         return [task_prompt(task, names) for names in text]
 
     def _language_prompts(self, task: str, text, count: int | None) -> list[str]:

@@ -107,16 +107,14 @@ def judged(
     focus: Sequence[float],
     cells: Sequence[Cell],
     parents: Mapping[str, str],
-    bands: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measures the tiles of an image and judges them by bands.
+    """Measures the tiles of an image and judges them by the bands of the package.
 
     Args:
         boxes (`Sequence[tuple]`): What each tile answers for: x_min, y_min, x_max, y_max in pixels of the image.
         focus (`Sequence[float]`): Of each, see [`focus_of`].
         cells (`Sequence[Cell]`): Cells of the image.
         parents (`Mapping[str, str]`): Class -> coarser class.
-        bands (`Mapping`, *optional*): See [`read_bands`]; those of the package when missing.
 
     Returns:
         `dict`: `bands`, and `tiles`: each with `box`, `red_cells`, `density` (share of the tile that its red cells cover),
@@ -142,7 +140,7 @@ def judged(
             "focus": round(float(sharpness), 5),
         }
         tiles.append(tile)
-    return judged_again({"tiles": tiles}, bands)
+    return judged_again({"tiles": tiles})
 
 
 def judged_again(monolayer: Mapping[str, Any], bands: Mapping[str, Any] | None = None) -> dict[str, Any]:
