@@ -159,7 +159,7 @@ def _nearer(weights: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
 
 
 def _bags(of_corners: list[torch.Tensor]) -> torch.Tensor:
-    """Stacks four `[Q, heads, levels, points]` tensors to bags `[Q * heads, 4 * levels * points]`."""
+    """Stacks four `[Q, heads, levels, points]` tensors to `[Q * heads, 4 * levels * points]`, bags of `embedding_bag`."""
     queries, heads, *samples = of_corners[0].shape
     if torch.compiler.is_compiling():
         return torch.stack(of_corners, 2).view(queries * heads, -1)
@@ -167,18 +167,6 @@ def _bags(of_corners: list[torch.Tensor]) -> torch.Tensor:
     for number, corner in enumerate(of_corners):
         bags[:, :, number] = corner
     return bags.view(queries * heads, -1)
-
-
-def bags_of_queries(points, weights, images, places: Places, heads: int):
-    """Rows to read and their weights, `[Q * heads, 4 * levels * points]` each; arguments as of [`locate`]."""
-    rows, right, down = locate(points, images, places, heads)
-    return corners(rows, places), _bags(corner_weights(right, down, weights, places))
-
-
-def located_bags(points, images, places: Places, heads: int):
-    """The results of [`locate`], and the rows to read."""
-    located = locate(points, images, places, heads)
-    return *located, corners(located[0], places)
 
 
 def slopes(
@@ -245,7 +233,9 @@ def read(
     points, weights = points.flatten(0, 1), weights.flatten(0, 1)
     sums = []
     for part in _chunks(batch * number):
-        rows, counts = bags_of_queries(points[part], weights[part], images[part], table.places, heads)
+        rows, right, down = locate(points[part], images[part], table.places, heads)
+        counts = _bags(corner_weights(right, down, weights[part], table.places))
+        rows = corners(rows, table.places)
         sums.append(nn.functional.embedding_bag(rows, pixels, per_sample_weights=counts, mode="sum"))
     return torch.cat(sums).view(batch, number, heads * width)
 
@@ -266,8 +256,9 @@ def gradients(
     gradient = gradient.reshape(-1, width)
     of_points, of_weights, all_rows, all_counts = [], [], [], []
     for part in _chunks(batch * number):
-        rows, right, down, bags = located_bags(points[part], images[part], table.places, heads)
-        products = _dot_products(gradient[part.start * heads : part.stop * heads], pixels, bags)
+        rows, right, down = locate(points[part], images[part], table.places, heads)
+        of_part = gradient[part.start * heads : part.stop * heads]
+        products = _dot_products(of_part, pixels, corners(rows, table.places))
         along, steep, counts = slopes(products, right, down, weights[part], table.places)
         of_points.append(along)
         of_weights.append(steep)

@@ -206,8 +206,8 @@ def _shown(value: Any) -> Any:
     return printable(value) if type(value) is str else value
 
 
-def _listed(values: Sequence[str]) -> str:
-    return printable(", ".join(values))
+def _listed(values: Sequence[str], between: str = ", ") -> str:
+    return printable(between.join(values))
 
 
 def _whole(value: float | None) -> str:
