@@ -24,11 +24,6 @@ def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
     )
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("model") / "unihema")
-
-
 @pytest.fixture
 def images(tmp_path):
     folder = tmp_path / "Ausstrich 1 µ"

@@ -145,11 +145,6 @@ def checkpoint(tmp_path_factory):
     return save_lively(folder, 1, single_cell_labels=labels, trained={"crop_frame": stored})
 
 
-@pytest.fixture(scope="module")
-def analyzer(checkpoint):
-    return Analyzer.from_pretrained(checkpoint, device="cpu")
-
-
 def test_crops_of_nucleated_cells_are_framed_and_others_are_not(analyzer):
     images = [crop((0.4, 0.5), 0.7), crop(nucleus=False), crop()]
     results = analyzer.analyze_images(images, tasks="single_cell")

@@ -56,16 +56,6 @@ NAMES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("model") / "unihema")
-
-
-@pytest.fixture(scope="module")
-def analyzer(checkpoint):
-    return Analyzer.from_pretrained(checkpoint, device="cpu")
-
-
 def draw(path, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 255, (40, 60, 3), np.uint8)
     try:

@@ -2,16 +2,10 @@
 
 import pytest
 import torch
-from tiny_checkpoint import save_tiny_checkpoint
 from torch import nn
 
 from unihema.inference.int8 import is_int8, to_int8
 from unihema.loading import load_model
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("model") / "unihema")
 
 
 @pytest.fixture

@@ -9,18 +9,12 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from PIL import Image
-from tiny_checkpoint import save_tiny_checkpoint
 
 from unihema import Analyzer, RequestError, SmearResult
 from unihema.ray import AnalyzeBatch
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::unihema.analyzer.QueryCapWarning")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "unihema")
 
 
 @pytest.fixture(scope="module")

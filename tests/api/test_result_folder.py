@@ -24,16 +24,6 @@ from unihema.loading import load_model
 pytestmark = pytest.mark.filterwarnings("ignore::unihema.analyzer.QueryCapWarning")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("model") / "unihema")
-
-
-@pytest.fixture(scope="module")
-def analyzer(checkpoint):
-    return Analyzer.from_pretrained(checkpoint, device="cpu")
-
-
 @pytest.fixture
 def draw(tmp_path):
     """Writes a noisy image, of a size that tells it apart, under `images/`."""

@@ -15,9 +15,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 from review_results import write_results
-from tiny_checkpoint import save_tiny_checkpoint
 
-from unihema import Analyzer, OutputError, RequestError
+from unihema import OutputError, RequestError
 from unihema.files import json_sha256
 from unihema.result_merging import merge_results
 from unihema.result_shards import SHARD_FILE, Shard, names_within
@@ -25,16 +24,6 @@ from unihema_cli.app import app
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::unihema.analyzer.QueryCapWarning")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "unihema")
-
-
-@pytest.fixture(scope="module")
-def analyzer(checkpoint):
-    return Analyzer.from_pretrained(checkpoint, device="cpu")
 
 
 def draw(folder: Path, count: int) -> Path:

@@ -26,11 +26,6 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def analyzer(checkpoint):
-    return Analyzer.from_pretrained(checkpoint, device="cpu")
-
-
-@pytest.fixture(scope="module")
 def wide(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("images") / "wide.png"
     noise = np.random.default_rng(0).integers(0, 255, (260, 330, 3), np.uint8)

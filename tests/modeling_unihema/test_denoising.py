@@ -10,15 +10,6 @@ from unihema.modeling_unihema.denoising import ContrastiveDenoising
 from unihema.modeling_unihema.layers import inverse_sigmoid
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def corners_of(boxes: torch.Tensor) -> torch.Tensor:
     return box_convert(boxes, "cxcywh", "xyxy")
 

@@ -23,15 +23,6 @@ CLASSES = 4
 ATTRIBUTES = {"vacuoles": ["absent", "prominent"], "shape": ["round", "oval", "irregular"]}
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_config(**overrides) -> SimpleNamespace:
     fields = {
         "num_labels": CLASSES,

@@ -11,15 +11,6 @@ from unihema.modeling_unihema.layers import inverse_sigmoid
 from unihema.modeling_unihema.matching import generalized_box_iou, match_queries
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_boxes(*shape: int) -> torch.Tensor:
     """cxcywh inside the unit square."""
     size = torch.rand(*shape, 2) * 0.3 + 0.05

@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -163,7 +164,7 @@ def test_a_stopped_run_goes_on_and_writes_tables_and_curves(setting, tmp_path):
     text = (tmp_path / "stress.md").read_text()
     assert "| jpeg | 0.123 |" in text and "## detection: mAP50" in text and "| jpeg | quality | 50 | 30 |" in text
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
-    if _has_matplotlib():
+    if find_spec("matplotlib"):
         assert Image.open(tmp_path / "stress.png").width > 500
 
     with pytest.raises(
@@ -217,11 +218,3 @@ def test_stain_and_light_change_what_they_say(tmp_path):
 def _half_lit(value: float) -> float:
     linear = ((value / 255 + 0.055) / 1.055) ** 2.4 / 2
     return 255 * (1.055 * math.pow(linear, 1 / 2.4) - 0.055)
-
-
-def _has_matplotlib() -> bool:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
