@@ -43,54 +43,9 @@ def mean_average_precision(
     """
     _check_lengths(predictions, references)
     from faster_coco_eval import COCO, COCOeval_faster
-    from faster_coco_eval.core import mask as coco_mask
 
-    def packed(code: Mapping[str, Any]) -> dict[str, Any]:
-        return coco_mask.frPyObjects(dict(code), *code["size"])
-
-    images, truth, found = [], [], []
-    cells = np.zeros(len(class_names), dtype=int)
-    for index, (predicted, reference) in enumerate(zip(predictions, references)):
-        images.append({"id": index + 1, "width": 1, "height": 1})
-        allowed = annotated_classes(reference, len(class_names))
-        crowd = reference.get("iscrowd")
-        for number, (box, label) in enumerate(zip(boxes_of(reference), np.asarray(reference["labels"], dtype=int))):
-            if not allowed[label]:
-                continue
-            is_crowd = 0 if crowd is None else int(crowd[number])
-            if of_masks and reference["masks"][number] is None:
-                is_crowd = 1
-            cells[label] += not is_crowd
-            width, height = float(box[2] - box[0]), float(box[3] - box[1])
-            truth.append(
-                {
-                    "id": len(truth) + 1,
-                    "image_id": index + 1,
-                    "category_id": int(label),
-                    "bbox": [float(box[0]), float(box[1]), width, height],
-                    "area": width * height,
-                    "iscrowd": is_crowd,
-                }
-            )
-            if of_masks:
-                size = reference["size"]
-                code = reference["masks"][number] or box_code(box, size)
-                truth[-1] |= {"segmentation": packed(code), "area": float(coco_mask.area(packed(code)))}
-        labels = np.asarray(predicted["labels"], dtype=int)
-        scores = np.asarray(predicted["scores"], dtype=float)
-        for number, (box, score, label) in enumerate(zip(boxes_of(predicted), scores, labels)):
-            if allowed[label]:
-                x1, y1, x2, y2 = map(float, box)
-                found.append(
-                    {
-                        "image_id": index + 1,
-                        "category_id": int(label),
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "score": float(score),
-                    }
-                )
-                if of_masks:
-                    found[-1] |= {"segmentation": packed(predicted["masks"][number])}
+    truth, found, cells = _in_coco(predictions, references, len(class_names), of_masks)
+    images = [{"id": number, "width": 1, "height": 1} for number in range(1, len(references) + 1)]
     categories = [{"id": number, "name": name} for number, name in enumerate(class_names)]
     with contextlib.redirect_stdout(io.StringIO()):
         dataset = COCO({"images": images, "annotations": truth, "categories": categories})
@@ -114,6 +69,50 @@ def mean_average_precision(
             for number, name in enumerate(class_names)
         },
     }
+
+
+def _in_coco(
+    predictions: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]], classes: int, of_masks: bool
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], np.ndarray]:
+    """Annotations of the cells, results of the predictions, and the number of cells of each class `[classes]`."""
+    from faster_coco_eval.core import mask as coco_mask
+
+    def packed(code: Mapping[str, Any]) -> dict[str, Any]:
+        return coco_mask.frPyObjects(dict(code), *code["size"])
+
+    truth: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
+    cells = np.zeros(classes, dtype=int)
+    for image, (predicted, reference) in enumerate(zip(predictions, references), 1):
+        allowed = annotated_classes(reference, classes)
+        crowd = reference.get("iscrowd")
+        for number, (box, label) in enumerate(zip(boxes_of(reference), np.asarray(reference["labels"], dtype=int))):
+            if not allowed[label]:
+                continue
+            is_crowd = 0 if crowd is None else int(crowd[number])
+            if of_masks and reference["masks"][number] is None:
+                is_crowd = 1
+            cells[label] += not is_crowd
+            cell = {"id": len(truth) + 1, "iscrowd": is_crowd, **_coco_box(image, box, label)}
+            cell["area"] = cell["bbox"][2] * cell["bbox"][3]
+            if of_masks:
+                code = packed(reference["masks"][number] or box_code(box, reference["size"]))
+                cell |= {"segmentation": code, "area": float(coco_mask.area(code))}
+            truth.append(cell)
+        labels = np.asarray(predicted["labels"], dtype=int)
+        scores = np.asarray(predicted["scores"], dtype=float)
+        for number, (box, score, label) in enumerate(zip(boxes_of(predicted), scores, labels)):
+            if allowed[label]:
+                cell = {"score": float(score), **_coco_box(image, box, label)}
+                if of_masks:
+                    cell["segmentation"] = packed(predicted["masks"][number])
+                found.append(cell)
+    return truth, found, cells
+
+
+def _coco_box(image: int, box: Sequence[float], label: int) -> dict[str, Any]:
+    x1, y1, x2, y2 = map(float, box)
+    return {"image_id": image, "category_id": int(label), "bbox": [x1, y1, x2 - x1, y2 - y1]}
 
 
 def box_code(box: Sequence[float], size: tuple[int, int]) -> dict[str, Any]:
