@@ -209,6 +209,8 @@ class TrainingResults:
         red_cell_diameter (`list[float]`, *optional*): Diameter of red cells in pixels of the model's input for detection: 5 %,
             50 % and 95 % of the training fields have a median below. By it an image is seen at the scale of the training.
         cell_masks (`bool`): Whether the mask finder was trained on masks of single cells, so that detection gives each cell one.
+        cell_mask_sides (`list[float]`, *optional*): Longer side of the cells whose masks were learned, as a share of the image's:
+            1 % and 99 %. Much larger and much smaller cells get no mask; all get one when not given.
         calibration (`dict[str, dict]`): Head (`detection`, `single_cell`) -> what its scores mean, fitted on validation data:
             `slope`, `shift` and the `shifts` of classes of a logistic curve; `ece`, its calibration error, and `cells`, how many;
             `typed_from`, the probability from which a share `precision` of the types of white cells is right, the share
@@ -227,6 +229,7 @@ class TrainingResults:
     mask_prompts: list[str] | None = None
     red_cell_diameter: list[float | int] | None = None
     cell_masks: bool = False
+    cell_mask_sides: list[float | int] | None = None
     calibration: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     crop_frame: dict[str, list[float | int]] | None = None
     second_look: dict[str, float | int] | None = None
@@ -598,6 +601,11 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
             _in_bounds("trained.red_cell_diameter", diameters, 1, 1e4, "it is a size in pixels")
             if len(diameters) != 3 or sorted(diameters) != list(diameters):
                 raise InputError(f"trained.red_cell_diameter is {diameters} and must be three sizes, ascending.")
+        sides = self.trained.cell_mask_sides
+        if sides is not None:
+            _in_bounds("trained.cell_mask_sides", sides, 0, 1, "it is a share of an image's side")
+            if len(sides) != 2 or sides[0] > sides[1]:
+                raise InputError(f"trained.cell_mask_sides is {sides} and must be two shares, ascending.")
         for part, known in (("crop_frame", _CROP_FRAME), ("second_look", _SECOND_LOOK)):
             stored = getattr(self.trained, part)
             if stored is not None and stored.keys() != known.keys():

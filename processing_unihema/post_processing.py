@@ -19,6 +19,8 @@ from .class_names import has_nucleus, plain_name, usual_name
 # Overlaps from which two boxes are one cell when results are shown: IoU, and the share of a box inside one of its class.
 NMS_IOU = 0.6
 NMS_WITHIN = 0.75
+# How many times larger or smaller than those whose masks were learned a cell may be.
+MASK_MARGIN = 1.1
 # Pixels of the masks of an image's cells together.
 MOST_MASK_PIXELS = 1 << 28
 # A finer name needs this share of the coarser name's score.
@@ -102,7 +104,7 @@ def find_cells(
         ancestors=config.ancestor_matrix,
     )
     described = post_process_morphology(outputs, found, config.morphology)
-    masks = post_process_cell_masks(outputs, found, target_sizes)
+    masks = post_process_cell_masks(outputs, found, target_sizes, config.trained.cell_mask_sides)
     names = config.class_names
     nucleated = [has_nucleus(name, config.label_parents) for name in names]
     keys = ("labels", "scores", "boxes", "queries")
@@ -204,6 +206,7 @@ def post_process_cell_masks(
     outputs,
     detections: Sequence[dict[str, torch.Tensor]],
     target_sizes: torch.Tensor | Sequence[tuple[int, int]] | None,
+    sides: Sequence[float] | None = None,
 ) -> list[list[np.ndarray | None]]:
     """The mask of each cell, of the pixels that its box touches.
 
@@ -213,10 +216,13 @@ def post_process_cell_masks(
         detections (`Sequence[dict[str, torch.Tensor]]`): Results of `post_process_object_detection`.
         target_sizes (`torch.Tensor` or `Sequence[tuple[int, int]]`, *optional*): `(h, w)` of each original image, in whose
             pixels the boxes are.
+        sides (`Sequence[float]`, *optional*): Shortest and longest side, as a share of the image's longer one, of the cells whose
+            masks were learned (`config.trained.cell_mask_sides`).
 
     Returns:
         `list[list[np.ndarray | None]]`: bool `[h, w]` from floor(x_min), floor(y_min) to ceil(x_max), ceil(y_max). `None` for
-        all without such outputs or sizes, and for the last cells of an image whose masks have more than `MOST_MASK_PIXELS`.
+        all without such outputs or sizes, for cells beyond `sides` by more than `MASK_MARGIN`, and for the last cells of an image
+        whose masks have more than `MOST_MASK_PIXELS`.
     """
     results: list[list[np.ndarray | None]] = []
     queries = getattr(outputs, "cell_mask_queries", None)
@@ -236,8 +242,17 @@ def post_process_cell_masks(
             boxes[:few],
             (int(target_sizes[image][0]), int(target_sizes[image][1])),
         )
-        results.append([*(mask.numpy() for mask in masks), *[None] * (len(boxes) - few)])
+        told = [
+            mask.numpy() if _is_of_known_size(box, target_sizes[image], sides) else None
+            for mask, box in zip(masks, found["boxes"].tolist())
+        ]
+        results.append([*told, *[None] * (len(boxes) - few)])
     return results
+
+
+def _is_of_known_size(box: Sequence[float], size: Sequence[int], sides: Sequence[float] | None) -> bool:
+    side = max(box[2] - box[0], box[3] - box[1]) / max(int(size[0]), int(size[1]))
+    return sides is None or sides[0] / MASK_MARGIN <= side <= sides[1] * MASK_MARGIN
 
 
 def post_process_object_detection(

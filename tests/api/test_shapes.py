@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 from tiny_checkpoint import save_lively
 
-from unihema import Analyzer, Cell, SmearResult
+from unihema import Analyzer, Cell, SmearResult, UniHemaConfig, UniHemaError
 from unihema.modeling_unihema.configuration_unihema import TrainingResults
 from unihema.results import shapes
 from unihema.results.shapes import SHAPE_COLUMNS, cell_shape
+from unihema.training.data.rows import cell_mask_sides
 
 
 pytest.importorskip("skimage")
@@ -64,3 +65,29 @@ def test_cells_csv_has_shapes(tmp_path):
         rows = list(csv.DictReader(file))
     assert rows and all(set(SHAPE_COLUMNS) <= row.keys() for row in rows)
     assert any(float(row["area"] or 0) > 0 for row in rows)
+
+
+def test_cells_unlike_those_whose_masks_were_learned_have_none(tmp_path):
+    rows = [
+        {"size": (100, 50), "objects": {"bbox": [[0, 0, 10, 5], [0, 0, 20, 40], [0, 0, 90, 9]], "segmentation": masks}}
+        for masks in ([[[1.0]], [[1.0]], None], None)
+    ]
+    assert cell_mask_sides(rows) == pytest.approx([0.103, 0.397])
+    assert cell_mask_sides(rows[1:]) is None
+    folder = save_lively(tmp_path / "masks", 3, trained=TrainingResults(cell_masks=True))
+    analyzer = Analyzer.from_pretrained(folder, device="cpu")
+    image = Image.effect_noise((60, 40), 60).convert("RGB")
+
+    def masked() -> dict[float, bool]:
+        """Longer side of each cell -> whether it has a mask."""
+        cells = analyzer(image, ["detection"], threshold=0.0, tiles="off").cells
+        return {max(c.box[2] - c.box[0], c.box[3] - c.box[1]) / 60: c.mask is not None for c in cells}
+
+    sides = sorted(masked())
+    assert all(masked().values()) and len(sides) > 4
+    known = [sides[1] * 1.1 + 1e-6, sides[-2] / 1.1 - 1e-6]
+    analyzer.model.config.trained.cell_mask_sides = sorted(known)
+    assert masked() == {side: sorted(known)[0] / 1.1 <= side <= sorted(known)[1] * 1.1 for side in sides}
+    assert set(masked().values()) == {True, False}
+    with pytest.raises(UniHemaError, match="trained.cell_mask_sides is .* must be two shares, ascending"):
+        UniHemaConfig(trained={"cell_mask_sides": [0.5, 0.1]})

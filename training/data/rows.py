@@ -293,6 +293,22 @@ def red_cell_diameter(rows: Sequence[Row], edge: int | None) -> list[float] | No
     return [round(float(value), 2) for value in np.percentile(medians, (5, 50, 95))]
 
 
+def cell_mask_sides(rows: Sequence[Row]) -> list[float] | None:
+    """How large the cells with masks are, see `TrainingResults.cell_mask_sides`; `None` without any.
+
+    Args:
+        rows (`Sequence[Row]`): Of detection.
+    """
+    sides = [
+        max(box[2:]) / max(row["size"])
+        for row in witnesses(rows)
+        if row.get("size")
+        for box, mask in zip(row["objects"]["bbox"], row["objects"].get("segmentation") or ())
+        if mask
+    ]
+    return [round(float(value), 4) for value in np.percentile(sides, (1, 99))] if sides else None
+
+
 def have_cell_masks(rows: Iterable[Row]) -> bool:
     """Whether some row of detection states the mask of a cell."""
     return any(any(row["objects"].get("segmentation") or ()) for row in witnesses(rows))

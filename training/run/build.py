@@ -24,6 +24,7 @@ from unihema.training.data.readers import load_folder
 from unihema.training.data.rows import (
     BadRows,
     Row,
+    cell_mask_sides,
     check_rows,
     class_names,
     have_cell_masks,
@@ -302,6 +303,7 @@ def _from_checkpoint(
     edge = processor.image_processor.task_sizes["detection"].get("longest_edge")
     trained.red_cell_diameter = red_cell_diameter(fields, edge) or trained.red_cell_diameter
     trained.cell_masks |= have_cell_masks(fields)
+    trained.cell_mask_sides = cell_mask_sides(fields) or trained.cell_mask_sides
     trained.mask_prompts = list(dict.fromkeys([*(trained.mask_prompts or ()), *_mask_prompts(rows)])) or None
     if config.model.grow_classes:
         grow(model, processor, rows, config.data.single_cell_parents)
@@ -392,6 +394,7 @@ def _new_config(config: RunConfig, rows: dict[str, list[Row]], processor: UniHem
         edge = processor.image_processor.task_sizes["detection"].get("longest_edge")
         trained["red_cell_diameter"] = red_cell_diameter(rows["detection"], edge)
         trained["cell_masks"] = have_cell_masks(rows["detection"])
+        trained["cell_mask_sides"] = cell_mask_sides(rows["detection"])
     if prompts := _mask_prompts(rows):
         processor.default_prompts["segmentation"] = trained["segmentation_label"] = prompts[0]
         trained["mask_prompts"] = prompts
