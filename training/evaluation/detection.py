@@ -12,6 +12,7 @@ from unihema.processing_unihema.masks import outline_mask, rle_in_image
 from unihema.processing_unihema.post_processing import distinct_cells, post_process_cell_masks
 from unihema.training.data.rows import Row
 from unihema.training.evaluation.measured import FeatureListener, Measured, Resampler, class_names
+from unihema.training.evaluation.second_look import SecondLook
 from unihema.training.metrics.coarse_classes import with_coarser_names, with_coarser_truth
 from unihema.training.metrics.counting import count_error
 from unihema.training.metrics.detection import (
@@ -28,11 +29,12 @@ from unihema.training.metrics.single_cell import one_hot_counts, scores_of_count
 
 class _Field(NamedTuple):
     """One image: the queries ranked under every class, as mAP counts them; each under its best class, as results are
-    shown; the true cells; the attributes that were read, and that are right, of the cells that have some; and, of images with
-    masks of cells, those of the ranked queries."""
+    shown, and as it was before a second look; the true cells; the attributes that were read, and that are right, of the cells
+    that have some; and, of images with masks of cells, those of the ranked queries."""
 
     ranked: dict[str, np.ndarray]
     cells: dict[str, np.ndarray]
+    detected: dict[str, np.ndarray]
     truth: dict[str, Any]
     read: np.ndarray
     attributes: np.ndarray
@@ -42,30 +44,46 @@ class _Field(NamedTuple):
 
 class MeasuredDetections(Measured):
     """Cells of each image. A class that the image's data set does not annotate is not asked for: it takes no query from
-    one that is. Where it annotates a class and a coarser one, a cell counts under both. A crop whose cell has no box (rows
-    `from_attributes`) counts for the attributes alone: those of the best-scoring cell found in it."""
+    one that is. Where the checkpoint takes a second look, white cells have the types that it gives them. Where a data set
+    annotates a class and a coarser one, a cell counts under both. A crop whose cell has no box (rows `from_attributes`)
+    counts for the attributes alone: those of the best-scoring cell found in it."""
 
     def __init__(self, model: Any, processor: Any, on_features: FeatureListener | None = None):
         super().__init__(model, processor, on_features)
         self.names = class_names(model)
         self.ancestors = ancestors_of(model.config)
+        self.second_look = SecondLook.of(model, processor)
 
     def add(self, batch: dict[str, Any], rows: Sequence[Row]) -> None:
         output = self.model(task="detection", **self.inputs(batch))
-        output.logits = _asked_for(output.logits, batch["labels"])
         process, sizes = self.processor.image_processor.post_process_object_detection, batch["target_sizes"]
-        ranked = process(output, threshold=0.0, target_sizes=sizes, top_k=MAX_DETECTIONS, one_class_per_query=False)
         # Finer names are taken at the thresholds that the model has now, as no cell is left out yet.
         names = {"ancestors": self.ancestors, "finest": self.model.config.class_thresholds()}
-        cells = process(output, threshold=0.0, target_sizes=sizes, **names)
+        output.logits = _asked_for(output.logits, batch["labels"])
+        detected = cells = process(output, threshold=0.0, target_sizes=sizes, **names)
+        if self.second_look is not None:
+            fields = zip(output.logits, output.pred_boxes, batch["row_indices"], strict=True)
+            output.logits = torch.stack(
+                [
+                    logits
+                    if rows[index].get("from_attributes")
+                    else self.second_look.logits(logits, boxes, rows[index])
+                    for logits, boxes, index in fields
+                ]
+            )
+            cells = process(output, threshold=0.0, target_sizes=sizes, **names)
+        ranked = process(output, threshold=0.0, target_sizes=sizes, top_k=MAX_DETECTIONS, one_class_per_query=False)
         for image, index in enumerate(batch["row_indices"]):
             truth = _reference(rows[index], sizes[image].tolist(), self.names)
             found = _arrays(cells[image])
             attributes = self._attributes(output, image, found, truth, batch["labels"][image])
             masks = None
             if "masks" in truth and self.model.config.trained.cell_masks and "cell_mask_queries" in output:
-                masks = _codes(output, image, ranked[image], truth["size"])
-            self.keep(rows[index], _Field(_arrays(ranked[image]), found, truth, *attributes, masks))
+                sides = self.model.config.trained.cell_mask_sides
+                masks = _codes(output, image, ranked[image], truth["size"], sides)
+            self.keep(
+                rows[index], _Field(_arrays(ranked[image]), found, _arrays(detected[image]), truth, *attributes, masks)
+            )
 
     def _attributes(self, output, image: int, found, truth, labels) -> tuple[np.ndarray, np.ndarray, int]:
         sizes = self.model.config.morphology_sizes
@@ -85,8 +103,13 @@ class MeasuredDetections(Measured):
         return read[found["queries"][queries]], values[matched], int(described.sum())
 
     def best_thresholds(self) -> dict[str, float]:
-        """The score of each class at which its F1 is best, see `best_threshold`; classes never found are left out."""
-        predictions = self._shown(0.0)
+        """The score of each class at which its F1 is best, see `best_threshold`; classes never found are left out. Results
+        leave out cells before the second look."""
+        coarser = None if self.ancestors is None else self.ancestors.numpy()
+        predictions = [
+            with_coarser_names(_shown(field.detected, 0.0, self.ancestors), field.truth, coarser)
+            for field in self.records
+        ]
         thresholds = {}
         for label, name in enumerate(self.names):
             best = best_threshold(*score_matches(predictions, self._truth(), label, len(self.names)))
@@ -96,8 +119,8 @@ class MeasuredDetections(Measured):
 
     def answers(self) -> list[tuple[str, float, bool]]:
         thresholds = np.array(self.model.config.class_thresholds())
-        # By the name that each cell is shown with; a coarse one is right where the truth is a kind of it.
-        shown = [_shown(field.cells, thresholds, self.ancestors) for field in self.records]
+        # By the name that detection shows each cell with; a coarse one is right where the truth is a kind of it.
+        shown = [_shown(field.detected, thresholds, self.ancestors) for field in self.records]
         found = []
         for label, name in enumerate(self.names):
             scores, right, _ = score_matches(shown, self._truth(), label, len(self.names))
@@ -221,13 +244,19 @@ def _shown(
     return {name: values[above[kept]] for name, values in cells.items()}
 
 
-def _codes(output: Any, image: int, ranked: Mapping[str, torch.Tensor], size: tuple[int, int]) -> list[dict[str, Any]]:
+def _codes(
+    output: Any,
+    image: int,
+    ranked: Mapping[str, torch.Tensor],
+    size: tuple[int, int],
+    sides: Sequence[float] | None,
+) -> list[dict[str, Any]]:
     """The mask of each ranked query as run lengths over the image; a query under several classes is looked at once."""
     queries, place = np.unique(ranked["queries"].cpu().numpy(), return_index=True)
     once = {name: values[torch.as_tensor(place, device=values.device)] for name, values in ranked.items()}
     sizes = [size] * (image + 1)
     everyone = [{name: values[:0] for name, values in once.items()}] * image + [once]
-    masks = post_process_cell_masks(output, everyone, sizes)[image]
+    masks = post_process_cell_masks(output, everyone, sizes, sides)[image]
     codes = {}
     for query, mask, box in zip(queries.tolist(), masks, once["boxes"].tolist(), strict=True):
         origin = (math.floor(box[0]), math.floor(box[1]))
