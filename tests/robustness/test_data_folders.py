@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from robustness.confined import attack, confined
@@ -23,6 +24,13 @@ from unihema.training.data.verify import verify_rows
 
 LAYOUTS = ["by_split", "class_folders", "coco", "image_folder", "mask_pairs", "own", "shards", "table", "voc", "yolo"]
 WITHOUT_SPLITS = ("mask_pairs", "table")
+
+
+@pytest.fixture(autouse=True)
+def warnings_afterwards():
+    """Tests that come later in this process look at what is logged."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @functools.cache
