@@ -1,33 +1,40 @@
-"""The checkpoint and the example smears that come with the package: from installation to results without any download."""
+"""The checkpoints and the example smears that come with the package: from installation to results without any download."""
 
 import shutil
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
-from unihema.errors import FileThereError, OutputError
+from unihema.errors import FileThereError, OutputError, RequestError
 
 from .checkpoint_files import fingerprint
-from .files import remove_whole, sha256, whole_folder
+from .files import remove_whole, sha256, shortened, whole_folder
 
 
-CHECKPOINT, EXAMPLES = "checkpoint", "examples"
+EXAMPLES = "examples"
+# What each set of weights may be used for -> its folder.
+WEIGHTS = {"research": "checkpoint", "open": "checkpoint-open"}
 
 
-def lay_down_checkpoint(folder: str | Path = "unihema", replace: bool = False) -> Path:
-    """Copies the shipped checkpoint, so that `AutoModel.from_pretrained("unihema")` finds it.
+def lay_down_checkpoint(folder: str | Path = "unihema", replace: bool = False, weights: str = "research") -> Path:
+    """Copies a shipped checkpoint, so that `AutoModel.from_pretrained("unihema")` finds it.
 
     Args:
         folder (`str` or `Path`): Where; a folder that holds the same checkpoint already is left as it is.
         replace (`bool`): Delete what is there.
+        weights (`str`): `"research"` was trained on everything that could be read; some of that states no licence, so it is for
+            research only. `"open"` was trained on data sets under MIT and CC BY 4.0. Each one's `NOTICE.md` has the words.
 
     Returns:
         `Path`: The checkpoint folder, whole.
 
     Raises:
         FileExistsError: Something else is there.
+        RequestError: There are no such weights.
     """
-    source, folder = _shipped(CHECKPOINT), Path(folder)
+    if weights not in WEIGHTS:
+        raise RequestError(f"Weights {shortened(repr(weights), 60)}: there are {' and '.join(WEIGHTS)}.")
+    source, folder = _shipped(WEIGHTS[weights]), Path(folder)
     if folder.exists() and not replace:
         if not _holds(folder, source):
             raise FileThereError(
@@ -70,4 +77,4 @@ def _holds(folder: Path, source: Path) -> bool:
     return all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in wanted.items())
 
 
-__all__ = ["copy_examples", "lay_down_checkpoint"]
+__all__ = ["WEIGHTS", "copy_examples", "lay_down_checkpoint"]

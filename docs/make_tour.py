@@ -1,6 +1,6 @@
 """The pictures of docs/tour.md: what each step of the model holds for one image and one question.
 
-`python docs/make_tour.py` writes docs/images/tour_*.png from the checkpoint and an example smear that come with the package.
+`python docs/make_tour.py` writes docs/images/tour_*.png from the open weights and an example smear that come with the package.
 Every number drawn is what a module put out; nothing is computed for the picture but colours and sums.
 """
 
@@ -421,7 +421,7 @@ def make_tour(folder: Path) -> list[Path]:
         `list[Path]`: The files, in the order of the tour.
     """
     with tempfile.TemporaryDirectory() as work:
-        checkpoint = lay_down_checkpoint(Path(work) / "unihema")
+        checkpoint = lay_down_checkpoint(Path(work) / "unihema", weights="open")
         smears = {path.name: path for path in copy_examples(Path(work) / "smears")}
         subject = Subject(
             UniHemaForMultiTask.from_pretrained(checkpoint, attn_implementation="eager").eval(),

@@ -70,7 +70,7 @@ def calls_to_first_convolution(folder: Path) -> list[Call]:
     Args:
         folder (`Path`): An empty folder to work in.
     """
-    checkpoint = lay_down_checkpoint(folder / "unihema")
+    checkpoint = lay_down_checkpoint(folder / "unihema", weights="open")
     image = next(path for path in copy_examples(folder / "smears") if path.name == "white_cell_1.jpg")
     found: list[Call] = []
 

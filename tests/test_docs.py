@@ -69,7 +69,7 @@ def test_code_runs(page, lab, monkeypatch):
 
 
 def test_tour_says_what_the_shipped_checkpoint_does(tmp_path, monkeypatch):
-    lay_down_checkpoint(tmp_path / "unihema")
+    lay_down_checkpoint(tmp_path / "unihema", weights="open")
     copy_examples(tmp_path / "smears")
     monkeypatch.chdir(tmp_path)
     code = "\n".join(blocks(TOUR, "python"))

@@ -387,11 +387,39 @@ def _show_checkpoint(checkpoint: Path) -> None:
         click.echo("nothing was measured on validation data")
 
 
+# As `unihema.shipped` has them, which is not imported to say what a command can do; a test compares.
+WEIGHTS = ("research", "open")
+weights_option = click.option(
+    "--weights",
+    type=click.Choice(WEIGHTS),
+    default=WEIGHTS[0],
+    show_default=True,
+    help="Some data of `research` state no licence; `open` is of open data alone, and knows no malaria, blast or sickle cell.",
+)
+
+
+@click.command("init")
+@click.argument("folder", type=PATH, default="unihema")
+@weights_option
+@overwrite_option
+def init(folder: Path, weights: str, overwrite: bool) -> None:
+    """Lay down a checkpoint of this package.
+
+    FOLDER, `unihema` by default, is then what `AutoModel.from_pretrained("unihema")` loads. Nothing is downloaded. Its NOTICE.md
+    says what the weights may be used for.
+    """
+    from unihema.shipped import lay_down_checkpoint
+
+    checkpoint = lay_down_checkpoint(folder, replace=overwrite, weights=weights)
+    click.echo(f"Checkpoint in {checkpoint}; its terms are in {checkpoint / 'NOTICE.md'}")
+
+
 @click.command()
 @click.argument("folder", type=PATH, default="demo")
+@weights_option
 @click.option("--files-only", is_flag=True, help="Lay down the checkpoint and the smears, and analyse nothing.")
 @overwrite_option
-def demo(folder: Path, files_only: bool, overwrite: bool) -> None:
+def demo(folder: Path, weights: str, files_only: bool, overwrite: bool) -> None:
     """Lay down the checkpoint of this package, and analyse example smears.
 
     Nothing is downloaded or trained. FOLDER, `demo` by default, gets the checkpoint as `unihema`, the images in `smears`,
@@ -402,7 +430,7 @@ def demo(folder: Path, files_only: bool, overwrite: bool) -> None:
     from unihema.review.reviewed_results import reviewed_samples
     from unihema.shipped import copy_examples, lay_down_checkpoint
 
-    checkpoint = lay_down_checkpoint(folder / "unihema", replace=overwrite)
+    checkpoint = lay_down_checkpoint(folder / "unihema", replace=overwrite, weights=weights)
     images = copy_examples(folder / "smears")
     click.echo(f"Checkpoint in {checkpoint}, {len(images)} example smears in {folder / 'smears'}")
     if files_only:

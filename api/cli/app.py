@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .analyse import ask, demo, info, merge, predict
+from .analyse import ask, demo, info, init, merge, predict
 from .data import data
 from .measure import evaluate, reference
 from .report import report
@@ -18,7 +18,7 @@ from .teach import adapt, train
 
 
 SECTIONS = {
-    "Analyse": (predict, merge, ask, info, demo),
+    "Analyse": (predict, merge, ask, info, init, demo),
     "Review": (report, review, corrections),
     "Teach": (train, adapt),
     "Measure": (evaluate, reference),

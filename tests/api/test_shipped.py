@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from command import run_command
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, pipeline
 
 import unihema
 from unihema import Analyzer
+from unihema.checkpoint_files import REFERENCE_FILE
+from unihema.errors import RequestError
 from unihema.loading import load_model
-from unihema.shipped import copy_examples, lay_down_checkpoint
+from unihema.shipped import WEIGHTS, copy_examples, lay_down_checkpoint
+from unihema_cli import analyse
 from unihema_cli.app import app
 
 
@@ -27,21 +31,26 @@ def examples(tmp_path_factory):
     return copy_examples(tmp_path_factory.mktemp("smears"))
 
 
-def test_what_is_shipped_is_small_whole_and_says_what_it_is():
-    checkpoint = SHIPPED / "checkpoint"
-    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 25_000_000
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_what_is_shipped_is_small_whole_and_says_what_it_is(weights):
+    checkpoint = SHIPPED / WEIGHTS[weights]
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 25_000_000
     assert {value.dtype for value in load_file(checkpoint / "model.safetensors").values()} >= {torch.float16}
     config = unihema.UniHemaConfig.from_pretrained(checkpoint)
     assert config.trained.tasks == TASKS
     # Classes without a field to calibrate on have none.
-    assert {"RBC", "WBC", "Platelets", "neutrophil", "eosinophil", "basophil", "lymphocyte", "monocyte"} == set(
-        config.trained.detection_thresholds
-    )
+    found = {"RBC", "WBC", "Platelets", "neutrophil", "eosinophil", "basophil", "lymphocyte", "monocyte"}
+    assert set(config.trained.detection_thresholds) == found
+    # The research weights say how probable each class is, and look again at white cells.
+    assert bool(config.trained.calibration) == (config.trained.second_look is not None) == (weights == "research")
+    # By these an image from elsewhere is seen at the scale of the training, and told to be from elsewhere.
+    assert config.trained.red_cell_diameter and (checkpoint / REFERENCE_FILE).is_file()
     metrics = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
     assert set(metrics) == set(TASKS) and all(figures["intervals"] for figures in metrics.values())
     card = (checkpoint / "README.md").read_text(encoding="utf-8")
     assert "not a medical device" in card.lower()
-    assert "MIT" in (checkpoint / "NOTICE.md").read_text(encoding="utf-8")
+    notice = (checkpoint / "NOTICE.md").read_text(encoding="utf-8")
+    assert "MIT" in notice and ("research only" in notice) == (weights == "research")
     assert {path.name for path in (SHIPPED / "examples").glob("*.jpg")} == {
         word.strip(" ,|")
         for line in (SHIPPED / "examples" / "CREDITS.md").read_text().splitlines()
@@ -61,6 +70,22 @@ def test_the_demo_lays_it_down_for_auto_model(tmp_path, monkeypatch):
     times = {path: path.stat().st_mtime_ns for path in Path("unihema").iterdir()}
     assert CliRunner().invoke(app, ["demo", ".", "--files-only"]).exit_code == 0
     assert times == {path: path.stat().st_mtime_ns for path in Path("unihema").iterdir()}
+
+
+def test_a_set_of_weights_is_laid_down_by_name(tmp_path, monkeypatch):
+    assert tuple(WEIGHTS) == analyse.WEIGHTS
+    monkeypatch.chdir(tmp_path)
+    for weights, folder in (("research", "unihema"), ("open", "mine")):
+        result = CliRunner().invoke(app, ["init", folder, "--weights", weights] if folder == "mine" else ["init"])
+        assert result.exit_code == 0 and f"Checkpoint in {folder}; its terms are in {folder}/NOTICE.md" in result.output
+        for name in ("model.safetensors", "config.json", "NOTICE.md"):
+            assert Path(folder, name).read_bytes() == (SHIPPED / WEIGHTS[weights] / name).read_bytes()
+    # The other set is something else.
+    again = run_command("init", "mine")
+    assert again.returncode == 2 and "mine is there already and holds something else" in again.stderr
+    with pytest.raises(RequestError, match="Weights 'best': there are research and open"):
+        lay_down_checkpoint("other", weights="best")
+    assert not Path("other").exists()
 
 
 def test_nothing_is_deleted_unasked(tmp_path):

@@ -288,7 +288,9 @@ def test_an_empty_field_stays_empty():
 
 @pytest.fixture(scope="module")
 def analyzer(tmp_path_factory):
-    return Analyzer.from_pretrained(lay_down_checkpoint(tmp_path_factory.mktemp("shipped") / "unihema"), device="cpu")
+    return Analyzer.from_pretrained(
+        lay_down_checkpoint(tmp_path_factory.mktemp("shipped") / "unihema", weights="open"), device="cpu"
+    )
 
 
 @pytest.fixture(scope="module")

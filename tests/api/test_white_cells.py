@@ -53,7 +53,7 @@ def test_without_nuclei_none_are_found():
 @pytest.fixture(scope="module")
 def analyzer(tmp_path_factory):
     return Analyzer.from_pretrained(
-        lay_down_checkpoint(tmp_path_factory.mktemp("unihema") / "checkpoint"), device="cpu"
+        lay_down_checkpoint(tmp_path_factory.mktemp("unihema") / "checkpoint", weights="open"), device="cpu"
     )
 
 

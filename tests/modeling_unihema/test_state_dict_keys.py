@@ -16,7 +16,7 @@ from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
 # For each key of the very tiny model the classes that have it ("T", the trunk, without the `model.` before it), and the keys
 # of the checkpoint that comes with the package; as they were before the network was restructured.
 RECORDED = json.loads((Path(__file__).parent / "state_dict_keys.json").read_text())
-SHIPPED = Path(str(files("unihema"))) / "shipped_files" / "checkpoint"
+SHIPPED = Path(str(files("unihema"))) / "shipped_files"
 
 
 @pytest.mark.parametrize("letter", RECORDED["classes"])
@@ -31,9 +31,10 @@ def test_keys_of_every_class_are_the_recorded_ones(letter):
     assert sorted(model.state_dict()) == sorted(expected)
 
 
-def test_keys_of_the_shipped_checkpoint_are_the_recorded_ones():
-    with safe_open(SHIPPED / "model.safetensors", "pt") as file:
+@pytest.mark.parametrize("name", ["checkpoint", "checkpoint-open"])
+def test_keys_of_the_shipped_checkpoints_are_the_recorded_ones(name):
+    with safe_open(SHIPPED / name / "model.safetensors", "pt") as file:
         assert sorted(file.keys()) == sorted(RECORDED["shipped_checkpoint"])
     with torch.device("meta"):
-        model = modeling_unihema.UniHemaForMultiTask(UniHemaConfig.from_pretrained(SHIPPED))
+        model = modeling_unihema.UniHemaForMultiTask(UniHemaConfig.from_pretrained(SHIPPED / name))
     assert sorted(model.state_dict()) == sorted(RECORDED["shipped_checkpoint"])

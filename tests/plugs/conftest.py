@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "plugs.md"
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    lay_down_checkpoint(folder / "unihema")
+    lay_down_checkpoint(folder / "unihema", weights="open")
     copy_examples(folder / "smears")
     return folder
 

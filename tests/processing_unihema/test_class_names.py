@@ -34,7 +34,9 @@ FORMER_RULES = {
 
 @pytest.fixture(scope="module")
 def shipped():
-    text = (Path(str(files("unihema"))) / "shipped_files" / "checkpoint" / "config.json").read_text(encoding="utf-8")
+    text = (Path(str(files("unihema"))) / "shipped_files" / "checkpoint-open" / "config.json").read_text(
+        encoding="utf-8"
+    )
     config = json.loads(text)
     return list(config["id2label"].values()), config["label_parents"]
 

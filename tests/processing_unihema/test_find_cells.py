@@ -20,10 +20,10 @@ FIELD = SHIPPED / "examples" / "field_1.jpg"
 
 @pytest.mark.parametrize("options", [{}, {"prompt": ["RBC", "platelet"]}, {"threshold": 0.5}])
 def test_command_pipeline_and_network_agree_on_a_field(options):
-    analyzer = Analyzer.from_pretrained(SHIPPED / "checkpoint")
+    analyzer = Analyzer.from_pretrained(SHIPPED / "checkpoint-open")
     model, processor = analyzer.model, analyzer.processor
     result = analyzer(FIELD, ["detection"], **options)
-    detect = pipeline("object-detection", model=str(SHIPPED / "checkpoint"))
+    detect = pipeline("object-detection", model=str(SHIPPED / "checkpoint-open"))
     piped = detect(str(FIELD), **options)
     with Image.open(FIELD) as image, torch.inference_mode():
         size = [image.size[::-1]]
