@@ -223,7 +223,7 @@ def adapter_fields(peft_config: Any) -> dict[str, Any]:
     if fields.get("id2label"):
         fields["id2label"] = {int(index): name for index, name in fields["id2label"].items()}
         # Older adapters do not say how large the cells were that they learned; they need not be as large as the base's.
-        fields["trained"] = {"red_cell_diameter": None, **fields["trained"]}
+        fields["trained"] = {"red_cell_diameter": None, "unfound_classes": [], **fields["trained"]}
     return fields
 
 

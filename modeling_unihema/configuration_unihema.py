@@ -202,6 +202,8 @@ class TrainingResults:
     Args:
         tasks (`list[str]`, *optional*): Tasks the checkpoint was trained on; all of them when not given.
         detection_thresholds (`dict[str, float]`): Calibrated operating threshold of each detection class.
+        unfound_classes (`list[str]`): Detection classes that were not found once on validation data that has them. They are
+            answered only where a prompt names them: without one "none" would be taken for an answer.
         segmentation_threshold (`float`): Probability above which a pixel belongs to the mask.
         segmentation_label (`str`): What the default segmentation prompt names.
         mask_prompts (`list[str]`, *optional*): All that masks were learned of; the nuclei of white cells are asked for where
@@ -224,6 +226,7 @@ class TrainingResults:
 
     tasks: list[str] | None = None
     detection_thresholds: dict[str, float | int] = dataclasses.field(default_factory=dict)
+    unfound_classes: list[str] = dataclasses.field(default_factory=list)
     segmentation_threshold: float | int = 0.5
     segmentation_label: str = "white blood cell"
     mask_prompts: list[str] | None = None

@@ -28,22 +28,23 @@ FINER_SHARE = 0.5
 
 
 def asked_classes(config, prompt: str | Sequence[str] | None) -> torch.Tensor | None:
-    """The detection classes that a prompt names, bool `[num_labels]`.
+    """The detection classes that are answered: those that a prompt names, else all that the checkpoint is known to find.
 
     Args:
         config (`UniHemaConfig`): With `class_names`.
         prompt (`str` or `Sequence[str]`, *optional*): Class names in any spelling, one text with commas or a list.
 
     Returns:
-        `torch.Tensor` or `None`: `None`, which is all of them, without a prompt, or where some part of it is no class: a
-        disease or a description.
+        `torch.Tensor` or `None`: bool `[num_labels]`; `None`, which is all of them, without a prompt, or where some part of it is
+        no class (a disease or a description), if none is among `config.trained.unfound_classes`.
     """
     parts = [prompt] if isinstance(prompt, str) else list(prompt or ())
     asked = [plain_name(name) for part in parts for name in part.split(",") if name.strip()]
     known = [plain_name(name) for name in config.class_names]
-    if not asked or not set(asked) <= set(known):
-        return None
-    return torch.tensor([name in asked for name in known])
+    if asked and set(asked) <= set(known):
+        return torch.tensor([name in asked for name in known])
+    unfound = set(config.trained.unfound_classes)
+    return torch.tensor([name not in unfound for name in config.class_names]) if unfound else None
 
 
 def misspelled_classes(config, prompt: str | Sequence[str] | None) -> dict[str, str | None]:

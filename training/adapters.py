@@ -220,6 +220,8 @@ def _classes(config: Any, processor: Any, settings: "AdapterConfig", rows: Mappi
         fields |= {"id2label": dict(enumerate(names)), "label_parents": known_parents(names)}
         thresholds = config.trained.detection_thresholds
         found["detection_thresholds"] = {name: thresholds[name] for name in names if name in thresholds}
+        # It is about to learn them.
+        found["unfound_classes"] = []
         # Of the lab's microscope, not of the base's.
         edge = processor.image_processor.task_sizes["detection"].get("longest_edge")
         found["red_cell_diameter"] = red_cell_diameter(rows["detection"], edge)

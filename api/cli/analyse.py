@@ -366,6 +366,8 @@ def _show_checkpoint(checkpoint: Path) -> None:
             f"{name} ({thresholds[name]:.2f})" if name in thresholds else name for name in config.id2label.values()
         ]
         click.echo(f"detection classes (threshold): {', '.join(shown)}")
+        if unfound := config.trained.unfound_classes:
+            click.echo(f"  never found in validation, answered only where a prompt names them: {', '.join(unfound)}")
         for name, values in config.morphology.items():
             click.echo(f"  {name}: {', '.join(values)}")
     if "single_cell" in tasks:

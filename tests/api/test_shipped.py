@@ -110,6 +110,16 @@ def test_it_sees_what_is_on_the_examples(examples):
         assert analyzer(by_name[name], tasks=("single_cell",)).single_cell["label"] == label
 
 
+def test_what_it_cannot_find_it_does_not_deny(examples):
+    """Stages of malaria were never found in val: results name them only where they are asked for."""
+    analyzer = Analyzer.from_pretrained(SHIPPED / "checkpoint")
+    field = next(path for path in examples if path.name == "field_1.jpg")
+    result = analyzer(field, ["detection"])
+    assert "ring" in analyzer.model.config.trained.unfound_classes and "ring" not in result.classes
+    assert not analyzer.report([field]).to_dict()["parasites"]["known"]
+    assert analyzer(field, ["detection"], prompt="RBC, ring").classes == ["RBC", "ring"]
+
+
 def test_an_image_that_is_known_is_scored_again(examples):
     analyzer = Analyzer.from_pretrained(SHIPPED / "checkpoint")
     first, again = (analyzer(examples[0], tasks=("detection",)) for _ in range(2))

@@ -45,7 +45,7 @@ def test_an_older_file_says_the_same_and_is_saved_in_the_new_form(name, tmp_path
             "trained": dict.fromkeys(
                 ("red_cell_diameter", "mask_prompts", "crop_frame", "second_look", "cell_mask_sides")
             )
-            | {"cell_masks": False, "calibration": {}},
+            | {"cell_masks": False, "calibration": {}, "unfound_classes": []},
             "loss_weights": {"mask_bce": 2, "mask_dice": 2},
         }.get(part, {})
         assert read == {key: old[field] for field, key in names.items()} | unknown

@@ -87,6 +87,10 @@ def test_what_a_prompt_asks_for(config):
     assert asked_classes(config, ["RBC", "WBCs"]).tolist() == [True, True, False, False]
     for prompt in (None, "malaria", "RBC, malaria", "", []):
         assert asked_classes(config, prompt) is None
+    config.trained.unfound_classes = [config.class_names[PLATELET]]
+    for prompt in (None, "malaria"):
+        assert asked_classes(config, prompt).tolist() == [number != PLATELET for number in range(4)]
+    assert asked_classes(config, "platelets").tolist() == [number == PLATELET for number in range(4)]
 
 
 def test_a_cell_of_two_queries_is_boxed_once_under_the_finer_name(config):

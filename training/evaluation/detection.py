@@ -117,6 +117,11 @@ class MeasuredDetections(Measured):
                 thresholds[name] = round(min(max(best[0], 0.01), 0.99), 4)
         return thresholds
 
+    def unfound_classes(self, thresholds: Mapping[str, float]) -> list[str]:
+        """The classes that some image has, and for which [`best_thresholds`] has no threshold, as none of them was found."""
+        shown = {int(label) for truth in self._truth() for label in truth["labels"]}
+        return [name for label, name in enumerate(self.names) if label in shown and name not in thresholds]
+
     def answers(self) -> list[tuple[str, float, bool]]:
         thresholds = np.array(self.model.config.class_thresholds())
         # By the name that detection shows each cell with; a coarse one is right where the truth is a kind of it.

@@ -95,7 +95,9 @@ def evaluate_model(
             measured = _measured(model, processor, task, generate_kwargs or {}, distances or on_features)
             _ask(measured, task, rows, batch_size, progress, name_classes, text_only)
             if calibrate and task == "detection":
-                model.config.trained.detection_thresholds = measured.best_thresholds()
+                thresholds = measured.best_thresholds()
+                model.config.trained.detection_thresholds = thresholds
+                model.config.trained.unfound_classes = measured.unfound_classes(thresholds)
             report[task] = _task_report(measured, bootstrap, seed, home)
             if distances is not None:
                 report[task]["out_of_distribution"] = distances.figures(measured.rows, home)

@@ -150,6 +150,14 @@ def test_thresholds_are_calibrated_for_each_class(images, processor):
     report = evaluate_model(model, processor, {"detection": rows}, progress=False, calibrate=True)
     assert model.config.trained.detection_thresholds == thresholds
     assert report["detection"]["at_threshold"]["platelet"]["threshold"] == thresholds["platelet"]
+    assert model.config.trained.unfound_classes == []
+    # A class that is there and never found is not answered unasked.
+    for each in rows:
+        each["objects"]["category"] = ["red blood cell", "platelet"]
+        each["annotated_classes"] = ["platelet", "neutrophil", "red blood cell"]
+    evaluate_model(model, processor, {"detection": rows}, progress=False, calibrate=True)
+    assert model.config.trained.unfound_classes == ["red blood cell"]
+    rows = detection_rows(images)
     model.config.trained.detection_thresholds = {"platelet": 0.9}
     report = evaluate_model(model, processor, {"detection": rows}, progress=False)
     assert report["detection"]["at_threshold"]["platelet"]["recall"] == 0.0
