@@ -16,7 +16,7 @@ from unihema.training.data.rows import Row
 from unihema.training.data.shards import StoredFile
 
 
-# Smallest score of a query that is looked at, and how many of an image at most: queries of one cell are seen one by one.
+# Smallest score of a query that is looked at, and how many nucleated ones of an image: queries of one cell are seen one by one.
 SCORE, MOST = 0.05, 64
 LEAST = 1e-6
 # Of a logit: as little as float32 and half precision tell apart.
@@ -60,16 +60,16 @@ class SecondLook:
         asked = torch.isfinite(logits).any(0).tolist()
         called = {usual_name(name): number for number, name in enumerate(names) if asked[number]}
         columns = [called.get(usual_name(name)) for name in self.types]
-        ranked = best.argsort(descending=True)[:MOST]
         with open_regions(row["image"].opened() if isinstance(row["image"], StoredFile) else row["image"]) as source:
             sides = torch.tensor([source.width, source.height, source.width, source.height])
             corners = box_convert(boxes.float().cpu(), "cxcywh", "xyxy") * sides
             cells = {
                 query: Cell(1, tuple(corners[query].tolist()), names[label[query]], float(best[query]))
-                for query in ranked.tolist()
+                for query in best.argsort(descending=True).tolist()
                 if best[query] >= SCORE
             }
-            cells = {query: cell for query, cell in cells.items() if is_looked_at(cell, self.config.class_parents)}
+            nucleated = [query for query, cell in cells.items() if is_looked_at(cell, self.config.class_parents)]
+            cells = {query: cells[query] for query in nucleated[:MOST]}
             if not cells or not any(column is not None for column in columns):
                 return logits
             of_crops = self.analyzer.crop_logits(self.request, [crop_of(source, cell) for cell in cells.values()])
