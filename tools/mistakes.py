@@ -113,13 +113,15 @@ def of_fields(analyzer: Analyzer, rows: list[Row]) -> Image.Image:
     return side_by_side([drawn(*fields[len(fields) // 2]), drawn(*fields[-1])], 2)
 
 
-def of_cells(analyzer: Analyzer, rows: list[Row]) -> tuple[Image.Image, str]:
+def of_cells(analyzer: Analyzer, rows: list[Row]) -> tuple[Image.Image | None, str]:
     wrong = []
     with click.progressbar(rows, label="cells") as shown:
         for row in shown:
             cell = analyzer(picture(row), ["single_cell"]).single_cell
-            if usual_name(cell["label"]) != usual_name(row["label"]):
+            if usual_name(row["label"]) not in names_of(cell["label"], analyzer.model.config.class_parents):
                 wrong.append((cell["score"], row, cell["label"]))
+    if not wrong:
+        return None, f"all of {len(rows)} cells right"
     wrong.sort(key=lambda each: -each[0])
     pairs = Counter((row["label"], label) for _, row, label in wrong)
     crops = [
@@ -155,7 +157,8 @@ def main(checkpoint: Path, data: tuple[Path, ...], output: Path, most: int) -> N
                 image, said = of_fields(analyzer, chosen), f"{len(chosen)} fields"
             else:
                 image, said = of_cells(analyzer, chosen)
-            image.save(output / f"{folder.name}_{kind}.png", optimize=True)
+            if image is not None:
+                image.save(output / f"{folder.name}_{kind}.png", optimize=True)
             click.echo(f"{folder.name}: {said}")
 
 

@@ -21,6 +21,7 @@ from unihema.results.tiles import TileDetector, see_in_tiles
 from unihema.shipped import lay_down_checkpoint
 from unihema.training.data.readers import load_folder
 from unihema.training.data.rows import Row
+from unihema.training.data.shards import readable
 from unihema.training.metrics.detection import MAX_DETECTIONS, mean_average_precision
 from unihema.training.studies.corruptions import CORRUPTIONS, shifted_rows
 
@@ -85,7 +86,7 @@ def rows_of(folder: Path, part: str, every: int) -> list[Row]:
 
 def picture(row: Row) -> Image.Image:
     """The image of a row, as it is or magnified."""
-    return load_image(row["image"].opened() if hasattr(row["image"], "opened") else row["image"])
+    return load_image(readable(row["image"]))
 
 
 def mosaic(fields: Sequence[Image.Image], columns: int, gap: int) -> tuple[Image.Image, list[tuple[int, int]]]:

@@ -14,9 +14,6 @@ from tempfile import SpooledTemporaryFile
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_checkpoint import save_tiny_checkpoint
-
-from unihema import Analyzer
 
 
 pytest.importorskip("fastapi")
@@ -33,16 +30,6 @@ from unihema.slides import open_regions  # noqa: E402
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::unihema.analyzer.QueryCapWarning")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "unihema")
-
-
-@pytest.fixture(scope="module")
-def analyzer(checkpoint):
-    return Analyzer.from_pretrained(checkpoint, device="cpu")
 
 
 def png(seed: int = 0, size: tuple[int, int] = (40, 32)) -> bytes:

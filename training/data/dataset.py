@@ -25,7 +25,7 @@ from unihema.training.data.image_cache import ImageCache
 from unihema.training.data.layouts.masks import read_mask
 from unihema.training.data.mosaic import GRIDS, Field, mosaic_of, share_seen
 from unihema.training.data.rows import Row, check_rows, same_shape, witnesses
-from unihema.training.data.shards import LazyRows, StoredFile, largest_group, one_cell_samples, rows_by_sample
+from unihema.training.data.shards import LazyRows, StoredFile, largest_group, one_cell_samples, readable, rows_by_sample
 
 
 # An image of which no view needs more than this share of its sides is reduced once, before its views: large photographs take
@@ -335,7 +335,7 @@ class SmearDataset(Dataset):
             share = self._needed_share(row, size)
             if share < 1:
                 most = min(most, max(1, int(4 * share**2 * size[0] * size[1])))
-        opened = load_image(source.opened() if isinstance(source, StoredFile) else source, max_pixels=most)
+        opened = load_image(readable(source), max_pixels=most)
         pixels = np.ascontiguousarray(np.asarray(opened).transpose(2, 0, 1))
         size = pixels.shape[-2:] if size is None or most == MAX_PIXELS else size
         share = self._needed_share(row, size)

@@ -257,6 +257,11 @@ class StoredFile(str):
             ) from error
 
 
+def readable(image: Any) -> Any:
+    """The image of a row as `load_image` and `open_regions` take it: what lies in a table is opened."""
+    return image.opened() if isinstance(image, StoredFile) else image
+
+
 class StoredRows(LazyRows):
     """Rows of one task in the shards of one split.
 

@@ -105,11 +105,7 @@ class MeasuredDetections(Measured):
     def best_thresholds(self) -> dict[str, float]:
         """The score of each class at which its F1 is best, see `best_threshold`; classes never found are left out. Results
         leave out cells before the second look."""
-        coarser = None if self.ancestors is None else self.ancestors.numpy()
-        predictions = [
-            with_coarser_names(_shown(field.detected, 0.0, self.ancestors), field.truth, coarser)
-            for field in self.records
-        ]
+        predictions = self._shown(0.0, [field.detected for field in self.records])
         thresholds = {}
         for label, name in enumerate(self.names):
             best = best_threshold(*score_matches(predictions, self._truth(), label, len(self.names)))
@@ -154,7 +150,7 @@ class MeasuredDetections(Measured):
 
     def _at_threshold(self) -> dict[str, dict[str, Any]]:
         thresholds = np.array(self.model.config.class_thresholds())
-        shown = self._shown(thresholds)
+        shown = self._shown(thresholds, [field.cells for field in self.records])
         truth, found = self._truth(), {}
         for label, name in enumerate(self.names):
             scores, right, count = score_matches(shown, truth, label, len(self.names))
@@ -196,11 +192,13 @@ class MeasuredDetections(Measured):
         coarser = None if self.ancestors is None else self.ancestors.numpy()
         return [with_coarser_truth(field.truth, coarser) for field in self.records]
 
-    def _shown(self, thresholds: np.ndarray | float) -> list[dict[str, np.ndarray]]:
+    def _shown(
+        self, thresholds: np.ndarray | float, cells: Sequence[dict[str, np.ndarray]]
+    ) -> list[dict[str, np.ndarray]]:
         coarser = None if self.ancestors is None else self.ancestors.numpy()
         return [
-            with_coarser_names(_shown(field.cells, thresholds, self.ancestors), field.truth, coarser)
-            for field in self.records
+            with_coarser_names(_shown(found, thresholds, self.ancestors), field.truth, coarser)
+            for field, found in zip(self.records, cells, strict=True)
         ]
 
     def _described(self) -> int:

@@ -13,7 +13,7 @@ from unihema.results.cell import Cell
 from unihema.results.second_look import SURE, Rule, cell_types, crop_of, detection_logits, is_looked_at
 from unihema.slides import open_regions
 from unihema.training.data.rows import Row
-from unihema.training.data.shards import StoredFile
+from unihema.training.data.shards import readable
 
 
 # Smallest score of a query that is looked at, and how many nucleated ones of an image: queries of one cell are seen one by one.
@@ -60,7 +60,7 @@ class SecondLook:
         asked = torch.isfinite(logits).any(0).tolist()
         called = {usual_name(name): number for number, name in enumerate(names) if asked[number]}
         columns = [called.get(usual_name(name)) for name in self.types]
-        with open_regions(row["image"].opened() if isinstance(row["image"], StoredFile) else row["image"]) as source:
+        with open_regions(readable(row["image"])) as source:
             sides = torch.tensor([source.width, source.height, source.width, source.height])
             corners = box_convert(boxes.float().cpu(), "cxcywh", "xyxy") * sides
             cells = {

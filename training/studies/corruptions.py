@@ -20,7 +20,7 @@ from unihema.processing_unihema.image_io import image_size, load_image
 from unihema.results.tile_layout import border_colour
 from unihema.training.data.layouts.masks import read_mask
 from unihema.training.data.rows import Row
-from unihema.training.data.shards import StoredFile
+from unihema.training.data.shards import StoredFile, readable
 
 
 LEVELS = 5
@@ -196,7 +196,7 @@ class CorruptedFile(StoredFile):
         amount = corruption.amounts[self.severity - 1]
         if self.is_mask:
             return _magnified_mask(read_mask(self.source), amount)
-        image = load_image(self.source.opened() if isinstance(self.source, StoredFile) else self.source)
+        image = load_image(readable(self.source))
         return corruption.apply(image, amount, np.random.default_rng([zlib.crc32(self.name.encode()), self.severity]))
 
 
@@ -230,7 +230,7 @@ def shifted_rows(rows: Sequence[Row], corruption: Corruption, severity: int) -> 
 
 def _magnified_objects(row: Row, amount: float) -> dict[str, Any]:
     """Boxes in the magnified image, clipped to it; cells of which less than `MIN_VISIBLE` is left are gone."""
-    source = row["image"].opened() if isinstance(row["image"], StoredFile) else row["image"]
+    source = readable(row["image"])
     size = np.array(row.get("size") or image_size(source)[::-1], float)
     boxes = np.asarray(row["objects"]["bbox"], float).reshape(-1, 4)
     corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), 1)

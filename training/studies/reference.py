@@ -28,7 +28,7 @@ from unihema.results.out_of_distribution import (
 from unihema.results.tied_gaussians import TiedGaussians
 from unihema.training.data.class_tree import as_known
 from unihema.training.data.rows import Row
-from unihema.training.data.shards import StoredFile
+from unihema.training.data.shards import readable
 from unihema.training.evaluation import draw_rows
 from unihema.training.metrics.morphology import match_cells
 
@@ -102,7 +102,7 @@ def _seen(model, processor, task: str, rows: Sequence[Row], progress: bool) -> t
     seen = []
     with torch.inference_mode():
         for row in bar:
-            inputs = processor.image_processor([load_image(_source(row))], task=task).to(model.device)
+            inputs = processor.image_processor([load_image(readable(row["image"]))], task=task).to(model.device)
             pixels = inputs["pixel_values"].to(model.dtype)
             # The task that needs no encoder: the backbone's features are enough.
             features = model.get_image_features(pixels, inputs["pixel_mask"], task="question_answering")
@@ -259,7 +259,7 @@ def _outputs(model: Any, processor: Any, task: str, image: Any) -> Any:
 def _cells_of_field(model: Any, processor: Any, row: Row) -> Iterator[tuple[str, str | None, np.ndarray]]:
     """Of each cell that is found: what it is called, what it is, `None` where there is none, and its state in the decoder.
     Cells of classes that the data set does not annotate are left out."""
-    image = load_image(_source(row))
+    image = load_image(readable(row["image"]))
     outputs = _outputs(model, processor, "detection", image)
     (cells,) = find_cells(outputs, model.config, [(image.height, image.width)])
     true = np.asarray(row["objects"]["bbox"], float).reshape(-1, 4)
@@ -280,7 +280,7 @@ def _cells_of_field(model: Any, processor: Any, row: Row) -> Iterator[tuple[str,
 
 def _cell_of_crop(model: Any, processor: Any, row: Row) -> Iterator[tuple[str, str | None, np.ndarray]]:
     """What a crop is called, what it is, and its feature."""
-    outputs = _outputs(model, processor, "single_cell", load_image(_source(row)))
+    outputs = _outputs(model, processor, "single_cell", load_image(readable(row["image"])))
     best = most_probable_labels(single_cell_probabilities(outputs.logits.float(), model.config), model.config)
     yield model.config.single_cell_labels[int(best[0])], row["label"], outputs.features[0].float().cpu().numpy()
 
@@ -318,7 +318,7 @@ def record_crop_frame(
         ValueError: Too few of the crops show a nucleus.
     """
     drawn = [row for of_one in _by_dataset(rows, max_images, seed).values() for row in of_one if "box" not in row]
-    frame = measure_frame([load_image(_source(row)) for row in drawn])
+    frame = measure_frame([load_image(readable(row["image"])) for row in drawn])
     if frame is None:
         raise InputError(
             f"Of {len(drawn)} crops of single cells fewer than {FEWEST} show a nucleus: there is no frame to tell."
@@ -327,10 +327,6 @@ def record_crop_frame(
     fields = read_json_object(path, CheckpointError, "Copy the checkpoint again.")
     write_json(path, {**fields, "trained": {**fields["trained"], "crop_frame": frame}})
     return frame
-
-
-def _source(row: Row) -> Any:
-    return row["image"].opened() if isinstance(row["image"], StoredFile) else row["image"]
 
 
 __all__ = ["IMAGES_OF_CLASS", "fit_cells", "fit_reference", "odd_cell_figures", "record_crop_frame", "with_cells"]
