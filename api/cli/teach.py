@@ -167,16 +167,15 @@ def _start_anew(folder: Path, made: Sequence[str], run: "RunConfig") -> None:
         click.UsageError: It is something else, or holds what the command reads.
         OutputError: Another run is writing there.
     """
-    from accelerate import PartialState
-
     from unihema.files import contents, empty_folder, real_path
+    from unihema.training.run.distributed import join_processes
 
     whole = real_path(folder)
     read = [Path(path) for path in (".", *run.data.folders, run.model.initial_checkpoint) if path]
     within = [path for path in read if whole in (real_path(path), *real_path(path).parents)]
     if within:
         raise click.UsageError(f"--overwrite would delete {real_path(within[0])} with {folder}: name another --output.")
-    state = PartialState(cpu=run.optimisation.device == "cpu")
+    state = join_processes(run.optimisation.device)
     if state.is_main_process and folder.exists():
         if contents(folder) and not any((folder / name).exists() for name in made):
             raise click.UsageError(

@@ -52,6 +52,8 @@ class SmearDataset(Dataset):
         processor (`UniHemaProcessor`): Makes model inputs; its `default_prompts` tell which prompts need no text.
         task (`str`): One of the five tasks.
         augmentation (`AugmentationConfig`, *optional*): Random views; images stay as they are when not given.
+        augmentation_of (`Mapping[str, AugmentationConfig]`, *optional*): Data set -> the views of its images, where these
+            differ. Mosaics and the scale of a batch are those of `augmentation`.
         class_names (`Sequence[str]`, *optional*): Detection classes in the order of the model's ids; needed for
             detection.
         single_cell_labels (`Sequence[str]`, *optional*): Single-cell classes in the model's order; needed for
@@ -94,6 +96,7 @@ class SmearDataset(Dataset):
         pixels_as_bytes: bool = False,
         pad_multiple: int | None = None,
         cell_masks: bool = False,
+        augmentation_of: Mapping[str, AugmentationConfig | None] | None = None,
     ):
         if not len(rows):
             raise DatasetError(f"No rows for {task}: check the folder and the split.")
@@ -111,6 +114,7 @@ class SmearDataset(Dataset):
         self.processor = processor
         self.task = task
         self.augmentation = None if evaluation else augmentation
+        self.augmentation_of = dict(augmentation_of or {})
         self.class_names = list(class_names or ())
         self.single_cell_labels = list(single_cell_labels or ())
         self.morphology = {name: list(values) for name, values in (morphology or {}).items()}
@@ -262,9 +266,10 @@ class SmearDataset(Dataset):
     def _views_of(self, row: Row) -> AugmentationConfig:
         """The augmentation of a row. Crops with attributes are cut no closer than `CLOSEST_CROP`, or their cell could be lost,
         and keep their colours, which attributes are about."""
+        views = self.augmentation_of.get(row["dataset"]) or self.augmentation
         if not row.get("from_attributes"):
-            return self.augmentation
-        return replace(self.augmentation, zoom_min=max(self.augmentation.zoom_min, CLOSEST_CROP), colour=0, optics=0)
+            return views
+        return replace(views, zoom_min=max(views.zoom_min, CLOSEST_CROP), colour=0, optics=0)
 
     def _grid(self, row: Row, rng: np.random.Generator) -> tuple[int, int] | None:
         """Rows and columns of the mosaic that a field becomes a part of; `None` where it stands alone."""

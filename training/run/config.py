@@ -238,16 +238,20 @@ class AugmentationSettings:
         enabled (`bool`): Whether images are changed at all.
         overrides (`dict[str, dict[str, float]]`): Task -> fields of `AugmentationConfig` that differ from the task's
             defaults.
+        data_sets (`dict[str, dict[str, float]]`): Data set (the name of its folder) -> fields that differ for its images, in
+            every task; for one whose classes go with its colours, say.
     """
 
     enabled: bool = True
     overrides: dict[str, dict[str, float]] = field(default_factory=dict)
+    data_sets: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def for_task(self, task: str) -> AugmentationConfig | None:
-        """The views of a task's images; `None` for none."""
+    def for_task(self, task: str, data_set: str | None = None) -> AugmentationConfig | None:
+        """The views of a task's images, or of those of one data set; `None` for none."""
         if not self.enabled:
             return None
-        return dataclasses.replace(AugmentationConfig.for_task(task), **self.overrides.get(task, {}))
+        differing = self.overrides.get(task, {}) | self.data_sets.get(data_set or "", {})
+        return dataclasses.replace(AugmentationConfig.for_task(task), **differing)
 
 
 @dataclass
@@ -413,11 +417,15 @@ class RunConfig:
             _check_tasks(getattr(self.data, name) or (), f"data.{name}")
         _check_tasks(self.augmentation.overrides, "augmentation.overrides")
         _check_tasks(self.optimisation.loss_weights, "optimisation.loss_weights")
-        for task, values in self.augmentation.overrides.items():
-            for name in values:
-                if name not in AugmentationConfig.__dataclass_fields__:
-                    known = AugmentationConfig.__dataclass_fields__
-                    raise RunConfigError(unknown_message(name, known, f"augmentation.overrides.{task}.", "run config"))
+        known = AugmentationConfig.__dataclass_fields__
+        for setting in ("overrides", "data_sets"):
+            for owner, values in getattr(self.augmentation, setting).items():
+                for name in values:
+                    if name not in known:
+                        raise RunConfigError(
+                            unknown_message(name, known, f"augmentation.{setting}.{owner}.", "run config")
+                        )
+        for task in self.augmentation.overrides:
             self.augmentation.for_task(task)
         positive = ("optimisation.epochs", "optimisation.max_steps", "optimisation.time_limit_minutes")
         positive += ("optimisation.learning_rate", "optimisation.accumulation", "data.questions_per_image")

@@ -1,12 +1,13 @@
 """Device, precision and processes of a run, through Accelerate; and BatchNorm over the whole batch that processes share."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from torch import nn
@@ -36,7 +37,7 @@ def make_accelerator(
 
     def make() -> Accelerator:
         return Accelerator(
-            cpu=settings.device == "cpu",
+            cpu=_on_cpu(settings.device),
             mixed_precision=settings.mixed_precision,
             gradient_accumulation_steps=settings.accumulation,
             log_with=list(trackers) or None,
@@ -76,6 +77,20 @@ def make_accelerator(
         # Private: Accelerate has no public way to forget it.
         state._reset_state(reset_partial_state=True)  # noqa: SLF001
         return make()
+
+
+def join_processes(device: str) -> PartialState:
+    """Joins the other processes of a run, where a launcher started several.
+
+    Args:
+        device (`str`): `optimisation.device` of the run.
+    """
+    return PartialState(cpu=_on_cpu(device))
+
+
+def _on_cpu(device: str) -> bool:
+    """Whether Accelerate has to be told to compute on the CPU. Without a GPU it takes each of several processes for one alone."""
+    return device == "cpu" or (device == "auto" and _launched() and not torch.cuda.is_available())
 
 
 @contextmanager
@@ -122,14 +137,21 @@ class Agreement:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes."""
-    return not _several() or torch.distributed.get_rank() == 0
+    """Whether this process is the one that writes; also before it has joined the others."""
+    if _several():
+        return torch.distributed.get_rank() == 0
+    return not _launched() or int(os.environ.get("RANK") or 0) == 0
 
 
 def wait_for_everyone() -> None:
     """Returns when every process has come here."""
     if _several():
         torch.distributed.barrier()
+
+
+def _launched() -> bool:
+    """Whether a launcher started several processes of this run."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 def _several() -> bool:

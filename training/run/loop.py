@@ -53,7 +53,7 @@ from unihema.training.run.config import RunConfig
 from unihema.training.run.distributed import Agreement, make_accelerator, matrix_products, share_batch_norms
 from unihema.training.run.log import RunLog, Waiting, peak_gigabytes, tracker_callback
 from unihema.training.run.optimizer import ExponentialMovingAverage, ProgressSchedule, make_optimizer
-from unihema.training.run.precision import with_half_weights
+from unihema.training.run.precision import warn_of_slow_bf16, with_half_weights
 
 
 DEFAULT_EPOCHS = 24
@@ -151,6 +151,8 @@ class _Run:
         if config.logging.trackers:
             callbacks = (*callbacks, tracker_callback(self.accelerator, config))
         self.log = RunLog(self.folder / "log.jsonl", callbacks, self.accelerator.is_main_process)
+        if self.settings.mixed_precision == "bf16" and self.accelerator.is_main_process:
+            warn_of_slow_bf16(self.accelerator.device)
         set_seed(self.settings.seed)
         found = last_checkpoint(self.folder) if resume else None
         if found is not None:
@@ -240,6 +242,9 @@ class _Run:
                 self.processor,
                 task,
                 augmentation=self.config.augmentation.for_task(task),
+                augmentation_of={
+                    name: self.config.augmentation.for_task(task, name) for name in self.config.augmentation.data_sets
+                },
                 class_names=list(model_config.id2label.values()),
                 single_cell_labels=model_config.single_cell_names,
                 morphology=model_config.morphology,
@@ -254,6 +259,11 @@ class _Run:
             )
             for task, rows in self.rows.items()
         }
+        names = {name for dataset in datasets.values() for name, _ in dataset.sources}
+        if unknown := [name for name in self.config.augmentation.data_sets if name not in names]:
+            raise RunConfigError(
+                f"augmentation.data_sets names {', '.join(unknown)}: no such data set. There are {', '.join(sorted(names))}."
+            )
         return RunBatches(
             datasets,
             data,

@@ -1,5 +1,6 @@
 """Half precision in training: every weight is cast once a step, in one piece."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -33,6 +34,19 @@ def _copied(tensors: Any, dtypes: list[torch.dtype]) -> tuple[torch.Tensor, ...]
         # Private: no public operator copies a list of tensors in one launch.
         torch._foreach_copy_(copies, list(tensors))
     return copies
+
+
+def warn_of_slow_bf16(device: torch.device) -> None:
+    """Says where bf16 is computed without instructions for it: on a processor with AVX2 alone, a step takes several times as long.
+
+    Args:
+        device (`torch.device`): Where a run computes.
+    """
+    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        warnings.warn(
+            "This processor computes bf16 several times more slowly than float32. Train without --mixed-precision bf16.",
+            stacklevel=2,
+        )
 
 
 def half_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -72,4 +86,4 @@ def with_half_weights(model: nn.Module, dtype: torch.dtype, batch: dict[str, Any
     return functional_call(model, half_weights(model, dtype), kwargs=batch)
 
 
-__all__ = ["half_weights", "with_half_weights"]
+__all__ = ["half_weights", "warn_of_slow_bf16", "with_half_weights"]

@@ -16,7 +16,7 @@ from unihema.training.evaluation import HEADLINES
 from unihema.training.run.build import build, training_rows
 from unihema.training.run.checkpoint import save_trained
 from unihema.training.run.config import Mix, RunConfig
-from unihema.training.run.distributed import is_main_process
+from unihema.training.run.distributed import is_main_process, join_processes
 from unihema.training.run.loop import train
 from unihema.training.studies.study import Report, Run, figure_settings, read_record, run_study, shown, table
 
@@ -161,14 +161,11 @@ def train_stages(
         DatasetError: Data that cannot be used.
         TrainingError: See [`train`].
     """
-    from accelerate import PartialState
-
     changes = {name: dict(settings) for name, settings in (changes or {}).items()}
     callbacks = tuple(callbacks)
     config.check()
     _check_names(stages, changes, only)
-    # Joins the other processes, where there are some.
-    PartialState(cpu=config.optimisation.device == "cpu")
+    join_processes(config.optimisation.device)
     folder = Path(config.output_dir)
     whole = training_rows(config.with_overrides({"data.tasks": None}))
     present = [stage for stage in stages if any(task in whole for task in stage.tasks)]

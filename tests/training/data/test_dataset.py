@@ -174,6 +174,20 @@ def test_views_depend_on_epoch_and_index_not_on_order(processor):
     assert other.shape != forward[0].shape or not torch.equal(other, forward[0])
 
 
+def test_a_data_set_has_views_of_its_own(processor):
+    """Whose classes go with its colours, it keeps them; the others' change as ever."""
+    rows = [detection_row(0), detection_row(0) | {"dataset": "stained"}]
+    stay = AugmentationConfig.none()
+    data = SmearDataset(
+        rows, processor, "detection", AugmentationConfig(), class_names=CLASSES, augmentation_of={"stained": stay}
+    )
+    alone = SmearDataset(rows, processor, "detection", AugmentationConfig(), class_names=CLASSES)
+    still = torch.from_numpy(np.asarray(picture()).copy()).permute(2, 0, 1)
+    for epoch in range(3):
+        torch.testing.assert_close(data[0, epoch]["image"], alone[0, epoch]["image"])
+        assert not torch.equal(alone[1, epoch]["image"], still) and torch.equal(data[1, epoch]["image"], still)
+
+
 def test_a_batch_is_seen_at_a_scale_of_its_own(processor):
     rows = [detection_row(index) for index in range(2)]
     plain = AugmentationConfig.none()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import HEADS, batch, very_tiny_config
 
-from unihema.training.run.precision import half_weights, with_half_weights
+from unihema.training.run.precision import half_weights, warn_of_slow_bf16, with_half_weights
 
 
 def test_private_copy_of_many_tensors_is_there():
@@ -39,3 +39,11 @@ def test_shared_weights_and_norms_are_left_out():
     assert all(weight.dtype == torch.bfloat16 for weight in cast.values())
     assert not any("norm" in name or "shared" in name for name in cast)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("capability", "warned"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
+def test_a_processor_without_instructions_for_bf16_is_named(monkeypatch, recwarn, capability, warned):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    warn_of_slow_bf16(torch.device("cpu"))
+    warn_of_slow_bf16(torch.device("meta"))
+    assert ["several times more slowly" in str(warning.message) for warning in recwarn] == [True] * warned

@@ -42,6 +42,7 @@ def test_wrong_settings_are_named(values, message):
         ({"data.tasks": ["counting"]}, "counting"),
         ({"optimisation.epochs": -1.0}, "optimisation.epochs=-1.0"),
         ({"optimisation.ema_decay": 1.5}, "ema_decay=1.5"),
+        ({"augmentation.data_sets": {"lab": {"colou": 0.0}}}, "augmentation.data_sets.lab.*colour"),
     ],
 )
 def test_impossible_runs_are_refused_before_data_are_read(overrides, message):
