@@ -206,6 +206,7 @@ class Analyzer:
         labels: Sequence[str] | None = None,
         framing: str = "auto",
         second_look: bool | None = None,
+        parasites: bool = False,
     ) -> SmearResult:
         """Analyses one image.
 
@@ -233,6 +234,7 @@ class Analyzer:
                 the checkpoint says what these are; only as it is with `"off"`.
             second_look (`bool`, *optional*): Type each nucleated cell of a field from its crop, too; as the checkpoint says when
                 missing.
+            parasites (`bool`): Look at the crop of each red cell of a field for parasites, and call those infected that have one.
 
         Returns:
             [`SmearResult`]: Coordinates in pixels of the image as it stands in its file.
@@ -242,9 +244,8 @@ class Analyzer:
             CheckpointError: The checkpoint lacks a head.
             RequestError: Unknown task, a threshold outside 0..1, or a question longer than the limit.
         """
-        return self.analyze_images(
-            [image], tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look
-        )[0]
+        asked = prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look, parasites
+        return self.analyze_images([image], tasks, *asked)[0]
 
     def ask(
         self, image: "str | Path | Image.Image | numpy.ndarray", questions: str | Sequence[str]
@@ -325,23 +326,20 @@ class Analyzer:
         labels: Sequence[str] | None = None,
         framing: str = "auto",
         second_look: bool | None = None,
+        parasites: bool = False,
     ) -> list[SmearResult]:
         """Analyses several images at once; each has the result it has alone, up to float rounding.
 
         Args:
             images (`Sequence`): Images, best of one size: they are padded to the largest.
-            tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look: As for a single
-                image.
+            tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look, parasites: As for
+                a single image.
 
         Returns:
             `list[SmearResult]`: One for each image.
         """
-        return self.run(
-            self.request(
-                tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look
-            ),
-            images,
-        )
+        asked = prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look, parasites
+        return self.run(self.request(tasks, *asked), images)
 
     def analyze_files(
         self,
@@ -363,6 +361,7 @@ class Analyzer:
         labels: Sequence[str] | None = None,
         framing: str = "auto",
         second_look: bool | None = None,
+        parasites: bool = False,
     ) -> "BatchReport":
         """Analyses files, folders and glob patterns into a results folder.
 
@@ -372,8 +371,8 @@ class Analyzer:
         Args:
             inputs (`Sequence[str | Path]`): Image files, folders (with subfolders) and glob patterns.
             output (`str` or `Path`): Folder for the results; made when missing.
-            tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look: As for a single
-                image.
+            tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look, parasites: As for
+                a single image.
             formats (`Sequence[str]`): Files of other programs to write for each image beside the tables: `geojson` (QuPath),
                 `coco`, `labels` (an image of instances), `imagej` (a zip file of ROIs), `label_studio` (predictions; the
                 labelling configuration is in `label_studio.xml`).
@@ -398,9 +397,8 @@ class Analyzer:
         """
         from unihema.result_folder import analyze_into
 
-        request = self.request(
-            tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look
-        )
+        asked = prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look, parasites
+        request = self.request(tasks, *asked)
         return analyze_into(output, self, inputs, request, formats, overwrite, batch_size, on_image, on_tile, shard)
 
     def report(
@@ -441,12 +439,13 @@ class Analyzer:
         labels: Sequence[str] | None = None,
         framing: str = "auto",
         second_look: bool | None = None,
+        parasites: bool = False,
     ) -> Request:
         """Checks, before any image is opened, that the checkpoint can do what is asked, and reads the texts.
 
         Args:
-            tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look: As for a single
-                image.
+            tasks, prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look, parasites: As for
+                a single image.
 
         Returns:
             [`Request`]: To be given to [`Analyzer.run`], as long as the weights stay what they are.
@@ -465,6 +464,8 @@ class Analyzer:
         request.check(knows_size=self.model.config.trained.red_cell_diameter is not None)
         labels = self._checked_labels(labels, tasks)
         looks_again = self._looks_again(second_look, tasks)
+        if parasites:
+            self._check_tells_parasites(tasks)
         require_tasks(self.model, [*tasks, *dict.fromkeys(map(language_task, questions))])
         tasks = tuple(task for task in IMAGE_TASKS if task in tasks)
         asked = {
@@ -488,6 +489,7 @@ class Analyzer:
             tasks=tasks,
             labels=labels,
             second_look=looks_again,
+            parasites=parasites,
             texts=texts,
             question_texts=question_texts,
             prompts=prompts,
@@ -552,6 +554,8 @@ class Analyzer:
                 set_probabilities(result, self._calibration(request))
                 if request.second_look:
                     self._look_again(request, source, result)
+                if request.parasites:
+                    self._look_for_parasites(request, source, result)
                 finds_all = "detection" in request.tasks and request.prompt is None and request.white_cells is None
                 if result.answers and finds_all:
                     self._support_answers(result)
@@ -587,7 +591,7 @@ class Analyzer:
         results = [
             SmearResult(image.width, image.height, image=image.name, warnings=list(image.notes)) for image in opened
         ]
-        config, of_crops = self.model.config, "single_cell" in request.tasks or request.second_look
+        config, of_crops = self.model.config, "single_cell" in request.tasks or request.looks_at_crops
         parents = config.class_parents if of_crops else config.label_parents
         for result in results:
             result.provenance = self._provenance(request)
@@ -802,21 +806,50 @@ class Analyzer:
 
     def _look_again(self, request: Request, source: RegionSource, result: SmearResult) -> None:
         """Types the nucleated cells of a field from their crops, too."""
-        from unihema.processing_unihema.post_processing import single_cell_probabilities
         from unihema.results.second_look import Rule, cell_types, look_again
 
         config = self.model.config
         types = cell_types(config.single_cell_labels, config.class_parents)
-        crops = replace(request, tasks=("single_cell",), questions=(), question_texts=(), texts={}, prompts={})
 
         def classify(pictures: "list[Image.Image]") -> "numpy.ndarray":
-            logits = self.crop_logits(crops, pictures)
-            return single_cell_probabilities(logits, config, types).clamp(min=1e-9).log().cpu().numpy()
+            return self.crop_probabilities(request, pictures, types).clamp(min=1e-9).log().cpu().numpy()
 
         rule = Rule(**(config.trained.second_look or {}))
         result.cells = look_again(source, result.cells, result.classes, config.class_parents, types, rule, classify)
 
-    def crop_logits(self, request: Request, crops: "Sequence[Image.Image]") -> "torch.Tensor":
+    def _look_for_parasites(self, request: Request, source: RegionSource, result: SmearResult) -> None:
+        """Calls those red cells of a field infected whose crops show it."""
+        from unihema.processing_unihema.class_names import INFECTED, RED_CELL, UNINFECTED, cell_kind
+        from unihema.results.second_look import look_for_parasites
+
+        config = self.model.config
+
+        def classify(pictures: "list[Image.Image]") -> "numpy.ndarray":
+            return self.crop_probabilities(request, pictures, (INFECTED, UNINFECTED))[:, 0].cpu().numpy()
+
+        if not any(cell_kind(name, config.class_parents) == RED_CELL for name in result.classes):
+            result.warnings.append("No red cells were looked for, so none was looked at for parasites.")
+            return
+        threshold = float((config.trained.parasites or {})["threshold"])
+        result.cells = look_for_parasites(source, result.cells, config.class_parents, threshold, classify)
+        result.classes = list(dict.fromkeys((*result.classes, INFECTED)))
+
+    def crop_probabilities(
+        self, request: Request, crops: "Sequence[Image.Image]", labels: Sequence[str]
+    ) -> "torch.Tensor":
+        """How probable each of some labels is for crops of cells, `[B, labels]`.
+
+        Args:
+            request ([`Request`]): Of the field that they were cut from.
+            crops (`Sequence[PIL.Image.Image]`): The crops.
+            labels (`Sequence[str]`): Single-cell classes, or groups of them.
+        """
+        from unihema.processing_unihema.post_processing import single_cell_probabilities
+
+        alone = replace(request, tasks=("single_cell",), questions=(), question_texts=(), texts={}, prompts={})
+        return single_cell_probabilities(self._crop_logits(alone, crops), self.model.config, labels)
+
+    def _crop_logits(self, request: Request, crops: "Sequence[Image.Image]") -> "torch.Tensor":
         """What the single-cell head says of crops, framed where the request says so: `[B, classes]`."""
         import torch
 
@@ -847,6 +880,21 @@ class Analyzer:
                     "This checkpoint has no types of white cells among its single-cell classes to tell apart."
                 )
         return bool(second_look)
+
+    def _check_tells_parasites(self, tasks: Sequence[str]) -> None:
+        """Checks that infected red cells can be told.
+
+        Raises:
+            CheckpointError, RequestError: They cannot be.
+        """
+        if "detection" not in tasks:
+            raise RequestError("Parasites are looked for in the red cells of fields: ask for the task detection.")
+        require_tasks(self.model, ["single_cell"])
+        if self.model.config.trained.parasites is None:
+            raise RequestError(
+                "This checkpoint does not say from what probability on a red cell is infected (trained.parasites of its "
+                "config.json), so it cannot look for parasites."
+            )
 
     def _answers(self, question: str, tokens: "dict[str, torch.Tensor]", seen: SeenImages) -> list[str]:
         answers = self.model.generate(
@@ -897,8 +945,9 @@ class Analyzer:
             "detection_thresholds": thresholds if "detection" in tasks else None,
             "segmentation_threshold": config.trained.segmentation_threshold if "segmentation" in tasks else None,
             "labels": None if request.labels is None else list(request.labels),
-            "framing": request.framing if "single_cell" in tasks or request.second_look else None,
+            "framing": request.framing if "single_cell" in tasks or request.looks_at_crops else None,
             "second_look": request.second_look,
+            "parasites": dict(config.trained.parasites or {}) if request.parasites else None,
             "nms_iou": NMS_IOU,
             "nms_within": NMS_WITHIN,
         }

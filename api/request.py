@@ -39,6 +39,7 @@ class Request:
         labels (`tuple[str, ...]`, *optional*): What a single cell may be.
         framing (`str`): `"auto"` or `"off"`.
         second_look (`bool`): Whether nucleated cells of fields are typed from their crops, too.
+        parasites (`bool`): Whether red cells of fields are looked at in their crops for parasites.
         texts (`dict`): Task -> token ids and mask of its prompt `[1, L]`.
         question_texts (`tuple[dict]`): The same of each question.
         prompts (`dict`): Task -> what its prompt gives the queries, of one image.
@@ -54,9 +55,15 @@ class Request:
     labels: tuple[str, ...] | None = None
     framing: str = "auto"
     second_look: bool = False
+    parasites: bool = False
     texts: dict[str, dict[str, "torch.Tensor"]] = field(default_factory=dict)
     question_texts: tuple[dict[str, "torch.Tensor"], ...] = ()
     prompts: dict[str, "UniHemaPromptFeatures"] = field(default_factory=dict)
+
+    @property
+    def looks_at_crops(self) -> bool:
+        """Whether cells of fields are cut out and seen by the single-cell head."""
+        return self.second_look or self.parasites
 
     @property
     def asked(self) -> tuple[Any, ...]:

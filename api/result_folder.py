@@ -236,7 +236,7 @@ def cell_table(analyzer: "Analyzer", request: "Request") -> tuple[list[str], tup
     if shapes and not can_measure():
         logger.warning("The table of cells has no shapes: scikit-image is not installed. pip install 'unihema[shapes]'")
         shapes = False
-    return attributes, (shapes, NUCLEUS in request.texts, bool(request.second_look))
+    return attributes, (shapes, NUCLEUS in request.texts, request.looks_at_crops)
 
 
 def analyze_each(
@@ -294,6 +294,7 @@ def _settings(analyzer: "Analyzer", request: "Request", formats: Sequence[str]) 
         "labels": None if request.labels is None else list(request.labels),
         "framing": request.framing,
         "second_look": request.second_look,
+        "parasites": request.parasites,
         "image_sizes": {task: dict(processor.task_sizes[task]) for task in request.tasks},
         "formats": [form for form in FORMATS if form in formats],
     }

@@ -222,6 +222,10 @@ class TrainingResults:
             another microscope is framed and coloured before it is classified.
         second_look (`dict[str, float]`, *optional*): How the type that detection gives a cell and that of its crop are put
             together: `weight` of the crop (0 to 1), `detection_temperature` and `crop_temperature`.
+        parasites (`dict[str, float]`, *optional*): How infected red cells are told from their crops: `threshold`, the
+            probability from which one is called infected; `recall` and `precision`, the shares of infected cells that are
+            found and of cells called infected that are, on the data that it was fitted on; `false_positives`, the upper end
+            of the 95 % interval of the share of the red cells of healthy people that are called infected.
     """
 
     tasks: list[str] | None = None
@@ -236,10 +240,12 @@ class TrainingResults:
     calibration: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     crop_frame: dict[str, list[float | int]] | None = None
     second_look: dict[str, float | int] | None = None
+    parasites: dict[str, float | int] | None = None
 
 
 # Of a crop's frame: how many numbers each part has, and between what they lie.
 _CROP_FRAME = {"nucleus": (1, 0.01, 1), "mean": (3, 0, 255), "deviation": (3, 0, 255)}
+_PARASITES = ("threshold", "recall", "precision", "false_positives")
 _SECOND_LOOK = {"weight": (0, 1), "detection_temperature": (0.01, 100), "crop_temperature": (0.01, 100)}
 
 
@@ -609,9 +615,9 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
             _in_bounds("trained.cell_mask_sides", sides, 0, 1, "it is a share of an image's side")
             if len(sides) != 2 or sides[0] > sides[1]:
                 raise InputError(f"trained.cell_mask_sides is {sides} and must be two shares, ascending.")
-        for part, known in (("crop_frame", _CROP_FRAME), ("second_look", _SECOND_LOOK)):
+        for part, known in (("crop_frame", _CROP_FRAME), ("second_look", _SECOND_LOOK), ("parasites", _PARASITES)):
             stored = getattr(self.trained, part)
-            if stored is not None and stored.keys() != known.keys():
+            if stored is not None and stored.keys() != set(known):
                 raise InputError(
                     f"trained.{part} has {', '.join(map(str, stored))[:80]} and must have {', '.join(known)}."
                 )
@@ -622,6 +628,8 @@ class UniHemaConfig(SavedWithCode, PreTrainedConfig):
                 raise InputError(f"trained.crop_frame.{name} has {len(values)} numbers and must have {count}.")
         for name, value in (self.trained.second_look or {}).items():
             _in_bounds(f"trained.second_look.{name}", value, *_SECOND_LOOK[name], "it weighs two opinions")
+        for name, value in (self.trained.parasites or {}).items():
+            _in_bounds(f"trained.parasites.{name}", value, 0, 1, "it is a share")
         for part in ("loss_weights", "matching_weights"):
             for name, weight in getattr(self, part).items():
                 _in_bounds(f"{part}.{name}", weight, 0, 1e4, _WEIGHT)

@@ -13,6 +13,8 @@ PLATELET = "platelet"
 NUCLEATED_RED_CELL = "nucleated red cell"
 SMUDGE_CELL = "smudge cell"
 MEGAKARYOCYTE = "megakaryocyte"
+# Groups of red cells, of malaria and of no parasite.
+INFECTED, UNINFECTED = "infected red cell", "uninfected red cell"
 # What masks of the nuclei of white cells are asked for with.
 NUCLEUS = "nucleus"
 
@@ -223,7 +225,32 @@ def has_nucleus(name: str, parents: Mapping[str, str] | None = None) -> bool:
     return cell_kind(name, parents) not in (RED_CELL, PLATELET)
 
 
+def lineage(name: str, parents: Mapping[str, str]) -> list[str]:
+    """A class and its coarser classes by their usual names, the next one first: as the checkpoint has them, then as is usual.
+
+    Args:
+        name (`str`): The class, in any spelling.
+        parents (`Mapping[str, str]`): Class -> coarser class, as the checkpoint has it.
+    """
+    own = {usual_name(child): usual_name(parent) for child, parent in parents.items()}
+    line = [usual_name(name)]
+    while (parent := own.get(line[-1], STANDARD_PARENTS.get(line[-1]))) is not None and parent not in line:
+        line.append(parent)
+    return line
+
+
+def is_infected(name: str, parents: Mapping[str, str] | None = None) -> bool:
+    """Whether a class is of infected red cells. A checkpoint may know stages without the class that they are kinds of.
+
+    Args:
+        name (`str`): The class, in any spelling.
+        parents (`Mapping[str, str]`, *optional*): Class -> coarser class, as the checkpoint has it.
+    """
+    return any(INFECTED in lineage(each, {}) for each in lineage(name, parents or {}))
+
+
 __all__ = [
+    "INFECTED",
     "MEGAKARYOCYTE",
     "NUCLEATED_RED_CELL",
     "PLATELET",
@@ -232,12 +259,15 @@ __all__ = [
     "SMUDGE_CELL",
     "STANDARD_PARENTS",
     "UNIDENTIFIED",
+    "UNINFECTED",
     "WHITE_CELL",
     "cell_kind",
     "has_nucleus",
     "is_beside_differential",
+    "is_infected",
     "is_untyped_white_cell",
     "is_white_cell",
+    "lineage",
     "plain_name",
     "short_name",
     "usual_name",

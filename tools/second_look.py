@@ -5,7 +5,6 @@ detection alone, by its crop alone, by the checkpoint's rule, and by the rule th
 them when missing).
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -17,7 +16,6 @@ from unihema import Analyzer
 from unihema.errors import CheckpointError, InputError
 from unihema.files import read_json_object, write_json
 from unihema.processing_unihema.class_names import usual_name
-from unihema.processing_unihema.post_processing import single_cell_probabilities
 from unihema.results.second_look import Rule, cell_types, crop_of, detection_logits, fit_rule, is_looked_at
 from unihema.slides import open_regions
 from unihema.training.data.readers import load_folder
@@ -45,7 +43,6 @@ def opinions(analyzer: Analyzer, folder: Path, split: str) -> tuple[np.ndarray, 
     types = cell_types(config.single_cell_labels, config.label_parents)
     numbers = {usual_name(name): number for number, name in enumerate(types)}
     request = analyzer.request(["detection"], tiles="off", threshold=SCORE, second_look=False)
-    of_crops = replace(request, tasks=("single_cell",), texts={}, prompts={})
     detection, crops, true, boxes = [], [], [], 0
     for row in load_folder(folder, split, tasks=["detection"]).get("detection", ()):
         names = [usual_name(name) for name in row["objects"]["category"]]
@@ -66,9 +63,9 @@ def opinions(analyzer: Analyzer, folder: Path, split: str) -> tuple[np.ndarray, 
             if not found:
                 continue
             chosen = [cells[best] for _, best in found]
-            logits = analyzer.crop_logits(of_crops, [crop_of(source, cell) for cell in chosen])
+            probabilities = analyzer.crop_probabilities(request, [crop_of(source, cell) for cell in chosen], types)
         detection.append(detection_logits(chosen, types))
-        crops.append(single_cell_probabilities(logits, config, types).clamp(min=LEAST).log().cpu().numpy())
+        crops.append(probabilities.clamp(min=LEAST).log().cpu().numpy())
         true += [numbers[names[typed[place]]] for place, _ in found]
     if not true:
         raise InputError(f"{folder}: detection finds no cell whose type is known in split {split!r}.")

@@ -10,12 +10,14 @@ from unihema.processing_unihema.class_names import (
     PLATELET,
     RED_CELL,
     SMUDGE_CELL,
-    STANDARD_PARENTS,
     UNIDENTIFIED,
+    UNINFECTED,
     WHITE_CELL,
     cell_kind,
     is_beside_differential,
+    is_infected,
     is_untyped_white_cell,
+    lineage,
     usual_name,
 )
 from unihema.processing_unihema.questions import exact_limits
@@ -23,9 +25,9 @@ from unihema.processing_unihema.questions import exact_limits
 from .tables import ReportTables, grade_of
 
 
-_INFECTED, _UNINFECTED, _PARASITES = "infected red cell", "uninfected red cell", ("parasite", "malaria parasite")
+_PARASITES = ("parasite", "malaria parasite")
 # Red cells that are no finding of shape.
-_PLAIN = ("rbc", _UNINFECTED, "normal red blood cell", "normocyte", "discocyte")
+_PLAIN = ("rbc", UNINFECTED, "normal red blood cell", "normocyte", "discocyte")
 
 
 @dataclass(frozen=True)
@@ -102,20 +104,6 @@ def sample_figures(
         "platelets": _platelets(counts, inside, kinds, tables, area_mm2),
         "notes": notes,
     }
-
-
-def lineage(name: str, parents: Mapping[str, str]) -> list[str]:
-    """A class and its coarser classes by their usual names, the next one first: as the checkpoint has them, then as is usual.
-
-    Args:
-        name (`str`): The class, in any spelling.
-        parents (`Mapping[str, str]`): Class -> coarser class, as the checkpoint has it.
-    """
-    own = {usual_name(child): usual_name(parent) for child, parent in parents.items()}
-    line = [usual_name(name)]
-    while (parent := own.get(line[-1], STANDARD_PARENTS.get(line[-1]))) is not None and parent not in line:
-        line.append(parent)
-    return line
 
 
 def row(name: str, count: int, of: int, **more: Any) -> dict[str, Any]:
@@ -250,8 +238,7 @@ def _is_infected(name: str, parents: Mapping[str, str], kinds: Mapping[str, str 
 
 
 def _shows_parasites(name: str, parents: Mapping[str, str]) -> bool:
-    usual = {each for of in lineage(name, parents) for each in lineage(of, {})}
-    return _INFECTED in usual or not usual.isdisjoint(_PARASITES)
+    return is_infected(name, parents) or not {*lineage(name, parents)}.isdisjoint(_PARASITES)
 
 
 def _parasites(
@@ -326,4 +313,4 @@ def _platelets(
     }
 
 
-__all__ = ["ReportOptions", "exact_limits", "lineage", "row", "sample_figures"]
+__all__ = ["ReportOptions", "exact_limits", "row", "sample_figures"]

@@ -359,6 +359,13 @@ class _Pool:
         area = sum(of.width * of.height * (of.um_per_pixel or 0) ** 2 for of in fields) / 1e6
         if whole and estimated:
             notes.append(f"The size of a pixel was estimated by red cells in {estimated} of {len(fields)} images.")
+        if told := [most for of in fields if (most := _most_false_positives(of)) is not None]:
+            notes.append(
+                f"Infected red cells were looked for in crops, in {len(told)} of {len(fields)} images. Of the red cells of "
+                f"healthy people up to {max(told):.2%} are called infected as well, and perhaps more on a microscope that the "
+                "checkpoint has never seen: a share no larger than that shows no infection. Stages are "
+                "not told, so gametocytes count, too. Let a person look at the cells."
+            )
         red = {name for name in classes if cell_kind(name, parents) == RED_CELL}
         tiles = [
             tile for of in fields if of.monolayer for tile in of.monolayer["tiles"] if len(of.monolayer["tiles"]) > 1
@@ -380,6 +387,13 @@ class _Pool:
             outside,
             notes,
         )
+
+
+def _most_false_positives(of: SmearResult) -> float | None:
+    """The most red cells of healthy people that are called infected; `None` where parasites were not looked for in crops."""
+    known = of.provenance.get("parasites")
+    most = known.get("false_positives") if isinstance(known, dict) else None
+    return float(most) if isinstance(most, (int, float)) and 0 <= most <= 1 else None
 
 
 def _notes_on_images(counted: Sequence[ReportedImage], left_out: Sequence[Mapping[str, str]]) -> list[str]:

@@ -1,4 +1,5 @@
-"""A second look at the nucleated cells of a field: each is typed from its crop as well, and the two opinions are put together."""
+"""A second look at cells of a field in their crops. Nucleated cells are typed from them as well, and the two opinions are put
+together; red cells are looked at for parasites, which detection alone does not find."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,9 +10,13 @@ import numpy as np
 from PIL import Image
 
 from unihema.processing_unihema.class_names import (
+    INFECTED,
     NUCLEATED_RED_CELL,
+    RED_CELL,
+    UNINFECTED,
     WHITE_CELL,
     cell_kind,
+    is_infected,
     is_untyped_white_cell,
     usual_name,
 )
@@ -151,6 +156,45 @@ def look_again(
     return found
 
 
+def is_looked_at_for_parasites(cell: Cell, parents: Mapping[str, str] | None) -> bool:
+    """Whether a cell is a red cell that is not called infected yet."""
+    return cell_kind(cell.label, parents) == RED_CELL and not is_infected(cell.label, parents)
+
+
+def look_for_parasites(
+    source: RegionSource,
+    cells: Sequence[Cell],
+    parents: Mapping[str, str] | None,
+    threshold: float,
+    classify: Callable[[list[Image.Image]], np.ndarray],
+) -> list[Cell]:
+    """Looks at the crops of the red cells of an image for parasites.
+
+    Args:
+        source ([`RegionSource`]): The image.
+        cells (`Sequence[Cell]`): Its cells.
+        parents (`Mapping[str, str]`, *optional*): Class -> coarser class.
+        threshold (`float`): Probability from which a cell is called infected.
+        classify (`Callable`): From crops to the probabilities that the cells are infected `[n]`.
+
+    Returns:
+        `list[Cell]`: The cells; those that were looked at have `second_look`, and infected ones the label and no probability.
+    """
+    found = list(cells)
+    for numbers in _groups([n for n, cell in enumerate(cells) if is_looked_at_for_parasites(cell, parents)]):
+        infected = classify([crop_of(source, cells[number]) for number in numbers])
+        for number, share in zip(numbers, infected.tolist(), strict=True):
+            cell, is_infected = cells[number], share >= threshold
+            told = {
+                "label": INFECTED if is_infected else UNINFECTED,
+                "score": share if is_infected else 1 - share,
+                "detection": cell.label,
+            }
+            changed = {"label": INFECTED, "probability": None} if is_infected else {}
+            found[number] = replace(cell, **changed, second_look=told)
+    return found
+
+
 def fit_rule(detection: np.ndarray, crop: np.ndarray, true: np.ndarray) -> Rule:
     """The rule under which the true types of cells are most probable.
 
@@ -183,4 +227,14 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-__all__ = ["Rule", "cell_types", "crop_of", "detection_logits", "fit_rule", "is_looked_at", "look_again"]
+__all__ = [
+    "Rule",
+    "cell_types",
+    "crop_of",
+    "detection_logits",
+    "fit_rule",
+    "is_looked_at",
+    "is_looked_at_for_parasites",
+    "look_again",
+    "look_for_parasites",
+]

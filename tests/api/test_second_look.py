@@ -10,8 +10,17 @@ from tiny_checkpoint import save_lively
 
 from unihema import Analyzer, CheckpointError, RequestError, UniHemaError, UniHemaForDetection
 from unihema.files import OpenedImage
+from unihema.report import SmearReport
 from unihema.results.cell import Cell
-from unihema.results.second_look import Rule, cell_types, crop_of, detection_logits, fit_rule, look_again
+from unihema.results.second_look import (
+    Rule,
+    cell_types,
+    crop_of,
+    detection_logits,
+    fit_rule,
+    look_again,
+    look_for_parasites,
+)
 from unihema.slides import ImageRegions
 
 
@@ -90,6 +99,30 @@ def test_a_type_that_detection_has_no_class_for_is_reported_and_changes_no_label
     sure = lambda crops: np.tile([0.0, 0.0, 30.0], (len(crops), 1))
     found = look_again(source, cells[:1], CLASSES, PARENTS, TYPES, Rule(), sure)
     assert found[0].label == "WBC" and found[0].second_look["label"] == "erythroblast"
+
+
+def test_the_crops_of_red_cells_are_looked_at_for_parasites():
+    """Those from the threshold on are called infected; what detection calls infected, and other cells, are not looked at."""
+    source, cells = field()
+    cells = [*cells, Cell(6, (10, 10, 40, 40), "ring", 0.4), Cell(7, (60, 60, 90, 90), "burr_cell", 0.6)]
+    sizes = []
+
+    def classify(crops):
+        sizes.extend(crop.size for crop in crops)
+        return np.array([0.75, 0.7])
+
+    parents = PARENTS | {"ring": "RBC"}
+    found = look_for_parasites(source, cells, parents, 0.75, classify)
+    assert sizes == [(60, 60)] * 2
+    assert [cell.label for cell in found] == [
+        "WBC", "WBC", "infected red cell", "WBC", "WBC", "ring", "burr_cell",
+    ]  # fmt: skip
+    assert found[2].second_look == {"label": "infected red cell", "score": 0.75, "detection": "RBC"}
+    assert (found[2].score, found[2].probability) == (0.9, None)
+    told = found[6].second_look
+    assert (told["label"], told["detection"]) == ("uninfected red cell", "burr_cell")
+    assert told["score"] == pytest.approx(0.3) and found[6].probability == cells[6].probability
+    assert all(found[number] is cells[number] for number in (0, 1, 3, 4, 5))
 
 
 def test_two_opinions_are_put_together_by_the_rule():
@@ -187,3 +220,76 @@ def test_a_checkpoint_that_states_a_rule_looks_again_by_itself(checkpoint, tmp_p
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UniHemaError, match="trained.second_look.weight"):
         Analyzer.from_pretrained(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def malaria_checkpoint(tmp_path_factory):
+    names = {0: "RBC", 1: "WBC"}
+    folder = tmp_path_factory.mktemp("models") / "parasites"
+    parents = {"ring": "infected red cell", "infected red cell": "RBC", "normal": "uninfected red cell"}
+    parents |= {"uninfected red cell": "RBC"}
+    labels = ["neutrophil", "ring", "normal"]
+    save_lively(folder, 1, id2label=names, single_cell_labels=labels, single_cell_parents=parents)
+    return folder
+
+
+def told_of_parasites(folder, to, **told):
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    config = json.loads((to / "config.json").read_text())
+    stated = {"threshold": 0.5, "recall": 0.9, "precision": 0.8, "false_positives": 0.004}
+    config["trained"]["parasites"] = stated | told
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+@pytest.mark.parametrize(("threshold", "infected"), [(0.0, True), (1.0, False)])
+def test_an_analysis_looks_for_parasites_where_that_is_asked_for(malaria_checkpoint, tmp_path, threshold, infected):
+    analyzer = Analyzer.from_pretrained(
+        told_of_parasites(malaria_checkpoint, tmp_path / "m", threshold=threshold), device="cpu"
+    )
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (72, 96, 3), np.uint8))
+    once, looked = (analyzer(image, ["detection"], parasites=asked) for asked in (False, True))
+    assert once.provenance["parasites"] is None and "infected red cell" not in once.classes
+    assert looked.provenance["parasites"]["threshold"] == threshold
+    red = [number for number, cell in enumerate(once.cells) if cell.label == "RBC"]
+    assert red and "infected red cell" in looked.counts
+    for number, cell in enumerate(looked.cells):
+        assert cell.label == ("infected red cell" if infected and number in red else once.cells[number].label)
+        assert (cell.second_look is not None) == (number in red)
+    # Infected cells are red cells still, and a report knows whether there are any and how far that can be trusted.
+    report = SmearReport.of([looked]).figures
+    assert report["parasites"]["known"] and report["parasites"]["share"]["count"] == infected * len(red)
+    assert report["parasites"]["share"]["of"] == len(red)
+    assert sum("healthy people up to 0.40%" in note for note in report["notes"]) == 1
+    assert not SmearReport.of([once]).figures["parasites"]["known"]
+    image.save(tmp_path / "field.png")
+    analyzer.analyze_files([tmp_path / "field.png"], tmp_path / "out", ["detection"], parasites=True)
+    rows = list(csv.DictReader((tmp_path / "out" / "cells.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row["label"] for row in rows] == [cell.label for cell in looked.cells]
+    with pytest.raises(UniHemaError, match="parasites"):
+        analyzer.analyze_files([tmp_path / "field.png"], tmp_path / "out", ["detection"])
+
+
+def test_where_no_red_cell_is_looked_for_no_report_says_that_there_are_no_parasites(malaria_checkpoint, tmp_path):
+    analyzer = Analyzer.from_pretrained(told_of_parasites(malaria_checkpoint, tmp_path / "m"), device="cpu")
+    result = analyzer(Image.effect_noise((96, 72), 60).convert("RGB"), ["detection"], prompt="WBC", parasites=True)
+    assert "infected red cell" not in result.classes
+    assert any("none was looked at for parasites" in warning for warning in result.warnings)
+    assert not SmearReport.of([result]).figures["parasites"]["known"]
+
+
+def test_parasites_that_cannot_be_told_are_not_looked_for(malaria_checkpoint, tmp_path):
+    analyzer = Analyzer.from_pretrained(malaria_checkpoint, device="cpu")
+    with pytest.raises(RequestError, match=r"does not say .*trained.parasites"):
+        analyzer.request("detection", parasites=True)
+    with pytest.raises(RequestError, match="task detection"):
+        analyzer.request("single_cell", parasites=True)
+    alone = Analyzer.from_pretrained(save_lively_detector(tmp_path), device="cpu")
+    with pytest.raises(CheckpointError, match="single_cell"):
+        alone.request("detection", parasites=True)
+    with pytest.raises(UniHemaError, match=r"trained.parasites.threshold"):
+        Analyzer.from_pretrained(told_of_parasites(malaria_checkpoint, tmp_path / "m", threshold=1.5), device="cpu")
+    with pytest.raises(UniHemaError, match=r"trained.parasites has .*more"):
+        Analyzer.from_pretrained(told_of_parasites(malaria_checkpoint, tmp_path / "n", more=1), device="cpu")

@@ -43,7 +43,7 @@ def test_an_older_file_says_the_same_and_is_saved_in_the_new_form(name, tmp_path
         # What older files do not say is not known.
         unknown = {
             "trained": dict.fromkeys(
-                ("red_cell_diameter", "mask_prompts", "crop_frame", "second_look", "cell_mask_sides")
+                ("red_cell_diameter", "mask_prompts", "crop_frame", "second_look", "cell_mask_sides", "parasites")
             )
             | {"cell_masks": False, "calibration": {}, "unfound_classes": []},
             "loss_weights": {"mask_bce": 2, "mask_dice": 2},

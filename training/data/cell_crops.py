@@ -6,8 +6,7 @@ import numpy as np
 
 from unihema.errors import DatasetError
 from unihema.modeling_unihema.configuration_unihema import ancestors
-from unihema.processing_unihema.class_names import STANDARD_PARENTS, usual_name
-from unihema.training.data.class_tree import UNINFECTED
+from unihema.processing_unihema.class_names import INFECTED, STANDARD_PARENTS, UNINFECTED, usual_name
 from unihema.training.data.rows import PROVENANCE_KEYS, Row
 from unihema.training.data.shards import LazyRows
 
@@ -106,7 +105,7 @@ def _label(name: str, row: Row) -> str:
     if name not in (row.get("exact_classes") or ()) or usual_name(name) != "rbc":
         return name
     finer = (ancestors(usual_name(other), STANDARD_PARENTS) for other in row["annotated_classes"])
-    return UNINFECTED if any("infected red cell" in line for line in finer) else name
+    return UNINFECTED if any(INFECTED in line for line in finer) else name
 
 
 __all__ = ["MOST_CROPS", "MOST_MEASURED", "crops_of_boxes", "with_declared_classes"]

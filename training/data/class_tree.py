@@ -6,7 +6,13 @@ from functools import cache
 
 from unihema.modeling_unihema.configuration_unihema import ancestors
 from unihema.official.labels import OFFICIAL_CELLS, OFFICIAL_CLASSES
-from unihema.processing_unihema.class_names import RED_CELL_SHAPES, STANDARD_PARENTS, short_name, usual_name
+from unihema.processing_unihema.class_names import (
+    RED_CELL_SHAPES,
+    STANDARD_PARENTS,
+    UNINFECTED,
+    short_name,
+    usual_name,
+)
 from unihema.training.data.rows import Row, witnesses
 
 
@@ -18,8 +24,6 @@ OFFICIAL_NAMES = {
 
 # How groups of single cells are spelled.
 GROUP_NAMES = {"rbc": "RBC", "wbc": "WBC", "platelet": "Platelets"}
-# What a red cell is called whose data set tells infected ones apart, and has no finer name for it.
-UNINFECTED = "uninfected red cell"
 # What sets of red-cell shapes call the rest. Elsewhere these words say nothing about the kind of cell.
 _BESIDE_SHAPES = ("normal", "normal cell", "uncategorised", "uncategorized")
 # Labels of whole fields, which are no cells.

@@ -10,20 +10,21 @@ from typing import Any
 from unihema.errors import DatasetError
 from unihema.modeling_unihema.configuration_unihema import ancestors
 from unihema.processing_unihema.class_names import (
+    INFECTED,
     PLATELET,
     RED_CELL,
     RED_CELL_SHAPES,
     STANDARD_PARENTS,
+    UNINFECTED,
     WHITE_CELL,
     cell_kind,
     usual_name,
 )
-from unihema.training.data.class_tree import UNINFECTED, known_parents, with_covered_parents
+from unihema.training.data.class_tree import known_parents, with_covered_parents
 from unihema.training.data.rows import PROVENANCE_KEYS, Row
 from unihema.training.data.shards import LazyRows
 
 
-INFECTED = "infected red cell"
 STAGES = ("ring", "trophozoite", "schizont", "gametocyte")
 # What a field's label says of acute lymphoblastic leukaemia.
 _LEUKAEMIA = {"all benign": "benign", "all early": "early", "all pre": "pre", "all pro": "pro"}

@@ -8,7 +8,6 @@ from torchvision.ops import box_convert
 
 from unihema.analyzer import Analyzer
 from unihema.processing_unihema.class_names import is_untyped_white_cell, usual_name
-from unihema.processing_unihema.post_processing import single_cell_probabilities
 from unihema.results.cell import Cell
 from unihema.results.second_look import SURE, Rule, cell_types, crop_of, detection_logits, is_looked_at
 from unihema.slides import open_regions
@@ -72,8 +71,9 @@ class SecondLook:
             cells = {query: cells[query] for query in nucleated[:MOST]}
             if not cells or not any(column is not None for column in columns):
                 return logits
-            of_crops = self.analyzer.crop_logits(self.request, [crop_of(source, cell) for cell in cells.values()])
-        of_crops = single_cell_probabilities(of_crops, self.config, self.types).clamp(min=1e-9).log().cpu().numpy()
+            pictures = [crop_of(source, cell) for cell in cells.values()]
+            of_crops = self.analyzer.crop_probabilities(self.request, pictures, self.types)
+        of_crops = of_crops.clamp(min=1e-9).log().cpu().numpy()
         together = self.rule.probabilities(detection_logits(list(cells.values()), self.types), of_crops)
         logits = logits.clone()
         for (query, cell), of_both in zip(cells.items(), together, strict=True):

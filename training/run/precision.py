@@ -37,7 +37,7 @@ def _copied(tensors: Any, dtypes: list[torch.dtype]) -> tuple[torch.Tensor, ...]
 
 
 def warn_of_slow_bf16(device: torch.device) -> None:
-    """Says where bf16 is computed without instructions for it: on a processor with AVX2 alone, a step takes several times as long.
+    """Says where bf16 is computed without instructions for it: with AVX2 alone a step takes several times as long.
 
     Args:
         device (`torch.device`): Where a run computes.

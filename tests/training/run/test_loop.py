@@ -315,6 +315,8 @@ def test_another_run_in_the_folder_is_named_and_leftovers_of_killed_ones_go(smea
 
 def test_views_of_a_data_set_that_is_not_there_are_refused_and_nothing_is_written(smears, tmp_path):
     config = run_config(smears, tmp_path / "run", **{"augmentation.data_sets": {"elsewhere": {"colour": 0.0}}})
-    with pytest.raises(RunConfigError, match=r"augmentation.data_sets names elsewhere: no such data set. There are \w+"):
+    with pytest.raises(
+        RunConfigError, match=r"augmentation.data_sets names elsewhere: no such data set. There are \w+"
+    ):
         train(config)
     assert not (tmp_path / "run").exists()
