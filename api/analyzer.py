@@ -408,8 +408,8 @@ class Analyzer:
 
         Args:
             images (`Sequence`): Fields, a slide, or crops of single cells. Of crops the task `single_cell` has to be asked for.
-            **details: `tasks`, `tiles`, `um_per_pixel` and `white_cells` as for a single image; everything else as of
-                [`SmearReport.of`].
+            **details: `tasks`, `tiles`, `um_per_pixel`, `white_cells`, `second_look` and `parasites` as for a single image;
+                everything else as of [`SmearReport.of`].
 
         Returns:
             [`SmearReport`]
@@ -417,9 +417,8 @@ class Analyzer:
         from unihema.report.classifier_errors import classifier_errors
         from unihema.report.smear_report import SmearReport
 
-        asked = {
-            name: details.pop(name) for name in ("tasks", "tiles", "um_per_pixel", "white_cells") if name in details
-        }
+        of_images = ("tasks", "tiles", "um_per_pixel", "white_cells", "second_look", "parasites")
+        asked = {name: details.pop(name) for name in of_images if name in details}
         results = [self(image, **asked) for image in images]
         if self.source is not None and "classifier" not in details:
             details["classifier"] = classifier_errors(

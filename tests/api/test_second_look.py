@@ -264,6 +264,7 @@ def test_an_analysis_looks_for_parasites_where_that_is_asked_for(malaria_checkpo
     assert report["parasites"]["share"]["of"] == len(red)
     assert sum("healthy people up to 0.40%" in note for note in report["notes"]) == 1
     assert not SmearReport.of([once]).figures["parasites"]["known"]
+    assert analyzer.report([image], tasks=["detection"], parasites=True).figures["parasites"] == report["parasites"]
     image.save(tmp_path / "field.png")
     analyzer.analyze_files([tmp_path / "field.png"], tmp_path / "out", ["detection"], parasites=True)
     rows = list(csv.DictReader((tmp_path / "out" / "cells.csv").read_text(encoding="utf-8").splitlines()))
