@@ -277,7 +277,7 @@ class Analyzer:
         Args:
             questions (`Sequence[str]`): The questions.
         """
-        from unihema.processing_unihema.questions import is_count
+        from unihema.processing_unihema.questions import counts_infected_cells, is_count
 
         heads = tuple(task for task in ("detection", "single_cell") if task in self.tasks)
         # Where there is no text decoder, cells still answer how many there are.
@@ -286,7 +286,9 @@ class Analyzer:
             for question in questions
             if not ("detection" in heads and is_count(question) and language_task(question) not in self.tasks)
         )
-        return {"tasks": heads, "questions": written}
+        can_tell = len(heads) == 2 and self.model.config.trained.parasites is not None
+        parasites = can_tell and any(map(counts_infected_cells, questions))
+        return {"tasks": heads, "questions": written, "parasites": parasites}
 
     def answers(self, result: SmearResult, questions: Sequence[str]) -> "list[Answer]":
         """The answers to questions, with the cells that support them.

@@ -10,11 +10,13 @@ from scipy.special import betaincinv
 from unihema.modeling_unihema.configuration_unihema import ancestors
 
 from .class_names import (
+    INFECTED,
     PLATELET,
     RED_CELL,
     WHITE_CELL,
     cell_kind,
     has_nucleus,
+    is_infected,
     is_untyped_white_cell,
     is_white_cell,
     plain_name,
@@ -35,6 +37,8 @@ _SAYS_NOTHING = re.compile(
     r"|field|smear|slide|view|film|sample|frame|total|all|altogether|do|does|did|can|could|be|been|are|is|were|was|have|has|had"
     r"|you|we|i|one|see|count|find|detect|show|contain|please"
 )
+# Red cells are infected by nothing else that is known of here.
+_BY_PARASITES = re.compile(r"(?<=infected) (?:with|by) (?:malaria|(?:malarial? )?parasites?)$")
 _HOW_MANY = (
     re.compile(r"how many of (?:the |all )?(?P<whole>.+?) (?:are|is|were) (?P<what>.+)$"),
     re.compile(r"how many (?P<whole>.+?) (?:are|is|were) (?P<what>.+)$"),
@@ -116,6 +120,12 @@ def is_count(question: str) -> bool:
     return _asked(question) is not None
 
 
+def counts_infected_cells(question: str) -> bool:
+    """Whether a question asks how many infected red cells there are, whether there are any, or what per cent they are."""
+    asked = _asked(question)
+    return asked is not None and _meant(asked[1]) == INFECTED
+
+
 def answer_from_cells(
     question: str,
     text: str | None,
@@ -189,9 +199,15 @@ def _without_place(text: str) -> str:
     return " ".join(words)
 
 
+def _meant(name: str) -> str:
+    """The usual name of the cells that a part of a question names."""
+    name = _BY_PARASITES.sub("", re.sub(r"^(?:the|any|all|an?) ", "", _without_place(name)))
+    return usual_name(name)
+
+
 def _members(name: str, classes: Sequence[str], parents: Mapping[str, str]) -> set[str] | None:
     """The classes that a name stands for; `None` where the checkpoint has none of them."""
-    usual = usual_name(re.sub(r"^(?:the|any|all|an?) ", "", _without_place(name)))
+    usual = _meant(name)
     # "these" and the like say nothing either.
     if usual in ("cell", ""):
         return set(classes)
@@ -221,7 +237,8 @@ def _counted(
             return None
         return Answer(question, CANNOT_KNOW, CELLS, text=text, note=f"this checkpoint has no class {what!r}")
     white = all(is_white_cell(label, parents) for label in members)
-    name = whole or ("white blood cells" if white else "cells")
+    infected = all(is_infected(label, parents) for label in members)
+    name = whole or ("white blood cells" if white else "red blood cells" if infected else "cells")
     base = _members(name, classes, parents)
     if base is None:
         return Answer(question, CANNOT_KNOW, CELLS, text=text, note=f"this checkpoint has no class {name!r}")
@@ -357,4 +374,4 @@ def _disagreement(
     return "; ".join(parts) or None
 
 
-__all__ = ["CELLS", "TEXT", "Answer", "answer_from_cells", "exact_limits", "is_count"]
+__all__ = ["CELLS", "TEXT", "Answer", "answer_from_cells", "counts_infected_cells", "exact_limits", "is_count"]

@@ -294,3 +294,15 @@ def test_parasites_that_cannot_be_told_are_not_looked_for(malaria_checkpoint, tm
         Analyzer.from_pretrained(told_of_parasites(malaria_checkpoint, tmp_path / "m", threshold=1.5), device="cpu")
     with pytest.raises(UniHemaError, match=r"trained.parasites has .*more"):
         Analyzer.from_pretrained(told_of_parasites(malaria_checkpoint, tmp_path / "n", more=1), device="cpu")
+
+
+def test_a_question_of_infected_cells_looks_for_them(malaria_checkpoint, tmp_path):
+    folder = told_of_parasites(malaria_checkpoint, tmp_path / "m", threshold=0.0)
+    analyzer = Analyzer.from_pretrained(folder, device="cpu")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (72, 96, 3), np.uint8))
+    red = analyzer(image, ["detection"]).counts["RBC"]
+    answer = analyzer.ask(image, "How many red blood cells are infected?")
+    assert red and (str(answer), answer.source) == (str(red), "cells")
+    assert analyzer.asked_of(["How many cells are there?"])["parasites"] is False
+    untold = Analyzer.from_pretrained(malaria_checkpoint, device="cpu")
+    assert str(untold.ask(image, "How many red blood cells are infected?")) == "cannot know"

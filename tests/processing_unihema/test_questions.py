@@ -8,7 +8,7 @@ from transformers import pipeline
 from unihema import Analyzer
 from unihema.loading import load_model
 from unihema.modeling_unihema.modeling_unihema import UniHemaForDetection
-from unihema.processing_unihema.questions import answer_from_cells, is_count
+from unihema.processing_unihema.questions import answer_from_cells, counts_infected_cells, is_count
 
 
 PARENTS = {"basophil": "WBC", "neutrophil": "WBC", "lymphocyte": "WBC", "reactive lymphocyte": "lymphocyte"}
@@ -84,6 +84,33 @@ def test_counts_are_of_the_cells_that_were_found(question, answer, cells):
     assert (found.answer, found.source, len(found.cells)) == (answer, "cells", cells)
     assert is_count(question) and found.text == "many" and sum(found.counts.values()) == cells
     assert all(set(each) == {"label", "score", "box"} for each in found.cells)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("How many infected red blood cells are there?", "2"),
+        ("How many red blood cells are infected with malaria?", "2"),
+        ("Are there any infected cells?", "yes, 2"),
+        ("What percentage of red cells are infected?", "20 % (2 of 10 red cells; exact limits 2.5 to 55.6 %)"),
+        ("What per cent are infected?", "20 % (2 of 10 red blood cells; exact limits 2.5 to 55.6 %)"),
+    ],
+)
+def test_infected_cells_are_counted_where_they_were_looked_for(question, answer):
+    cells = [cell(label) for label in ["RBC"] * 8 + ["infected red cell"] * 2 + ["neutrophil"] * 5]
+    found = answer_from_cells(question, None, cells, [*CLASSES, "infected red cell"], PARENTS)
+    assert (found.answer, found.counts) == (answer, {"infected red cell": 2})
+    assert counts_infected_cells(question)
+
+
+def test_other_counts_need_no_look_for_parasites():
+    for question in (
+        "How many cells are there?",
+        "How many red cells?",
+        "How many uninfected cells?",
+        "Is it infected?",
+    ):
+        assert not counts_infected_cells(question)
 
 
 def test_whether_there_are_cells_of_a_kind_that_is_no_class_is_for_the_text():
