@@ -888,14 +888,20 @@ class Analyzer:
         Raises:
             CheckpointError, RequestError: They cannot be.
         """
+        from unihema.processing_unihema.class_names import INFECTED, UNINFECTED, usual_name
+
         if "detection" not in tasks:
             raise RequestError("Parasites are looked for in the red cells of fields: ask for the task detection.")
         require_tasks(self.model, ["single_cell"])
-        if self.model.config.trained.parasites is None:
-            raise RequestError(
-                "This checkpoint does not say from what probability on a red cell is infected (trained.parasites of its "
-                "config.json), so it cannot look for parasites."
+        config, missing = self.model.config, None
+        if not {INFECTED, UNINFECTED} <= {usual_name(name) for name in config.single_cell_names}:
+            missing = "has no single-cell classes of infected and of uninfected red cells"
+        elif config.trained.parasites is None:
+            missing = (
+                "does not say from what probability on a red cell is infected (trained.parasites of its config.json)"
             )
+        if missing is not None:
+            raise RequestError(f"This checkpoint {missing}, so it cannot look for parasites.")
 
     def _answers(self, question: str, tokens: "dict[str, torch.Tensor]", seen: SeenImages) -> list[str]:
         answers = self.model.generate(

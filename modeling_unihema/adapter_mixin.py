@@ -219,7 +219,7 @@ def adapter_fields(peft_config: Any) -> dict[str, Any]:
         # Groups of the base are none of an older adapter's classes.
         fields.setdefault("single_cell_parents", None)
         # Nor does the base's frame tell how its crops were cut.
-        fields["trained"] = {"crop_frame": None, "second_look": None, **fields["trained"]}
+        fields["trained"] = {"crop_frame": None, "second_look": None, "parasites": None, **fields["trained"]}
     if fields.get("id2label"):
         fields["id2label"] = {int(index): name for index, name in fields["id2label"].items()}
         # Older adapters do not say how large the cells were that they learned; they need not be as large as the base's.

@@ -239,7 +239,7 @@ def _classes(config: Any, processor: Any, settings: "AdapterConfig", rows: Mappi
         fields["default_prompt_ids"] = processor.default_prompt_ids()
     if {"detection", "single_cell"} & rows.keys():
         # Fitted on other opinions than those that change now.
-        found["second_look"] = None
+        found |= {"second_look": None, "parasites": None}
     trained = {*(config.trained.tasks or ()), *rows}
     # Fitted to the scores of the base.
     fields["trained"] = {"tasks": [task for task in TASKS if task in trained], "calibration": {}, **found}

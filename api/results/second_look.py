@@ -184,13 +184,13 @@ def look_for_parasites(
     for numbers in _groups([n for n, cell in enumerate(cells) if is_looked_at_for_parasites(cell, parents)]):
         infected = classify([crop_of(source, cells[number]) for number in numbers])
         for number, share in zip(numbers, infected.tolist(), strict=True):
-            cell, is_infected = cells[number], share >= threshold
+            cell, called = cells[number], share >= threshold
             told = {
-                "label": INFECTED if is_infected else UNINFECTED,
-                "score": share if is_infected else 1 - share,
+                "label": INFECTED if called else UNINFECTED,
+                "score": share if called else 1 - share,
                 "detection": cell.label,
             }
-            changed = {"label": INFECTED, "probability": None} if is_infected else {}
+            changed = {"label": INFECTED, "probability": None} if called else {}
             found[number] = replace(cell, **changed, second_look=told)
     return found
 

@@ -281,7 +281,7 @@ def test_where_no_red_cell_is_looked_for_no_report_says_that_there_are_no_parasi
     assert not SmearReport.of([result]).figures["parasites"]["known"]
 
 
-def test_parasites_that_cannot_be_told_are_not_looked_for(malaria_checkpoint, tmp_path):
+def test_parasites_that_cannot_be_told_are_not_looked_for(checkpoint, malaria_checkpoint, tmp_path):
     analyzer = Analyzer.from_pretrained(malaria_checkpoint, device="cpu")
     with pytest.raises(RequestError, match=r"does not say .*trained.parasites"):
         analyzer.request("detection", parasites=True)
@@ -290,6 +290,8 @@ def test_parasites_that_cannot_be_told_are_not_looked_for(malaria_checkpoint, tm
     alone = Analyzer.from_pretrained(save_lively_detector(tmp_path), device="cpu")
     with pytest.raises(CheckpointError, match="single_cell"):
         alone.request("detection", parasites=True)
+    with pytest.raises(RequestError, match="no single-cell classes of infected"):
+        Analyzer.from_pretrained(checkpoint, device="cpu").request("detection", parasites=True)
     with pytest.raises(UniHemaError, match=r"trained.parasites.threshold"):
         Analyzer.from_pretrained(told_of_parasites(malaria_checkpoint, tmp_path / "m", threshold=1.5), device="cpu")
     with pytest.raises(UniHemaError, match=r"trained.parasites has .*more"):

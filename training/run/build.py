@@ -298,7 +298,7 @@ def _from_checkpoint(
     if "single_cell" in rows:
         trained.crop_frame = None
     if {"single_cell", "detection"} & rows.keys():
-        trained.second_look = None
+        trained.second_look = trained.parasites = None
     fields = rows.get("detection", ())
     edge = processor.image_processor.task_sizes["detection"].get("longest_edge")
     trained.red_cell_diameter = red_cell_diameter(fields, edge) or trained.red_cell_diameter

@@ -425,8 +425,9 @@ class RunConfig:
                         raise RunConfigError(
                             unknown_message(name, known, f"augmentation.{setting}.{owner}.", "run config")
                         )
-        for task in self.augmentation.overrides:
-            self.augmentation.for_task(task)
+        for task in TASKS:
+            for data_set in (None, *self.augmentation.data_sets):
+                self.augmentation.for_task(task, data_set)
         positive = ("optimisation.epochs", "optimisation.max_steps", "optimisation.time_limit_minutes")
         positive += ("optimisation.learning_rate", "optimisation.accumulation", "data.questions_per_image")
         positive += ("logging.log_every", "logging.keep_checkpoints", "data.max_samples", "data.steps_per_epoch")

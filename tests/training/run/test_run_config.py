@@ -1,6 +1,6 @@
 import pytest
 
-from unihema.errors import RunConfigError
+from unihema.errors import InputError, RunConfigError
 from unihema.training.run.config import DataConfig, RunConfig
 
 
@@ -63,3 +63,10 @@ def test_broken_file_is_named(tmp_path):
 def test_a_setting_is_a_number_that_can_be_computed_with(value):
     with pytest.raises(RunConfigError, match=r"adapter\.alpha=(nan|inf) has the wrong type; expected float"):
         RunConfig.from_dict({"output_dir": "run", "adapter": {"alpha": value}})
+
+
+@pytest.mark.parametrize("setting", ["overrides", "data_sets"])
+def test_views_that_cannot_be_are_refused_before_data_are_read(setting):
+    config = RunConfig(data=DataConfig(folders=["a"]))
+    with pytest.raises(InputError, match=r"AugmentationConfig.colour=5.0 must lie in \[0, 2\]"):
+        config.with_overrides({f"augmentation.{setting}": {"detection": {"colour": 5.0}}}).check()
