@@ -386,15 +386,19 @@ def test_dora_leaves_out_layers_with_empty_rows():
 
 
 def test_an_adapter_says_what_its_own_scores_mean():
+    stated = dict.fromkeys(("threshold", "recall", "precision", "false_positives"), 0.5)
     fitted = [{"detection": {"slope": slope, "shift": 0.5, "shifts": {}}} for slope in (2.0, 3.0)]
-    model = lively(unihema.UniHemaForMultiTask(very_tiny_config(trained={"calibration": fitted[0]})))
+    model = lively(
+        unihema.UniHemaForMultiTask(very_tiny_config(trained={"calibration": fitted[0], "parasites": stated}))
+    )
     processor = unihema.UniHemaProcessor.from_default(max_text_length=64)
     attach_adapter(model, processor, AdapterConfig(method="lora"), rows_of("detection"))
     assert model.config.trained.calibration == {}, "the base's scores are others"
+    assert model.config.trained.parasites is None
     model.config.trained.calibration = fitted[1]
     model.refresh_adapter_fields("default")
     model.disable_adapters()
-    assert model.config.trained.calibration == fitted[0]
+    assert model.config.trained.calibration == fitted[0] and model.config.trained.parasites == stated
     model.enable_adapters()
     assert model.config.trained.calibration == fitted[1]
 

@@ -83,9 +83,11 @@ def test_the_frame_of_crops_is_recorded_and_a_later_training_leaves_it_out(made,
     fields = json.loads((checkpoint / "config.json").read_text())
     fitted = {"detection": {"slope": 2.0, "shift": 0.5, "shifts": {}}}
     fields["trained"]["calibration"] = fitted
+    stated = dict.fromkeys(("threshold", "recall", "precision", "false_positives"), 0.5)
+    fields["trained"]["parasites"] = stated
     (checkpoint / "config.json").write_text(json.dumps(fields))
     trained = build(config, rows)[0].config.trained
-    assert trained.crop_frame is None and trained.calibration == {}, "of other weights"
+    assert trained.crop_frame is None and trained.calibration == {} and trained.parasites is None, "of other weights"
     config.model.trained_parts = ["text_decoder", "language_head"]
     assert build(config, rows)[0].config.trained.calibration == fitted
 
