@@ -233,7 +233,7 @@ def _finding(name: str, table: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]
 
 
 def _is_infected(name: str, parents: Mapping[str, str], kinds: Mapping[str, str | None]) -> bool:
-    """Whether a class is of infected red cells. A checkpoint may know stages without the class that they are kinds of."""
+    """Whether a class is of red cells with parasites."""
     return kinds[name] == RED_CELL and _shows_parasites(name, parents)
 
 
