@@ -96,6 +96,7 @@ def test_tour_lists_the_calls_that_run(command):
         assert places == sorted(places)
 
 
+@pytest.mark.slow
 def test_pictures_of_the_tour_can_be_drawn_again(tmp_path):
     pytest.importorskip("matplotlib")
     script = ROOT / "docs" / "make_tour.py"

@@ -22,6 +22,7 @@ from unihema_cli.app import app
 
 pytestmark = pytest.mark.filterwarnings("ignore::unihema.analyzer.QueryCapWarning")
 OPTIONS = {"num_queries": 12}
+TASKS = [pytest.param("detection", marks=pytest.mark.slow), "single_cell"]
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,20 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+class Exported(dict):
+    """File of each task, made when it is first asked for: detection's takes minutes, so its tests are slow ones."""
+
+    def __init__(self, checkpoint):
+        self.checkpoint = checkpoint
+
+    def __missing__(self, task):
+        self[task] = export_onnx(self.checkpoint, self.checkpoint.parent / f"{task}.onnx", task)
+        return self[task]
+
+
 @pytest.fixture(scope="module")
 def exported(checkpoint):
-    return {task: export_onnx(checkpoint, checkpoint.parent / f"{task}.onnx", task) for task in OUTPUTS}
+    return Exported(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +59,7 @@ def smear(checkpoint):
     return path
 
 
-@pytest.mark.parametrize("task", OUTPUTS)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(("images", "size"), [(1, (65, 131)), (2, (192, 256)), (3, (160, 97))])
 def test_any_batch_and_size_gives_the_models_numbers(checkpoint, exported, task, images, size):
     model, _ = load_model(checkpoint, device="cpu")
@@ -64,6 +76,7 @@ def test_any_batch_and_size_gives_the_models_numbers(checkpoint, exported, task,
         torch.testing.assert_close(torch.from_numpy(array), expected[name], rtol=0, atol=2e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_axes_and_metadata_are_named(exported):
     model = onnx.load(exported["detection"])
     onnx.checker.check_model(model)
@@ -83,6 +96,7 @@ def test_axes_and_metadata_are_named(exported):
     assert "unihema/config.json" in {entry.key for entry in model.metadata_props}
 
 
+@pytest.mark.slow
 def test_predict_takes_the_file_as_a_checkpoint(checkpoint, exported, smear, tmp_path):
     from click.testing import CliRunner
 
@@ -103,6 +117,7 @@ def test_single_cell_class_is_the_models(checkpoint, exported, smear):
     assert found["score"] == pytest.approx(expected["score"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_it_finds_the_cells_that_the_model_finds(checkpoint, exported, smear):
     model, detector = (Analyzer.from_pretrained(source, device="cpu") for source in (checkpoint, exported["detection"]))
     assert detector.tasks == ("detection",)
@@ -133,7 +148,7 @@ def test_file_does_its_own_task_only(exported, smear):
         model.train()
 
 
-@pytest.mark.parametrize("task", OUTPUTS)
+@pytest.mark.parametrize("task", TASKS)
 def test_an_image_gives_in_a_padded_batch_what_it_gives_alone(exported, task):
     model, _ = load_model(exported[task])
     sizes = [(96, 160), (130, 97), (65, 70)]
@@ -193,7 +208,7 @@ def test_what_cannot_be_exported(checkpoint, tmp_path, monkeypatch):
 
 def test_file_that_is_not_ours(exported, tmp_path, monkeypatch):
     broken = tmp_path / "broken.onnx"
-    broken.write_bytes(exported["detection"].read_bytes()[:1000])
+    broken.write_bytes(exported["single_cell"].read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"broken\.onnx: not readable as ONNX"):
         load_model(broken)
     stranger = onnx.load(exported["single_cell"])
@@ -205,7 +220,7 @@ def test_file_that_is_not_ours(exported, tmp_path, monkeypatch):
         load_model(tmp_path / "missing.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingOnnxError, match="onnxruntime is not installed"):
-        load_model(exported["detection"])
+        load_model(exported["single_cell"])
 
 
 @pytest.mark.slow

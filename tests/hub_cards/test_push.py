@@ -246,9 +246,9 @@ def test_a_wrong_token_is_refused_and_not_shown(hub, made, tmp_path):
     [
         ("POST /api/repos/create", 429, {"Retry-After": "1"}),
         ("commit/main", 429, {"RateLimit": '"api";r=0;t=1', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}),
-        ("commit/main", 503, {}),
-        ("commit/main", None, {}),
-        ("preupload/main", 429, {"Retry-After": "0"}),
+        pytest.param("commit/main", 503, {}, marks=pytest.mark.slow),
+        pytest.param("commit/main", None, {}, marks=pytest.mark.slow),
+        pytest.param("preupload/main", 429, {"Retry-After": "0"}, marks=pytest.mark.slow),
     ],
 )
 def test_what_passes_is_tried_again(hub, made, tmp_path, pattern, status, headers):
