@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unihema.cell_crops import CellCrops
 from unihema.checkpoint_files import (
     fingerprint,
     is_adapter,
@@ -24,6 +25,7 @@ from unihema.files import OpenedImage
 from unihema.loading import available_tasks, load_model, require_tasks, set_image_sizes
 from unihema.modeling_unihema.tasks import IMAGE_TASKS, TASK_TABLE
 from unihema.processing_unihema.class_names import NUCLEUS, WHITE_CELL, cell_kind
+from unihema.progress import OnProgress, Progress
 from unihema.request import Request, SeenImages, head_of, language_task
 from unihema.results.calibration import set_probabilities
 from unihema.results.cell_size import KnownSize
@@ -193,6 +195,11 @@ class Analyzer:
         """Tasks that the model has a head for and was trained on (all of its heads where the checkpoint does not say)."""
         return available_tasks(self.model)
 
+    @property
+    def crops(self) -> CellCrops:
+        """What the single-cell head says of crops, and of those of cells in fields."""
+        return CellCrops(self.model, self.processor)
+
     def __call__(
         self,
         image: "str | Path | Image.Image | numpy.ndarray | RegionSource",
@@ -358,7 +365,7 @@ class Analyzer:
         tiles: str | int = "auto",
         um_per_pixel: float | None = None,
         white_cells: int | None = None,
-        on_tile: Callable[[str | None, int, int, int], None] | None = None,
+        on_progress: OnProgress | None = None,
         shard: "Shard | None" = None,
         labels: Sequence[str] | None = None,
         framing: str = "auto",
@@ -383,8 +390,7 @@ class Analyzer:
                 float rounding.
             on_image (`Callable`, *optional*): Called after each image with its number from 1, the number of images, its path,
                 and its result, an error message, or `None` when it was skipped.
-            on_tile (`Callable`, *optional*): Called as tiles of an image are done, with its path, their number, the number of all
-                of its tiles, and of cells in those that are done.
+            on_progress (`Callable`, *optional*): Called with a [`Progress`] as tiles of an image and crops of its cells are seen.
             shard ([`Shard`], *optional*): Analyse only the images of this one, into a folder of its own in `output`, of which
                 [`merge_results`] makes one results folder in the end.
 
@@ -401,7 +407,7 @@ class Analyzer:
 
         asked = prompt, questions, threshold, tiles, um_per_pixel, white_cells, labels, framing, second_look, parasites
         request = self.request(tasks, *asked)
-        return analyze_into(output, self, inputs, request, formats, overwrite, batch_size, on_image, on_tile, shard)
+        return analyze_into(output, self, inputs, request, formats, overwrite, batch_size, on_image, on_progress, shard)
 
     def report(
         self, images: "Sequence[str | Path | Image.Image | numpy.ndarray | RegionSource]", **details: Any
@@ -464,9 +470,9 @@ class Analyzer:
         request = Request(tasks, kept, questions, threshold, tiles, um_per_pixel, white_cells, framing=framing)
         request.check(knows_size=self.model.config.trained.red_cell_diameter is not None)
         labels = self._checked_labels(labels, tasks)
-        looks_again = self._looks_again(second_look, tasks)
+        looks_again = self.crops.looks_again(second_look, tasks)
         if parasites:
-            self._check_tells_parasites(tasks)
+            self.crops.check_tells_parasites(tasks)
         require_tasks(self.model, [*tasks, *dict.fromkeys(map(language_task, questions))])
         tasks = tuple(task for task in IMAGE_TASKS if task in tasks)
         asked = {
@@ -519,7 +525,7 @@ class Analyzer:
         request: Request,
         images: "Sequence[str | Path | Image.Image | numpy.ndarray | OpenedImage | RegionSource]",
         stores: Sequence[TileStore | None] = (),
-        on_tile: Callable[[str | None, int, int, int], None] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> list[SmearResult]:
         """Does what a request says with images.
 
@@ -527,8 +533,7 @@ class Analyzer:
             request ([`Request`]): Of [`Analyzer.request`].
             images (`Sequence`): Images, or what [`open_regions`] gave, which stays open.
             stores (`Sequence`): Of each image, what keeps the tiles that are done; none where missing.
-            on_tile (`Callable`, *optional*): Called with an image's path, the number of its tiles that are done, of all of them,
-                and of cells in them.
+            on_progress (`Callable`, *optional*): Called with a [`Progress`] as tiles of an image and crops of its cells are seen.
 
         Returns:
             `list[SmearResult]`: One for each image.
@@ -551,12 +556,12 @@ class Analyzer:
                 result.warnings += within.warnings
             for number, (source, result) in enumerate(zip(sources, results, strict=True)):
                 state_pixel_size(result, source, request.um_per_pixel)
-                self._look_closer(request, source, result, stores[number] if stores else None, on_tile)
+                self._look_closer(request, source, result, stores[number] if stores else None, on_progress)
                 set_probabilities(result, self._calibration(request))
                 if request.second_look:
-                    self._look_again(request, source, result)
+                    self.crops.type_cells(request, source, result, on_progress)
                 if request.parasites:
-                    self._look_for_parasites(request, source, result)
+                    self.crops.look_for_parasites(request, source, result, on_progress)
                 finds_all = "detection" in request.tasks and request.prompt is None and request.white_cells is None
                 if result.answers and finds_all:
                     self._support_answers(result)
@@ -627,7 +632,7 @@ class Analyzer:
         source: RegionSource,
         result: SmearResult,
         store: TileStore | None,
-        on_tile: Callable[[str | None, int, int, int], None] | None,
+        on_progress: OnProgress | None,
     ) -> None:
         """Sees an image in tiles where the request, or the size of its cells, says so, and judges the monolayer."""
         tasks = tuple(task for task in request.tasks if task in ("detection", "segmentation"))
@@ -652,7 +657,7 @@ class Analyzer:
             request.um_per_pixel,
             white_cells=request.white_cells,
             store=store,
-            on_tile=None if on_tile is None else lambda done, of, cells: on_tile(source.name, done, of, cells),
+            on_tile=on_progress and (lambda *said: on_progress(Progress(source.name, "tile", *said))),
         )
         if result.tiling is None:
             judge_whole(result, source)
@@ -768,14 +773,12 @@ class Analyzer:
 
         config, labels = self.model.config, request.labels
         outputs, odd = seen.outputs("single_cell"), self._cells_known("single_cell", request)
-        logits = outputs.logits.float()
-        if request.framing == "auto" and config.trained.crop_frame is not None:
-            logits, frames = self._in_frame(request, seen, logits)
-            for result, image, told in zip(results, seen.images, frames, strict=True):
-                if told is not None:
-                    # A large file is reduced on opening.
-                    scale = result.width / image.width
-                    result.framing = told | {"box": [side * scale for side in told["box"]]}
+        logits, frames = self.crops.framed(request, seen.images, outputs.logits.float())
+        for result, image, told in zip(results, seen.images, frames, strict=True):
+            if told is not None:
+                # A large file is reduced on opening.
+                scale = result.width / image.width
+                result.framing = told | {"box": [side * scale for side in told["box"]]}
         probabilities = single_cell_probabilities(logits, config, labels)
         best = most_probable_labels(probabilities, config, labels)
         names = config.single_cell_labels if labels is None else labels
@@ -787,121 +790,6 @@ class Analyzer:
             for result, score in zip(results, odd.scores(outputs.features.float().cpu().numpy(), called), strict=True):
                 if score is not None:
                     result.single_cell["odd"] = score
-
-    def _in_frame(
-        self, request: Request, seen: SeenImages, logits: "torch.Tensor"
-    ) -> "tuple[torch.Tensor, list[dict[str, Any] | None]]":
-        """Logits `[B, classes]` of crops, of those with a nucleus the mean of two views as the training knows them; and how
-        each was framed."""
-        from unihema.results.crop_framing import CropFrame, logits_in_frame
-
-        known = CropFrame.of_checkpoint(self.model.config.trained.crop_frame)
-        assert known is not None
-        alone = replace(request, tasks=("single_cell",), texts={}, prompts={})
-
-        def classify(views: "list[Image.Image]") -> "torch.Tensor":
-            # Not recorded: a recording of the same size would write over what was seen of the crops.
-            return SeenImages(self.model, self.processor, views, alone).outputs("single_cell").logits.float()
-
-        return logits_in_frame(seen.images, logits, known, classify)
-
-    def _look_again(self, request: Request, source: RegionSource, result: SmearResult) -> None:
-        """Types the nucleated cells of a field from their crops, too."""
-        from unihema.results.second_look import Rule, cell_types, look_again
-
-        config = self.model.config
-        types = cell_types(config.single_cell_labels, config.class_parents)
-
-        def classify(pictures: "list[Image.Image]") -> "numpy.ndarray":
-            return self.crop_probabilities(request, pictures, types).clamp(min=1e-9).log().cpu().numpy()
-
-        rule = Rule(**(config.trained.second_look or {}))
-        result.cells = look_again(source, result.cells, result.classes, config.class_parents, types, rule, classify)
-
-    def _look_for_parasites(self, request: Request, source: RegionSource, result: SmearResult) -> None:
-        """Calls those red cells of a field infected whose crops show it."""
-        from unihema.processing_unihema.class_names import INFECTED, RED_CELL, UNINFECTED, cell_kind
-        from unihema.results.second_look import look_for_parasites
-
-        config = self.model.config
-
-        def classify(pictures: "list[Image.Image]") -> "numpy.ndarray":
-            return self.crop_probabilities(request, pictures, (INFECTED, UNINFECTED))[:, 0].cpu().numpy()
-
-        if not any(cell_kind(name, config.class_parents) == RED_CELL for name in result.classes):
-            result.warnings.append("No red cells were looked for, so none was looked at for parasites.")
-            return
-        threshold = float((config.trained.parasites or {})["threshold"])
-        result.cells = look_for_parasites(source, result.cells, config.class_parents, threshold, classify)
-        result.classes = list(dict.fromkeys((*result.classes, INFECTED)))
-
-    def crop_probabilities(
-        self, request: Request, crops: "Sequence[Image.Image]", labels: Sequence[str]
-    ) -> "torch.Tensor":
-        """How probable each of some labels is for crops of cells, `[B, labels]`.
-
-        Args:
-            request ([`Request`]): Of the field that they were cut from.
-            crops (`Sequence[PIL.Image.Image]`): The crops.
-            labels (`Sequence[str]`): Single-cell classes, or groups of them.
-        """
-        from unihema.processing_unihema.post_processing import single_cell_probabilities
-
-        alone = replace(request, tasks=("single_cell",), questions=(), question_texts=(), texts={}, prompts={})
-        return single_cell_probabilities(self._crop_logits(alone, crops), self.model.config, labels)
-
-    def _crop_logits(self, request: Request, crops: "Sequence[Image.Image]") -> "torch.Tensor":
-        """What the single-cell head says of crops, framed where the request says so: `[B, classes]`."""
-        import torch
-
-        seen = SeenImages(self.model, self.processor, crops, request)
-        with torch.inference_mode():
-            logits = seen.outputs("single_cell").logits.float()
-            if request.framing == "auto" and self.model.config.trained.crop_frame is not None:
-                logits, _ = self._in_frame(request, seen, logits)
-        return logits
-
-    def _looks_again(self, second_look: bool | None, tasks: Sequence[str]) -> bool:
-        """Whether cells of fields are typed from their crops, too.
-
-        Raises:
-            CheckpointError, RequestError: It is asked for, and cannot be.
-        """
-        if second_look is None:
-            able = "detection" in tasks and "single_cell" in self.tasks
-            return able and self.model.config.trained.second_look is not None
-        if second_look:
-            from unihema.results.second_look import cell_types
-
-            if "detection" not in tasks:
-                raise RequestError("A second look is at the cells of fields: ask for the task detection.")
-            require_tasks(self.model, ["single_cell"])
-            if len(cell_types(self.model.config.single_cell_labels, self.model.config.class_parents)) < 2:
-                raise RequestError(
-                    "This checkpoint has no types of white cells among its single-cell classes to tell apart."
-                )
-        return bool(second_look)
-
-    def _check_tells_parasites(self, tasks: Sequence[str]) -> None:
-        """Checks that infected red cells can be told.
-
-        Raises:
-            CheckpointError, RequestError: They cannot be.
-        """
-        from unihema.processing_unihema.class_names import INFECTED, UNINFECTED, usual_name
-
-        if "detection" not in tasks:
-            raise RequestError("Parasites are looked for in the red cells of fields: ask for the task detection.")
-        require_tasks(self.model, ["single_cell"])
-        config, missing = self.model.config, None
-        if not {INFECTED, UNINFECTED} <= {usual_name(name) for name in config.single_cell_names}:
-            missing = "has no single-cell classes of infected and of uninfected red cells"
-        elif config.trained.parasites is None:
-            missing = (
-                "does not say from what probability on a red cell is infected (trained.parasites of its config.json)"
-            )
-        if missing is not None:
-            raise RequestError(f"This checkpoint {missing}, so it cannot look for parasites.")
 
     def _answers(self, question: str, tokens: "dict[str, torch.Tensor]", seen: SeenImages) -> list[str]:
         answers = self.model.generate(

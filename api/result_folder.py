@@ -39,6 +39,7 @@ from unihema.files import (
 )
 from unihema.inference.int8 import is_int8
 from unihema.processing_unihema.class_names import NUCLEUS
+from unihema.progress import OnProgress
 from unihema.result_shards import Shard, link_or_copy, names_within, write_shard
 from unihema.results.export import (
     FORMATS,
@@ -172,7 +173,7 @@ def analyze_into(
     overwrite: bool = False,
     batch_size: int = 1,
     on_image: Callable[[int, int, Path, SmearResult | str | None], None] | None = None,
-    on_tile: Callable[[str | None, int, int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
     shard: Shard | None = None,
 ) -> BatchReport:
     """Analyses files into a results folder; see [`Analyzer.analyze_files`].
@@ -182,7 +183,7 @@ def analyze_into(
         analyzer ([`Analyzer`]): Analyses.
         inputs (`Sequence[str | Path]`): Image files, folders and glob patterns.
         request ([`Request`]): Of [`Analyzer.request`].
-        formats, overwrite, batch_size, on_image, on_tile, shard: As there.
+        formats, overwrite, batch_size, on_image, on_progress, shard: As there.
 
     Returns:
         [`BatchReport`]
@@ -218,7 +219,7 @@ def analyze_into(
         tables = {"attributes": attributes, "groups": groups}
         if shard is not None:
             write_shard(output, shard, named, report.failed, tables, given)
-        run = _Run(analyzer, folder, report, request, overwrite, on_tile)
+        run = _Run(analyzer, folder, report, request, overwrite, on_progress)
         try:
             run.all(images, batch_size, on_image)
         finally:
@@ -244,23 +245,23 @@ def analyze_each(
     request: "Request",
     opened: Sequence[RegionSource],
     stores: "Sequence[TileStore | None]" = (),
-    on_tile: Callable[[str | None, int, int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[SmearResult | str]:
     """Analyses images together; of each its result, or what is wrong with it, which the others do not suffer from.
 
     Args:
         analyzer ([`Analyzer`]): Analyses.
-        request, opened, stores, on_tile: As of [`Analyzer.run`].
+        request, opened, stores, on_progress: As of [`Analyzer.run`].
     """
     if not opened:
         return []
     try:
-        return list(analyzer.run(request, opened, stores, on_tile))
+        return list(analyzer.run(request, opened, stores, on_progress))
     except FAILURES as error:
         if len(opened) == 1:
             return [one_line(error, opened[0].name)]
     return [
-        analyze_each(analyzer, request, [source], stores[number : number + 1], on_tile)[0]
+        analyze_each(analyzer, request, [source], stores[number : number + 1], on_progress)[0]
         for number, source in enumerate(opened)
     ]
 
@@ -340,9 +341,9 @@ class _Run:
         report: BatchReport,
         request: "Request",
         overwrite: bool,
-        on_tile: Callable[[str | None, int, int, int], None] | None = None,
+        on_progress: OnProgress | None = None,
     ):
-        self.analyzer, self.request, self.on_tile = analyzer, request, on_tile
+        self.analyzer, self.request, self.on_progress = analyzer, request, on_progress
         self.folder, self.report, self.overwrite = folder, report, overwrite
 
     def all(
@@ -381,7 +382,7 @@ class _Run:
         waiting = [work for work in group if work.opened]
         stores = [self.folder.part(work.name, work.digest) for work in waiting]
         opened = [work.opened for work in waiting]
-        outcomes = analyze_each(self.analyzer, self.request, opened, stores, self.on_tile)
+        outcomes = analyze_each(self.analyzer, self.request, opened, stores, self.on_progress)
         for work, outcome in zip(waiting, outcomes, strict=True):
             work.outcome = outcome
 

@@ -62,7 +62,7 @@ def looked_at(analyzer: Analyzer, folder: Path, split: str) -> Iterator[Looked]:
             cells = [cell for cell in result.cells if is_looked_at_for_parasites(cell, parents)]
             groups = [cells[start : start + CROPS_AT_ONCE] for start in range(0, len(cells), CROPS_AT_ONCE)]
             crops = [[crop_of(source, cell) for cell in group] for group in groups]
-            seen = [analyzer.crop_probabilities(request, group, (INFECTED, UNINFECTED))[:, 0] for group in crops]
+            seen = [analyzer.crops.probabilities(request, group, (INFECTED, UNINFECTED))[:, 0] for group in crops]
         yield _matched(row["objects"], cells, torch.cat(seen).numpy() if seen else np.zeros(0))
 
 

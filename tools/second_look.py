@@ -63,7 +63,7 @@ def opinions(analyzer: Analyzer, folder: Path, split: str) -> tuple[np.ndarray, 
             if not found:
                 continue
             chosen = [cells[best] for _, best in found]
-            probabilities = analyzer.crop_probabilities(request, [crop_of(source, cell) for cell in chosen], types)
+            probabilities = analyzer.crops.probabilities(request, [crop_of(source, cell) for cell in chosen], types)
         detection.append(detection_logits(chosen, types))
         crops.append(probabilities.clamp(min=LEAST).log().cpu().numpy())
         true += [numbers[names[typed[place]]] for place, _ in found]

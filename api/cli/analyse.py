@@ -24,13 +24,14 @@ from .options import (
 
 
 if TYPE_CHECKING:
+    from unihema.progress import Progress
     from unihema.result_shards import Shard
 
 # Those of unihema.results.export, which would take PyTorch to import; a test compares them.
 FORMATS = ("geojson", "coco", "labels", "imagej", "label_studio")
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "evaluate", "safetensors", "timm")
-# Images of fewer tiles have no bar of their own.
-TILES_OF_SLIDE = 48
+# Images of which less is looked at have no bar of their own.
+LONG = {"tile": 48, "crop": 1000}
 DEMO_QUESTIONS = (
     "What type of white blood cell is this?",
     "What is the shape of the nucleus?",
@@ -154,23 +155,26 @@ def predict(
     # The bar appears with the first image, so that a wrong checkpoint is one line and nothing else.
     bar = tqdm(desc="predict", unit="image", disable=True)
 
-    of_tiles: Any = None
+    of_image: Any = None
 
-    def on_tile(name: str | None, done: int, total: int, cells: int) -> None:
-        nonlocal of_tiles
-        if total < TILES_OF_SLIDE:
+    def on_progress(now: "Progress") -> None:
+        nonlocal of_image
+        if now.total < LONG[now.unit]:
             return
-        if of_tiles is None:
+        if of_image is None:
             # What a run that was stopped has done is not counted in the speed.
-            of_tiles = tqdm(desc=Path(name or "image").name, unit="tile", total=total, initial=done, leave=False)
-            of_tiles.cells_before = cells
-        of_tiles.update(done - of_tiles.n)
-        seconds = of_tiles.format_dict["elapsed"]
-        if seconds > 0:
-            of_tiles.set_postfix_str(f"{cells} cells, {(cells - of_tiles.cells_before) / seconds:.0f} a second")
-        if done == total:
-            of_tiles.close()
-            of_tiles = None
+            of_image = tqdm(
+                desc=Path(now.image or "image").name, unit=now.unit, total=now.total, initial=now.done, leave=False
+            )
+            of_image.cells_before = now.cells
+        of_image.update(now.done - of_image.n)
+        seconds = of_image.format_dict["elapsed"]
+        if now.unit == "tile" and seconds > 0:
+            speed = (now.cells - of_image.cells_before) / seconds
+            of_image.set_postfix_str(f"{now.cells} cells, {speed:.0f} a second")
+        if now.done == now.total:
+            of_image.close()
+            of_image = None
 
     def on_image(number: int, total: int, path: Path, outcome: Any) -> None:
         nonlocal bar
@@ -202,13 +206,13 @@ def predict(
             framing=framing,
             second_look=second_look,
             parasites=parasites,
-            on_tile=on_tile,
+            on_progress=on_progress,
             shard=part,
         )
     finally:
         bar.close()
-        if of_tiles is not None:
-            of_tiles.close()
+        if of_image is not None:
+            of_image.close()
     click.echo(f"{len(report.analysed)} analysed, {len(report.skipped)} already done, {len(report.failed)} failed.")
     if report.totals:
         click.echo("Cells: " + ", ".join(f"{label} {count}" for label, count in report.totals.items()))

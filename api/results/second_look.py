@@ -120,6 +120,7 @@ def look_again(
     types: Sequence[str],
     rule: Rule,
     classify: Callable[[list[Image.Image]], np.ndarray],
+    on_crops: Callable[[int, int], None] | None = None,
 ) -> list[Cell]:
     """Types the nucleated cells of an image from their crops, too.
 
@@ -131,6 +132,7 @@ def look_again(
         types (`Sequence[str]`): Of [`cell_types`].
         rule ([`Rule`]): Puts the opinions together.
         classify (`Callable`): From crops to the logarithms of their probabilities `[n, types]`.
+        on_crops (`Callable`, *optional*): Called with the number of crops that have been seen, and of all.
 
     Returns:
         `list[Cell]`: The cells; those that were looked at have `second_look`, and the label of both opinions together, and no
@@ -138,7 +140,7 @@ def look_again(
     """
     called = {usual_name(name): name for name in classes}
     found = list(cells)
-    for numbers in _groups([number for number, cell in enumerate(cells) if is_looked_at(cell, parents)]):
+    for numbers in _groups([number for number, cell in enumerate(cells) if is_looked_at(cell, parents)], on_crops):
         looked_at = [cells[number] for number in numbers]
         of_crops = classify([crop_of(source, cell) for cell in looked_at])
         together = rule.probabilities(detection_logits(looked_at, types), of_crops)
@@ -167,6 +169,7 @@ def look_for_parasites(
     parents: Mapping[str, str] | None,
     threshold: float,
     classify: Callable[[list[Image.Image]], np.ndarray],
+    on_crops: Callable[[int, int], None] | None = None,
 ) -> list[Cell]:
     """Looks at the crops of the red cells of an image for parasites.
 
@@ -176,12 +179,14 @@ def look_for_parasites(
         parents (`Mapping[str, str]`, *optional*): Class -> coarser class.
         threshold (`float`): Probability from which a cell is called infected.
         classify (`Callable`): From crops to the probabilities that the cells are infected `[n]`.
+        on_crops (`Callable`, *optional*): Called with the number of crops that have been seen, and of all.
 
     Returns:
         `list[Cell]`: The cells; those that were looked at have `second_look`, and infected ones the label and no probability.
     """
     found = list(cells)
-    for numbers in _groups([n for n, cell in enumerate(cells) if is_looked_at_for_parasites(cell, parents)]):
+    looked_at = [number for number, cell in enumerate(cells) if is_looked_at_for_parasites(cell, parents)]
+    for numbers in _groups(looked_at, on_crops):
         infected = classify([crop_of(source, cells[number]) for number in numbers])
         for number, share in zip(numbers, infected.tolist(), strict=True):
             cell, called = cells[number], share >= threshold
@@ -217,9 +222,12 @@ def fit_rule(detection: np.ndarray, crop: np.ndarray, true: np.ndarray) -> Rule:
     return min(rules, key=loss)
 
 
-def _groups(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+def _groups(numbers: Sequence[int], on_crops: Callable[[int, int], None] | None) -> Iterator[Sequence[int]]:
     for start in range(0, len(numbers), CROPS_AT_ONCE):
-        yield numbers[start : start + CROPS_AT_ONCE]
+        group = numbers[start : start + CROPS_AT_ONCE]
+        yield group
+        if on_crops is not None:
+            on_crops(start + len(group), len(numbers))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -194,12 +194,12 @@ class AnalysisQueue:
         if not jobs:
             return
 
-        def on_tile(*_: object) -> None:
+        def on_progress(*_: object) -> None:
             if not any(job.wanted for job in jobs):
                 raise _NobodyWaitsError
 
         try:
-            results = self.analyzer.run(jobs[0].request, sources, on_tile=on_tile)
+            results = self.analyzer.run(jobs[0].request, sources, on_progress=on_progress)
         except Exception as error:
             if len(jobs) > 1 and not isinstance(error, _NobodyWaitsError):
                 # One of them may be at fault, or too much memory be needed at once: the others are not to suffer.

@@ -266,7 +266,11 @@ def test_an_analysis_looks_for_parasites_where_that_is_asked_for(malaria_checkpo
     assert not SmearReport.of([once]).figures["parasites"]["known"]
     assert analyzer.report([image], tasks=["detection"], parasites=True).figures["parasites"] == report["parasites"]
     image.save(tmp_path / "field.png")
-    analyzer.analyze_files([tmp_path / "field.png"], tmp_path / "out", ["detection"], parasites=True)
+    told = []
+    analyzer.analyze_files(
+        [tmp_path / "field.png"], tmp_path / "out", ["detection"], parasites=True, on_progress=told.append
+    )
+    assert [now[1:] for now in told if now.unit == "crop"] == [("crop", len(red), len(red), len(once.cells))]
     rows = list(csv.DictReader((tmp_path / "out" / "cells.csv").read_text(encoding="utf-8").splitlines()))
     assert [row["label"] for row in rows] == [cell.label for cell in looked.cells]
     with pytest.raises(UniHemaError, match="parasites"):

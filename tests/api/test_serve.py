@@ -23,6 +23,7 @@ httpx = pytest.importorskip("httpx")
 import uvicorn  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
+from unihema.progress import Progress  # noqa: E402
 from unihema.serve.gate import Limits, PatientProtocol  # noqa: E402
 from unihema.serve.queue import AnalysisQueue, Job, QueueFullError, StoppingError  # noqa: E402
 from unihema.serve.server import serve_app  # noqa: E402
@@ -197,7 +198,7 @@ class Slow:
     def __init__(self):
         self.go, self.begun, self.batches = threading.Event(), threading.Event(), []
 
-    def run(self, request, sources, on_tile=None):
+    def run(self, request, sources, on_progress=None):
         self.batches.append((request, [source.size for source in sources]))
         self.begun.set()
         assert self.go.wait(60)
@@ -233,7 +234,7 @@ def test_the_queue_is_bounded_and_analyses_alike_ones_together():
 
 def test_of_a_batch_only_the_one_at_fault_fails():
     class Choosy(Slow):
-        def run(self, request, sources, on_tile=None):
+        def run(self, request, sources, on_progress=None):
             if any(source.width == 7 for source in sources):
                 raise RuntimeError("no")
             return [source.width for source in sources]
@@ -262,10 +263,10 @@ def test_an_image_that_nobody_waits_for_stops_at_its_next_tile(caplog):
     class Tiled(Slow):
         tiles = 0
 
-        def run(self, request, sources, on_tile=None):
+        def run(self, request, sources, on_progress=None):
             super().run(request, sources)
             for number in range(3):
-                on_tile(sources[0].name, number, 3, 0)
+                on_progress(Progress(sources[0].name, "tile", number, 3, 0))
                 self.tiles += 1
             return [None]
 

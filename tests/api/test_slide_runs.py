@@ -87,12 +87,13 @@ def test_a_run_that_is_stopped_goes_on_within_the_image(analyzer, wide, tmp_path
         part.write_bytes(content[:-40])
     seen = looks(monkeypatch)
     done = []
-    analyse(analyzer, wide, folder, on_tile=lambda *said: done.append(said))
+    analyse(analyzer, wide, folder, on_progress=done.append)
     tiles = json.loads((folder / "results.json").read_text())["images"][0]["tiling"]["tiles"]
     kept = (4 - torn) * TILES_AT_ONCE
     assert sum(seen) == tiles - kept > 20
-    assert done[0][:3] == (str(wide), kept, tiles) and done[-1][:3] == (str(wide), tiles, tiles)
-    assert [said[3] for said in done] == sorted(said[3] for said in done) and done[0][3] > 0
+    assert {said[:2] for said in done} == {(str(wide), "tile")}
+    assert done[0][2:4] == (kept, tiles) and done[-1][2:4] == (tiles, tiles)
+    assert [said.cells for said in done] == sorted(said.cells for said in done) and done[0].cells > 0
     assert files(folder) == files(undisturbed)
     assert not part.exists()
 

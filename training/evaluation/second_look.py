@@ -72,7 +72,7 @@ class SecondLook:
             if not cells or not any(column is not None for column in columns):
                 return logits
             pictures = [crop_of(source, cell) for cell in cells.values()]
-            of_crops = self.analyzer.crop_probabilities(self.request, pictures, self.types)
+            of_crops = self.analyzer.crops.probabilities(self.request, pictures, self.types)
         of_crops = of_crops.clamp(min=1e-9).log().cpu().numpy()
         together = self.rule.probabilities(detection_logits(list(cells.values()), self.types), of_crops)
         logits = logits.clone()
