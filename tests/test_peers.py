@@ -30,6 +30,20 @@ from unihema.training.run.checkpoint import save_trained
 
 pytest.importorskip("segmentation_models_pytorch")
 
+CONDITIONS = {
+    "command": "it",
+    "processor": "none",
+    "threads": 1,
+    "load": 0.5,
+    "torch": "2",
+    "transformers": "5",
+    "seed": 0,
+    "start": "efficientnet-lite0",
+    "folders": ["a"],
+    "minutes": 2.0,
+    "image_sizes": {"detection": {"longest_edge": 320}},
+    "device": "cpu",
+}
 LITE0 = {"backbone_config": LITE0_BACKBONE, "freeze_backbone_norm": True}
 
 
@@ -142,6 +156,19 @@ def test_checkpoint_that_knows_no_attribute_of_the_data_has_no_figure_for_them(l
     found = comparing.compare(config, tmp_path / "unihema", ["attribute_heads"])
     assert found[UNIHEMA]["report"] == {} and math.isfinite(found["attribute_heads"]["report"][ATTRIBUTES]["macro_f1"])
     assert comparison(found, {})["verdicts"] == []
+
+
+def test_data_that_nothing_is_trained_on_are_measured_whole(lab, tmp_path):
+    config = lab[0].with_overrides({"output_dir": str(tmp_path / "peers")})
+    strange = write_attributes(tmp_path / "strange")
+    found = comparing.compare(config, lab[1], ["linear_head"], abroad=[strange])
+    for name in (UNIHEMA, "linear_head"):
+        report = found[name]["abroad"]["single_cell"]["strange"]
+        assert report["rows"] == 8 and 0 <= report["accuracy"] <= 1
+    text = page(comparison(found, {}), CONDITIONS)
+    assert text.count("| single_cell | strange | 8 |") == 2 and "backbone and linear head | macro-F1 " in text
+    with pytest.raises(RunConfigError, match="--abroad crops: the peers are trained on it"):
+        comparing.compare(config, lab[1], ["linear_head"], abroad=config.data.folders[1:], resume=True)
 
 
 def test_bad_choices_are_said_before_anything_is_trained(lab, tmp_path):
@@ -306,22 +333,11 @@ def test_sums_are_those_of_the_best_peer_of_each_task(made_up):
 
 
 def test_page_says_what_the_comparison_has(made_up):
-    had = {
-        "command": "it",
-        "processor": "none",
-        "threads": 1,
-        "load": 0.5,
-        "torch": "2",
-        "transformers": "5",
-        "seed": 0,
-        "start": "efficientnet-lite0",
-    }
-    had |= {"folders": ["a"], "minutes": 2.0, "image_sizes": {"detection": {"longest_edge": 320}}, "device": "cpu"}
     times = {"wall ms": 10.0, "processor ms": 9.0, "peak MB": 400.0}
-    text = page(comparison(made_up, {"rt_detr_v2": times}), had)
+    text = page(comparison(made_up, {"rt_detr_v2": times}), CONDITIONS)
     assert "| detection | UniHema, all tasks in one | mAP50 0.600 (0.500 to 0.700); mAP 0.300 | 5 | 10 | 8.00 |" in text
     assert "| RT-DETRv2 | mAP50 0.500; mAP 0.200 | 5 | 10 | 7.00 | 10.0 | 9.0 | 400 | 2.0 | 1.5 | 0.001 |" in text
-    noted = page(comparison(made_up, {}), had | {"note": "Peers of another day."})
+    noted = page(comparison(made_up, {}), CONDITIONS | {"note": "Peers of another day."})
     assert "\n\nPeers of another day.\n\n" in noted and "Peers of another day." not in text
     assert "mAP50 none; mAP none" in text and "at least as good as the best peer on 1 of 2 tasks" in text
     assert "| detection | a | 4 | UniHema, all tasks in one | mAP50 | 0.700 |" in text

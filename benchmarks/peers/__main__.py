@@ -25,6 +25,7 @@ SHIPPED = Path(str(files("unihema"))) / "shipped_files" / "checkpoint"
 
 @click.command()
 @click.option("--data", multiple=True, required=True, type=PATH, help="Data folder; may be repeated.")
+@click.option("--abroad", multiple=True, type=PATH, help="Data folder that nothing is trained on; may be repeated.")
 @click.option("--minutes", required=True, type=float, help="Minutes of training for each peer.")
 @click.option("--peer", "names", multiple=True, type=click.Choice(list(PEERS)), help="This one only; may be repeated.")
 @click.option("--output", "-o", type=PATH, default="runs/peers", help="Folder for the peers and their results.")
@@ -45,6 +46,7 @@ SHIPPED = Path(str(files("unihema"))) / "shipped_files" / "checkpoint"
 @set_option
 def main(
     data: tuple[Path, ...],
+    abroad: tuple[Path, ...],
     minutes: float,
     names: tuple[str, ...],
     output: Path,
@@ -73,7 +75,8 @@ def main(
             **settings_of(more_settings),
         }
     )
-    results = compare(settings, checkpoint, names, {name: float(rate) for name, rate in rates}, resume=True)
+    own_rates = {name: float(rate) for name, rate in rates}
+    results = compare(settings, checkpoint, names, own_rates, resume=True, abroad=abroad)
     peers = [name for name in results if name != UNIHEMA]
     best = best_peers(results)
     tasks = [task for task in best if task in results[UNIHEMA]["report"]]

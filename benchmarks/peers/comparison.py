@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from unihema.training.data.class_tree import as_known
 from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.rows import Row, morphology_schema
 from unihema.training.evaluation import evaluate_model
-from unihema.training.run.build import build, training_rows, validation_rows
+from unihema.training.run.build import build, load_rows, training_rows, validation_rows
 from unihema.training.run.checkpoint import last_checkpoint
 from unihema.training.run.config import DataConfig, ModelConfig, OptimisationConfig, RunConfig
 from unihema.training.run.loop import train
@@ -30,6 +31,8 @@ from unihema.training.studies.study import Run, figure_settings, run_study
 
 UNIHEMA = "unihema"
 FIELDS, CELLS = 320, 128
+# Data set -> its rows, which nothing is trained on.
+RowsAbroad = Mapping[str, Sequence[Row]]
 
 
 def unihema_item(task: str) -> str:
@@ -64,6 +67,7 @@ def compare(
     names: Sequence[str] = (),
     learning_rates: Mapping[str, float] | None = None,
     resume: bool = False,
+    abroad: Sequence[str | Path] = (),
 ) -> dict[str, dict[str, Any]]:
     """Measures UniHema, then trains and measures each peer; finished ones are not made again.
 
@@ -75,10 +79,12 @@ def compare(
         names (`Sequence[str]`): Peers; all whose task the data have when empty.
         learning_rates (`Mapping[str, float]`, *optional*): Peer -> its own.
         resume (`bool`): Go on with what an earlier call left.
+        abroad (`Sequence[str | Path]`): Data folders that neither UniHema nor any peer is trained on. All of their images are
+            measured.
 
     Returns:
-        `dict[str, dict[str, Any]]`: `UNIHEMA` and the peers -> `parameters`, `report`, and of a peer its `learning_rate`
-        and how it was `trained`.
+        `dict[str, dict[str, Any]]`: `UNIHEMA` and the peers -> `parameters`, `report`, `abroad` (task -> data set -> report),
+        and of a peer its `learning_rate` and how it was `trained`.
 
     Raises:
         RunConfigError: Settings that cannot be, an unknown peer, one whose task the data lack, or a folder that holds
@@ -106,17 +112,40 @@ def compare(
             f"Nothing to measure {missing[0]} on: split '{config.data.val_split}' of the folders has none."
         )
     val_rows = {compared: val_rows[compared] for compared in wanted}
-    runs = _unihema_runs(config, checkpoint, val_rows)
+    strange = _rows_abroad(config, abroad, wanted)
+    runs = _unihema_runs(config, checkpoint, val_rows, strange)
     for name in names:
         compared = PEERS[name].compared
-        runs.append(_peer_run(name, config, rates[name], rows[compared], val_rows[compared], resume))
+        measured = val_rows[compared], strange.get(compared, {})
+        runs.append(_peer_run(name, config, rates[name], rows[compared], *measured, resume))
     results = run_study(config.output_dir, "results", runs, resume=resume)
     ours = [results[unihema_item(compared)] for compared in val_rows]
-    report = {compared: figures for result in ours for compared, figures in result["report"].items()}
-    return {UNIHEMA: {**ours[0], "report": report}, **{name: results[name] for name in names}}
+    together = {
+        part: {compared: figures for result in ours for compared, figures in result[part].items()}
+        for part in ("report", "abroad")
+    }
+    return {UNIHEMA: {**ours[0], **together}, **{name: results[name] for name in names}}
 
 
-def _unihema_runs(config: RunConfig, checkpoint: str | Path, val_rows: Mapping[str, list[Row]]) -> list[Run]:
+def _rows_abroad(config: RunConfig, folders: Sequence[str | Path], wanted: Sequence[str]) -> dict[str, RowsAbroad]:
+    """All rows of data that are in no training, by what is compared."""
+    if known := sorted({Path(folder).name for folder in folders} & {Path(each).name for each in config.data.folders}):
+        raise RunConfigError(f"--abroad {known[0]}: the peers are trained on it.")
+    if not folders:
+        return {}
+    data = replace(config.data, folders=list(map(str, folders)), dataset_weights={})
+    tasks = list(dict.fromkeys(map(task_of, wanted)))
+    found: dict[str, dict[str, list[Row]]] = {}
+    for split in (data.train_split, data.val_split):
+        for compared, rows in compared_rows(load_rows(data, split, tasks)).items():
+            for row in rows:
+                found.setdefault(compared, {}).setdefault(row["dataset"], []).append(row)
+    return {compared: found[compared] for compared in wanted if compared in found}
+
+
+def _unihema_runs(
+    config: RunConfig, checkpoint: str | Path, val_rows: Mapping[str, list[Row]], strange: Mapping[str, RowsAbroad]
+) -> list[Run]:
     """UniHema measured on one thing compared at a time, so that further peers may bring further ones."""
     settings = {name: value for name, value in figure_settings(config).items() if name.startswith(_ROWS_TO_MEASURE)}
     settings["checkpoint"] = fingerprint(checkpoint)
@@ -126,18 +155,35 @@ def _unihema_runs(config: RunConfig, checkpoint: str | Path, val_rows: Mapping[s
     def run(compared: str, rows: list[Row]) -> Run:
         def measure(_: Mapping[str, Any]) -> dict[str, Any]:
             model, processor = loaded()
-            report = {}
+            report, abroad = {}, {}
             if _does(model, compared, rows):
                 report[compared] = _measured(compared, model, processor, rows, config)
+                abroad[compared] = {
+                    name: _measured(compared, model, processor, of_data, config)
+                    for name, of_data in strange.get(compared, {}).items()
+                }
                 save_example(folder, compared, model, processor, rows)
-            return {"parameters": _parameters(model), "report": report}
+            return {"parameters": _parameters(model), "report": report, "abroad": abroad}
 
-        return Run(unihema_item(compared), settings, measure)
+        return Run(unihema_item(compared), settings | _measured_abroad(strange.get(compared, {})), measure)
 
     return [run(compared, rows) for compared, rows in val_rows.items()]
 
 
-def _peer_run(name: str, config: RunConfig, rate: float, rows: list[Row], val_rows: list[Row], resume: bool) -> Run:
+def _measured_abroad(strange: RowsAbroad) -> dict[str, list[str]]:
+    """The setting that says what else a model is measured on; none where it is nothing."""
+    return {"abroad": sorted(strange)} if strange else {}
+
+
+def _peer_run(
+    name: str,
+    config: RunConfig,
+    rate: float,
+    rows: list[Row],
+    val_rows: list[Row],
+    strange: RowsAbroad,
+    resume: bool,
+) -> Run:
     """One peer, trained by the loop that trains UniHema, saved and measured."""
     kind = PEERS[name]
     own = peer_config(config, name, rate, rows)
@@ -166,6 +212,7 @@ def _peer_run(name: str, config: RunConfig, rate: float, rows: list[Row], val_ro
         device = PartialState().device
         peer, processor = kind.build.from_pretrained(folder).to(device), UniHemaProcessor.from_pretrained(folder)
         report = {kind.compared: _measured(kind.compared, peer, processor, val_rows, config)}
+        abroad = {name: _measured(kind.compared, peer, processor, of_data, config) for name, of_data in strange.items()}
         save_example(folder, kind.compared, peer.cpu(), processor, val_rows)
         return {
             "learning_rate": rate,
@@ -178,9 +225,11 @@ def _peer_run(name: str, config: RunConfig, rate: float, rows: list[Row], val_ro
                 "device": device.type,
             },
             "report": report,
+            "abroad": {kind.compared: abroad},
         }
 
     measured_on = {name: value for name, value in figure_settings(config).items() if name.startswith(_ROWS_TO_MEASURE)}
+    measured_on |= _measured_abroad(strange)
     return Run(name, {**figure_settings(own), "measured on": measured_on}, measure, folder / WEIGHTS)
 
 

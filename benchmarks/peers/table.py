@@ -66,18 +66,26 @@ def comparison(
 
 def _row(task: str, title: str, result: Mapping[str, Any], speed: Mapping[str, float] | None) -> dict[str, Any]:
     figures = result["report"][task]
-    intervals = figures.get("intervals") or {}
     parts = figures.get("datasets", {})
     return {
         "task": task,
         "model": title,
-        "figures": {name: {"value": figures[name], "interval": intervals.get(name)} for name in FIGURES[task]},
+        "figures": _figures(task, figures),
         "datasets": {name: {"value": part[FIGURES[task][0]], "rows": part["rows"]} for name, part in parts.items()},
+        "abroad": {
+            name: {"rows": part["rows"], "figures": _figures(task, part)}
+            for name, part in result.get("abroad", {}).get(task, {}).items()
+        },
         "rows": figures["rows"],
         "images": figures["images"],
         "parameters": result["parameters"],
         **_speed(speed),
     }
+
+
+def _figures(task: str, report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    intervals = report.get("intervals") or {}
+    return {name: {"value": report[name], "interval": intervals.get(name)} for name in FIGURES[task]}
 
 
 def _speed(speed: Mapping[str, float] | None) -> dict[str, float | None]:
@@ -151,12 +159,18 @@ def page(compared: Mapping[str, Any], conditions: Mapping[str, Any]) -> str:
     ]
     if compared["verdicts"]:
         lines += ["", *_verdict_lines(compared["verdicts"])]
-    return "\n".join([*lines, *_dataset_lines(compared["rows"])]) + "\n"
+    return "\n".join([*lines, *_dataset_lines(compared["rows"]), *_lines_abroad(compared["rows"])]) + "\n"
 
 
 def _cells(row: Mapping[str, Any]) -> list[Any]:
-    figures = "; ".join(_figure(name, **value) for name, value in row["figures"].items())
-    cells = [row["task"], row["model"], figures, row["images"], row["rows"], _millions(row["parameters"])]
+    cells = [
+        row["task"],
+        row["model"],
+        _figure_cell(row["figures"]),
+        row["images"],
+        row["rows"],
+        _millions(row["parameters"]),
+    ]
     cells += [_number(row.get(name)) for name in ("wall ms", "processor ms", "peak MB", "minutes", "passes")]
     rate = row.get("learning_rate")
     return [*cells, "" if rate is None else f"{rate:g}"]
@@ -203,6 +217,23 @@ def _dataset_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     cells.sort(key=lambda line: line[:2])
     return ["", "By data set:", "", *table(("task", "data", "rows", "model", "figure", "value"), cells)]
+
+
+def _lines_abroad(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    cells = [
+        (row["task"], name, part["rows"], row["model"], _figure_cell(part["figures"]))
+        for row in rows
+        for name, part in row.get("abroad", {}).items()
+    ]
+    if not cells:
+        return []
+    cells.sort(key=lambda line: line[:2])
+    title = "Abroad, all images of data that none of them was trained on:"
+    return ["", title, "", *table(("task", "data", "rows", "model", "figures (95 % interval)"), cells)]
+
+
+def _figure_cell(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    return "; ".join(_figure(name, **value) for name, value in figures.items())
 
 
 def _number(value: float | None) -> str:
