@@ -2,9 +2,11 @@
 
 `python -m tools.refit_group CHECKPOINT FOLDER --group field DATA...` writes a copy of a checkpoint. What the features of crops
 tell, the last layer may not have learned: of few samples, and where features differ little. The fit is a logistic regression of
-the group's classes and of crops of other data folders, which stay what they are; on the train split, each class weighing alike.
+the group's classes, on the train split, each class weighing alike; crops of other classes are to stay what they are, and those
+labelled with a group one of it.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,8 +23,8 @@ from unihema.training.run.checkpoint import save_trained
 from unihema.training.run.config import DataConfig
 
 
-# Weight of the squared coefficients, and steps of the fit.
-DECAY, STEPS = 1e-5, 1000
+# Of the fit.
+STEPS = 1000
 # Crops of each data set that are not of the group.
 BESIDE = 300
 
@@ -48,33 +50,39 @@ def hidden_features(model, processor, rows: Sequence[dict]) -> torch.Tensor:
 
 
 def fitted_rows(
-    features: torch.Tensor, true: torch.Tensor, others: torch.Tensor, classes: int
+    features: torch.Tensor,
+    logits: torch.Tensor,
+    allowed: torch.Tensor,
+    classes: torch.Tensor,
+    weights: torch.Tensor,
+    decay: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and biases of the classes of a group by which features tell them from each other and from all else.
+    """Weights and biases of some classes under which the labels are most probable, those of all others being what they are.
 
     Args:
         features (`torch.Tensor`): `[n, width]`.
-        true (`torch.Tensor`): Number of each one's class in the group, and `classes` for what is not of the group, int64 `[n]`.
-        others (`torch.Tensor`): Logarithm of the sum of the exponentials of all other classes' logits `[n]`.
-        classes (`int`): Of the group.
+        logits (`torch.Tensor`): Of all classes `[n, classes]`.
+        allowed (`torch.Tensor`): Which classes each one's label is made of, bool `[n, classes]`.
+        classes (`torch.Tensor`): Numbers of the classes to fit, int64 `[m]`.
+        weights (`torch.Tensor`): How much each one counts `[n]`.
+        decay (`float`): Weight of the squared coefficients, of features of unit deviation.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: `[classes, width]` and `[classes]`.
+        `tuple[torch.Tensor, torch.Tensor]`: `[m, width]` and `[m]`.
     """
     mean, spread = features.mean(0), features.std(0).clamp(min=1e-4)
     scaled = (features - mean) / spread
-    layer = nn.Linear(features.shape[1], classes)
+    layer = nn.Linear(features.shape[1], len(classes))
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
-    alike = 1 / torch.bincount(true, minlength=classes + 1).clamp(min=1).float()
-    # All that is not of the group weighs as much as the group does.
-    alike[-1] *= classes
+    weights = weights / weights.sum()
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        told = torch.cat((layer(scaled), others[:, None]), 1)
-        value = nn.functional.cross_entropy(told, true, alike) + DECAY * layer.weight.square().sum()
+        told = logits.index_copy(1, classes, layer(scaled))
+        missed = told.logsumexp(1) - told.masked_fill(~allowed, -torch.inf).logsumexp(1)
+        value = weights @ missed + decay * layer.weight.square().sum()
         value.backward()
         return value
 
@@ -89,15 +97,19 @@ def fitted_rows(
 @click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--group", required=True, help="Group of single-cell classes, such as `field`.")
 @click.option("--boxes", is_flag=True, help="Boxes of fields as crops, too.")
-def main(checkpoint: Path, folder: Path, data: tuple[Path, ...], group: str, boxes: bool) -> None:
+@click.option(
+    "--decay", type=click.FloatRange(0), default=1e-5, show_default=True, help="Weight of squared coefficients."
+)
+def main(checkpoint: Path, folder: Path, data: tuple[Path, ...], group: str, boxes: bool, decay: float) -> None:
     """Fit the last layer for the classes of a group."""
     if folder.exists() and any(folder.iterdir()):
         raise click.UsageError(f"{folder} is not empty: name another folder.")
     model, processor = load_model(checkpoint, device="cpu")
     config = model.config
-    if group not in config.single_cell_names:
-        raise InputError(f"no single-cell group {group!r}; there are {', '.join(config.single_cell_names)}.")
-    members = config.single_cell_members[config.single_cell_names.index(group)]
+    made_of = dict(zip(config.single_cell_names, config.single_cell_members, strict=True))
+    if group not in made_of:
+        raise InputError(f"no single-cell group {group!r}; there are {', '.join(made_of)}.")
+    members = made_of[group]
     names = [name for name, member in zip(config.single_cell_labels, members, strict=True) if member]
     read = DataConfig(folders=list(map(str, data)), tasks=["single_cell"], boxes_as_crops=boxes)
     rows = _drawn(load_rows(read, "train")["single_cell"], names)
@@ -106,29 +118,42 @@ def main(checkpoint: Path, folder: Path, data: tuple[Path, ...], group: str, box
         raise InputError(
             f"{group} needs rows of two classes or more, and has none of {', '.join(missing) or 'a second'}."
         )
-    true = torch.tensor([names.index(row["label"]) if row["label"] in names else len(names) for row in rows])
-    if not (true == len(names)).any():
+    classes = torch.tensor([config.single_cell_labels.index(name) for name in names])
+    # Of what the checkpoint does not know, it is known that it is none of the group.
+    strange = [not member for member in members]
+    allowed = torch.tensor([made_of.get(row["label"], strange) for row in rows])
+    within = torch.tensor([row["label"] in names for row in rows])
+    beside = ~allowed[:, classes].any(1)
+    if not beside.any():
         raise InputError(f"Name data folders of other crops, too: by {group} alone nothing tells it from them.")
+    # Each class weighs alike, and all that is none of them as much as they do together.
+    counts = Counter(row["label"] for row in rows)
+    weights = torch.tensor([1 / counts[row["label"]] for row in rows])
+    weights[~within] = len(names) / int((~within).sum())
     features = hidden_features(model, processor, rows)
     last = model.single_cell_head.layers[-1]
-    numbers = torch.tensor([config.single_cell_labels.index(name) for name in names])
     with torch.inference_mode():
         logits = last(features)
     features, logits = features.clone(), logits.clone()
-    right = [float((logits[:, numbers].argmax(1) == true)[true < len(names)].float().mean())]
-    logits[:, numbers] = -torch.inf
-    weight, bias = fitted_rows(features, true, logits.logsumexp(1), len(names))
+    right = [_right(logits, allowed, classes, within)]
+    weight, bias = fitted_rows(features, logits, allowed, classes, weights, decay)
     with torch.no_grad():
-        last.weight[numbers], last.bias[numbers] = weight, bias
-        logits[:, numbers] = features @ weight.T + bias
-    right.append(float((logits[:, numbers].argmax(1) == true)[true < len(names)].float().mean()))
-    taken = float((logits.argmax(1)[true == len(names)][:, None] == numbers).any(1).float().mean())
+        last.weight[classes], last.bias[classes] = weight, bias
+        logits[:, classes] = features @ weight.T + bias
+    right.append(_right(logits, allowed, classes, within))
+    taken = float(torch.isin(logits.argmax(1), classes)[beside].float().mean())
     click.echo(
-        f"{group}, {int((true < len(names)).sum())} training rows: {right[0]:.3f} right before, {right[1]:.3f} now; of "
-        f"{int((true == len(names)).sum())} others {taken:.3f} are called so"
+        f"{group}, {int(within.sum())} training rows: {right[0]:.3f} right before, {right[1]:.3f} now; of "
+        f"{int(beside.sum())} others {taken:.3f} are called so"
     )
     save_trained(model, processor, folder)
     click.echo(f"Written to {folder}.")
+
+
+def _right(logits: torch.Tensor, allowed: torch.Tensor, classes: torch.Tensor, within: torch.Tensor) -> float:
+    """Share of the rows of the classes that are told from each other."""
+    best = classes[logits[:, classes].argmax(1)]
+    return float(allowed.gather(1, best[:, None])[within].float().mean())
 
 
 def _drawn(rows: Sequence[dict], names: Sequence[str]) -> list[dict]:
