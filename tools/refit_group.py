@@ -17,6 +17,7 @@ from torch import nn
 
 from unihema.errors import InputError
 from unihema.loading import load_model
+from unihema.training.data.class_tree import as_known
 from unihema.training.data.dataset import SmearDataset
 from unihema.training.run.build import load_rows
 from unihema.training.run.checkpoint import save_trained
@@ -112,16 +113,16 @@ def main(checkpoint: Path, folder: Path, data: tuple[Path, ...], group: str, box
     members = made_of[group]
     names = [name for name, member in zip(config.single_cell_labels, members, strict=True) if member]
     read = DataConfig(folders=list(map(str, data)), tasks=["single_cell"], boxes_as_crops=boxes)
-    rows = _drawn(load_rows(read, "train")["single_cell"], names)
+    rows = _drawn(as_known(load_rows(read, "train")["single_cell"], list(made_of)), names)
+    if unknown := sorted({row["label"] for row in rows} - set(made_of)):
+        raise InputError(f"the checkpoint does not know {', '.join(unknown)}: leave these data out.")
     missing = [name for name in names if name not in {row["label"] for row in rows}]
     if missing or len(names) < 2:
         raise InputError(
             f"{group} needs rows of two classes or more, and has none of {', '.join(missing) or 'a second'}."
         )
     classes = torch.tensor([config.single_cell_labels.index(name) for name in names])
-    # Of what the checkpoint does not know, it is known that it is none of the group.
-    strange = [not member for member in members]
-    allowed = torch.tensor([made_of.get(row["label"], strange) for row in rows])
+    allowed = torch.tensor([made_of[row["label"]] for row in rows])
     within = torch.tensor([row["label"] in names for row in rows])
     beside = ~allowed[:, classes].any(1)
     if not beside.any():

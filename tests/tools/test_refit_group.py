@@ -35,7 +35,8 @@ def made(tmp_path):
         tmp_path / "model", 1, single_cell_labels=["ring", "early", "late"], single_cell_parents=parents
     )
     generator = np.random.default_rng(0)
-    for name, colour in (("early", (200, 120, 160)), ("late", (120, 120, 220)), ("ring", (90, 200, 90))):
+    # One in another spelling.
+    for name, colour in (("early", (200, 120, 160)), ("Late", (120, 120, 220)), ("ring", (90, 200, 90))):
         folder = tmp_path / "data" / "train" / name
         folder.mkdir(parents=True)
         for number in range(8):
@@ -54,8 +55,8 @@ def test_only_the_rows_of_the_group_change(made, tmp_path):
     assert sorted(changed) == ["single_cell_head.layers.6.bias", "single_cell_head.layers.6.weight"]
     assert torch.equal(before[changed[-1]][:1], after[changed[-1]][:1])
     analyzer = Analyzer.from_pretrained(tmp_path / "out", device="cpu")
-    for name in ("early", "late", "ring"):
-        assert analyzer(data / "train" / name / f"{name}0.png", "single_cell").single_cell["label"] == name
+    for name in ("early", "Late", "ring"):
+        assert analyzer(data / "train" / name / f"{name}0.png", "single_cell").single_cell["label"] == name.lower()
 
 
 def test_what_cannot_be_fitted_is_said_and_nothing_is_written(made, tmp_path):
@@ -66,7 +67,10 @@ def test_what_cannot_be_fitted_is_said_and_nothing_is_written(made, tmp_path):
     ):
         done = CliRunner().invoke(main, [str(checkpoint), str(tmp_path / "out"), str(data), *arguments])
         assert done.exit_code != 0 and message in str(done.exception), done.output
-    for path in (data / "train" / "ring").iterdir():
+    (data / "train" / "ring").rename(data / "train" / "platelet clump")
+    done = CliRunner().invoke(main, [str(checkpoint), str(tmp_path / "out"), str(data), "--group", "field"])
+    assert done.exit_code != 0 and "does not know platelet clump" in str(done.exception), done.output
+    for path in (data / "train" / "platelet clump").iterdir():
         path.unlink()
     done = CliRunner().invoke(main, [str(checkpoint), str(tmp_path / "out"), str(data), "--group", "field"])
     assert done.exit_code != 0 and "other crops" in str(done.exception), done.output
