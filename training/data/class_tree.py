@@ -179,7 +179,8 @@ def with_covered_parents(annotated: Sequence[str], parents: Mapping[str, str]) -
     """The classes that a data set annotates, and the coarser classes that they cover.
 
     A set that boxes the types of white cells has boxed the white cells: what has no box is not one. A single type does not show
-    that. So a coarser class is covered by at least two of its kinds, and at least half of them.
+    that. So a coarser class is covered by at least two of its kinds, and at least half of them. Kinds of a kind that is not
+    listed show nothing: who boxes the stages of malaria has boxed the infected red cells, and not all red cells.
 
     Args:
         annotated (`Sequence[str]`): Classes that the set annotates.
@@ -193,7 +194,8 @@ def with_covered_parents(annotated: Sequence[str], parents: Mapping[str, str]) -
     for _ in range(len(parents)):
         kinds: dict[str, list[bool]] = {}
         for child, parent in parents.items():
-            kinds.setdefault(parent, []).append(child in found)
+            if usual_name(STANDARD_PARENTS.get(usual_name(child), parent)) == usual_name(parent):
+                kinds.setdefault(parent, []).append(child in found)
         new = [p for p, has in kinds.items() if p not in found and sum(has) >= 2 and 2 * sum(has) >= len(has)]
         if not new:
             break

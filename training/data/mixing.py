@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,12 +15,14 @@ from unihema.training.data.shards import WINDOW
 
 
 Key = tuple[str, int, int]
+# The first view of a sample in an epoch has the epoch's number; more epochs than this there are not.
+VIEWS_APART = 2**32
 # For each data set of a task its name and blocks: numbers of samples that are read together.
 Sources = Sequence[tuple[str, Sequence[Sequence[int]]]]
 
 
 class TaskMixer(Sampler[list[Key]]):
-    """Batches of `(task, index, epoch)` keys, each of one task.
+    """Batches of `(task, index, view)` keys, each of one task. A sample that comes again within an epoch has another view.
 
     The schedule is a function of seed and epoch alone, so a run resumes in the middle of an epoch by skipping batches,
     without reading what it skips.
@@ -151,10 +154,16 @@ class TaskMixer(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         epoch = self.epoch
         streams = {task: self._samples(task, number, epoch) for number, task in enumerate(self.lengths)}
+        visits: dict[str, Counter[int]] = {task: Counter() for task in self.lengths}
         for step, task in enumerate(self.schedule(epoch)):
             batch = next(streams[task])
+            views = []
+            for index in batch:
+                seen = visits[task][index]
+                visits[task][index] += 1
+                views.append((task, index, epoch + seen * VIEWS_APART))
             if step >= self.first_step:
-                yield [(task, index, epoch) for index in batch]
+                yield views
 
     def _samples(self, task: str, number: int, epoch: int) -> Iterator[list[int]]:
         """Index lists of one task's batches: round after round of all samples, each round in its own order.
@@ -226,8 +235,8 @@ class MixedSmears(Dataset):
         return sum(map(len, self.datasets.values()))
 
     def __getitem__(self, key: Key) -> tuple[str, dict[str, Any]]:
-        task, index, epoch = key
-        return task, self.datasets[task][index, epoch]
+        task, index, view = key
+        return task, self.datasets[task][index, view]
 
     def collate(self, samples: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
         """Samples of one task to its batch."""

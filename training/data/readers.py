@@ -36,7 +36,7 @@ from unihema.training.data.layouts.tables import (
 )
 from unihema.training.data.layouts.voc import is_voc, read_voc
 from unihema.training.data.layouts.yolo import ClassLists, labels_of, read_yolo
-from unihema.training.data.rows import BadRows, OnInvalid, Row, group_ids, shown
+from unihema.training.data.rows import PROVENANCE_KEYS, BadRows, OnInvalid, Row, group_ids, image_key, shown
 from unihema.training.data.shards import INDEX_FILE, LazyRows, read_stored
 from unihema.training.data.splits import split_in_name, split_in_path
 
@@ -249,6 +249,7 @@ def read_foreign(
     for row in rows:
         stem = Path(row["file_name"]).stem
         row["split"] = row.get("split") or split_in_path(row["file_name"]) or lists.get(stem)
+    _share_groups(rows)
     return _each_image_once(rows, bad)
 
 
@@ -321,6 +322,8 @@ def _read_own(
         cells = _read_attributes(folder / "attributes.csv", images, dataset, rename, bad, attributes_as_detection)
         rows["detection"] = [*rows.get("detection", ()), *cells]
     _add_groups(folder / "origins.csv", rows, bad)
+    boxes = () if "detection" in rows or not rows else _rows_of_boxes(folder / "annotations.json", images, dataset, bad)
+    _share_groups([*boxes, *(row for found in rows.values() for row in found)])
     if set(wanted) == set(TASKS) and (folder / "images").is_dir():
         every = [row for found in rows.values() for row in found]
         ImageFinder(folder / "images").report(bad, every, "names it")
@@ -406,6 +409,27 @@ def _add_groups(path: Path, rows: Mapping[str, list[Row]], bad: BadRows) -> None
     for row in (row for found in rows.values() for row in found):
         row.update(groups.get(Path(row["file_name"]).as_posix(), {}))
     images.report(bad)
+
+
+def _rows_of_boxes(path: Path, images: ImageFolder, dataset: str, bad: BadRows) -> list[Row]:
+    """Boxes that nobody asked for: what they say of patients and slides holds for masks and questions as well."""
+    if not path.is_file():
+        return []
+    try:
+        return read_coco(path, images.path, dataset, {}, BadRows())
+    except DatasetError as error:
+        bad.note(f"{path}: not read, so patients and slides of its images are not known. {error}")
+        return []
+
+
+def _share_groups(rows: Sequence[Row]) -> None:
+    """Gives all rows of an image, of every task, the patient, slide and source image that any of them states."""
+    known: dict[Any, dict[str, Any]] = {}
+    for row in rows:
+        stated = {key: row[key] for key in PROVENANCE_KEYS if row.get(key)}
+        known[image_key(row)] = stated | known.get(image_key(row), {})
+    for row in rows:
+        row.update(known[image_key(row)] | {key: row[key] for key in PROVENANCE_KEYS if row.get(key)})
 
 
 def _each_image_once(rows: Any, bad: BadRows) -> Any:

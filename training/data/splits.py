@@ -4,7 +4,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -147,7 +147,10 @@ def fold_rows(
     """
     if folds < 2 or not 0 <= fold < folds:
         raise InputError(f"Fold {fold} of {folds}: there must be at least 2, counted from 0.")
-    sizes = image_groups(row for rows in rows_by_task.values() for row in rows)
+    everything = [row for rows in rows_by_task.values() for row in rows]
+    # What one task's rows say of an image holds for those of another.
+    known = {image_key(row): _group(row) for row in everything if any(row.get(kind) for kind in GROUP_KEYS)}
+    sizes = dict(Counter(group for group, _ in {(_group(row, known), image_key(row)) for row in everything}))
     groups = sorted(sizes)
     if len(groups) < folds:
         raise DatasetError(
@@ -163,7 +166,9 @@ def fold_rows(
         images[smallest] += sizes[group]
     share = math.ceil(sum(images) / folds)
     chosen = set(divided[sorted(range(folds), key=lambda part: images[part] > share)[fold]])
-    parts = {task: [row for row in rows if (_group(row) in chosen) == held_out] for task, rows in rows_by_task.items()}
+    parts = {
+        task: [row for row in rows if (_group(row, known) in chosen) == held_out] for task, rows in rows_by_task.items()
+    }
     return {task: rows for task, rows in parts.items() if rows}
 
 
@@ -176,7 +181,9 @@ def image_groups(rows: Iterable[Row]) -> dict[str, int]:
     return dict(Counter(group for group, _ in {(_group(row), image_key(row)) for row in rows}))
 
 
-def _group(row: Row) -> str:
+def _group(row: Row, known: Mapping[Hashable, str] | None = None) -> str:
+    if known and image_key(row) in known:
+        return known[image_key(row)]
     for kind in GROUP_KEYS:
         if row.get(kind):
             return f"{kind} {row['dataset']} {row[kind]}"

@@ -292,5 +292,8 @@ def _reference(row: Row, size: Sequence[int], names: list[str]) -> dict[str, Any
     if row.get("from_attributes"):
         reference["annotated_classes"] = []
     elif row.get("annotated_classes") is not None:
-        reference["annotated_classes"] = [names.index(name) for name in row["annotated_classes"]]
+        # A class that the model does not have, and no box either, is none that it could be asked for.
+        reference["annotated_classes"] = [names.index(name) for name in row["annotated_classes"] if name in names]
+    if row.get("exact_classes"):
+        reference["exact_classes"] = [names.index(name) for name in row["exact_classes"] if name in names]
     return reference

@@ -12,12 +12,13 @@ def with_coarser_truth(reference: Mapping[str, Any], ancestors: np.ndarray | Non
     """A reference in which a neutrophil is a WBC as well, and a cell labelled WBC may be called neutrophil.
 
     Args:
-        reference (`Mapping[str, Any]`): See `mean_average_precision`.
+        reference (`Mapping[str, Any]`): See `mean_average_precision`; `exact_classes` are numbers of those whose cells are of
+            no annotated finer class.
         ancestors (`np.ndarray`, *optional*): bool `[C, C]`, `[i, j]` where class j is coarser than class i.
 
     Returns:
         `dict[str, Any]`: With each cell once more for each annotated coarser class, and as a crowd, on which predictions
-        do not count, for each annotated finer one.
+        do not count, for each annotated finer one that it may be.
     """
     labels = np.asarray(reference["labels"], dtype=int)
     if ancestors is None or not len(labels):
@@ -27,7 +28,8 @@ def with_coarser_truth(reference: Mapping[str, Any], ancestors: np.ndarray | Non
     crowd = np.zeros(len(labels), dtype=int) if crowd is None else np.asarray(crowd, dtype=int)
     allowed = annotated_classes(reference, len(ancestors))
     cell, coarser = np.nonzero(ancestors[labels] & allowed)
-    open_cell, finer = np.nonzero(ancestors.T[labels] & allowed)
+    inexact = ~np.isin(labels, reference.get("exact_classes", ()))
+    open_cell, finer = np.nonzero(ancestors.T[labels] & allowed & inexact[:, None])
     masks = reference.get("masks")
     again = {} if masks is None else {"masks": [*masks, *(masks[number] for number in (*cell, *open_cell))]}
     return {

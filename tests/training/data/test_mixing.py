@@ -40,6 +40,19 @@ def test_resuming_skips_exactly_what_was_done():
     assert list(mixer) == whole[7:]
 
 
+def test_a_sample_that_comes_again_has_another_view_also_when_resumed():
+    arguments = {"lengths": {"single_cell": 5}, "batch_size": 2, "steps_per_epoch": 20, "seed": 1}
+    mixer = TaskMixer(**arguments)
+    mixer.set_epoch(3)
+    whole = list(mixer)
+    keys = [key for batch in whole for key in batch]
+    assert len(keys) > 30 and len(set(keys)) == len(keys)
+    first = {index: view for _, index, view in reversed(keys)}
+    assert set(first.values()) == {3}
+    mixer.set_epoch(3, first_step=11)
+    assert list(mixer) == whole[11:]
+
+
 def test_temperature_and_weights():
     by_size = TaskMixer(LENGTHS, 4, steps_per_epoch=104).steps
     alike = TaskMixer(LENGTHS, 4, temperature=0.0, steps_per_epoch=99).steps

@@ -220,3 +220,23 @@ def test_tables_hold_text_in_every_spreadsheet_and_are_read_again_as_they_were(t
     rows = load_folder(tmp_path / "out", attributes_as_detection=True)
     assert {row["patient"] for row in rows["single_cell"]} == set(values)
     assert {row["objects"]["morphology"][0]["granularity"] for row in rows["detection"]} == set(values.values())
+
+
+def test_outlines_and_what_was_looked_for_in_each_image_are_kept(tmp_path):
+    outline = [[4, 4, 20, 4, 20, 20, 4, 20]]
+    for number, (stem, name) in enumerate((("wbc", "WBC"), ("plt", "platelet"))):
+        write_photograph(tmp_path / "data" / "images" / "train" / f"{stem}.png", number)
+        box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [4, 4, 16, 16], "segmentation": outline}
+        content = {
+            "images": [{"id": 1, "file_name": f"images/train/{stem}.png", "width": 96, "height": 72}],
+            "annotations": [box],
+            "categories": [{"id": 1, "name": name}],
+        }
+        (tmp_path / "data" / f"{stem}_train.json").write_text(json.dumps(content))
+    prepare_data(tmp_path / "data", tmp_path / "out", val_share=0.0)
+    rows = load_folder(tmp_path / "out", "train")["detection"]
+    assert {(Path(row["image"]).stem, *row["annotated_classes"]) for row in rows} == {
+        ("wbc", "WBC"),
+        ("plt", "platelet"),
+    }
+    assert [row["objects"]["segmentation"] for row in rows] == [[outline], [outline]]

@@ -252,3 +252,45 @@ def test_real_folders(data_dir, folder, counts):
     assert {task: len(found) for task, found in rows.items()} == counts
     for found in rows.values():
         check_rows(found, class_names(found) or None, single_cell_names(found) or None)
+
+
+def test_a_name_that_boxes_have_is_a_class_though_a_group_has_it_too(coco_folder):
+    content = coco(category_id="1")
+    content["annotations"].append(content["annotations"][0] | {"id": 8, "category_id": 2, "bbox": [20, 5, 9, 9]})
+    content["categories"] = [
+        {"id": 0, "name": "RBC", "supercategory": "none"},
+        {"id": "1", "name": "RBC", "supercategory": "RBC"},
+        {"id": 2, "name": "WBC", "supercategory": "RBC"},
+    ]
+    (row,) = load_folder(coco_folder(content), "train")["detection"]
+    assert row["annotated_classes"] == ["RBC", "WBC"] and row["objects"]["category"] == ["RBC", "WBC"]
+    renamed = {"RBC": "cell", "WBC": "cell"}
+    (row,) = load_folder(coco_folder(content), "train", rename=renamed)["detection"]
+    assert row["annotated_classes"] == ["cell"]
+
+
+def test_an_image_may_say_itself_what_was_looked_for_in_it(coco_folder):
+    content = coco()
+    content["images"][0]["annotated_classes"] = ["WBC"]
+    (row,) = load_folder(coco_folder(content), "train")["detection"]
+    assert row["annotated_classes"] == ["WBC"]
+    for wrong, words in (
+        ("WBC", "a list of class names"),
+        (["blast"], "'blast' is not among the categories"),
+        ([3], "3 is"),
+    ):
+        content["images"][0]["annotated_classes"] = wrong
+        with pytest.raises(DatasetError, match=rf"images\[0\].annotated_classes: .*{words}"):
+            load_folder(coco_folder(content), "train")
+
+
+def test_what_boxes_say_of_a_patient_holds_for_masks_and_questions(own_folder):
+    path = own_folder / "val" / "annotations.json"
+    content = json.loads(path.read_text())
+    content["images"][0]["patient"] = "p7"
+    path.write_text(json.dumps(content))
+    rows = load_folder(own_folder, "val")
+    assert [rows[task][0].get("patient") for task in ("detection", "segmentation", "cloze")] == ["p7"] * 3
+    assert rows["single_cell"][0].get("patient") is None
+    alone = load_folder(own_folder, "val", tasks=["segmentation"])
+    assert list(alone) == ["segmentation"] and alone["segmentation"][0]["patient"] == "p7"

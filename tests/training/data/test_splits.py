@@ -49,3 +49,14 @@ def test_folds_of_lone_images_are_every_nth_of_a_shuffle():
     for fold in range(3):
         held = fold_rows({"detection": rows}, 3, fold, 3, held_out=True)["detection"]
         assert {row["image"] for row in held} == {names[position] for position in order[fold::3]}
+
+
+def test_rows_of_an_image_stay_together_where_only_one_task_knows_the_patient():
+    rows = {
+        "detection": [{"image": f"{n}.png", "dataset": "lab", "patient": str(n // 2)} for n in range(12)],
+        "question_answering": [{"image": f"{n}.png", "dataset": "lab"} for n in range(12)],
+    }
+    for fold in range(3):
+        parts = [fold_rows(rows, 3, fold, 0, held_out) for held_out in (False, True)]
+        seen, held = ({row["image"] for found in part.values() for row in found} for part in parts)
+        assert not seen & held and len(held) == 4

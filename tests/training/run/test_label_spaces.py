@@ -198,6 +198,11 @@ def test_a_set_that_boxes_the_types_has_boxed_the_coarser_class():
     assert with_covered_parents(["neutrophil"], parents) == ["neutrophil"]
     assert with_covered_parents(["neutrophil", "eosinophil", "RBC"], parents)[-2:] == ["WBC", "cell"]
     assert with_covered_parents(["RBC"], {}) == ["RBC"]
+    # Whoever boxes the stages of malaria has boxed the infected red cells, not all red cells.
+    stages = ["ring", "trophozoite", "schizont", "gametocyte"]
+    assert with_covered_parents(stages, known_parents([*stages, "RBC"])) == stages
+    listed = known_parents([*stages, "infected red cell", "RBC"])
+    assert with_covered_parents(stages, listed) == [*stages, "infected red cell"]
     names = ["RBC", "WBC", "neutrophil", "basophil"]
     processor = UniHemaProcessor.from_default(detection={"longest_edge": 96})
     rows = [field("neutrophil", annotated=["neutrophil", "basophil"])]
@@ -234,3 +239,15 @@ def test_without_a_hierarchy_truth_and_names_stay():
     found = {"boxes": BOXES, "scores": np.array([0.9, 0.8, 0.7]), "labels": np.arange(3)}
     assert with_coarser_truth(truth, None) == truth
     assert torch.equal(torch.from_numpy(with_coarser_names(found, truth, None)["labels"]), torch.arange(3))
+
+
+def test_a_cell_of_an_exact_class_is_no_excuse_for_a_finer_name():
+    truth = {"boxes": BOXES, "labels": [WBC, WBC, NEUTROPHIL], "annotated_classes": [WBC, NEUTROPHIL]}
+    found = [{"boxes": BOXES, "labels": np.full(3, NEUTROPHIL), "scores": np.array([0.9, 0.8, 0.5])}]
+    precision = {}
+    for name, exact in (("open", []), ("exact", [WBC])):
+        wide = with_coarser_truth(truth | {"exact_classes": exact}, ANCESTORS)
+        assert sum(wide["iscrowd"]) == (0 if exact else 2)
+        report = mean_average_precision(found, [wide], ["RBC", "WBC", "neutrophil"])
+        precision[name] = report["per_class"]["neutrophil"]["AP50"]
+    assert precision == {"open": 1.0, "exact": pytest.approx(1 / 3, abs=0.01)}

@@ -369,6 +369,10 @@ class _SplitWriter:
             if records:
                 write_text(self.folder / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in records))
         if self.images:
+            for image in self.images:
+                # Said of an image only where it is not what the file says of all.
+                if set(image["annotated_classes"]) == set(self.categories):
+                    del image["annotated_classes"]
             categories = [{"id": number, "name": name} for name, number in self.categories.items()]
             coco = {"images": self.images, "annotations": self.annotations, "categories": categories}
             write_text(self.folder / "annotations.json", json.dumps(coco, ensure_ascii=False) + "\n")
@@ -414,12 +418,15 @@ class _SplitWriter:
         number = len(self.images)
         size = {"width": row["size"][0], "height": row["size"][1]} if row.get("size") else {}
         groups = {group: row[group] for group in PROVENANCE_KEYS if row.get(group)}
-        self.images.append({"id": number, "file_name": name, **size, **groups})
         objects = row["objects"]
-        for label in [*(row.get("annotated_classes") or ()), *objects["category"]]:
+        annotated = list(dict.fromkeys([*(row.get("annotated_classes") or ()), *objects["category"]]))
+        self.images.append({"id": number, "file_name": name, **size, **groups, "annotated_classes": annotated})
+        for label in annotated:
             self.categories.setdefault(label, len(self.categories))
         crowds = objects.get("iscrowd") or [0] * len(objects["bbox"])
-        for box, label, attributes, crowd in zip(objects["bbox"], objects["category"], objects["morphology"], crowds):
+        outlines = objects.get("segmentation") or [None] * len(objects["bbox"])
+        cells = zip(objects["bbox"], objects["category"], objects["morphology"], crowds, outlines, strict=True)
+        for box, label, attributes, crowd, outline in cells:
             annotation = {
                 "id": len(self.annotations),
                 "image_id": number,
@@ -428,6 +435,7 @@ class _SplitWriter:
                 "area": box[2] * box[3],
                 "iscrowd": crowd,
             }
+            annotation |= {} if outline is None else {"segmentation": outline}
             self.annotations.append(annotation | ({"attributes": attributes} if attributes else {}))
 
     def _write_mask(self, row: Row, name: str) -> None:

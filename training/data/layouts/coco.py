@@ -65,7 +65,8 @@ def read_coco(
     a box and the outline of its cell. A category that only groups others and that no box has (Roboflow's first) is no class.
 
     Args:
-        path (`Path`): `images`, `annotations`, `categories`; an annotation may have `attributes` {name: value}.
+        path (`Path`): `images`, `annotations`, `categories`; an annotation may have `attributes` {name: value}, and an image
+            `annotated_classes`, names of categories, where not all of them were looked for in it.
         find_image (`Callable`): Path of an image from its `file_name` and the source for messages.
         dataset (`str`): Name of the data set.
         rename (`Mapping[str, str]`): Category names to replace.
@@ -101,7 +102,7 @@ def read_coco(
                 "dataset": dataset,
                 "task": "detection",
                 "objects": {"bbox": [], "category": [], "morphology": [], "iscrowd": [], "segmentation": []},
-                "annotated_classes": classes,
+                "annotated_classes": _annotated_in(image, classes, names, rename, source),
                 "size": recorded_size(image, found),
                 **group_ids(image, source),
             }
@@ -124,9 +125,26 @@ def read_coco(
     if scored:
         bad.note(f"{path}: {scored} boxes have a score, as predictions have. They are taken for the truth.")
     _keep_classes_of_attributes(list(rows.values()), path, bad)
-    for row in rows.values():
-        row["annotated_classes"] = list(classes)
     return list(rows.values())
+
+
+def _annotated_in(
+    image: Mapping[str, Any], classes: Sequence[str], names: Mapping[Any, str], rename: Mapping[str, str], source: str
+) -> list[str]:
+    """The classes that were looked for in an image: those of the file, or those that it lists itself.
+
+    Raises:
+        DatasetError: It lists no list, or a class that is no category.
+    """
+    listed = image.get("annotated_classes")
+    if listed is None:
+        return list(classes)
+    if not isinstance(listed, list):
+        raise DatasetError(f"{source}.annotated_classes: a list of class names is needed, got {shown(listed)}.")
+    found = [rename.get(name, name) if isinstance(name, str) else name for name in listed]
+    if unknown := [name for name in found if name not in names.values()]:
+        raise DatasetError(f"{source}.annotated_classes: {shown(unknown[0])} is not among the categories.")
+    return list(dict.fromkeys(found))
 
 
 def _add_object(
@@ -231,8 +249,9 @@ def _check_outline(outline: Any, box: Sequence[float], size: tuple[int, int], so
 
 
 def _without_groups(names: Mapping[Any, str], content: Mapping[str, Any], path: Path, bad: BadRows) -> list[str]:
-    """The classes: all categories but those that only group others."""
-    used = {shown(entry.get("category_id")) for entry in content["annotations"] if isinstance(entry, Mapping)}
+    """The classes: all categories but those that only group others. A name that some box has is a class."""
+    ids = [entry.get("category_id") for entry in content["annotations"] if isinstance(entry, Mapping)]
+    used = {names.get(coco_id(given)) for given in ids}
     # In COCO itself some categories are their own supercategory.
     above = {
         shown(entry.get("supercategory"))
@@ -240,9 +259,9 @@ def _without_groups(names: Mapping[Any, str], content: Mapping[str, Any], path: 
         if entry.get("supercategory") != entry["name"]
     }
     groups = {
-        names[entry["id"]]: None
+        name: None
         for entry in content["categories"]
-        if shown(entry["id"]) not in used and shown(entry["name"]) in above
+        if (name := names[coco_id(entry["id"])]) not in used and shown(entry["name"]) in above
     }
     if groups:
         bad.note(f"{path}: {', '.join(groups)}: a category over others that no box has. It is not taken for a class.")
