@@ -19,6 +19,7 @@ from unihema.modeling_unihema.configuration_unihema import ancestors
 from unihema.processing_unihema.class_names import usual_name
 from unihema.training.data.readers import load_folder
 from unihema.training.data.rows import Row
+from unihema.training.metrics.detection import share_inside
 
 from .red_cells import boxes_of, corners, matches, picture
 
@@ -58,7 +59,11 @@ def compared(analyzer: Analyzer, row: Row) -> list[Mark]:
             marks.append(Mark(tuple(box), RIGHT))
     listed = row.get("annotated_classes")
     known = None if listed is None else {usual_name(name) for name in listed}
+    crowds = true[np.array(ignored, dtype=bool)]
+    on_crowd = (share_inside(found.numpy(), crowds.numpy()) >= 0.5).any(1)
     for number, cell in enumerate(result.cells):
+        if on_crowd[number]:
+            continue
         if number not in pairs.values() and (known is None or names_of(cell.label, result.class_parents) & known):
             marks.append(Mark(cell.box, EXTRA, cell.label))
     return marks

@@ -16,7 +16,7 @@ from unihema.modeling_unihema.adapter_mixin import FIELDS_KEY
 from unihema.modeling_unihema.layers import ClassEmbedding, ClassLinear
 from unihema.modeling_unihema.tasks import TASK_TABLE, TASKS
 from unihema.processing_unihema.class_names import usual_name
-from unihema.training.data.class_tree import known_parents
+from unihema.training.data.class_tree import class_parents, known_parents
 from unihema.training.data.rows import Row, class_names, red_cell_diameter, single_cell_names
 
 
@@ -75,7 +75,11 @@ def target_pattern(tasks: Sequence[str]) -> str:
 
 
 def attach_adapter(
-    model: nn.Module, processor: Any, settings: "AdapterConfig", rows: Mapping[str, Sequence[Row]]
+    model: nn.Module,
+    processor: Any,
+    settings: "AdapterConfig",
+    rows: Mapping[str, Sequence[Row]],
+    label_parents: Mapping[str, str] | None = None,
 ) -> None:
     """Puts a new adapter with heads for the classes of the data into a model, whose own weights are frozen.
 
@@ -84,13 +88,14 @@ def attach_adapter(
         processor (`UniHemaProcessor`): Its default prompts become those of the adapter.
         settings ([`AdapterConfig`]): Kind and size.
         rows (`Mapping[str, Sequence[Row]]`): Task -> training rows.
+        label_parents (`Mapping[str, str]`, *optional*): See `class_parents`.
 
     Raises:
         ValueError: A class to start from that the base does not have, more classes in the data than in `labels`, or a
             pattern that matches no layer.
     """
     tasks = [task for task in TASKS if task in rows]
-    fields, sources = _classes(model.config, processor, settings, rows)
+    fields, sources = _classes(model.config, processor, settings, rows, label_parents)
     heads = settings.heads
     if heads is None:
         heads = [name for task in tasks for name in HEADS.get(task, ())]
@@ -207,7 +212,13 @@ def start_classes(
     return found
 
 
-def _classes(config: Any, processor: Any, settings: "AdapterConfig", rows: Mapping[str, Sequence[Row]]):
+def _classes(
+    config: Any,
+    processor: Any,
+    settings: "AdapterConfig",
+    rows: Mapping[str, Sequence[Row]],
+    label_parents: Mapping[str, str] | None,
+):
     """The adapter's fields of the configuration, and for each head what its classes start from."""
     fields: dict[str, Any] = {}
     found: dict[str, Any] = {}
@@ -217,7 +228,7 @@ def _classes(config: Any, processor: Any, settings: "AdapterConfig", rows: Mappi
         names = _labels(settings, class_names(rows["detection"]))
         old = [config.id2label[index] for index in range(config.num_labels)]
         sources["detection"] = start_classes(names, old, _named(settings.start_from, names))
-        fields |= {"id2label": dict(enumerate(names)), "label_parents": known_parents(names)}
+        fields |= {"id2label": dict(enumerate(names)), "label_parents": class_parents(names, label_parents)}
         thresholds = config.trained.detection_thresholds
         found["detection_thresholds"] = {name: thresholds[name] for name in names if name in thresholds}
         # It is about to learn them.

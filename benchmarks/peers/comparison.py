@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,7 @@ def _rows_abroad(config: RunConfig, folders: Sequence[str | Path], wanted: Seque
         raise RunConfigError(f"--abroad {known[0]}: the peers are trained on it.")
     if not folders:
         return {}
-    data = replace(config.data, folders=list(map(str, folders)), dataset_weights={})
+    data = config.with_folders(folders).data
     tasks = list(dict.fromkeys(map(task_of, wanted)))
     found: dict[str, dict[str, list[Row]]] = {}
     for split in (data.train_split, data.val_split):

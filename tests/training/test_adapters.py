@@ -419,3 +419,21 @@ def test_an_adapter_says_how_large_the_cells_of_its_microscope_are():
     model.disable_adapters()
     model.follow_adapter()
     assert model.config.trained.red_cell_diameter == [40, 50, 60]
+
+
+def test_an_adapter_has_the_hierarchy_that_is_stated():
+    cells = {"bbox": [[0.0, 0.0, 40.0, 40.0]] * 2, "category": ["ring", "film"]}
+    row = {"task": "detection", "image": "a.png", "dataset": "lab", "size": (640, 480), "objects": cells}
+    for stated, found in ((None, {}), ({"ring": "film"}, {"ring": "film"})):
+        model = lively(unihema.UniHemaForMultiTask(very_tiny_config()))
+        processor = unihema.UniHemaProcessor.from_default(max_text_length=64)
+        attach_adapter(model, processor, AdapterConfig(method="lora"), {"detection": [row]}, stated)
+        assert model.config.label_parents == found
+    with pytest.raises(RunConfigError, match="data.label_parents: no class 'blood'"):
+        attach_adapter(
+            lively(unihema.UniHemaForMultiTask(very_tiny_config())),
+            processor,
+            AdapterConfig(method="lora"),
+            {"detection": [row]},
+            {"ring": "blood"},
+        )

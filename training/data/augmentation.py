@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,10 @@ from torchvision.transforms.v2 import functional as F
 from unihema.errors import InputError
 from unihema.training.data.framing import framed
 from unihema.training.data.optics import as_bytes, recoloured, smoothed, through_another_lens
+
+
+# Least part of a cell that is anything: below, what is left is as good as background.
+LEAST_VISIBLE = 0.1
 
 
 @dataclass
@@ -31,7 +36,8 @@ class AugmentationConfig:
         blur (`float`): Probability of a slight defocus.
         zoom (`float`): Probability of cutting a window out of the image.
         zoom_min (`float`): Smallest side of the window, as part of the image's.
-        min_visible (`float`): A cell stays a target if at least this part of its box is inside the window.
+        min_visible (`float`): A cell stays a target if at least this part of its box is inside the window; one of which less is
+            seen is no background either.
         scale (`float`): Largest relative change of the size at which the images of a batch are seen, for microscopes of other
             magnifications: 0.5 draws a size between 1 / 1.5 and 1.5 times the task's. Larger sizes take longer.
         mosaic (`float`): Probability that a field of detection becomes part of a mosaic of 1 x 2 to 3 x 3 windows of fields of
@@ -113,9 +119,30 @@ class AugmentationConfig:
         return cls(colour=0.5, optics=0.5)
 
 
-def augmentation_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random numbers of one sample in one epoch, independent of the order in which samples are read."""
-    return np.random.default_rng(np.random.SeedSequence([seed, epoch, index]))
+class View(NamedTuple):
+    """What is seen of an image.
+
+    Args:
+        image (`torch.Tensor`): uint8 `[3, h, w]`.
+        boxes (`torch.Tensor`, *optional*): `[m, 4]`, xywh pixels, of the cells that are still targets.
+        kept (`torch.Tensor`): Their indices, int64 `[m]`.
+        mask (`torch.Tensor`, *optional*): `[h, w]`.
+        cut_boxes (`torch.Tensor`, *optional*): `[k, 4]`, of cells of which too little is left for a target; they are no
+            background either.
+        cut (`torch.Tensor`): Their indices, int64 `[k]`.
+    """
+
+    image: torch.Tensor
+    boxes: torch.Tensor | None
+    kept: torch.Tensor
+    mask: torch.Tensor | None
+    cut_boxes: torch.Tensor | None
+    cut: torch.Tensor
+
+
+def augmentation_rng(seed: int, view: int, index: int) -> np.random.Generator:
+    """The random numbers of one view of a sample, independent of the order in which samples are read."""
+    return np.random.default_rng(np.random.SeedSequence([seed, view, index]))
 
 
 def drawn_scale(config: AugmentationConfig, rng: np.random.Generator) -> float:
@@ -132,7 +159,7 @@ def augment(
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     cell: Sequence[float] | None = None,
     edge: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+) -> View:
     """One random view.
 
     Args:
@@ -147,8 +174,7 @@ def augment(
         edge (`int`, *optional*): The longest side of the model's input, where a view that is framed anew need not be larger.
 
     Returns:
-        image uint8 `[3, h, w]`; boxes `[m, 4]` or None; int64 `[m]`, the indices of the cells that are still targets;
-        mask `[h, w]` or None.
+        [`View`].
     """
     # Always the same draws, so that changing one setting does not change what the others do.
     draws = rng.random(16)
@@ -156,7 +182,7 @@ def augment(
     if boxes is None and mask is None:
         image = framed(image, config, framing, cell, edge)
     count = 0 if boxes is None else len(boxes)
-    kept = torch.arange(count)
+    kept, visible = torch.arange(count), torch.ones(count)
     parts: list[torch.Tensor] = [tv_tensors.Image(image)]
     if boxes is not None:
         parts.append(tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=image.shape[-2:]))
@@ -179,7 +205,7 @@ def augment(
             height, width = width, height
     if window != (height, width):
         corner = int(draws[5] * (height - window[0] + 1)), int(draws[6] * (width - window[1] + 1))
-        parts, kept = _crop(parts, corner, window, config.min_visible, boxes is not None)
+        parts, kept, visible = _crop(parts, corner, window, config.min_visible, boxes is not None)
 
     share = 1.0
     if reduce is not None:
@@ -197,7 +223,16 @@ def augment(
         changed = recoloured(pixels, config.colour, nuisance, stains) if config.colour else pixels.float() / 255
         pixels = as_bytes(through_another_lens(changed, config.optics, nuisance))
     rest = [part.as_subclass(torch.Tensor) for part in parts[1:]]
-    return pixels, rest.pop(0) if boxes is not None else None, kept, rest.pop(0) if mask is not None else None
+    seen = rest.pop(0) if boxes is not None else None
+    whole = visible >= config.min_visible
+    return View(
+        pixels,
+        None if seen is None else seen[whole],
+        kept[whole],
+        rest.pop(0) if mask is not None else None,
+        None if seen is None else seen[~whole],
+        kept[~whole],
+    )
 
 
 def _at_size(part: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -215,7 +250,8 @@ def _transpose(part: torch.Tensor) -> torch.Tensor:
 
 def _crop(
     parts: list[torch.Tensor], corner: tuple[int, int], window: tuple[int, int], min_visible: float, has_boxes: bool
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """The parts within a window, the indices of the boxes of which something is left there, and how much of each."""
     (top, left), (h, w) = corner, window
     whole = parts[1].as_subclass(torch.Tensor) if has_boxes else torch.zeros(0, 4)
     parts = [part if isinstance(part, tv_tensors.BoundingBoxes) else F.crop(part, top, left, h, w) for part in parts]
@@ -224,12 +260,12 @@ def _crop(
     end = torch.minimum(whole[:, :2] + whole[:, 2:] - origin, torch.tensor([w, h], dtype=whole.dtype))
     size = (end - start).clamp(min=0)
     visible = size.prod(-1) / whole[:, 2:].prod(-1).clamp(min=1e-6)
-    # A sliver below 1 pixel is no target, whatever part of its cell it is.
-    kept = torch.nonzero((visible >= min_visible) & (size.amin(-1) >= 1)).flatten()
+    # A sliver below 1 pixel is nothing, whatever part of its cell it is.
+    kept = torch.nonzero((visible >= min(LEAST_VISIBLE, min_visible)) & (size.amin(-1) >= 1)).flatten()
     if has_boxes:
         inside = torch.cat([start, size], dim=-1)[kept]
         parts[1] = tv_tensors.BoundingBoxes(inside, format="XYWH", canvas_size=(h, w))
-    return parts, kept
+    return parts, kept, visible[kept]
 
 
 def _stain(image: torch.Tensor, config: AugmentationConfig, draws: np.ndarray) -> torch.Tensor:

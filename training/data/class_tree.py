@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 
+from unihema.errors import RunConfigError
 from unihema.modeling_unihema.configuration_unihema import ancestors
 from unihema.official.labels import OFFICIAL_CELLS, OFFICIAL_CLASSES
 from unihema.processing_unihema.class_names import (
@@ -139,6 +140,25 @@ def known_parents(names: Sequence[str]) -> dict[str, str]:
         if parent is not None:
             found[name] = listed[parent]
     return found
+
+
+def class_parents(names: Sequence[str], stated: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The hierarchy of detection classes, as stated or as known.
+
+    Args:
+        names (`Sequence[str]`): The classes.
+        stated (`Mapping[str, str]`, *optional*): `data.label_parents`: class -> coarser class.
+
+    Raises:
+        RunConfigError: It names a class that is not among them.
+    """
+    if stated is None:
+        return known_parents(names)
+    if unknown := [name for pair in stated.items() for name in pair if name not in names]:
+        raise RunConfigError(
+            f"data.label_parents: no class '{unknown[0]}'; the model's classes are {', '.join(names)}."
+        )
+    return dict(stated)
 
 
 def single_cell_tree(

@@ -43,7 +43,7 @@ class SmearDataset(Dataset):
     """Rows of one task.
 
     A sample of a language task is an image with `questions_per_image` of its questions, so that the image is encoded
-    once for all of them. In training they are drawn anew each epoch; in evaluation every question is asked once, and
+    once for all of them. In training they are drawn anew for each view; in evaluation every question is asked once, and
     an image with fewer questions than others of its batch repeats its first under row index -1.
 
     Args:
@@ -182,21 +182,21 @@ class SmearDataset(Dataset):
         return len(self._groups)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws other views and questions. Loaders with persistent workers pass the epoch in the index instead."""
+        """Draws other views and questions. Loaders with persistent workers pass the view in the index instead."""
         self.epoch = epoch
 
     def __getitem__(self, index: "int | tuple[int, int]") -> dict[str, Any]:
         """One sample.
 
         Args:
-            index (`int` or `tuple[int, int]`): The sample, or the sample and the epoch.
+            index (`int` or `tuple[int, int]`): The sample, or the sample and which view of it, by default the epoch's.
 
         Raises:
             DatasetError: The image and its boxes or mask do not belong together.
             UnreadableImageError: The image cannot be read.
         """
-        index, epoch = index if isinstance(index, tuple) else (index, self.epoch)
-        rng = augmentation_rng(self.seed, epoch, index)
+        index, number = index if isinstance(index, tuple) else (index, self.epoch)
+        rng = augmentation_rng(self.seed, number, index)
         indices = list(self._groups[index])
         if self.task in LANGUAGE_TASKS and not self.evaluation:
             # Every question once before any a second time.
@@ -220,6 +220,8 @@ class SmearDataset(Dataset):
         }
         boxes = mask = seams = None
         kept: Sequence[int] = ()
+        cut: Sequence[int] = ()
+        cut_boxes = None
         if self.task == "segmentation":
             mask = self._mask(row, width, height, tuple(image.shape[-2:]))
         elif self.task == "detection":
@@ -241,12 +243,21 @@ class SmearDataset(Dataset):
             reduce = partial(self.processor.image_processor.reduced, task=task) if not views.scale else None
             if self.task == "single_cell" and not views.scale:
                 edge = self.processor.image_processor.task_sizes[task].get("longest_edge")
-            image, boxes, kept, mask = augment(image, views, rng, boxes, mask, reduce, cell, edge)
-            kept = kept.tolist() if seams is None else [seams[number] for number in kept.tolist()]
+            view = augment(image, views, rng, boxes, mask, reduce, cell, edge)
+            image, boxes, mask = view.image, view.boxes, view.mask
+            kept, cut = (
+                part.tolist() if seams is None else [seams[n] for n in part.tolist()] for part in (view.kept, view.cut)
+            )
+            cut_boxes = view.cut_boxes
             sample["scale"] = drawn_scale(self.augmentation, rng)
         sample["image"] = image
         if self.task == "detection":
             sample["annotations"], numbers, sample["ignored"] = self._annotations(row, boxes, kept, index)
+            if cut_boxes is not None:
+                names = [row["objects"]["category"][original] for original in cut]
+                sample["ignored"] += [
+                    (box, self.class_names.index(name)) for box, name in zip(cut_boxes.tolist(), names, strict=True)
+                ]
             if mask is not None:
                 sample["masks"] = self._cell_masks(row, mask, sample["annotations"]["annotations"], numbers)
             sample["annotated_classes"] = row.get("annotated_classes")

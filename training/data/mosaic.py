@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as F
 
+from unihema.training.data.augmentation import LEAST_VISIBLE
 from unihema.training.data.rows import Row
 
 
@@ -14,8 +15,6 @@ from unihema.training.data.rows import Row
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 3))
 # Cells of a mosaic at most: fewer than the queries of the smallest preset.
 MOST_CELLS = 150
-# Part of a cell that has to be left at a seam for it to be seen at all.
-LEAST_VISIBLE = 0.1
 # Of `objects`, what has an entry for each cell.
 _OF_CELLS = ("bbox", "category", "morphology", "iscrowd", "segmentation")
 

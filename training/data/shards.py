@@ -522,6 +522,11 @@ def write_shards(
     folder = Path(folder)
     for rows in rows_by_task.values():
         check_rows(rows)
+        if len({bool(row.get("from_attributes")) for row in rows}) > 1:
+            raise DatasetError(
+                f"{folder}: fields and crops with attributes cannot be told apart in shards. Write them into two folders, one "
+                "with attributes and one without."
+            )
     plan = {
         "format": FORMAT,
         "dataset": dataset,
@@ -662,6 +667,10 @@ def _witnesses(rows: Sequence[Row]) -> list[Row]:
             declared = row.get("annotated_classes")
             facts.add(("declared", None if declared is None else tuple(declared)))
             facts |= {("boxed", name) for name in row["objects"]["category"]}
+            facts |= {
+                ("mask", any(row["objects"].get("segmentation") or ())),
+                ("one cell", bool(row.get("from_attributes"))),
+            }
             for attributes in row["objects"].get("morphology", ()):
                 facts |= {("attribute", *pair) for pair in attributes.items()}
         if not facts <= known:

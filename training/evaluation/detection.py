@@ -155,7 +155,8 @@ class MeasuredDetections(Measured):
         for label, name in enumerate(self.names):
             scores, right, count = score_matches(shown, truth, label, len(self.names))
             if count or len(scores):
-                point = operating_point(scores, right, count, thresholds[label])
+                # All that is shown: a neutrophil above its own threshold is a white cell, too.
+                point = operating_point(scores, right, count, 0.0) | {"threshold": float(thresholds[label])}
                 found[name] = point | count_error(shown, truth, label, len(self.names))
         return found
 

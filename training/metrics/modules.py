@@ -35,7 +35,8 @@ class _OfflineMetric(evaluate.Metric):
 
 
 class DetectionMetric(_OfflineMetric):
-    """See `mean_average_precision`; `compute` takes `class_names`. An empty `annotated_classes` stands for all."""
+    """See `mean_average_precision`; `compute` takes `class_names`. An empty `annotated_classes` stands for all. Crowds
+    (`iscrowd`) are for the function alone."""
 
     summary = "COCO mean average precision of boxes."
 

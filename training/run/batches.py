@@ -78,6 +78,7 @@ class RunBatches:
     ):
         self.count = count
         self.mixed = MixedSmears(datasets)
+        present = {name for data in datasets.values() for name, _ in data.sources}
         self.mixer = TaskMixer(
             {task: len(data) for task, data in datasets.items()},
             {task: config.batch_size.get(task, 4) * processes for task in datasets},
@@ -86,7 +87,8 @@ class RunBatches:
             steps_per_epoch=config.steps_per_epoch,
             seed=seed,
             sources={task: data.sources for task, data in datasets.items()},
-            dataset_weights=config.dataset_weights,
+            # A data set of other tasks has no share of these.
+            dataset_weights={name: weight for name, weight in config.dataset_weights.items() if name in present},
             dataset_temperature=config.dataset_temperature,
             classes={task: classes for task, data in datasets.items() if (classes := data.classes) is not None},
             class_temperature=config.class_temperature,

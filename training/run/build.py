@@ -18,7 +18,7 @@ from unihema.modeling_unihema.tasks import LANGUAGE_TASKS, TASKS
 from unihema.processing_unihema.processing_unihema import UniHemaProcessor
 from unihema.training.adapters import attach_adapter
 from unihema.training.data.cell_crops import MOST_CROPS, MOST_MEASURED, crops_of_boxes, with_declared_classes
-from unihema.training.data.class_tree import as_known, known_parents, row_names, single_cell_tree, unify_names
+from unihema.training.data.class_tree import as_known, class_parents, row_names, single_cell_tree, unify_names
 from unihema.training.data.layouts.masks import rows_of_levels
 from unihema.training.data.readers import load_folder
 from unihema.training.data.rows import (
@@ -39,7 +39,7 @@ from unihema.training.data.splits import fold_rows, is_held_out
 from unihema.training.data.templates import texts_of_labels
 from unihema.training.data.verify import verify_rows
 from unihema.training.evaluation import draw_rows
-from unihema.training.run.config import DataConfig, RunConfig
+from unihema.training.run.config import LISTS_OF_DATA_SETS, OF_DATA_SETS, DataConfig, RunConfig
 from unihema.training.run.growth import grow
 
 
@@ -94,7 +94,8 @@ def load_rows(
 
     Raises:
         DatasetError: No folder, a folder without the split, none that has any of the tasks, or a data set in `boxes_as_crops`,
-            `questions_from_labels`, `exact_classes`, `absent_classes` or `mask_levels` that is not among them.
+            `questions_from_labels`, `exact_classes`, `absent_classes`, `mask_levels` or `dataset_weights` that is not among
+            them.
     """
     if not config.folders:
         raise DatasetError("No data folder given.")
@@ -103,10 +104,11 @@ def load_rows(
     names = {real_path(Path(folder)).name: folder for folder in config.folders}
     cut = list(names) if config.boxes_as_crops is True else list(config.boxes_as_crops or ())
     asked = list(names) if config.questions_from_labels is True else list(config.questions_from_labels or ())
-    named = (*cut, *asked, *config.exact_classes, *config.absent_classes, *config.mask_levels)
+    of_sets = (name for setting in OF_DATA_SETS for name in getattr(config, setting))
+    named = (*cut, *asked, *of_sets)
     if unknown := [name for name in named if name not in names]:
         raise DatasetError(
-            "data.boxes_as_crops, questions_from_labels, exact_classes, absent_classes or mask_levels: no data folder is called "
+            f"data.{', '.join((*LISTS_OF_DATA_SETS, *OF_DATA_SETS[:-1]))} or {OF_DATA_SETS[-1]}: no data folder is called "
             f"{unknown[0]!r}; there are {', '.join(names)}."
         )
     parts: dict[str, list[Sequence[Row]]] = {}
@@ -289,7 +291,7 @@ def _from_checkpoint(
     trained = model.config.trained
     trained.tasks = [task for task in TASKS if task in {*(trained.tasks or ()), *rows}]
     if config.adapter.method != "none":
-        attach_adapter(model, processor, config.adapter, rows)
+        attach_adapter(model, processor, config.adapter, rows, config.data.label_parents)
         return model, processor
     if not set(config.model.trained_parts or PARTS) <= BESIDE_SCORES:
         # What scores of other weights mean; validation data fit it anew.
@@ -308,7 +310,7 @@ def _from_checkpoint(
     if config.model.grow_classes:
         grow(model, processor, rows, config.data.single_cell_parents)
     if config.data.label_parents is not None or model.config.label_parents is None:
-        model.config.label_parents = _label_parents(config.data, list(model.config.id2label.values()))
+        model.config.label_parents = class_parents(list(model.config.id2label.values()), config.data.label_parents)
     return model, processor
 
 
@@ -361,29 +363,13 @@ def _mask_prompts(rows: Mapping[str, Sequence[Row]]) -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
-def _label_parents(config: DataConfig, names: list[str]) -> dict[str, str]:
-    """The hierarchy of the model's detection classes, as asked for or as known.
-
-    Raises:
-        RunConfigError: A class in `data.label_parents` is not among them.
-    """
-    if config.label_parents is None:
-        return known_parents(names)
-    unknown = [name for name in config.label_parents if name not in names]
-    if unknown:
-        raise RunConfigError(
-            f"data.label_parents: no class '{unknown[0]}'; the model's classes are {', '.join(names)}."
-        )
-    return dict(config.label_parents)
-
-
 def _new_config(config: RunConfig, rows: dict[str, list[Row]], processor: UniHemaProcessor) -> UniHemaConfig:
     everything = [row for found in rows.values() for row in witnesses(found)]
     fields: dict[str, Any] = {}
     trained: dict[str, Any] = {"tasks": list(rows)}
     if names := class_names(everything):
         fields["id2label"] = dict(enumerate(names))
-        fields["label_parents"] = _label_parents(config.data, names)
+        fields["label_parents"] = class_parents(names, config.data.label_parents)
         processor.default_prompts["detection"] = ", ".join(names)
     if labels := single_cell_names(everything):
         fields["single_cell_labels"], fields["single_cell_parents"] = single_cell_tree(

@@ -7,6 +7,7 @@ import platform
 import re
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,11 @@ MEANS = (
 # A run in stages leaves its mix under this name, so that it can be resumed and repeated; JSON is YAML too.
 MIX_FILE = "mix.json"
 MOST_MIX_BYTES = 1 << 20
+
+
+# Settings that say something of single data sets, by the names of their folders.
+LISTS_OF_DATA_SETS = ("boxes_as_crops", "questions_from_labels")
+OF_DATA_SETS = ("exact_classes", "absent_classes", "mask_levels", "dataset_weights")
 
 
 @dataclass
@@ -392,6 +398,18 @@ class RunConfig:
                 inner = inner[section]
             inner[name] = value
         return type(self).from_dict(values, "overrides")
+
+    def with_folders(self, folders: Sequence[str | Path]) -> "RunConfig":
+        """A copy for other data folders, without what is said of data sets that are not among them."""
+        names = {real_path(folder).name for folder in folders}
+        kept: dict[str, Any] = {"data.folders": list(map(str, folders))}
+        for setting in LISTS_OF_DATA_SETS:
+            listed = getattr(self.data, setting)
+            kept[f"data.{setting}"] = listed if isinstance(listed, bool) else [name for name in listed if name in names]
+        for setting in OF_DATA_SETS:
+            kept[f"data.{setting}"] = {name: of for name, of in getattr(self.data, setting).items() if name in names}
+        views = {name: of for name, of in self.augmentation.data_sets.items() if name in names}
+        return self.with_overrides({**kept, "augmentation.data_sets": views})
 
     def differences(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
         """Dotted names of settings with another value: name -> (ours, theirs); provenance does not count."""

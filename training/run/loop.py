@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from unihema.errors import NotFiniteError, RunConfigError, TrainingError, TrainingInterrupted
-from unihema.files import exclusive, remove_file, shortened, write_json, write_text
+from unihema.files import exclusive, real_path, remove_file, shortened, write_json, write_text
 from unihema.hub_cards import checkpoint_card
 from unihema.hub_cards.data_record import RECORD_FILE
 from unihema.modeling_unihema.losses import average_over_processes, count_loss_items
@@ -259,7 +259,9 @@ class _Run:
             )
             for task, rows in self.rows.items()
         }
-        names = {name for dataset in datasets.values() for name, _ in dataset.sources}
+        # A set of other tasks than those of the run has no part in it, and its views no use.
+        names = {real_path(folder).name for folder in data.folders}
+        names |= {name for dataset in datasets.values() for name, _ in dataset.sources}
         if unknown := [name for name in self.config.augmentation.data_sets if name not in names]:
             raise RunConfigError(
                 f"augmentation.data_sets names {', '.join(unknown)}: no such data set. There are {', '.join(sorted(names))}."

@@ -183,7 +183,7 @@ def _chosen(names: Sequence[str] | None, unseen: str | None, tasks: list[str], c
 
 
 def _hold_out(config: RunConfig, unseen: str) -> dict[str, Any]:
-    """Settings of a run that never sees the data set or group."""
+    """What a run that never sees the data set or group is told: the folders that are left, or the group."""
     group, separator, name = unseen.partition("=")
     if separator:
         is_held_out({}, {group: [name]})
@@ -197,7 +197,10 @@ def _hold_out(config: RunConfig, unseen: str) -> dict[str, Any]:
 
 def _run_without(config: RunConfig, held_out: dict[str, Any], unseen: str) -> RunConfig:
     folder = Path(config.output_dir) / f"unseen-{re.sub(r'[^A-Za-z0-9_.-]', '-', unseen)}"
-    run = config.with_overrides({**held_out, "output_dir": str(folder)})
+    run = (
+        config.with_folders(held_out["data.folders"]) if "data.folders" in held_out else config.with_overrides(held_out)
+    )
+    run = run.with_overrides({"output_dir": str(folder)})
     if run.data.tasks is not None:
         # That the other data sets lack a task is no mistake in the settings.
         run.data.tasks = list(load_rows(run.data, run.data.train_split))
@@ -258,7 +261,7 @@ def _unseen_rows(config: RunConfig, held_out: dict[str, Any]) -> dict[str, list[
     data, split = config.data, config.data.val_split
     if "data.folders" in held_out:
         folders = [folder for folder in data.folders if folder not in held_out["data.folders"]]
-        return load_rows(config.with_overrides({"data.folders": folders}).data, split)
+        return load_rows(config.with_folders(folders).data, split)
     groups = held_out["data.hold_out"]
     rows = load_rows(data, split)
     found = {task: [row for row in of_task if is_held_out(row, groups)] for task, of_task in rows.items()}

@@ -21,7 +21,6 @@ CONFIG_FILE = "abroad_config.json"
 # Crops of a class that are measured at most.
 MOST_CROPS = 100
 # Settings that name data sets.
-_BY_DATA_SET = ("exact_classes", "absent_classes", "mask_levels")
 
 
 def run_abroad(
@@ -81,21 +80,13 @@ def _without(config: RunConfig, folders: Mapping[str, str], names: Sequence[str]
     """The run that never sees some sources."""
     kept = {name: folder for name, folder in folders.items() if name not in names}
     label = re.sub(r"[^A-Za-z0-9_.-]", "-", names[0])
-    run = _of_folders(config, kept, {"output_dir": str(Path(config.output_dir) / f"without-{label}")})
+    run = config.with_folders(list(kept.values())).with_overrides(
+        {"output_dir": str(Path(config.output_dir) / f"without-{label}")}
+    )
     if run.data.tasks is not None:
         # That the other sources lack a task is no mistake in the settings.
         run.data.tasks = list(load_rows(run.data, run.data.train_split))
     return run
-
-
-def _of_folders(config: RunConfig, folders: Mapping[str, str], changes: Mapping[str, Any] | None = None) -> RunConfig:
-    """The settings for some of the folders."""
-    data, own = config.data, {"data.folders": list(folders.values())}
-    if not isinstance(data.boxes_as_crops, bool):
-        own["data.boxes_as_crops"] = [name for name in data.boxes_as_crops if name in folders]
-    for setting in _BY_DATA_SET:
-        own[f"data.{setting}"] = {name: of for name, of in getattr(data, setting).items() if name in folders}
-    return config.with_overrides({**own, **(changes or {})})
 
 
 def _reading(config: RunConfig) -> dict[str, Any]:
@@ -111,7 +102,7 @@ def _on_unseen(
     model, processor = load_model(checkpoint)
     found = {}
     for name in names:
-        part = _of_folders(config, {name: folders[name]}, {"data.boxes_as_crops": True, "data.tasks": None})
+        part = config.with_folders([folders[name]]).with_overrides({"data.boxes_as_crops": True, "data.tasks": None})
         rows = load_rows(part.data, config.data.val_split, None, MOST_CROPS)
         trained = model.config.trained.tasks or tuple(rows)
         known = {

@@ -165,22 +165,26 @@ class CorruptedFile(StoredFile):
         severity (`int`): From 1 to `LEVELS`.
         name (`str`): What its random numbers are drawn by.
         is_mask (`bool`): A mask only follows a magnification.
+        levels (`Sequence[int]`, *optional*): Of a mask, those that are shown; see `read_mask`.
     """
 
-    def __new__(cls, source: Any, corruption: str, severity: int, name: str, is_mask: bool = False):
+    def __new__(
+        cls,
+        source: Any,
+        corruption: str,
+        severity: int,
+        name: str,
+        is_mask: bool = False,
+        levels: Sequence[int] | None = None,
+    ):
         place = source if isinstance(source, str) else f"{name}@{id(source)}"
         made = str.__new__(cls, f"{place}|{corruption}{severity}{'|mask' if is_mask else ''}")
-        made.source, made.corruption, made.severity, made.name, made.is_mask = (
-            source,
-            corruption,
-            severity,
-            name,
-            is_mask,
-        )
+        made.source, made.corruption, made.severity, made.name = source, corruption, severity, name
+        made.is_mask, made.levels = is_mask, levels
         return made
 
     def __getnewargs__(self):
-        return self.source, self.corruption, self.severity, self.name, self.is_mask
+        return self.source, self.corruption, self.severity, self.name, self.is_mask, self.levels
 
     def content(self) -> bytes:
         """There is no file of it.
@@ -195,7 +199,7 @@ class CorruptedFile(StoredFile):
         corruption = CORRUPTIONS[self.corruption]
         amount = corruption.amounts[self.severity - 1]
         if self.is_mask:
-            return _magnified_mask(read_mask(self.source), amount)
+            return _magnified_mask(read_mask(self.source, self.levels), amount)
         image = load_image(readable(self.source))
         return corruption.apply(image, amount, np.random.default_rng([zlib.crc32(self.name.encode()), self.severity]))
 
@@ -221,7 +225,11 @@ def shifted_rows(rows: Sequence[Row], corruption: Corruption, severity: int) -> 
     for row in rows:
         changed = row | {"image": CorruptedFile(row["image"], corruption.name, severity, row["file_name"])}
         if corruption.zooms and row["task"] == "segmentation":
-            changed["mask"] = CorruptedFile(row["mask"], corruption.name, severity, row["file_name"], is_mask=True)
+            # What it gives is cell or not; levels are looked for in the mask that it is made of.
+            levels = changed.pop("mask_levels", None)
+            changed["mask"] = CorruptedFile(
+                row["mask"], corruption.name, severity, row["file_name"], is_mask=True, levels=levels
+            )
         if corruption.zooms and row["task"] == "detection":
             changed["objects"] = _magnified_objects(row, corruption.amounts[severity - 1])
         shifted.append(changed)

@@ -24,7 +24,7 @@ def test_boxes_and_mask_stay_on_the_cells(size):
     image, boxes, mask = field(*size)
     turned = set()
     for index in range(60):
-        view, moved, kept, view_mask = augment(image, GEOMETRY, augmentation_rng(0, 0, index), boxes, mask)
+        view, moved, kept, view_mask = augment(image, GEOMETRY, augmentation_rng(0, 0, index), boxes, mask)[:4]
         assert torch.equal(view_mask.bool(), view[0] == CELL)
         assert view_mask.shape == view.shape[1:]
         inside = torch.zeros_like(view_mask)
@@ -46,9 +46,17 @@ def test_boxes_and_mask_stay_on_the_cells(size):
 def test_cells_cut_off_by_the_window_are_no_targets():
     image, boxes, _ = field(boxes=((0, 0, 30, 30), (130, 90, 30, 30)))
     config = AugmentationConfig.none()
-    config.zoom, config.zoom_min = 1.0, 0.5
-    counts = {len(augment(image, config, augmentation_rng(0, 0, index), boxes)[2]) for index in range(40)}
-    assert counts >= {0, 1}
+    config.zoom, config.zoom_min, config.min_visible = 1.0, 0.5, 0.5
+    views = [augment(image, config, augmentation_rng(0, 0, index), boxes) for index in range(40)]
+    assert {len(view.kept) for view in views} >= {0, 1}
+    # What is left of one is no background either.
+    cut = [(view, box, of) for view in views for box, of in zip(view.cut_boxes, view.cut.tolist(), strict=True)]
+    assert cut and not any(of in view.kept.tolist() for view, _, of in cut)
+    for view, (x, y, w, h), _ in cut:
+        assert 0.1 <= float(w * h) / 900 < 0.5
+        assert (
+            view.image[:, round(float(y)) : round(float(y + h)), round(float(x)) : round(float(x + w))] == CELL
+        ).all()
 
 
 def test_same_seed_epoch_and_index_same_view():
@@ -56,7 +64,7 @@ def test_same_seed_epoch_and_index_same_view():
     config = AugmentationConfig()
     first = augment(image, config, augmentation_rng(1, 2, 3), boxes, mask)
     again = augment(image, config, augmentation_rng(1, 2, 3), boxes, mask)
-    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     others = [
         augment(image, config, augmentation_rng(*key), boxes, mask)[0] for key in ((1, 3, 3), (1, 2, 4), (2, 2, 3))
     ]
@@ -66,7 +74,7 @@ def test_same_seed_epoch_and_index_same_view():
 def test_none_changes_nothing_and_input_is_never_changed():
     image, boxes, mask = field()
     before = image.clone(), boxes.clone(), mask.clone()
-    view, moved, kept, view_mask = augment(image, AugmentationConfig.none(), augmentation_rng(0, 0, 0), boxes, mask)
+    view, moved, kept, view_mask = augment(image, AugmentationConfig.none(), augmentation_rng(0, 0, 0), boxes, mask)[:4]
     assert torch.equal(view, image) and torch.equal(moved, boxes) and torch.equal(view_mask, mask)
     assert kept.tolist() == [0, 1]
     for index in range(20):
@@ -85,7 +93,7 @@ def test_stain_varies_within_bounds():
 
 def test_image_without_cells_keeps_empty_boxes():
     image, _, _ = field(boxes=())
-    _, boxes, kept, _ = augment(image, GEOMETRY, augmentation_rng(0, 0, 1), torch.zeros(0, 4))
+    _, boxes, kept, *_ = augment(image, GEOMETRY, augmentation_rng(0, 0, 1), torch.zeros(0, 4))
     assert boxes.shape == (0, 4) and len(kept) == 0
 
 

@@ -320,3 +320,16 @@ def test_cells_without_a_mask_are_not_known_and_rows_without_masks_say_nothing(p
     wrong = detection_row(segmentation=[{"size": [5, 5], "counts": "0"}, None])
     with pytest.raises(DatasetError, match="0.png: mask 0: A mask of"):
         SmearDataset([wrong], processor, "detection", class_names=CLASSES, cell_masks=True)[0]
+
+
+def test_what_a_window_leaves_of_a_cell_or_a_crowd_is_no_background(processor):
+    config = AugmentationConfig.none()
+    config.zoom, config.zoom_min, config.min_visible = 1.0, 0.5, 0.5
+    row = detection_row(bbox=[[0, 0, 90, 70], [60, 40, 12, 16]], iscrowd=[1, 0])
+    data = SmearDataset([row], processor, "detection", class_names=CLASSES, augmentation=config)
+    seen = [data[0, view] for view in range(40)]
+    # The crowd is in every window, and never lost; the cell is a target, cut off, or not there.
+    assert all(any(CLASSES[name] == "WBC" for _, name in view["ignored"]) for view in seen)
+    cut = [view for view in seen if any(CLASSES[name] == "RBC" for _, name in view["ignored"])]
+    assert cut and all(not view["annotations"]["annotations"] for view in cut)
+    assert any(view["annotations"]["annotations"] for view in seen)

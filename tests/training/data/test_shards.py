@@ -15,7 +15,7 @@ from unihema.training.data.curation.prepare import shard_folder
 from unihema.training.data.dataset import SmearDataset
 from unihema.training.data.layouts.masks import read_mask
 from unihema.training.data.readers import load_folder
-from unihema.training.data.rows import class_names
+from unihema.training.data.rows import class_names, have_cell_masks
 from unihema.training.data.shards import WINDOW, JoinedRows, StoredRows, joined, write_shards
 from unihema.training.run.batches import RunBatches
 from unihema.training.run.config import DataConfig
@@ -223,3 +223,28 @@ def test_no_more_row_groups_are_kept_than_are_shuffled_together(tmp_path):
     for number in np.random.default_rng(0).permutation(len(stored))[: 5 * WINDOW]:
         stored[int(number)]["image"].content()
     assert len(stored._kept) == WINDOW + 2
+
+
+def test_masks_that_the_first_row_has_not_are_known_of(tmp_path):
+    root = tmp_path / "lab" / "train"
+    images = {f"images/{number}.png": [[3, 4, 20, 12]] for number in range(3)}
+    for number in range(3):
+        write_photograph(root / "images" / f"{number}.png", seed=number)
+    path = write_coco(root / "annotations.json", images)
+    content = json.loads(path.read_text())
+    content["annotations"][2]["segmentation"] = [[3, 4, 23, 4, 23, 16, 3, 16]]
+    path.write_text(json.dumps(content))
+    shard_folder(tmp_path / "lab", tmp_path / "shards", ["train"])
+    assert have_cell_masks(load_folder(tmp_path / "lab", "train")["detection"])
+    assert have_cell_masks(load_folder(tmp_path / "shards", "train")["detection"])
+
+
+def test_fields_and_crops_with_attributes_are_not_mixed_in_shards(tmp_path):
+    root = tmp_path / "lab" / "train"
+    write_photograph(root / "images" / "a.png")
+    write_coco(root / "annotations.json", {"images/a.png": [[3, 4, 20, 12]]})
+    write_photograph(root / "crops" / "basophil" / "b.png")
+    (root / "attributes.csv").write_text("file_name,shape\ncrops/basophil/b.png,round\n")
+    with pytest.raises(DatasetError, match="cannot be told apart in shards"):
+        shard_folder(tmp_path / "lab", tmp_path / "shards", ["train"], attributes_as_detection=True)
+    assert shard_folder(tmp_path / "lab", tmp_path / "shards", ["train"])["train"]["detection"] == 1

@@ -507,6 +507,17 @@ def test_what_pixels_of_a_mask_mean(tmp_path):
     )
 
 
+def test_levels_of_a_palette_are_its_numbers(tmp_path):
+    numbers = np.zeros((8, 8), np.uint8)
+    numbers[:4], numbers[4:, :4] = 1, 2
+    mask = Image.fromarray(numbers, "P")
+    # The colours that VOC's programs give to classes: two of one brightness.
+    mask.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    mask.save(tmp_path / "a.png")
+    assert [int(read_mask(str(tmp_path / "a.png"), [level]).sum()) for level in (1, 2, 128)] == [32, 16, 0]
+    assert int(read_mask(str(tmp_path / "a.png")).sum()) == 48
+
+
 def test_masks_with_palettes_and_opacity(tmp_path):
     palette = Image.fromarray(DISC.astype(np.uint8), "P")
     palette.putpalette([0, 0, 0, 200, 0, 0])

@@ -293,3 +293,18 @@ def test_report_files(tmp_path):
     assert "| detection | per_class / platelet / AP50 | 0.2500 |" in table
     assert "confusion" not in table
     assert headline(report) == (0.5, "detection mAP50 0.500, single_cell macro_f1 none")
+
+
+def test_a_typed_cell_above_its_threshold_is_one_of_the_coarser_class(images, processor):
+    """As results show it: whatever the threshold of the coarser class is."""
+    model = Oracle(cells)
+    model.config.label_parents = {"neutrophil": "platelet"}
+    model.config.trained.detection_thresholds = {"neutrophil": 0.3, "platelet": 0.99}
+    rows = [
+        row(image, "detection", objects={"bbox": [CELL], "category": ["neutrophil"]}, annotated_classes=names)
+        for image in images
+        for names in (["neutrophil", "platelet"],)
+    ]
+    report = evaluate_model(model, processor, {"detection": rows}, progress=False)["detection"]["at_threshold"]
+    assert report["platelet"]["recall"] == 1.0 and report["platelet"]["predicted"] == 3
+    assert report["platelet"]["threshold"] == 0.99 and report["platelet"]["count_error"] == 0

@@ -8,8 +8,10 @@ import pytest
 from data_folders import write_photograph
 from tiny_runs import run_config
 
-from unihema.errors import RunConfigError
+from unihema.errors import DatasetError, RunConfigError
+from unihema.training.run.build import load_rows
 from unihema.training.run.config import RunConfig
+from unihema.training.run.loop import train
 from unihema.training.studies import abroad
 from unihema.training.studies.abroad import run_abroad
 
@@ -118,3 +120,23 @@ def test_a_study_that_was_stopped_goes_on(sources, tmp_path, monkeypatch):
 def test_what_cannot_be_left_out_is_said(sources, tmp_path, names, held_out, never, said):
     with pytest.raises(RunConfigError, match=said):
         run_abroad(settings(sources[:names], tmp_path / "out"), held_out, never)
+
+
+def test_what_is_said_of_single_sources_goes_with_them(sources, tmp_path):
+    said = {
+        "data.boxes_as_crops": ["a", "b"],
+        "data.questions_from_labels": ["c"],
+        "data.exact_classes": {"a": ["RBC"], "b": ["RBC"]},
+        "data.dataset_weights": {"a": 0.2, "c": 0.8},
+        "augmentation.data_sets": {"c": {"colour": 0.1}},
+    }
+    config = settings(sources, tmp_path / "out", **said)
+    part = config.with_folders(sources[:2])
+    assert part.data.folders == [str(folder) for folder in sources[:2]]
+    assert (part.data.boxes_as_crops, part.data.questions_from_labels) == (["a", "b"], [])
+    assert part.data.exact_classes == said["data.exact_classes"] and part.data.dataset_weights == {"a": 0.2}
+    assert part.augmentation.data_sets == {} and config.augmentation.data_sets == said["augmentation.data_sets"]
+    # A set that has nothing to do with the tasks of a run is no mistake in its settings.
+    train(config.with_overrides({"data.tasks": ["detection"], "data.val_split": ""}))
+    with pytest.raises(DatasetError, match="dataset_weights: no data folder is called 'd'"):
+        load_rows(config.with_overrides({"data.dataset_weights": {"d": 1.0}}).data, "train")

@@ -113,7 +113,7 @@ def read_mask(source: Any, levels: Sequence[int] | None = None) -> np.ndarray:
         source (path, `PIL.Image.Image` or `np.ndarray`): Upright by its EXIF turn. What is not black is cell, by any colour; of a
             palette its colours count, of a picture that is black throughout its opacity. Where edges are soft, or JPEG has
             blurred them, cell is what is nearer to the brightest level than to black.
-        levels (`Sequence[int]`, *optional*): The levels that count as cell, instead of all but black.
+        levels (`Sequence[int]`, *optional*): The levels that count as cell, of a palette its numbers, instead of all but black.
 
     Raises:
         DatasetError: Not readable, not of one picture, a JPEG too dark to tell cell from noise, or a JPEG of which levels are
@@ -128,10 +128,10 @@ def read_mask(source: Any, levels: Sequence[int] | None = None) -> np.ndarray:
         name = getattr(source, "filename", "mask") if isinstance(source, Image.Image) else source
         try:
             if isinstance(source, Image.Image):
-                values, lossy = _levels(source)
+                values, lossy = _levels(source, numbered=levels is not None)
             else:
                 with Image.open(source) as opened:
-                    values, lossy = _levels(opened)
+                    values, lossy = _levels(opened, numbered=levels is not None)
         except Exception as error:
             # PIL's readers raise anything on bytes that were damaged on purpose.
             raise DatasetError(f"{name}: not a readable mask ({shortened(error)}). Export it again as PNG.") from error
@@ -151,15 +151,16 @@ def read_mask(source: Any, levels: Sequence[int] | None = None) -> np.ndarray:
     return (values > limit).astype(np.uint8)
 
 
-def _levels(image: Image.Image) -> tuple[np.ndarray, bool]:
-    """The levels of a mask, `[H, W]`, black being 0, and whether its file type blurs edges."""
+def _levels(image: Image.Image, numbered: bool) -> tuple[np.ndarray, bool]:
+    """The levels of a mask, `[H, W]`, black being 0, and whether its file type blurs edges. Of a palette they are its numbers
+    where these say what is shown, or else how bright its colours are."""
     lossy = image.format in ("JPEG", "MPO")
     image = ImageOps.exif_transpose(image)
     if image.mode in ("P", "PA"):
         indices = np.asarray(image.convert("P"))
         levels = np.asarray(image.convert("RGB")).max(axis=-1)
         # Without black, only the number says what is background.
-        return (indices if levels.all() else levels), lossy
+        return (indices if numbered or levels.all() else levels), lossy
     if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         image = image.convert("RGB")
     values = np.asarray(image)
