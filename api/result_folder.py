@@ -478,16 +478,20 @@ class ResultFolder:
         self.settings = settings
         self.settings_sha256 = json_sha256(settings)
 
-    def names(self, images: Sequence[Path]) -> dict[Path, str]:
+    def names(self, images: Sequence[Path], resolve: bool = True) -> dict[Path, str]:
         """A name for the files of each image: its stem, with its folder's name or a hash where stems meet.
 
         An image keeps the name it has in the folder, whatever else is given with it later.
+
+        Args:
+            images (`Sequence[Path]`): The images.
+            resolve (`bool`): Follow links; False for paths of records, where they were followed on the machine that wrote them.
         """
         had = {record["source"]: path.stem for path, record in self._read_all()}
         taken = {same_file(name) for name in had.values()}
         names = {}
         for image in images:
-            source = real_path(image)
+            source = real_path(image) if resolve else image
             if str(source) not in had:
                 digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:12]
                 stems = [image.stem, f"{source.parent.name}_{image.stem}", f"{image.stem}_{digest}"]
@@ -577,9 +581,18 @@ class ResultFolder:
             write_text(self.folder / "label_studio.xml", label_studio_config(totals))
 
     def results(self) -> Iterator[StoredResult]:
-        """The results that are current, in the order of their names."""
-        for path, record in self._read_all():
-            if record["settings_sha256"] == self.settings_sha256:
+        """The results that are current, in the order of their names; none of an image that can no longer be analysed.
+
+        Raises:
+            InputError: One was damaged, or changed to what is never written.
+        """
+        failed = {str(real_path(image)) for image in failed_images(self.folder)}
+        for path in sorted((self.folder / "records").glob("*.json")):
+            record = self._read(path)
+            if record is None:
+                self._check_not_damaged(path)
+                continue
+            if record["settings_sha256"] == self.settings_sha256 and record["source"] not in failed:
                 try:
                     result = SmearResult.from_dict(record["result"])
                 except InputError as error:
@@ -609,7 +622,9 @@ class ResultFolder:
         if record is None:
             raise OutputError(f"{path}: damaged. Repeat the command of this shard.")
         if self.is_current(name, record["image_sha256"]):
-            return
+            had = self._read(self._record(name))
+            if had is not None and had["result"] == record["result"]:
+                return
         there, files = path.parent.parent, {}
         for file, size in record["files"].items():
             # As `write` names them: the name, and what it adds.
@@ -669,6 +684,18 @@ class ResultFolder:
             return None
         # Of another image, copied to this name.
         return record if _is_record(record, path.stem) and f"{path.stem}_overlay.png" in record["files"] else None
+
+    def _check_not_damaged(self, path: Path) -> None:
+        """Checks that a record which is not one of ours is of another version, or of another image.
+
+        Raises:
+            InputError: It is neither.
+        """
+        record = read_json_object(path, InputError, "Run `unihema predict` again.", MOST_RECORD_BYTES)
+        digest, result = record.pop("record_sha256", None), record.get("result")
+        of_ours = isinstance(result, dict) and result.get("format") == FORMAT and isinstance(result.get("cells"), list)
+        if of_ours and digest != _record_sha256(record, result["cells"]):
+            raise InputError(f"{path}: not what was written. Run `unihema predict` again.")
 
     def _read_all(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         for path in sorted((self.folder / "records").glob("*.json")):

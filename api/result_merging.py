@@ -93,7 +93,7 @@ def merge_results(output: str | Path, on_image: Callable[[int, int], None] | Non
         whole = ResultFolder(output, settings)
         # In the order in which one run would have met them.
         order = sorted(found, key=_place)
-        names = whole.names([Path(found[name].source) for name in order])
+        names = whole.names([Path(found[name].source) for name in order], resolve=False)
         for number, name in enumerate(order, 1):
             whole.adopt(names[Path(found[name].source)], found[name].record)
             if on_image:

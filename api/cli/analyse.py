@@ -159,13 +159,16 @@ def predict(
 
     def on_progress(now: "Progress") -> None:
         nonlocal of_image
+        name = Path(now.image or "image").name
+        if of_image is not None and (of_image.desc, of_image.unit) != (f"{name}: ", now.unit):
+            # It ended before all of it was seen.
+            of_image.close()
+            of_image = None
         if now.total < LONG[now.unit]:
             return
         if of_image is None:
             # What a run that was stopped has done is not counted in the speed.
-            of_image = tqdm(
-                desc=Path(now.image or "image").name, unit=now.unit, total=now.total, initial=now.done, leave=False
-            )
+            of_image = tqdm(desc=name, unit=now.unit, total=now.total, initial=now.done, leave=False)
             of_image.cells_before = now.cells
         of_image.update(now.done - of_image.n)
         seconds = of_image.format_dict["elapsed"]
@@ -214,6 +217,8 @@ def predict(
         if of_image is not None:
             of_image.close()
     click.echo(f"{len(report.analysed)} analysed, {len(report.skipped)} already done, {len(report.failed)} failed.")
+    if report.other_settings:
+        click.echo(f"{report.other_settings} results of other settings are in the folder and not in its tables.")
     if report.totals:
         click.echo("Cells: " + ", ".join(f"{label} {count}" for label, count in report.totals.items()))
     click.echo(f"Results in {output if part is None else output / part.folder}.")

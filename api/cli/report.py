@@ -52,6 +52,7 @@ def report(
     sample a page, JSON, a table, and FHIR; into RESULTS/report where no folder is named.
     """
     from unihema.files import printable
+    from unihema.report.page import whole_percent
     from unihema.report.report_files import write_reports
     from unihema.report.sample import ReportOptions
     from unihema.report.smear_report import SmearReport
@@ -61,6 +62,11 @@ def report(
 
     options = ReportOptions(target, white_count, red_count, smudge_as_lymphocytes, thick_film, assume_white_count)
     samples = reviewed_samples(results, sample_by, checkpoint)
+    if len(samples) > 1 and (white_count is not None or red_count is not None):
+        raise click.UsageError(
+            f"--white-count and --red-count are of one sample, and here are {len(samples)}. Put the images of one sample into "
+            "results of their own."
+        )
     told = {
         "tables": ReportTables.read(tables),
         "options": options,
@@ -72,7 +78,7 @@ def report(
     pages = write_reports(reports, output or results / "report")
     for each, page in zip(reports, pages, strict=True):
         white = each.figures["white_cells"]
-        shares = ", ".join(f"{row['name']} {row['percent']:.0f} %" for row in white["rows"] if row["count"])
+        shares = ", ".join(f"{row['name']} {whole_percent(row['percent'])} %" for row in white["rows"] if row["count"])
         click.echo(printable(f"{each.sample}: {white['total']} white cells{': ' if shares else ''}{shares}"))
         click.echo(printable(f"  {page}"))
         if least_certain is not None:

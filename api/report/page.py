@@ -1,5 +1,6 @@
 """A report as one page that needs nothing else: no network, no script."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -58,7 +59,7 @@ def report_page(report: "SmearReport") -> str:
         finalize=_shown,
     )
     environment.filters |= {
-        "whole": _whole,
+        "whole": whole_percent,
         "tenth": _tenth,
         "hundredth": _hundredth,
         "number": _number,
@@ -210,11 +211,13 @@ def _listed(values: Sequence[str], between: str = ", ") -> str:
     return printable(between.join(values))
 
 
-def _whole(value: float | None) -> str:
-    """A share as laboratories write it."""
+def whole_percent(value: float | None) -> str:
+    """A share as laboratories write it: what is there is never 0, and what is not all never 100."""
     if value is None:
         return "–"
-    return "< 1" if 0 < value < 0.5 else f"{value:.0f}"
+    if 0 < value < 1:
+        return "< 1"
+    return "> 99" if 99 < value < 100 else f"{math.floor(value + 0.5)}"
 
 
 def _tenth(value: float | None) -> str:

@@ -149,9 +149,10 @@ def _white_cells(
         notes.append("White cells were not looked for.")
     elif total < target:
         notes.append(f"{total} white cells were counted, fewer than {target}: the limits are wide.")
-    if total and smudge and table["smudge_cells_warned_of_above"] is not None:
+    warned_of = None if options.smudge_as_lymphocytes else table["smudge_cells_warned_of_above"]
+    if total and smudge and warned_of is not None:
         share = 100 * smudge / total
-        if share > table["smudge_cells_warned_of_above"]:
+        if share > warned_of:
             notes.append(
                 f"{share:.0f} smudge cells per 100 white cells: fragile lymphocytes may be missing from the differential."
             )

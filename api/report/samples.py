@@ -1,6 +1,7 @@
 """Which image belongs to which sample."""
 
 import csv
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,24 +32,39 @@ def sample_of(stored: StoredResult, folder: Path, by: str | None, table: Mapping
         return printable(folder.absolute().name) or "sample"
     if by == "image":
         return printable(stored.name)
+    place = place_of(stored)
     if by == "folder":
-        return printable(stored.source.parent.name)
+        return printable(place.parent.name)
     if table is not None:
-        keys = (str(stored.source), stored.source.as_posix(), stored.source.name, stored.name)
+        keys = (*_keys(place), *_keys(stored.source), stored.name)
         name = next((table[key] for key in keys if key in table), None)
         if name is None:
-            raise RequestError(f"--sample-by {shortened(by, 100)}: it has no line for {stored.source}.")
+            raise RequestError(f"--sample-by {shortened(by, 100)}: it has no line for {place}.")
         return printable(name)
     try:
-        found = re.search(by, stored.source.as_posix())
+        found = re.search(by, place.as_posix())
         name = found and found[1]
     except (re.error, IndexError) as error:
         raise RequestError(
             f"--sample-by {shortened(by, 100)}: no regular expression with one group ({error})."
         ) from error
     if not name:
-        raise RequestError(f"--sample-by {shortened(by, 100)}: not found in {stored.source}.")
+        raise RequestError(f"--sample-by {shortened(by, 100)}: not found in {place}.")
     return printable(name)
+
+
+def place_of(stored: StoredResult) -> Path:
+    """Where an image lies as it was given: what links lead to may be a store of all samples."""
+    given = Path(stored.result.image or "")
+    if given.is_absolute():
+        return Path(os.path.normpath(given))
+    # Of a name alone the folder is not known but by the file that it was.
+    linked = len(given.parts) > 1 and stored.source.parts[-len(given.parts) :] != given.parts
+    return given if linked else stored.source
+
+
+def _keys(place: Path) -> tuple[str, str, str]:
+    return str(place), place.as_posix(), place.name
 
 
 def check_samples(images: Iterable[StoredResult], by: str | None, table: Mapping[str, str] | None = None) -> None:
@@ -63,8 +79,9 @@ def check_samples(images: Iterable[StoredResult], by: str | None, table: Mapping
     """
     places: dict[str, Path] = {}
     for each in images:
-        source = each.source
-        if table is not None and source.name in table and not {str(source), source.as_posix()} & table.keys():
+        source = place_of(each)
+        by_path = {*_keys(source)[:2], *_keys(each.source)[:2]} & (table or {}).keys()
+        if table is not None and source.name in table and not by_path:
             name, place, remedy = source.name, source, "Write their paths into the table."
         elif by == "folder":
             name, place = source.parent.name, source.parent

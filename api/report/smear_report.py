@@ -153,6 +153,7 @@ class SmearReport:
         classifier: Mapping[str, Mapping[str, Any]] | None = None,
         settings: Mapping[str, Any] | None = None,
         signatures: Sequence[Mapping[str, Any]] = (),
+        in_amendment: bool = False,
         made: datetime | None = None,
     ) -> "SmearReport":
         """The report of the images of one sample.
@@ -170,6 +171,7 @@ class SmearReport:
             classifier (`Mapping`, *optional*): See [`classifier_errors`].
             settings (`Mapping`, *optional*): What the images were analysed with, beside what their results say.
             signatures (`Sequence[Mapping]`): Of each `who`, `time`, `status`, `why`; the last says the status.
+            in_amendment (`bool`): It is being changed since the last of them: a preliminary report of the next version.
             made (`datetime`, *optional*): When; now when missing.
 
         Raises:
@@ -205,7 +207,12 @@ class SmearReport:
         figures["notes"] += _notes_on_images(counted, left_out)
         signatures = [dict(signature) for signature in signatures]
         task = "detection" if pool.fields or not pool.crops else "single_cell"
-        version = max(1, len(signatures))
+        version = max(1, len(signatures) + in_amendment)
+        if in_amendment:
+            who = signatures[-1]["who"]
+            figures["notes"].append(f"An amendment of version {version - 1}, signed by {who}, is open.")
+            # Of what is being changed nobody has signed anything.
+            signatures = []
         return cls(
             sample=sample,
             images=counted,

@@ -1,6 +1,6 @@
 """The samples of a results folder as a report takes them: predictions, with what a person has changed and signed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ from unihema.report.classifier_errors import classifier_errors
 from unihema.report.samples import check_samples, read_samples, sample_of
 from unihema.result_folder import StoredResult, failed_images, read_results
 
-from .state import LOG_FILE, SIGNED, Review, ReviewedImage, ReviewedSample
+from .state import AMENDING, LOG_FILE, Review, ReviewedCell, ReviewedImage, ReviewedSample
+
+
+SINCE_SIGNED = "analysed since the sample was signed; open an amendment to take it in"
 
 
 @dataclass
@@ -45,11 +48,17 @@ def reviewed_samples(
     """
     folder = Path(folder)
     found: dict[str, SampleResults] = {}
+    late: dict[str, list[str]] = {}
     if (folder / LOG_FILE).is_file():
         with Review(folder, sample_by, read_only=True) as review:
             for sample in review.samples.values():
-                results = [_as_reviewed(image) for image in sample.images]
-                found[sample.name] = SampleResults(sample.name, results, {"signatures": _signatures(sample)})
+                # A crop whose only cell was deleted shows nothing to count.
+                shown = [image for image in sample.images if not image.shows_one_cell or any(_present(image))]
+                results = [_as_reviewed(image) for image in shown or sample.images]
+                details = {"signatures": _signatures(sample), "in_amendment": sample.status == AMENDING}
+                found[sample.name] = SampleResults(sample.name, results, details)
+                late |= {sample.name: review.late.get(sample.name, [])}
+            sample_by = review.sample_by
     else:
         table, images = read_samples(sample_by), list(read_results(folder))
         check_samples(images, sample_by, table)
@@ -62,34 +71,45 @@ def reviewed_samples(
     shared = {"settings": settings, "classifier": _errors(checkpoint, settings)}
     failed = failed_images(folder)
     for sample in found.values():
-        sample.details |= shared | {"failed": _failed_of(failed, sample, folder, sample_by, len(found))}
+        left_out = _failed_of(failed, sample, folder, sample_by) | dict.fromkeys(
+            late.get(sample.name, ()), SINCE_SIGNED
+        )
+        sample.details |= shared | {"failed": left_out}
     return [found[name] for name in sorted(found)]
 
 
 def _as_reviewed(image: ReviewedImage) -> StoredResult:
     """The result of an image with its cells as they stand."""
     result = image.stored.result
-    present = [cell for cell in image.cells.values() if cell.present]
+    present = list(_present(image))
     if image.shows_one_cell:
         alone = None
         if present and result.single_cell:
             alone = {**result.single_cell, "label": present[0].label}
-            if present[0].looked_at:
+            if present[0].looked_at or image.looked_through:
                 alone["probability"] = 1.0
                 alone.pop("odd", None)
         return image.stored._replace(result=replace(result, single_cell=alone))
     cells = [
         # What a person has looked at is certain.
-        replace(cell.original, label=cell.label, **({"probability": 1.0, "odd": None} if cell.looked_at else {}))
+        replace(
+            cell.original,
+            label=cell.label,
+            **({"probability": 1.0, "odd": None} if cell.looked_at or image.looked_through else {}),
+        )
         for cell in present
     ]
-    return image.stored._replace(result=replace(result, cells=cells))
+    # A field without any cell is no picture of one.
+    return image.stored._replace(result=replace(result, cells=cells, single_cell=result.single_cell if cells else None))
+
+
+def _present(image: ReviewedImage) -> Iterator[ReviewedCell]:
+    return (cell for cell in image.cells.values() if cell.present)
 
 
 def _signatures(sample: ReviewedSample) -> list[dict[str, Any]]:
-    """Signatures of a sample; none while it, or an amendment of it, is open."""
-    told = [{key: each[key] for key in ("who", "time", "status", "why")} for each in sample.signatures]
-    return told if sample.status in SIGNED else []
+    """Who signed a sample, each time."""
+    return [{key: each[key] for key in ("who", "time", "status", "why")} for each in sample.signatures]
 
 
 def _errors(checkpoint: str | Path | None, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -103,12 +123,8 @@ def _errors(checkpoint: str | Path | None, settings: Mapping[str, Any]) -> dict[
     return classifier_errors(where, settings.get("checkpoint_sha256") or {})
 
 
-def _failed_of(
-    failed: Mapping[str, str], sample: SampleResults, folder: Path, sample_by: str | None, samples: int
-) -> dict[str, str]:
+def _failed_of(failed: Mapping[str, str], sample: SampleResults, folder: Path, sample_by: str | None) -> dict[str, str]:
     """Of the images that could not be analysed those of a sample, as far as their paths say."""
-    if samples == 1:
-        return dict(failed)
     table, found = read_samples(sample_by), {}
     for image, why in failed.items():
         try:

@@ -1,5 +1,6 @@
 """What a review holds: the predictions of a results folder with the log's entries laid over them."""
 
+import logging
 import math
 import threading
 from collections import defaultdict
@@ -18,9 +19,12 @@ from unihema.results.cell import Cell
 from .log import BEGINNING, Change, Entry, Log
 
 
+logger = logging.getLogger(__name__)
 LOG_FILE = "review.sqlite"
 # Of the only cell in an image of a single cell, which has no number of its own.
 WHOLE_IMAGE = 0
+# Of the entry that begins an image: how images are shared among samples.
+SAMPLE_BY = "sample_by"
 LONGEST_LABEL, LONGEST_NAME, LONGEST_REASON = 200, 200, 2000
 # Cells that are changed at once, and that a person may draw in one image.
 MOST_AT_ONCE, MOST_DRAWN = 20_000, 10_000
@@ -167,6 +171,11 @@ class Review:
             missing.
         read_only (`bool`): Only read what is there.
 
+    Attributes:
+        sample_by (`str`, *optional*): As they are shared.
+        late (`dict[str, list[str]]`): Signed sample -> images that were analysed since. They are no part of it until an amendment
+            is open and the review begins again.
+
     Raises:
         InputError: No results folder, nothing in it, or other results than those that the log is about.
         OutputError: The log is damaged, or another process is reviewing.
@@ -176,6 +185,7 @@ class Review:
         self.folder = Path(folder)
         self.images: dict[str, ReviewedImage] = {}
         self.samples: dict[str, ReviewedSample] = {}
+        self.late: dict[str, list[str]] = {}
         self.closing = ExitStack()
         # Actions that can be taken back, and done again, of each person and sample.
         self._done: dict[tuple[str, str | None], list[int]] = defaultdict(list)
@@ -210,23 +220,29 @@ class Review:
 
     def _begin(self, stored: Sequence[StoredResult], sample_by: str | None, read_only: bool) -> None:
         """Lays out images and samples, and notes in the log which predictions it is about."""
-        known = {}
-        table = read_samples(sample_by)
-        check_samples(stored, sample_by, table)
+        known, status = {}, {}
         for entry in self.log.entries():
             if entry.kind == "begin":
                 known |= {entry.image: entry}
+            elif entry.kind in ("sign", "amend") and isinstance(entry.new, dict):
+                status[entry.sample] = entry.new.get("status")
+        rule = self._rule(known, stored) if sample_by is None else sample_by
+        table = read_samples(rule)
+        check_samples(stored, rule, table)
+        self.sample_by = rule if table is None else str(Path(rule).absolute())  # type: ignore[arg-type]
         fresh = []
         for each in stored:
             begun = known.get(each.name)
             sample = (
-                begun.sample
-                if begun is not None and sample_by is None
-                else sample_of(each, self.folder, sample_by, table)
+                begun.sample if begun is not None and sample_by is None else sample_of(each, self.folder, rule, table)
             )
+            if begun is None and status.get(sample) in SIGNED:
+                self.late.setdefault(sample, []).append(each.name)
+                continue
             if begun is None:
-                fresh.append(Change("begin", sample, each.name, None, None, _predicted(each)))
-            elif begun.new != _predicted(each):
+                predicted = _predicted(each) | {SAMPLE_BY: self.sample_by}
+                fresh.append(Change("begin", sample, each.name, None, None, predicted))
+            elif {key: value for key, value in begun.new.items() if key != SAMPLE_BY} != _predicted(each):
                 raise InputError(
                     f"{self.folder / LOG_FILE}: {each.name} was analysed again since it was reviewed, with other results. Put "
                     "the results back, or move the log away and begin anew."
@@ -244,8 +260,34 @@ class Review:
             raise InputError(
                 f"{self.folder}: the results of {shortened(gone)}, which was reviewed, are gone. Put them back."
             )
+        for sample, names in self.late.items():
+            logger.warning(
+                "%s was signed before these were analysed, which are no part of it until an amendment is open and the review "
+                "begins again: %s",
+                shortened(sample, 60),
+                shortened(", ".join(names), 300),
+            )
         if fresh and not read_only:
             self.log.append("unihema", fresh)
+
+    def _rule(self, known: dict[str | None, Entry], stored: Sequence[StoredResult]) -> str | None:
+        """How images were shared among samples when the review began.
+
+        Raises:
+            InputError: There are new images, and a log of an earlier version does not say it.
+        """
+        stated = [entry.new[SAMPLE_BY] for entry in known.values() if SAMPLE_BY in entry.new]
+        if stated:
+            return stated[-1]
+        alike = all(
+            known[each.name].sample == sample_of(each, self.folder, None) for each in stored if each.name in known
+        )
+        if not alike and any(each.name not in known for each in stored):
+            raise InputError(
+                f"{self.folder / LOG_FILE}: it does not say how images are shared among samples, and there are new ones. Give "
+                "--sample-by as when the review began."
+            )
+        return None
 
     def close(self) -> None:
         """Gives log and folder back."""

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import re
+from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 
@@ -18,8 +20,10 @@ from unihema.errors import InputError, OutputError, RequestError
 from unihema.processing_unihema.class_names import WHITE_CELL
 from unihema.report.classifier_errors import classifier_errors
 from unihema.report.fhir import CODES_FILE, LOINC
+from unihema.report.page import whole_percent
 from unihema.report.report_files import COLUMNS, table_rows, write_reports
 from unihema.report.sample import ReportOptions, exact_limits
+from unihema.report.samples import sample_of
 from unihema.result_folder import failed_images, read_results
 from unihema.results.smear_result import Cell
 from unihema.review.reviewed_results import reviewed_samples
@@ -352,15 +356,18 @@ def test_the_page_has_the_pictures_of_the_least_certain_cells_and_says_where_the
 
 def test_the_command_reports_every_sample_and_names_what_to_look_at(tmp_path):
     folder = write_results(tmp_path / "results", {"a.png": ["neutrophil", "lymphocyte", "RBC"], "b.png": ["WBC"]})
-    done = run_command("report", folder, "--sample-by", "image", "--least-certain", 1, "--white-count", 7.5)
+    done = run_command("report", folder, "--sample-by", "image", "--least-certain", 1, "--target", 100)
     assert done.returncode == 0, done.stderr
     assert "a: 2 white cells: neutrophil 50 %, lymphocyte 50 %" in done.stdout
     assert "a, cell 2: lymphocyte" in done.stdout and "b, cell 1: WBC" in done.stdout
     written = json.loads((folder / "report" / "a.json").read_text())
-    assert written["options"]["white_count"] == 7.5 and written["report_version"] == 1
+    assert written["options"]["target"] == 100 and written["report_version"] == 1
     assert {path.name for path in (folder / "report").iterdir()} == {
         f"{name}{end}" for name in "ab" for end in (".html", ".json", ".csv", "_fhir.json")
     }
+    # A count of one patient is not taken for that of all.
+    wrong = run_command("report", folder, "--sample-by", "image", "--white-count", 7.5)
+    assert wrong.returncode == 2 and "of one sample, and here are 2" in wrong.stderr
     wrong = run_command("report", tmp_path)
     assert wrong.returncode == 2 and "no results folder" in wrong.stderr
 
@@ -437,3 +444,83 @@ def test_images_of_two_samples_are_not_taken_for_one(tmp_path):
             read(folder, str(table))
     table.write_text(f"image,sample\n01.png,A\n02.png,A\n{tmp_path / 'smears' / names[2]},B\n")
     assert [(each.name, len(each.results)) for each in reviewed_samples(folder, str(table))] == [("A", 2), ("B", 1)]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "–"),
+        (0, "0"),
+        (0.5, "< 1"),
+        (0.99, "< 1"),
+        (1, "1"),
+        (2.5, "3"),
+        (12.5, "13"),
+        (99.5, "> 99"),
+        (100, "100"),
+    ],
+)
+def test_a_cell_that_is_there_is_never_none_of_a_hundred(value, said):
+    assert whole_percent(value) == said
+
+
+def test_what_a_person_looked_through_is_certain_and_what_was_deleted_is_gone(tmp_path):
+    images = {"a.png": ["neutrophil", "WBC"], "b.png": "neutrophil", "c.png": "monocyte"}
+    folder = write_results(tmp_path / "results", images)
+    with Review(folder) as review:
+        review.look_through("Ada", "a", 0)
+        review.change("Ada", [Target("b", 0, 0)], "delete")
+    (sample,) = reviewed_samples(folder)
+    assert [stored.name for stored in sample.results] == ["a", "c"]
+    assert [cell.probability for cell in sample.results[0].result.cells] == [1.0, 1.0]
+    with Review(folder) as review:
+        numbers = [(number, review.images["a"].cells[number].revision) for number in (1, 2)]
+        review.change("Ada", [Target("a", number, revision) for number, revision in numbers], "delete")
+    report = SmearReport.of(*[(sample.results, sample.name) for sample in reviewed_samples(folder)][0])
+    assert report.figures["white_cells"]["total"] == 1
+
+
+def test_while_an_amendment_is_open_the_report_is_of_the_next_version(tmp_path):
+    folder = write_results(tmp_path / "results", {"a.png": ["WBC"]})
+    for version, status, amends in ((1, "final", None), (2, "preliminary", 1), (2, "amended", 1)):
+        with Review(folder) as review:
+            if status == "preliminary":
+                review.amend("Ada", "results", "one was missed")
+            else:
+                review.sign("Ada", "results", review.sample("results").revision)
+        (sample,) = reviewed_samples(folder)
+        report = SmearReport.of(sample.results, sample.name, **sample.details)
+        assert (report.report_version, report.status, report.amends) == (version, status, amends)
+        assert bool(report.signatures) == (status != "preliminary")
+        opened = "An amendment of version 1, signed by Ada, is open."
+        assert (opened in report.figures["notes"]) == (status == "preliminary")
+
+
+def test_images_that_can_no_longer_be_analysed_are_left_out_and_not_counted(tmp_path):
+    folder = write_results(tmp_path / "results", {"a.png": ["RBC"], "b.png": ["RBC"]})
+    gone = str(tmp_path / "smears" / "b.png")
+    path = folder / "results.json"
+    path.write_text(path.read_text().replace('"failed": {}', json.dumps({"failed": {gone: "no image"}})[1:-1]))
+    (sample,) = reviewed_samples(folder)
+    assert [stored.name for stored in sample.results] == ["a"] and sample.details["failed"] == {gone: "no image"}
+    record = folder / "records" / "a.json"
+    record.write_text(record.read_text().replace('"score": 0.95', '"score": 0.94'))
+    with pytest.raises(InputError, match=r"a\.json: not what was written"):
+        reviewed_samples(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="this system has no links")
+def test_samples_are_told_by_where_images_were_given_not_by_what_links_lead_to(tmp_path):
+    folder = write_results(tmp_path / "results", {"store/1f.png": ["RBC"], "store/2e.png": ["WBC"]})
+    names = {}
+    for stored, patient in zip(read_results(folder), ("S1", "S2"), strict=True):
+        given = stored._replace(result=replace(stored.result, image=str(tmp_path / patient / "a.png")))
+        relative = stored._replace(result=replace(stored.result, image=f"{patient}/a.png"))
+        for by, table in (
+            ("folder", None),
+            (r"/?(S\d)/", None),
+            ("x.csv", {str(tmp_path / patient / "a.png"): patient}),
+        ):
+            names.setdefault(patient, set()).add(sample_of(given, folder, by, table))
+        names[patient].add(sample_of(relative, folder, "folder"))
+    assert names == {"S1": {"S1"}, "S2": {"S2"}}

@@ -58,6 +58,20 @@ def test_shards_together_are_one_run(analyzer, tmp_path):
     assert analyzer.analyze_files([images], tmp_path / "parts").analysed == []
 
 
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="this system has no links")
+def test_an_image_counts_once_where_its_folder_is_a_link_on_the_machine_that_merges(analyzer, tmp_path):
+    images = draw(tmp_path / "smears", 4)
+    for number in (1, 2):
+        analyzer.analyze_files([images], tmp_path / "parts", shard=Shard(number, 2))
+    images.rename(tmp_path / "store")
+    images.symlink_to(tmp_path / "store")
+    first = merge_results(tmp_path / "parts")
+    before = contents(tmp_path / "parts")
+    again = merge_results(tmp_path / "parts")
+    assert first.images == again.images == 4 and again.totals == first.totals
+    assert contents(tmp_path / "parts") == before
+
+
 def test_a_shard_that_ran_twice_counts_once_and_one_that_is_missing_is_told(analyzer, tmp_path):
     images, parts = draw(tmp_path / "smears", 19), tmp_path / "parts"
     analyzer.analyze_files([images], parts, shard=Shard(1, 3))

@@ -8,6 +8,7 @@ from review_results import write_results
 
 from unihema import InputError, OutputError, RequestError
 from unihema.review.log import BEGINNING, Change, Log
+from unihema.review.reviewed_results import SINCE_SIGNED, reviewed_samples
 from unihema.review.state import LOG_FILE, Review, SignedError, StaleError, Target
 
 
@@ -350,3 +351,48 @@ def test_a_log_of_another_folder_is_told(folder, change):
         (entry,) = review.log.append("Eve", [change])
     with pytest.raises(OutputError, match=f"entry {entry.number} is none of a review of this folder"):
         Review(folder)
+
+
+def test_what_is_analysed_after_a_sample_was_signed_waits_for_an_amendment(tmp_path, caplog):
+    images = {"p1/a.png": ["WBC"], "p2/b.png": ["RBC"]}
+    folder = write_results(tmp_path / "results", images)
+    with Review(folder, "folder") as review:
+        review.sign("Ada", "p1", review.sample("p1").revision)
+    write_results(folder, images | {"p1/c.png": ["neutrophil"] * 3, "p2/d.png": ["RBC"], "p3/e.png": ["RBC"]})
+    for read_only in (True, False):
+        with Review(folder, read_only=read_only) as review:
+            # How images are shared is said once.
+            assert {name: [each.name for each in of.images] for name, of in review.samples.items()} == {
+                "p1": ["a"],
+                "p2": ["b", "d"],
+                "p3": ["e"],
+            }
+            assert review.late == {"p1": ["c"]} and review.sample("p1").counts["WBC"] == 1
+            assert review.sample("p1").status == "final"
+    assert "p1 was signed before" in caplog.text
+    left_out = {sample.name: sample.details["failed"] for sample in reviewed_samples(folder)}
+    assert left_out == {"p1": {"c": SINCE_SIGNED}, "p2": {}, "p3": {}}
+    with Review(folder) as review:
+        review.amend("Ada", "p1", "one more image")
+    with Review(folder) as review:
+        assert [each.name for each in review.sample("p1").images] == ["a", "c"] and not review.late
+
+
+def test_a_log_that_does_not_say_how_images_are_shared_asks_where_that_matters(tmp_path):
+    images = {"p1/a.png": ["WBC"], "p2/b.png": ["RBC"]}
+    folder = write_results(tmp_path / "results", images)
+    with Review(folder, "folder") as review:
+        predicted = {entry.image: entry.new for entry in review.log.entries()}
+    # As a log was written before.
+    (folder / LOG_FILE).unlink()
+    with Log(folder / LOG_FILE, False) as log:
+        for name, sample in (("a", "p1"), ("b", "p2")):
+            new = {key: value for key, value in predicted[name].items() if key != "sample_by"}
+            log.append("unihema", [Change("begin", sample, name, None, None, new)])
+    with Review(folder) as review:
+        assert list(review.samples) == ["p1", "p2"]
+    write_results(folder, images | {"p3/c.png": ["RBC"]})
+    with pytest.raises(InputError, match="Give --sample-by as when the review began"):
+        Review(folder)
+    with Review(folder, "folder") as review:
+        assert list(review.samples) == ["p1", "p2", "p3"]
