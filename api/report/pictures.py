@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from unihema.slides import Box, RegionSource, open_regions
+from unihema.slides import Box, RegionSource, is_unchanged, open_regions
 
 
 if TYPE_CHECKING:
@@ -55,11 +55,12 @@ def field_picture(image: "ReportedImage") -> str | None:
 
 @contextmanager
 def _opened(image: "ReportedImage") -> "Iterator[RegionSource | None]":
-    """The image of a result, if it is there and has its size."""
+    """The image of a result, if it is there and still the same."""
     source = None
     if image.source is not None and image.source.is_file():
         try:
-            source = open_regions(image.source)
+            if image.sha256 is None or is_unchanged(image.source, image.sha256):
+                source = open_regions(image.source)
         except (OSError, ValueError, RuntimeError, MemoryError):
             # Without its picture a figure is still right; the page says that it is missing.
             source = None

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from PIL import Image
 
 from unihema.errors import InputError, RequestError
-from unihema.slides import Box, RegionSource, open_regions
+from unihema.slides import Box, RegionSource, is_unchanged, open_regions
 
 from .state import ReviewedCell, ReviewedImage
 
@@ -95,6 +95,8 @@ class Pictures:
     def _source(self, image: ReviewedImage) -> RegionSource:
         source = self._open.get(image.name)
         if source is None:
+            if not is_unchanged(image.stored.source, image.stored.image_sha256):
+                raise InputError("it is another image than the one that was analysed")
             source = open_regions(image.stored.source)
             result = image.stored.result
             if source.size != (result.width, result.height):

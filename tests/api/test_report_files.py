@@ -348,7 +348,8 @@ def test_the_page_has_the_pictures_of_the_least_certain_cells_and_says_where_the
     assert len(pictures) == 36 and "30, 24 shown" in page.text
     scores = [cell.score for _, cell in report.doubtful()]
     assert scores[:30] == sorted(scores[:30]) and scores[30:] == sorted(scores[30:])
-    Image.new("RGB", (10, 10)).save(tmp_path / "smears" / "a.png")
+    # Another field of the same camera.
+    Image.new("RGB", (200, 160), "red").save(tmp_path / "smears" / "a.png")
     gone = Page(report.to_html())
     assert not [value for name, value in gone.attributes if name == "src"]
     assert "The image is not where it was" in gone.text

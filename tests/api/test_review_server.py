@@ -358,17 +358,22 @@ def test_pictures_of_cells_and_views_are_cached_by_content(client, review):
     assert max(Image.open(io.BytesIO(huge.content)).size) == 1024
 
 
-def test_an_image_that_is_gone_or_another_is_told_without_its_folder(tmp_path):
+@pytest.mark.parametrize(
+    ("size", "compared", "told"),
+    [((200, 160), 1 << 28, "another image"), ((30, 30), 1 << 28, "another image"), ((30, 30), 0, "30 x 30")],
+)
+def test_an_image_that_is_gone_or_another_is_told_without_its_folder(tmp_path, monkeypatch, size, compared, told):
+    monkeypatch.setattr("unihema.slides.MOST_COMPARED", compared)
     folder = write_results(tmp_path / "results", FIELDS)
     with Review(folder) as review:
-        _images_are_gone(client_of(review), folder)
+        _images_are_gone(client_of(review), folder, size, told)
 
 
-def _images_are_gone(client, folder):
+def _images_are_gone(client, folder, size, told):
     path = folder.parent / "smears" / "a.png"
-    Image.new("RGB", (30, 30)).save(path)
+    Image.new("RGB", size, "red").save(path)
     answer = client.get("/api/images/0/cells/1")
-    assert answer.status_code == 422 and "30 x 30" in answer.json()["error"]
+    assert answer.status_code == 422 and told in answer.json()["error"]
     path.unlink()
     answer = client.get("/api/images/0/cells/2")
     assert answer.status_code == 422 and "a.png" in answer.json()["error"] and str(folder.parent) not in answer.text
