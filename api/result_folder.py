@@ -72,6 +72,8 @@ COUNT_COLUMNS = ["image", "label", "count", "percent_of_white_cells", "different
 HELD_BATCHES = 4
 # Bytes of a name, to which `_overlay.png` is added: file systems take 255.
 NAME_BYTES = 200
+# Names that Windows keeps for devices, whatever their ending.
+DEVICES = {"con", "prn", "aux", "nul", *(f"{name}{number}" for name in ("com", "lpt") for number in range(1, 10))}
 # The line of results.json after which its images come.
 _IMAGES = ' "images": [\n'
 # Of a record: a slide of half a million cells has some 100 MB.
@@ -749,7 +751,8 @@ def file_name(stem: str, digest: str) -> str:
     # A leading dot hides a file, and one of dots only is a folder.
     bare = name.lstrip(".")
     name = "_" * (len(name) - len(bare)) + bare
-    if name == stem and len(name.encode()) <= NAME_BYTES:
+    of_device = name.split(".")[0].strip().lower() in DEVICES
+    if name == stem and len(name.encode()) <= NAME_BYTES and not of_device:
         return name
     return f"{name.encode()[: NAME_BYTES - 13].decode(errors='ignore')}_{digest}"
 

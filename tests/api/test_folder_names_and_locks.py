@@ -19,6 +19,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 from unihema import Analyzer, CheckpointError, OutputError
 from unihema.checkpoint_files import read_json
 from unihema.files import exclusive, find_images, scratch_folder, whole_folder, write_atomically
+from unihema.result_folder import file_name
 from unihema.results.export import table_text
 
 
@@ -391,3 +392,9 @@ def test_linked_folders_are_read_once(tmp_path):
     (tmp_path / "slides" / "a" / "around").symlink_to(tmp_path / "slides")
     images, problems = find_images([tmp_path / "slides"])
     assert [path.name for path in images] == ["1.png", "2.png"] and problems == []
+
+
+@pytest.mark.parametrize("stem", ["aux", "NUL", "com1.field"])
+def test_names_that_windows_keeps_for_devices_are_changed(stem):
+    assert file_name(stem, "d" * 12) == f"{stem}_{'d' * 12}"
+    assert file_name(f"x{stem}", "d" * 12) == f"x{stem}"

@@ -51,7 +51,7 @@ def test_a_checkpoint_says_what_its_masks_were_learned_of(folder):
 
 
 def test_levels_that_are_not_there(tmp_path, folder):
-    with pytest.raises(DatasetError, match=r"mask_levels: no data folder is called 'other'; there are lab"):
+    with pytest.raises(DatasetError, match=r"mask_levels.*: no data folder is called 'other'; there are lab"):
         load_rows(DataConfig([str(folder)], mask_levels={"other": LEVELS}), "train")
     with pytest.raises(DatasetError, match=r"data\.mask_levels: the data set has no masks"):
         rows_of_levels([], LEVELS)

@@ -121,7 +121,7 @@ def test_other_heads_read_nothing_back(head, monkeypatch):
     assert counted.total > 500
 
 
-@pytest.mark.parametrize("head", [UniHemaForDetection, UniHemaForSegmentation])
+@pytest.mark.parametrize("head", [UniHemaForDetection, pytest.param(UniHemaForSegmentation, marks=pytest.mark.slow)])
 def test_compiled_there_is_one_graph_with_the_kernels(head, monkeypatch):
     torch.compiler.reset()
     monkeypatch.setattr(deformable_attention, "kernels_work", lambda device: True)
@@ -146,6 +146,7 @@ def test_reading_back_is_an_error_here(monkeypatch):
         bool(torch.ones(3, device="meta").all())
 
 
+@pytest.mark.slow
 def test_compiled_parts_train_as_plain_ones_do():
     torch.compiler.reset()
     found = []

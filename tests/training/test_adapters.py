@@ -435,5 +435,5 @@ def test_an_adapter_has_the_hierarchy_that_is_stated():
             processor,
             AdapterConfig(method="lora"),
             {"detection": [row]},
-            {"ring": "blood"},
+            {"blood": "ring"},
         )

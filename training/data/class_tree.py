@@ -150,11 +150,11 @@ def class_parents(names: Sequence[str], stated: Mapping[str, str] | None = None)
         stated (`Mapping[str, str]`, *optional*): `data.label_parents`: class -> coarser class.
 
     Raises:
-        RunConfigError: It names a class that is not among them.
+        RunConfigError: It gives a parent to a class that is not among them.
     """
     if stated is None:
         return known_parents(names)
-    if unknown := [name for pair in stated.items() for name in pair if name not in names]:
+    if unknown := [name for name in stated if name not in names]:
         raise RunConfigError(
             f"data.label_parents: no class '{unknown[0]}'; the model's classes are {', '.join(names)}."
         )
