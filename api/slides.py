@@ -731,11 +731,7 @@ def image_sha256(path: Path) -> str:
     Raises:
         InputError: Not a regular file.
     """
-    beside: list[Path] = []
-    if path.suffix.lower() in _FOLDER_BESIDE and path.with_suffix("").is_dir():
-        beside = sorted(each for each in path.with_suffix("").rglob("*") if each.is_file())
-    elif path.suffix.lower() in _SERIES:
-        beside = sorted(each for each in path.parent.iterdir() if each.suffix.lower() in _SERIES and each != path)
+    beside = _beside(path)
     whole = sha256(path)
     if not beside:
         return whole
@@ -752,7 +748,17 @@ def is_unchanged(path: Path, digest: str) -> bool:
 
     Of files of more than `MOST_COMPARED` bytes the answer is yes: reading a slide for each of its pictures would take minutes.
     """
-    return path.stat().st_size > MOST_COMPARED or image_sha256(path) == digest
+    size = sum(each.stat().st_size for each in (path, *_beside(path)))
+    return size > MOST_COMPARED or image_sha256(path) == digest
+
+
+def _beside(path: Path) -> list[Path]:
+    """The other files of a slide that lies in several."""
+    if path.suffix.lower() in _FOLDER_BESIDE and path.with_suffix("").is_dir():
+        return sorted(each for each in path.with_suffix("").rglob("*") if each.is_file())
+    if path.suffix.lower() in _SERIES:
+        return sorted(each for each in path.parent.iterdir() if each.suffix.lower() in _SERIES and each != path)
+    return []
 
 
 def _spans(length: int, pieces: int) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
-"""The mean of the weights of several checkpoints: of runs that went on from one start, it often holds better abroad than each.
+"""The mean of the weights of several checkpoints: of runs that went on from one start.
 
-`python -m tools.mean_of_weights CHECKPOINT CHECKPOINT... FOLDER` writes the first checkpoint with the mean weights of all.
+`python -m tools.mean_of_weights CHECKPOINT CHECKPOINT... FOLDER` writes the first checkpoint with the mean weights of all. What
+was fitted to its scores (thresholds, calibration) is to be fitted anew.
 """
 
 import shutil

@@ -155,29 +155,7 @@ def predict(
     # The bar appears with the first image, so that a wrong checkpoint is one line and nothing else.
     bar = tqdm(desc="predict", unit="image", disable=True)
 
-    of_image: Any = None
-
-    def on_progress(now: "Progress") -> None:
-        nonlocal of_image
-        name = Path(now.image or "image").name
-        if of_image is not None and (of_image.desc, of_image.unit) != (f"{name}: ", now.unit):
-            # It ended before all of it was seen.
-            of_image.close()
-            of_image = None
-        if now.total < LONG[now.unit]:
-            return
-        if of_image is None:
-            # What a run that was stopped has done is not counted in the speed.
-            of_image = tqdm(desc=name, unit=now.unit, total=now.total, initial=now.done, leave=False)
-            of_image.cells_before = now.cells
-        of_image.update(now.done - of_image.n)
-        seconds = of_image.format_dict["elapsed"]
-        if now.unit == "tile" and seconds > 0:
-            speed = (now.cells - of_image.cells_before) / seconds
-            of_image.set_postfix_str(f"{now.cells} cells, {speed:.0f} a second")
-        if now.done == now.total:
-            of_image.close()
-            of_image = None
+    of_image = ImageBar()
 
     def on_image(number: int, total: int, path: Path, outcome: Any) -> None:
         nonlocal bar
@@ -209,13 +187,12 @@ def predict(
             framing=framing,
             second_look=second_look,
             parasites=parasites,
-            on_progress=on_progress,
+            on_progress=of_image,
             shard=part,
         )
     finally:
         bar.close()
-        if of_image is not None:
-            of_image.close()
+        of_image.close()
     click.echo(f"{len(report.analysed)} analysed, {len(report.skipped)} already done, {len(report.failed)} failed.")
     if report.other_settings:
         click.echo(f"{report.other_settings} results of other settings are in the folder and not in its tables.")
@@ -229,6 +206,42 @@ def predict(
         for item, problem in report.failed.items():
             click.echo(printable(f"failed: {item}: {problem}"), err=True)
         raise click.exceptions.Exit(1)
+
+
+class ImageBar:
+    """How far the work on one image is, shown as a bar; there is none where little is looked at."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._about: tuple[str | None, str] | None = None
+        self._cells_before = 0
+
+    def __call__(self, now: "Progress") -> None:
+        """Shows it."""
+        from tqdm.auto import tqdm
+
+        if (now.image, now.unit) != self._about:
+            # The image before may have ended before all of it was seen.
+            self.close()
+        if now.total < LONG[now.unit]:
+            return
+        if self._bar is None:
+            self._about, self._cells_before = (now.image, now.unit), now.cells
+            # What a run that was stopped has done is not counted in the speed.
+            name = Path(now.image or "image").name
+            self._bar = tqdm(desc=name, unit=now.unit, total=now.total, initial=now.done, leave=False)
+        self._bar.update(now.done - self._bar.n)
+        seconds = self._bar.format_dict["elapsed"]
+        if now.unit == "tile" and seconds > 0:
+            self._bar.set_postfix_str(f"{now.cells} cells, {(now.cells - self._cells_before) / seconds:.0f} a second")
+        if now.done == now.total:
+            self.close()
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = self._about = None
 
 
 class Processes:

@@ -57,8 +57,7 @@ def reviewed_samples(
                 results = [_as_reviewed(image) for image in shown or sample.images]
                 details = {"signatures": _signatures(sample), "in_amendment": sample.status == AMENDING}
                 found[sample.name] = SampleResults(sample.name, results, details)
-                late |= {sample.name: review.late.get(sample.name, [])}
-            sample_by = review.sample_by
+            late, sample_by = review.late, review.sample_by
     else:
         table, images = read_samples(sample_by), list(read_results(folder))
         check_samples(images, sample_by, table)
@@ -71,7 +70,9 @@ def reviewed_samples(
     shared = {"settings": settings, "classifier": _errors(checkpoint, settings)}
     failed = failed_images(folder)
     for sample in found.values():
-        left_out = _failed_of(failed, sample, folder, sample_by) | dict.fromkeys(
+        # Of one sample alone they are, whatever the folder was called then.
+        alone = sample_by is None and len(found) == 1
+        left_out = (failed if alone else _failed_of(failed, sample, folder, sample_by)) | dict.fromkeys(
             late.get(sample.name, ()), SINCE_SIGNED
         )
         sample.details |= shared | {"failed": left_out}
@@ -125,6 +126,8 @@ def _errors(checkpoint: str | Path | None, settings: Mapping[str, Any]) -> dict[
 
 def _failed_of(failed: Mapping[str, str], sample: SampleResults, folder: Path, sample_by: str | None) -> dict[str, str]:
     """Of the images that could not be analysed those of a sample, as far as their paths say."""
+    if not failed:
+        return {}
     table, found = read_samples(sample_by), {}
     for image, why in failed.items():
         try:

@@ -227,15 +227,22 @@ class Review:
             elif entry.kind in ("sign", "amend") and isinstance(entry.new, dict):
                 status[entry.sample] = entry.new.get("status")
         rule = self._rule(known, stored) if sample_by is None else sample_by
-        table = read_samples(rule)
+        # Where nothing is to be shared out, a table of then need not be there.
+        needed = sample_by is not None or any(each.name not in known for each in stored)
+        table = read_samples(rule) if needed else None
         check_samples(stored, rule, table)
         self.sample_by = rule if table is None else str(Path(rule).absolute())  # type: ignore[arg-type]
+        # A folder may have another name now than when the review began.
+        alone = {entry.sample for entry in known.values()} if rule is None else set()
         fresh = []
         for each in stored:
             begun = known.get(each.name)
-            sample = (
-                begun.sample if begun is not None and sample_by is None else sample_of(each, self.folder, rule, table)
-            )
+            if begun is not None and sample_by is None:
+                sample = begun.sample
+            elif len(alone) == 1:
+                (sample,) = alone
+            else:
+                sample = sample_of(each, self.folder, rule, table)
             if begun is None and status.get(sample) in SIGNED:
                 self.late.setdefault(sample, []).append(each.name)
                 continue

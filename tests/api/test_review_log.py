@@ -396,3 +396,27 @@ def test_a_log_that_does_not_say_how_images_are_shared_asks_where_that_matters(t
         Review(folder)
     with Review(folder, "folder") as review:
         assert list(review.samples) == ["p1", "p2", "p3"]
+
+
+def test_a_folder_that_was_renamed_and_a_table_that_is_gone_are_no_hindrance(tmp_path):
+    write_results(tmp_path / "results", {"a.png": ["WBC"]})
+    with Review(tmp_path / "results") as review:
+        assert list(review.samples) == ["results"]
+    folder = (tmp_path / "results").rename(tmp_path / "kept")
+    write_results(folder, {"a.png": ["WBC"], "b.png": ["RBC"]})
+    path = folder / "results.json"
+    path.write_text(path.read_text().replace('"failed": {}', '"failed": {"c.png": "no image"}'))
+    with Review(folder) as review:
+        assert {name: len(of.images) for name, of in review.samples.items()} == {"results": 2}
+    (sample,) = reviewed_samples(folder)
+    assert sample.details["failed"] == {"c.png": "no image"}
+    table = tmp_path / "samples.csv"
+    table.write_text("image,sample\na.png,S1\nb.png,S2\n")
+    other = write_results(tmp_path / "other", {"a.png": ["WBC"], "b.png": ["RBC"]})
+    with Review(other, str(table)) as review:
+        assert list(review.samples) == ["S1", "S2"]
+    table.unlink()
+    assert [sample.name for sample in reviewed_samples(other)] == ["S1", "S2"]
+    write_results(other, {"a.png": ["WBC"], "b.png": ["RBC"], "c.png": ["RBC"]})
+    with pytest.raises(InputError, match=r"samples\.csv: cannot be read"):
+        Review(other)

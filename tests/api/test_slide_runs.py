@@ -1,5 +1,6 @@
 """Long runs over one image: progress, going on within it, and memory that is not enough."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,10 +11,13 @@ import torch
 from command import run_command
 from PIL import Image
 from tiny_checkpoint import save_tiny_checkpoint
+from tqdm.auto import tqdm
 
 from unihema import Analyzer
 from unihema.device_memory import OutOfMemoryWarning
+from unihema.progress import Progress
 from unihema.results.tiles import TILES_AT_ONCE
+from unihema_cli.analyse import ImageBar
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::unihema.analyzer.QueryCapWarning")
@@ -130,6 +134,33 @@ def test_the_command_shows_tiles_and_cells(checkpoint, wide, tmp_path):
     ended = run_command("predict", checkpoint, wide, "-o", tmp_path / "results", "--tiles", TILE, "--task", "detection")
     assert ended.returncode == 0
     assert "wide.png" in ended.stderr and "tile/s" in ended.stderr and " a second" in ended.stderr
+
+
+def test_each_image_has_a_bar_of_its_own_also_where_the_one_before_ended_early(monkeypatch):
+    made = []
+
+    class Bar(tqdm):
+        def __init__(self, **told):
+            super().__init__(**told, file=io.StringIO())
+            made.append(self)
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    bar = ImageBar()
+    for image, unit, most in (
+        ("a.svs", "tile", 30),
+        ("b.svs", "tile", 60),
+        ("b.svs", "crop", 2000),
+        ("c.png", "tile", 4),
+    ):
+        total = {"tile": 60, "crop": 2000}[unit] if image != "c.png" else 4
+        for done in range(2, most + 1, 2):
+            bar(Progress(image, unit, done, total, done))
+    bar.close()
+    assert [(one.desc, one.unit, one.n) for one in made] == [
+        ("a.svs", "tile", 30),
+        ("b.svs", "tile", 60),
+        ("b.svs", "crop", 2000),
+    ]
 
 
 def test_a_batch_that_memory_is_not_enough_for_is_halved(analyzer, wide, monkeypatch):

@@ -322,7 +322,9 @@ def _read_own(
         cells = _read_attributes(folder / "attributes.csv", images, dataset, rename, bad, attributes_as_detection)
         rows["detection"] = [*rows.get("detection", ()), *cells]
     _add_groups(folder / "origins.csv", rows, bad)
-    boxes = () if "detection" in rows or not rows else _rows_of_boxes(folder / "annotations.json", images, dataset, bad)
+    # Crops have images of their own.
+    known = set(rows) <= {"detection", "single_cell"} or "detection" in rows
+    boxes = () if known else _rows_of_boxes(folder / "annotations.json", images, dataset, bad)
     _share_groups([*boxes, *(row for found in rows.values() for row in found)])
     if set(wanted) == set(TASKS) and (folder / "images").is_dir():
         every = [row for found in rows.values() for row in found]

@@ -20,7 +20,6 @@ from unihema.training.studies.study import Report, Run, figure_settings, run_stu
 CONFIG_FILE = "abroad_config.json"
 # Crops of a class that are measured at most.
 MOST_CROPS = 100
-# Settings that name data sets.
 
 
 def run_abroad(

@@ -178,7 +178,9 @@ class CorruptedFile(StoredFile):
         levels: Sequence[int] | None = None,
     ):
         place = source if isinstance(source, str) else f"{name}@{id(source)}"
-        made = str.__new__(cls, f"{place}|{corruption}{severity}{'|mask' if is_mask else ''}")
+        # Masks of other levels of one file are other masks.
+        kind = f"|mask{levels or ''}" if is_mask else ""
+        made = str.__new__(cls, f"{place}|{corruption}{severity}{kind}")
         made.source, made.corruption, made.severity, made.name = source, corruption, severity, name
         made.is_mask, made.levels = is_mask, levels
         return made
