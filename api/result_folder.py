@@ -14,7 +14,7 @@ import os
 import unicodedata
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -122,6 +122,18 @@ class StoredResult(NamedTuple):
     result: SmearResult
 
 
+class CurrentRecord(NamedTuple):
+    """The record of an image in a results folder.
+
+    Args:
+        path (`Path`): The file.
+        image_sha256 (`str`): Of the image, see [`image_sha256`].
+    """
+
+    path: Path
+    image_sha256: str
+
+
 def read_results(folder: str | Path) -> Iterator[StoredResult]:
     """The results of a folder that `analyze_into` wrote, one after another: those of its settings, as in its tables.
 
@@ -225,6 +237,11 @@ def analyze_into(
         try:
             run.all(images, batch_size, on_image)
         finally:
+            if shard is not None:
+                # Repeated where the images are mounted elsewhere.
+                listed = {str(real_path(image)) for image in images}
+                there = folder.current().items()
+                folder.forget_moved({source: each.image_sha256 for source, each in there if source in listed})
             folder.write_tables(attributes, report, groups)
             if shard is not None:
                 write_shard(output, shard, named, report.failed, tables, given)
@@ -602,13 +619,41 @@ class ResultFolder:
                 digest = _record_sha256(record, record["result"]["cells"])
                 yield StoredResult(path.stem, Path(record["source"]), record["image_sha256"], digest, result)
 
-    def current(self) -> dict[str, Path]:
+    def current(self) -> dict[str, CurrentRecord]:
         """Source of each image -> its record, of those whose files are all there."""
         return {
-            record["source"]: path
+            record["source"]: CurrentRecord(path, record["image_sha256"])
             for path, record in self._read_all()
             if record["settings_sha256"] == self.settings_sha256 and self._has_files(record)
         }
+
+    def forget_moved(self, images: Mapping[str, str]) -> int:
+        """Removes results of images that were analysed where they lay before, and would count twice.
+
+        Args:
+            images (`Mapping[str, str]`): Source of each image, where it lies now -> its SHA-256. A result of the same bytes from
+                any other place is removed.
+
+        Returns:
+            `int`: How many.
+        """
+        digests, moved = set(images.values()), []
+        for path, record in self._read_all():
+            ours = record["settings_sha256"] == self.settings_sha256
+            if ours and record["source"] not in images and record["image_sha256"] in digests:
+                moved.append((path, list(record["files"])))
+        for path, files in moved:
+            # The record first: one says that all its files are there.
+            path.unlink()
+            for file in files:
+                (self.folder / file).unlink(missing_ok=True)
+        if moved:
+            logger.warning(
+                "%s: results of %d images are removed that were analysed at another place before.",
+                self.folder,
+                len(moved),
+            )
+        return len(moved)
 
     def adopt(self, name: str, path: Path) -> None:
         """Takes an image over from another results folder of the same settings.
@@ -774,6 +819,7 @@ def csv_lines(columns: Sequence[str], rows: Iterator[list[Any]]) -> Iterator[str
 
 __all__ = [
     "BatchReport",
+    "CurrentRecord",
     "ResultFolder",
     "StoredResult",
     "Work",

@@ -91,6 +91,7 @@ def merge_results(output: str | Path, on_image: Callable[[int, int], None] | Non
     with exclusive(output, ["records"]):
         claim_folder(output, settings)
         whole = ResultFolder(output, settings)
+        whole.forget_moved({one.source: one.image_sha256 for one in found.values()})
         # In the order in which one run would have met them.
         order = sorted(found, key=_place)
         names = whole.names([Path(found[name].source) for name in order], resolve=False)
@@ -144,6 +145,7 @@ _SHARD = has(
 
 class _Found(NamedTuple):
     source: str
+    image_sha256: str
     record: Path
     written: float
 
@@ -161,7 +163,8 @@ def _newest_records(
         for name, source in shard["images"].items():
             if source not in records:
                 continue
-            one = _Found(source, records[source], records[source].stat().st_mtime)
+            path, digest = records[source]
+            one = _Found(source, digest, path, path.stat().st_mtime)
             report.repeated += name in found
             if name not in found or one.written >= found[name].written:
                 found[name] = one

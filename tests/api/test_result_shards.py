@@ -101,6 +101,25 @@ def test_a_shard_of_another_machine_is_known_by_the_path_within_the_folder(analy
     assert report.images == 19 and report.repeated and not report.problems
 
 
+def test_a_shard_that_is_repeated_where_the_images_are_mounted_elsewhere_counts_once(analyzer, tmp_path, caplog):
+    images, parts = draw(tmp_path / "smears", 9), tmp_path / "parts"
+    # One image twice under two names: both are meant.
+    shutil.copyfile(images / "slide_0" / "0000.png", images / "slide_0" / "copy.png")
+    for number in (1, 2):
+        analyzer.analyze_files([images], parts, shard=Shard(number, 2))
+    assert merge_results(parts).images == 10
+    elsewhere = images.rename(tmp_path / "mounted")
+    for number in (1, 2):
+        analyzer.analyze_files([elsewhere], parts, shard=Shard(number, 2))
+    report = merge_results(parts)
+    assert report.images == 10 and not report.problems
+    analyzer.analyze_files([elsewhere], tmp_path / "one")
+    assert contents(parts) == contents(tmp_path / "one")
+    of_shards = [json.loads((parts / f"shard_{n}_of_2" / "results.json").read_text())["images"] for n in (1, 2)]
+    assert sum(map(len, of_shards)) == 10
+    assert f"{parts}: results of 10 images are removed that were analysed at another place before" in caplog.text
+
+
 def test_shards_that_were_not_given_the_same_images_are_told(analyzer, tmp_path):
     images, parts = draw(tmp_path / "smears", 6), tmp_path / "parts"
     analyzer.analyze_files([images], parts, shard=Shard(1, 2))
