@@ -10,10 +10,10 @@ from typing import Any
 
 from unihema.errors import RequestError
 from unihema.files import json_sha256
-from unihema.processing_unihema.class_names import PLATELET, RED_CELL, cell_kind, is_untyped_white_cell, usual_name
+from unihema.processing_unihema.class_names import PLATELET, RED_CELL, cell_kind, usual_name
 from unihema.processing_unihema.questions import LEVEL
 from unihema.result_folder import StoredResult
-from unihema.results.calibration import certainty, is_typed_white_cell
+from unihema.results.calibration import TypeLevel, certainty, left_open
 from unihema.results.cell import Cell
 from unihema.results.monolayer import outside_monolayer
 from unihema.results.odd_cells import is_odd
@@ -308,27 +308,18 @@ class SmearReport:
 
 def _with_certain_types(images: Sequence[ReportedImage]) -> tuple[list[ReportedImage], list[str]]:
     """Images whose white cells have a type only where that is certain enough, and a sentence on the others."""
-    found, opened, typed, levels = [], 0, 0, {}
+    found, opened, typed, levels = [], 0, 0, []
     for image in images:
-        head = "single_cell" if image.shows_one_cell else "detection"
-        told = image.result.provenance.get("calibration", {}).get(head, {})
-        level = told.get("typed_from")
+        level = TypeLevel.of(image.result, image.shows_one_cell)
         labels = {}
         if level is not None:
-            levels[head] = told
-            untyped = next((name for name in image.result.classes if is_untyped_white_cell(name)), "WBC")
-            types = {label for label in image.kinds if is_typed_white_cell(label, image.result.class_parents)}
+            levels.append(level)
+            types = level.types(image.kinds)
             white = [cell for cell in image.cells if cell.label in types]
-            labels = {cell.id: untyped for cell in white if certainty(cell) < level}
+            labels = {cell.id: level.untyped for cell in white if level.leaves_open(certainty(cell))}
             opened, typed = opened + len(labels), typed + len(white)
         found.append(image.relabelled(labels) if labels else image)
-    if not typed:
-        return found, []
-    told = "; ".join(
-        f"from {of['typed_from']:.2f} on {of['precision']:.0%} of types were right in validation"
-        for of in levels.values()
-    )
-    return found, [f"{opened} of {typed} white cells have a type that is too uncertain, and are unidentified ({told})."]
+    return found, left_open(opened, typed, levels)
 
 
 @dataclass

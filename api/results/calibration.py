@@ -1,8 +1,8 @@
 """What a score means: the probability that a cell is what it is called, and below which a white cell's type is left open."""
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unihema.processing_unihema.class_names import WHITE_CELL, cell_kind, is_untyped_white_cell
 
@@ -65,8 +65,65 @@ def certainty(cell: "Cell") -> float:
     return cell.score if cell.probability is None else cell.probability
 
 
+class TypeLevel(NamedTuple):
+    """From which certainty on white cells of an image are counted by their types.
+
+    Args:
+        head (`str`): That gave the types: `detection` or `single_cell`.
+        told (`Mapping`): Of its calibration, `typed_from` and the `precision` that it stands for among it.
+        untyped (`str`): The class of white cells without a type.
+        parents (`Mapping[str, str]`): Class -> coarser class.
+    """
+
+    head: str
+    told: Mapping[str, Any]
+    untyped: str
+    parents: Mapping[str, str]
+
+    @classmethod
+    def of(cls, result: "SmearResult", of_crop: bool) -> "TypeLevel | None":
+        """That of the checkpoint which an image was analysed with, where it has one.
+
+        Args:
+            result ([`SmearResult`]): Of the image.
+            of_crop (`bool`): It is a crop that was classified as a whole.
+        """
+        head = "single_cell" if of_crop else "detection"
+        told = result.provenance.get("calibration", {}).get(head, {})
+        if told.get("typed_from") is None:
+            return None
+        untyped = next((name for name in result.classes if is_untyped_white_cell(name)), "WBC")
+        return cls(head, told, untyped, result.class_parents)
+
+    def types(self, labels: Iterable[str]) -> set[str]:
+        """Those of the classes that are types of white cells."""
+        return {label for label in set(labels) if is_typed_white_cell(label, self.parents)}
+
+    def leaves_open(self, certain: float) -> bool:
+        """Whether a type is too uncertain to be counted, see [`certainty`]."""
+        return certain < self.told["typed_from"]
+
+
+def left_open(opened: int, typed: int, levels: Iterable[TypeLevel]) -> list[str]:
+    """The sentence of a report on white cells whose types are left open; none where no level was asked for.
+
+    Args:
+        opened (`int`): How many.
+        typed (`int`): Of how many that have a type.
+        levels (`Iterable[TypeLevel]`): Of their images.
+    """
+    if not typed:
+        return []
+    meanings = {
+        level.head: f"from {level.told['typed_from']:.2f} on {level.told['precision']:.0%} of types were right in validation"
+        for level in levels
+    }
+    told = "; ".join(meanings.values())
+    return [f"{opened} of {typed} white cells have a type that is too uncertain, and are unidentified ({told})."]
+
+
 def _meaning(fitted: Mapping[str, Any]) -> dict[str, Any]:
     return {name: fitted[name] for name in ("ece", "cells", "typed_from", "precision", "coverage") if name in fitted}
 
 
-__all__ = ["calibrated_probability", "certainty", "is_typed_white_cell", "set_probabilities"]
+__all__ = ["TypeLevel", "calibrated_probability", "certainty", "is_typed_white_cell", "left_open", "set_probabilities"]

@@ -87,7 +87,7 @@ def _as_reviewed(image: ReviewedImage) -> StoredResult:
         alone = None
         if present and result.single_cell:
             alone = {**result.single_cell, "label": present[0].label}
-            if present[0].looked_at or image.looked_through:
+            if image.is_certain(present[0]):
                 alone["probability"] = 1.0
                 alone.pop("odd", None)
         return image.stored._replace(result=replace(result, single_cell=alone))
@@ -96,7 +96,7 @@ def _as_reviewed(image: ReviewedImage) -> StoredResult:
         replace(
             cell.original,
             label=cell.label,
-            **({"probability": 1.0, "odd": None} if cell.looked_at or image.looked_through else {}),
+            **({"probability": 1.0, "odd": None} if image.is_certain(cell) else {}),
         )
         for cell in present
     ]

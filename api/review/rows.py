@@ -1,6 +1,5 @@
 """Classes and differential of a sample, as the page shows them."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from unihema.report.sample import sample_figures
@@ -21,14 +20,13 @@ from .state import ReviewedSample
 _KINDS = (WHITE_CELL, NUCLEATED_RED_CELL, SMUDGE_CELL, MEGAKARYOCYTE, None, PLATELET, RED_CELL)
 
 
-def class_rows(sample: ReviewedSample, counts: Mapping[str, int]) -> list[dict[str, Any]]:
+def class_rows(sample: ReviewedSample) -> list[dict[str, Any]]:
     """The classes of a sample, white cells first: `name`, `count`, `kind` and `key`, the key that moves a cell to it.
 
     Args:
         sample ([`ReviewedSample`]): The sample.
-        counts (`Mapping[str, int]`): Its cells of each class.
     """
-    parents = sample.class_parents
+    counts, parents = sample.counts, sample.class_parents
     kinds = {name: cell_kind(name, parents) for name in counts}
     keys = class_keys(list(counts))
     # The sort is stable: within a kind classes keep the order of the checkpoint.
@@ -49,19 +47,19 @@ def class_keys(names: list[str]) -> dict[str, str]:
     return keys
 
 
-def differential_rows(counts: Mapping[str, int], parents: Mapping[str, str]) -> dict[str, Any]:
+def differential_rows(sample: ReviewedSample) -> dict[str, Any]:
     """The differential of a sample as its report has it, see [`sample_figures`]: `total` white cells, `rows` that the report
     shows, `beside` what is counted beside them, and `notes`.
 
     Args:
-        counts (`Mapping[str, int]`): Cells of each class.
-        parents (`Mapping[str, str]`): Class -> coarser class.
+        sample ([`ReviewedSample`]): The sample.
     """
-    figures = sample_figures(counts, parents)
+    counts, opened = sample.reported_counts()
+    figures = sample_figures(counts, sample.class_parents)
     white = figures["white_cells"]
     rows = [row for row in white["rows"] if not row["hidden"]]
     beside = [row for row in figures["beside"] if row["count"]]
-    return {"total": white["total"], "rows": rows, "beside": beside, "notes": figures["notes"]}
+    return {"total": white["total"], "rows": rows, "beside": beside, "notes": figures["notes"] + opened}
 
 
 __all__ = ["class_keys", "class_rows", "differential_rows"]

@@ -14,6 +14,7 @@ from unihema.errors import InputError, OutputError, RequestError, UniHemaError
 from unihema.files import exclusive, shortened
 from unihema.report.samples import check_samples, read_samples, sample_of
 from unihema.result_folder import StoredResult, read_results
+from unihema.results.calibration import TypeLevel, certainty, left_open
 from unihema.results.cell import Cell
 
 from .log import BEGINNING, Change, Entry, Log
@@ -102,6 +103,15 @@ class ReviewedImage:
         """Whether it was classified as a whole, instead of looked through for cells."""
         return WHOLE_IMAGE in self.cells
 
+    @property
+    def type_level(self) -> TypeLevel | None:
+        """From which certainty on its white cells are counted by their types."""
+        return TypeLevel.of(self.stored.result, self.shows_one_cell)
+
+    def is_certain(self, cell: "ReviewedCell") -> bool:
+        """Whether a person has looked at one of its cells."""
+        return cell.looked_at or self.looked_through
+
 
 @dataclass
 class ReviewedSample:
@@ -139,6 +149,25 @@ class ReviewedSample:
             if cell.present:
                 counts[cell.label] += 1
         return counts
+
+    def reported_counts(self) -> tuple[dict[str, int], list[str]]:
+        """Cells of each class as its report counts them, and a sentence where types of white cells are left open there."""
+        counts, opened, typed, levels = self.counts, 0, 0, []
+        for image in self.images:
+            if (level := image.type_level) is None:
+                continue
+            levels.append(level)
+            present = [cell for cell in image.cells.values() if cell.present]
+            types = level.types(cell.label for cell in present)
+            for cell in present:
+                if cell.label not in types:
+                    continue
+                typed += 1
+                if not image.is_certain(cell) and level.leaves_open(certainty(cell.original)):
+                    opened += 1
+                    counts[cell.label] -= 1
+                    counts[level.untyped] = counts.get(level.untyped, 0) + 1
+        return counts, left_open(opened, typed, levels)
 
     def add(self, image: ReviewedImage) -> None:
         """Takes an image in."""

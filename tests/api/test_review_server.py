@@ -22,8 +22,9 @@ from command import run_command
 from PIL import Image
 from review_results import CLASSES, write_results
 
-from unihema import OutputError
+from unihema import OutputError, SmearReport
 from unihema.review.pictures import Pictures
+from unihema.review.reviewed_results import reviewed_samples
 from unihema.review.rows import class_keys
 from unihema.review.state import Review
 from unihema.slides import open_regions
@@ -229,6 +230,32 @@ def test_the_score_that_is_shown_is_a_probability_where_there_is_one(tmp_path):
     folder = write_results(tmp_path / "results", {"crop.png": "neutrophil"}, size=(60, 60), single_cell=alone)
     with Review(folder) as review:
         assert client_of(review).get("/api/samples/0").json()["cells"][0][8] == 0.6
+
+
+def test_the_differential_leaves_types_open_as_the_report_does_until_a_person_has_looked(tmp_path):
+    told = {"typed_from": 0.8, "precision": 0.95, "ece": 0.01, "cells": 100}
+    fields = {"a.png": ["neutrophil", "lymphocyte", "neutrophil", "RBC"]}
+    folder = write_results(tmp_path / "results", fields, provenance={"calibration": {"detection": told}})
+    with Review(folder) as review:
+        client = client_of(review)
+
+        def both():
+            shown = client.get("/api/samples/0", params={"who": "Ada"}).json()
+            (sample,) = reviewed_samples(folder)
+            report = SmearReport.of(sample.results, sample.name)
+            counted = {row["name"]: row["count"] for row in report.figures["white_cells"]["rows"] if not row["hidden"]}
+            assert {row["name"]: row["count"] for row in shown["differential"]["rows"]} == counted
+            (note,) = [note for note in shown["differential"]["notes"] if "too uncertain" in note]
+            assert note in report.figures["notes"]
+            # The pictures keep the class that was found.
+            assert {row["name"]: row["count"] for row in shown["classes"]}["lymphocyte"] == 1
+            return counted, note
+
+        counted, note = both()
+        assert (counted["neutrophil"], counted["unidentified"]) == (1, 2) and note.startswith("2 of 3 white cells")
+        assert change(client, [(0, 2, 0)], kind="confirm").status_code == 200
+        counted, note = both()
+        assert (counted["lymphocyte"], counted["unidentified"]) == (1, 1) and note.startswith("1 of 3 white cells")
 
 
 def test_a_stale_change_is_refused_with_what_is_there_now(client, review):
