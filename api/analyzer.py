@@ -151,6 +151,7 @@ class Analyzer:
         files = fingerprint(folder, adapters)
         device = "cpu" if int8 and device == "auto" else device
         model: Any
+        dtype = "float32" if int8 and dtype is None else dtype
         model, processor = load_model(folder, device, dtype, adapters, load_in_8bit)
         set_image_sizes(processor, image_sizes or {})
         reference = None
@@ -476,7 +477,7 @@ class Analyzer:
         require_tasks(self.model, [*tasks, *dict.fromkeys(map(language_task, questions))])
         tasks = tuple(task for task in IMAGE_TASKS if task in tasks)
         asked = {
-            task: self.processor.default_prompts.get(task) if prompt is None else prompt
+            task: self.processor.default_prompt_of(task, self.model.config) if prompt is None else prompt
             for task in tasks
             if TASK_TABLE[task].reads_text
         }
@@ -738,7 +739,7 @@ class Analyzer:
 
     def _segment(self, request: Request, seen: SeenImages, results: list[SmearResult]) -> None:
         masks = self._masks("segmentation", seen)
-        asked = request.prompt or self.processor.default_prompts.get("segmentation")
+        asked = request.prompt or self.processor.default_prompt_of("segmentation", self.model.config)
         for result, mask in zip(results, masks, strict=True):
             result.mask = mask
             result.mask_label = ", ".join([asked] if isinstance(asked, str) else asked or ["cell"])

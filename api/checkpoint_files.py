@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unihema.errors import CheckpointError
-from unihema.files import printable, read_json_object, sha256, shortened
+from unihema.files import json_sha256, printable, read_json_object, sha256, shortened
 
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -231,6 +231,21 @@ def fingerprint(source: str | Path, adapters: Mapping[str, str | Path] | Sequenc
     return {name: sha256(path) for name, path in found.items()}
 
 
+def decisive_files(source: str | Path) -> dict[str, str]:
+    """The [`fingerprint`] of what decides a checkpoint's figures: what its scores mean, which is told beside them, does not.
+
+    Args:
+        source (`str` or `Path`): Checkpoint folder, adapter folder or exported file.
+    """
+    found = fingerprint(source)
+    for name in found.keys() & {"config.json", "base/config.json"}:
+        config = read_json((adapter_base(source) if is_adapter(source) else Path(source)) / "config.json")
+        if isinstance(trained := config.get("trained"), dict):
+            config["trained"] = {key: value for key, value in trained.items() if key != "calibration"}
+        found[name] = json_sha256(config)
+    return found
+
+
 def named_adapters(adapters: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, Path]:
     """Adapter folders by the names they have in a model: those given, or their folders'.
 
@@ -274,6 +289,7 @@ __all__ = [
     "adapter_base",
     "adapter_files",
     "checkpoint_files",
+    "decisive_files",
     "fingerprint",
     "is_adapter",
     "is_onnx",

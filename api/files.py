@@ -293,6 +293,20 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def folder_sha256(folder: Path) -> str:
+    """SHA-256 of what is in a folder, wherever it lies: names and sizes of its images, names and contents of its other files.
+
+    Args:
+        folder (`Path`): The folder.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        image = path.suffix.lower() in IMAGE_SUFFIXES
+        said = path.stat().st_size if image else sha256(path)
+        digest.update(os.fsencode(path.relative_to(folder)) + f"\0{said}\0".encode())
+    return digest.hexdigest()
+
+
 def json_sha256(value: Any) -> str:
     """SHA-256 of a value as JSON, in any order of its keys: tells one that was damaged, or changed by hand."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -563,6 +577,7 @@ __all__ = [
     "empty_folder",
     "exclusive",
     "find_images",
+    "folder_sha256",
     "json_sha256",
     "open_image",
     "plain",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unihema.checkpoint_files import (
+    ADAPTER_CONFIG,
     adapter_base,
     adapter_files,
     checkpoint_files,
@@ -83,6 +84,8 @@ def load_model(
     for place in places.values():
         adapter_files(place)
     model, processor = _load_plain(folder, device, dtype, load_in_8bit)
+    for place in places.values():
+        _check_base(place, folder, model)
     for name, place in places.items():
         try:
             model.load_adapter(place, name)
@@ -210,6 +213,28 @@ def _check_size(model_class: Any, folder: Path, options: Mapping[str, Any]) -> N
         raise CheckpointError(
             f"config.json asks for a model of {count:,} parameters, many more than its files of weights hold."
         )
+
+
+def _check_base(adapter: Path, base: str | Path, model: Any) -> None:
+    """Checks that a base has the weights that an adapter was trained on, as far as the adapter says it.
+
+    Raises:
+        CheckpointError: It has others, such as where it was trained anew in its folder.
+    """
+    import torch
+
+    from unihema.modeling_unihema.adapter_mixin import BACKBONE_KEY
+    from unihema.results.out_of_distribution import backbone_checksum
+
+    mapping = read_json(adapter / ADAPTER_CONFIG).get("auto_mapping")
+    expected = mapping.get(BACKBONE_KEY) if isinstance(mapping, dict) else None
+    # In bfloat16 the weights have lost what the checksum is made of.
+    if expected is None or model.dtype == torch.bfloat16 or expected == backbone_checksum(model):
+        return
+    raise CheckpointError(
+        f"{adapter}: was trained on other weights than those in {base}, and would give anything there. Put its own base back, or "
+        "adapt this one anew."
+    )
 
 
 def _check_settings(folder: Path, model: Any, processor: Any) -> None:

@@ -103,6 +103,14 @@ class Request:
             )
         if white_cells is not None and "detection" not in self.tasks:
             raise RequestError("White cells are found by the task detection, which was not asked for.")
+        of_fields = {
+            "A threshold": threshold,
+            "A prompt": self.prompt,
+            "A size of tiles": None if type(tiles) is str else tiles,
+        }
+        given = [name for name, value in of_fields.items() if value is not None]
+        if given and self.tasks and not {"detection", "segmentation"} & set(self.tasks):
+            raise RequestError(f"{given[0]} is for cells in fields, and only {', '.join(self.tasks)} was asked for.")
         if self.framing not in ("auto", "off"):
             raise RequestError(f"framing must be auto or off, got {self.framing!r}.")
 

@@ -5,10 +5,11 @@ from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
-from unihema.errors import FileThereError, OutputError, RequestError
+from unihema.errors import CheckpointError, FileThereError, OutputError, RequestError
 
-from .checkpoint_files import fingerprint
-from .files import remove_whole, sha256, shortened, whole_folder
+from .checkpoint_files import fingerprint, read_json
+from .files import contents, remove_whole, sha256, shortened, whole_folder
+from .modeling_unihema.configuration_unihema import UniHemaConfig
 
 
 EXAMPLES = "examples"
@@ -21,7 +22,7 @@ def lay_down_checkpoint(folder: str | Path = "unihema", replace: bool = False, w
 
     Args:
         folder (`str` or `Path`): Where; a folder that holds the same checkpoint already is left as it is.
-        replace (`bool`): Delete what is there.
+        replace (`bool`): Delete the checkpoint that is there.
         weights (`str`): `"research"` was trained on everything that could be read; some of that states no licence, so it is for
             research only. `"open"` was trained on data sets under MIT and CC BY 4.0. Each one's `NOTICE.md` has the words.
 
@@ -29,16 +30,20 @@ def lay_down_checkpoint(folder: str | Path = "unihema", replace: bool = False, w
         `Path`: The checkpoint folder, whole.
 
     Raises:
-        FileExistsError: Something else is there.
+        FileExistsError: Something else is there; what is no checkpoint is not deleted either.
         RequestError: There are no such weights.
     """
     if weights not in WEIGHTS:
         raise RequestError(f"Weights {shortened(repr(weights), 60)}: there are {' and '.join(WEIGHTS)}.")
     source, folder = _shipped(WEIGHTS[weights]), Path(folder)
-    if folder.exists() and not replace:
+    if folder.exists() and not _holds_checkpoint(folder):
+        raise FileThereError(
+            f"{folder} is there already and holds something else than a checkpoint, which is not deleted. Name another folder."
+        )
+    if folder.exists() and contents(folder) and not replace:
         if not _holds(folder, source):
             raise FileThereError(
-                f"{folder} is there already and holds something else. Name another folder, or replace it (--overwrite, or "
+                f"{folder} is there already and holds another checkpoint. Name another folder, or replace it (--overwrite, or "
                 "replace=True)."
             )
         # What a killed call has left; not where nothing can be written, or another call is at it.
@@ -70,6 +75,17 @@ def copy_examples(folder: str | Path) -> list[Path]:
 
 def _shipped(what: str) -> Path:
     return Path(str(files("unihema"))) / "shipped_files" / what
+
+
+def _holds_checkpoint(folder: Path) -> bool:
+    """Whether a folder is empty, or holds a checkpoint, even one of which a part is missing."""
+    if not folder.is_dir():
+        return False
+    try:
+        config = read_json(folder / "config.json")
+    except CheckpointError:
+        return not contents(folder)
+    return config.get("model_type") == UniHemaConfig.model_type
 
 
 def _holds(folder: Path, source: Path) -> bool:

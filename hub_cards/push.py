@@ -45,6 +45,8 @@ _LEFT_OUT = {
 }
 # What the checkpoint's own code imports, where an endpoint has only Transformers.
 _REQUIREMENTS = ("transformers>=5.15,<6,!=5.24.*\n", "torch>=2.8\n", "torchvision\n", "timm\n", "scipy\n", "pillow\n")
+# What a repository holds by which file, beside which the other kind cannot be loaded.
+_OTHER_KIND = {"adapter": ("a checkpoint", "config.json"), "checkpoint": ("an adapter", ADAPTER_CONFIG)}
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
 # huggingface_hub itself tries these again, and every PUT.
@@ -151,6 +153,10 @@ def plan_push(
     else:
         kind, needed = "checkpoint", [*checkpoint_files(folder), *code_files(folder).values()]
     _check_whole(needed)
+    if base is not None and base == repo_id:
+        raise CheckpointError(
+            f"{repo_id}: the adapter's base is there, and would be replaced by the adapter. Push to a repository of its own."
+        )
     optional = [folder / name for name in OPTIONAL if (folder / name).is_file()]
     files: dict[str, Path | bytes] = {path.name: path for path in [*needed, *optional]}
     if base != noted:
@@ -207,7 +213,8 @@ def push_folder(
     Raises:
         CheckpointError: The folder is not whole, holds pickled weights, or is neither.
         CardError: No card, or one that may not be published, here or in the Hub's view.
-        PushError: The Hub refused, or the connection broke off.
+        PushError: The Hub refused, or the connection broke off; or the repository holds an adapter where this is a checkpoint, or
+            the other way round.
     """
     plan = plan_push(folder, repo_id, base_model, endpoint)
     api = HfApi(token=token)
@@ -223,6 +230,13 @@ def push_folder(
         )
     if revision is not None and not revision.startswith("refs/"):
         _call(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id, token)
+    head = _call(lambda: api.repo_info(repo_id, revision=revision), repo_id, token)
+    other, name = _OTHER_KIND[plan.kind]
+    if any(file.rfilename == name for file in head.siblings or ()):
+        raise PushError(
+            f"{repo_id}: holds {other} ({name}), and with this {plan.kind} beside it neither could be loaded. Push to a "
+            "repository of its own."
+        )
 
     def upload() -> CommitInfo:
         # Anew on every try: what has arrived meanwhile is asked for again.

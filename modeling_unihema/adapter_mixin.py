@@ -10,6 +10,7 @@ from torch import nn
 from unihema.errors import InputError, PackageMissingError
 
 from .configuration_unihema import TrainingResults, take_old_fields
+from .tasks import TASKS
 
 
 # Fields of the configuration that an adapter may override in its `adapter_config.json`.
@@ -23,6 +24,8 @@ ADAPTER_FIELDS = (
 )
 # Their key in `auto_mapping`, which PEFT reads and writes unchanged.
 FIELDS_KEY = "unihema"
+# Beside it the checksum of the backbone that the adapter was trained on.
+BACKBONE_KEY = "unihema_backbone"
 _PATTERN_FIELDS = (
     "target_modules",
     "exclude_modules",
@@ -191,8 +194,23 @@ class WithAdapters:
         # The first adapter is applied last, so it wins.
         for name in reversed(names or ()):
             own = adapter_fields(adapters[name]) if name in adapters else {}
-            fields |= {**own, "trained": {**fields["trained"], **own.get("trained", {})}}
+            trained = {**fields["trained"], **own.get("trained", {})}
+            if fields["trained"]["tasks"] and trained["tasks"]:
+                # What any of them does.
+                trained["tasks"] = [task for task in TASKS if task in {*fields["trained"]["tasks"], *trained["tasks"]}]
+            fields |= {**own, "trained": trained}
         set_fields(self, fields)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Writes the adapter in use, with the classes and thresholds that the model has now, or the model where there is none.
+
+        Args:
+            save_directory (`str` or `Path`): Where.
+            *args, **kwargs: See [`~PreTrainedModel.save_pretrained`].
+        """
+        for name in self.adapters_in_use[:1]:
+            self.refresh_adapter_fields(name)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def refresh_adapter_fields(self, adapter_name: str) -> None:
         """Copies the current values of an adapter's fields into its configuration, before it is saved."""
@@ -393,4 +411,4 @@ def _load_beside(model: nn.Module, source: str, name: str, options: dict[str, An
     )
 
 
-__all__ = ["ADAPTER_FIELDS", "FIELDS_KEY", "WithAdapters", "adapter_fields", "set_fields"]
+__all__ = ["ADAPTER_FIELDS", "BACKBONE_KEY", "FIELDS_KEY", "WithAdapters", "adapter_fields", "set_fields"]

@@ -194,6 +194,19 @@ class UniHemaProcessor(ProcessorWithCode, ProcessorMixin):
             task: self.tokenizer(task_prompt(task, names))["input_ids"] for task, names in self.default_prompts.items()
         }
 
+    def default_prompt_of(self, task: str, config: Any) -> str | Sequence[str] | None:
+        """The default prompt that a model has now: with several adapters, that of the one in use.
+
+        Args:
+            task (`str`): One of `TASKS`.
+            config (`UniHemaConfig`): The model's, whose `default_prompt_ids` follow the adapter.
+        """
+        own, ids = self.default_prompts.get(task), config.default_prompt_ids.get(task)
+        named = {"detection": ", ".join(config.class_names), "segmentation": config.trained.segmentation_label}
+        prompts = [prompt for prompt in (own, named.get(task), DEFAULT_PROMPTS.get(task)) if prompt]
+        same = (prompt for prompt in prompts if self.tokenizer(task_prompt(task, prompt))["input_ids"] == ids)
+        return next(same, own)
+
     def _names_prompts(self, task: str, text, count: int | None) -> list[str]:
         if text is None:
             text = self.default_prompts[task]

@@ -12,10 +12,11 @@ from torch import nn
 
 from unihema.errors import InputError
 from unihema.files import scratch_folder, whole_folder, write_json
-from unihema.modeling_unihema.adapter_mixin import FIELDS_KEY
+from unihema.modeling_unihema.adapter_mixin import BACKBONE_KEY, FIELDS_KEY
 from unihema.modeling_unihema.layers import ClassEmbedding, ClassLinear
 from unihema.modeling_unihema.tasks import TASK_TABLE, TASKS
 from unihema.processing_unihema.class_names import usual_name
+from unihema.results.out_of_distribution import backbone_checksum
 from unihema.training.data.class_tree import class_parents, known_parents
 from unihema.training.data.rows import Row, class_names, red_cell_diameter, single_cell_names
 
@@ -104,6 +105,7 @@ def attach_adapter(
     config = _peft_config(settings, tasks, heads, model)
     if not _matches_a_layer(config.target_modules, model):
         raise InputError(f"adapter.target_modules {config.target_modules!r} matches no layer of the model.")
+    backbone = backbone_checksum(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unexpectedly found already")
         model.add_adapter(config, NAME)
@@ -114,6 +116,7 @@ def attach_adapter(
     config.auto_mapping = {
         "base_model_class": TASK_TABLE[tasks[0]].model_class,
         "parent_library": "unihema",
+        BACKBONE_KEY: backbone,
         FIELDS_KEY: fields,
     }
     model._followed = None
@@ -175,7 +178,13 @@ def save_merged(model: nn.Module, processor: Any, folder: str | Path) -> None:
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder} is not empty; merge into a new folder.")
         model.merge_and_unload().save_pretrained(whole)
-        processor.save_pretrained(whole)
+        # Of several adapters the one that was in use, as the model.
+        had = processor.default_prompts
+        processor.default_prompts = {task: processor.default_prompt_of(task, model.config) for task in had}
+        try:
+            processor.save_pretrained(whole)
+        finally:
+            processor.default_prompts = had
 
 
 def start_classes(

@@ -371,7 +371,7 @@ def info(checkpoint: Path | None) -> None:
 
 
 def _show_checkpoint(checkpoint: Path) -> None:
-    from unihema.checkpoint_files import adapter_base, fingerprint, is_adapter, read_json
+    from unihema.checkpoint_files import adapter_base, fingerprint, is_adapter, is_onnx, read_json
     from unihema.errors import CheckpointError
     from unihema.files import printable
     from unihema.loading import available_tasks, load_model
@@ -379,7 +379,8 @@ def _show_checkpoint(checkpoint: Path) -> None:
 
     model, processor = load_model(checkpoint, device="cpu")
     config = model.config
-    click.echo(f"\n{checkpoint}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters")
+    size = "" if is_onnx(checkpoint) else f", {model.num_parameters() / 1e6:.1f} M parameters"
+    click.echo(f"\n{checkpoint}: {type(model).__name__}{size}")
     if is_adapter(checkpoint):
         (adapter,) = model.peft_config.values()
         rank = f", rank {adapter.r}" if hasattr(adapter, "r") else ""

@@ -101,15 +101,24 @@ def evaluate(
     CHECKPOINT is a folder, an adapter, or a file made by `unihema export`. DATA are data folders; of several, each is also
     reported by itself. With --corruption the images are corrupted: focus, light, stain, file, magnification, dense fields.
     """
-    from unihema.checkpoint_files import fingerprint, is_onnx
+    from unihema.checkpoint_files import decisive_files, is_onnx
+    from unihema.files import folder_sha256
     from unihema.hub_cards import DataRecord
     from unihema.loading import load_model, require_tasks, set_image_sizes
     from unihema.results.out_of_distribution import ModelReference
     from unihema.training.run.build import load_rows
 
     _check_corruptions(corruptions, severities, output, shuffle_images, name_classes)
+    if calibrate:
+        others = {"--corruption": corruptions, "--output": output, "--int8": int8, "--bootstrap": bootstrap is not None}
+        others |= {"--shuffle-images": shuffle_images, "--name-classes": name_classes, "--overwrite": overwrite}
+        if given := [name for name, value in others.items() if value]:
+            raise click.UsageError(
+                f"--calibrate writes into the checkpoint and measures nothing else: leave out {given[0]}."
+            )
     batch_size = of_all_tasks(batch_sizes, "--batch-size", 8)
-    model, processor = load_model(checkpoint, "cpu" if int8 and device == "auto" else device)
+    exact = {"device": "cpu" if device == "auto" else device, "dtype": "float32"}
+    model, processor = load_model(checkpoint, **(exact if int8 else {"device": device}))
     require_tasks(model, tasks)
     sizes = of_each_task(image_sizes, tasks)
     set_image_sizes(processor, sizes)
@@ -123,7 +132,8 @@ def evaluate(
         "data": [folder.resolve().name for folder in data],
         "split": split,
         "rename": dict(config.rename) or None,
-        "checkpoint_sha256": {name: of for name, of in fingerprint(checkpoint).items() if "safetensors" in name},
+        "data_sha256": [folder_sha256(folder) for folder in data],
+        "checkpoint_sha256": decisive_files(checkpoint),
         "image_sizes": sizes or None,
         "int8": int8 or None,
         "data_settings": {name: value for name, value in settings.items() if name != "data.rename"} or None,
@@ -160,7 +170,8 @@ def _calibrate(
         raise RequestError("Nothing to calibrate: there are fewer than thirty answers of detection or single cells.")
     # Nothing else of the file changes.
     config = read_json(checkpoint / "config.json")
-    config["trained"] = model.config.to_dict()["trained"] | {"calibration": found}
+    trained = model.config.to_dict()["trained"]
+    config["trained"] = trained | {"calibration": trained["calibration"] | found}
     write_json(checkpoint / "config.json", config)
     for head, fitted in found.items():
         kept = "no level keeps the types of white cells right"
@@ -170,6 +181,8 @@ def _calibrate(
                 f"{fitted['coverage']:.0%} of them are kept"
             )
         click.echo(f"{head}: {fitted['cells']} answers, calibration error {fitted['ece']:.3f}; {kept}")
+    for head in trained["calibration"].keys() - found.keys():
+        click.echo(f"{head}: as it was; too few answers, or none, were measured")
     click.echo(f"Written to {checkpoint / 'config.json'}.")
 
 

@@ -64,7 +64,14 @@ class TaskNumber(click.ParamType):
 
 
 def of_each_task(values: Sequence[tuple[str | None, int]], tasks: Sequence[str]) -> dict[str, int]:
-    """Task -> number: what a [`TaskNumber`] option says of single tasks, and of all other `tasks` where it says so."""
+    """Task -> number: what a [`TaskNumber`] option says of single tasks, and of all other `tasks` where it says so.
+
+    Raises:
+        click.UsageError: A task that `tasks`, where there are some, has not.
+    """
+    other = next((name for name, _ in values if name is not None and tasks and name not in tasks), None)
+    if other is not None:
+        raise click.UsageError(f"{other}=N: that task is not asked for (--task {' --task '.join(tasks)}).")
     found = {task: number for name, number in values if name is None for task in tasks or TASKS}
     return found | {name: number for name, number in values if name is not None}
 

@@ -30,6 +30,8 @@ def export(checkpoint: Path, output: Path, task: str, overwrite: bool) -> None:
     import logging
 
     if output.suffix == ".pth":
+        if click.get_current_context().get_parameter_source("task") is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(f"--task {task}: a .pth file has all tasks. Leave it out.")
         from unihema.official.convert import convert_to_official
 
         count = convert_to_official(checkpoint, output, overwrite)
@@ -132,6 +134,11 @@ def card(
     else:
         from unihema.training.data.data_record import data_folder_card
 
+        of_models = {"--base": base, "--task": task, "--data-license": data_licenses}
+        if given := [name for name, value in of_models.items() if value]:
+            raise click.UsageError(f"{given[0]} is of a checkpoint or an adapter, and {folder} is neither.")
+        if len(data_sources) > 1:
+            raise click.UsageError("A data folder has one --data-source.")
         source = data_sources[-1] if data_sources else None
         text = data_folder_card(folder, source=source, description=description, **terms)
     write_text(path, [text])

@@ -28,6 +28,8 @@ STAGES, ABLATIONS, ABROAD = "six-stages", "ablations", "abroad"
 RUN_FILE = "run_config.json"
 # By these an output folder of each recipe, or of none, is known, and what it was begun with.
 BEGUN_WITH = {None: RUN_FILE, STAGES: "mix.json", ABLATIONS: f"whole/{RUN_FILE}", ABROAD: "abroad_config.json"}
+# By one of these that of an adapter: its images are measured before its run begins.
+BEGUN_ADAPTING = ("before_after.json", RUN_FILE, "fold-1")
 # Settings that are options of both commands.
 HOW_TO_TRAIN = (
     "optimisation.max_steps",
@@ -112,6 +114,10 @@ def train(
             from unihema.training.studies.ablations import run_ablations
 
             held_out = [name.removeprefix("unseen=") for name in only if name.startswith("unseen=")]
+            if len(held_out) > 1:
+                raise click.UsageError(
+                    f"--only unseen={held_out[1]}: one data set is held out; --recipe abroad holds out each."
+                )
             names = ["unseen" if name.startswith("unseen=") else name for name in only]
             run_ablations(run, names or None, held_out[-1] if held_out else None, resume=True)
             click.echo((output / "ablation.md").read_text(encoding="utf-8"))
@@ -229,8 +235,8 @@ def adapt(
     if overwrite:
         folders = [str(folder) for folder in (*data, *([base_data] if base_data else []))]
         run = RunConfig().with_overrides({"data.folders": folders, "model.initial_checkpoint": base})
-        _start_anew(output, (RUN_FILE, "fold-1"), run)
-    resume = (output / RUN_FILE).is_file() or (output / "fold-1").is_dir()
+        _start_anew(output, BEGUN_ADAPTING, run)
+    resume = any((output / made).exists() for made in BEGUN_ADAPTING)
     with stopped_runs_exit():
         report = train_adapter(
             base,
@@ -261,7 +267,7 @@ def _adapted(tasks: Sequence[str]) -> str:
     from unihema.training.studies.adapt import ADAPTED_TASKS
 
     for name, of_one in ADAPTED_TASKS.items():
-        if set(tasks) <= set(of_one):
+        if set(tasks) == set(of_one):
             return name
     raise click.UsageError(
         f"--task {' --task '.join(tasks)}: an adapter is of one task, or of question_answering and cloze together."

@@ -29,8 +29,8 @@ _MARK = "_linears_are_int8"
 def to_int8(model: "UniHemaPreTrainedModel") -> "UniHemaPreTrainedModel":
     """Quantises the linear layers of a model, in place, to int8 weights and dynamically quantised inputs.
 
-    Heads, box and sampling layers stay as they are. What it costs in accuracy depends on the checkpoint: `unihema evaluate
-    --int8` measures it.
+    Heads, box and sampling layers stay as they are, and so do layers that an adapter changes. What it costs in accuracy depends
+    on the checkpoint: `unihema evaluate --int8` measures it.
 
     Args:
         model ([`UniHemaForMultiTask`] or a model with one head): On the CPU, in float32; for inference only afterwards.
@@ -51,14 +51,18 @@ def to_int8(model: "UniHemaPreTrainedModel") -> "UniHemaPreTrainedModel":
         raise InputError("int8: this model is quantised already.")
     if model.device.type != "cpu" or model.dtype != torch.float32:
         raise InputError(
-            f"int8: needs a float32 model on the CPU, got {model.dtype} on {model.device}; load it with device='cpu'."
+            f"int8: needs a float32 model on the CPU, got {model.dtype} on {model.device}; load it with device='cpu' and "
+            "dtype='float32'."
         )
     if torch.backends.quantized.engine == "none":
         raise InputError("int8: this build of PyTorch has no int8 kernels; run without it.")
+    adapted = tuple(f"{name}." for name, part in model.named_modules() if hasattr(part, "base_layer"))
     names = [
         name
         for name, part in model.named_modules()
-        if type(part) is nn.Linear and not any(kept in name.split(".") for kept in _KEPT)
+        if type(part) is nn.Linear
+        and not any(kept in name.split(".") for kept in _KEPT)
+        and not name.startswith(adapted)
     ]
     if not names:
         raise InputError("int8: this model has no linear layer to quantise.")

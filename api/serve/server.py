@@ -62,7 +62,12 @@ def serve_app(
         limits ([`Limits`], *optional*): What a client may ask for.
         token (`str`, *optional*): What a client has to show.
         mounted (`Mapping[str, Any]`, *optional*): Path -> another application there, which lets in whom it wants to.
+
+    Raises:
+        RequestError: A token that no client can send.
     """
+    if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token):
+        raise RequestError("The token has characters that no client can send: take letters, digits and signs of ASCII.")
     limits, mounted = limits or Limits(), mounted or {}
     measures = Measures(lambda: len(queue))
     queue = AnalysisQueue(analyzer, limits.waiting, limits.batch_size, measures.on_batch)

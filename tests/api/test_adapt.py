@@ -223,12 +223,59 @@ def test_what_is_said_of_the_data_is_said_once(lab, tmp_path, caplog):
     assert gone["name"] in unseen
 
 
+def test_one_language_task_is_adapted_alone_and_its_batch_size_is_its_own(lab, tmp_path):
+    root, _ = lab
+    options = {"overrides": SHORT | {"data.batch_size": {"cloze": 2}}}
+    alone = adapt_config(root / "base", [root / "smears"], "cloze", tmp_path / "cloze", **options)
+    both = adapt_config(root / "base", [root / "smears"], "qa", tmp_path / "qa", **options)
+    assert alone.data.tasks == ["cloze"] and both.data.tasks == ["question_answering", "cloze"]
+    assert both.data.batch_size["cloze"] == 2 and both.data.batch_size["question_answering"] == 8
+
+
+def test_stopped_while_the_base_is_measured_it_goes_on_or_starts_anew(lab, tmp_path, monkeypatch):
+    root, _ = lab
+    arguments = [
+        "adapt",
+        root / "base",
+        root / "smears",
+        "-t",
+        "single_cell",
+        "-o",
+        tmp_path / "mine",
+        "--max-steps",
+        2,
+    ]
+    arguments += ["--image-size", "32", "--batch-size", "2"]
+
+    def stopped(*given, **named):
+        raise KeyboardInterrupt
+
+    for more in ([], ["--overwrite"]):
+        with monkeypatch.context() as patched:
+            patched.setattr("unihema.training.studies.adapt.train", stopped)
+            assert run(*arguments, *more).exit_code == 130
+        assert (tmp_path / "mine" / "before_after.json").is_file()
+        assert not (tmp_path / "mine" / "run_config.json").exists()
+    done = run(*arguments)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "mine" / "adapter_model.safetensors").is_file()
+
+
 def test_what_cannot_be_adapted_is_said(lab, tmp_path):
     root, _ = lab
     with pytest.raises(RunConfigError, match="Unknown task 'counting'; choose among detection, segmentation"):
         adapt(root / "base", root / "smears", "counting", tmp_path)
     with pytest.raises(RunConfigError, match="Unknown method 'prompt'"):
         adapt(root / "base", root / "smears", "detection", tmp_path, method="prompt")
+    for more in ({"labels": ["blast"]}, {"start_from": {"blast": "WBC"}}):
+        with pytest.raises(
+            RunConfigError, match=f"{next(iter(more))}: segmentation has no classes; they are of detection"
+        ):
+            adapt(root / "base", root / "smears", "segmentation", tmp_path, **more)
+    other = run(
+        "adapt", root / "base", root / "smears", "-t", "cloze", "-o", tmp_path / "a", "--batch-size", "detection=2"
+    )
+    assert other.exit_code == 2 and "detection=N: that task is not asked for (--task cloze)" in other.output
     with pytest.raises(CheckpointError, match="is an adapter itself; adapt its base"):
         find_base(root / "adapter")
     with pytest.raises(CheckpointError, match="no such checkpoint folder, and no name of a repository"):

@@ -1,12 +1,14 @@
 """`unihema evaluate` on several folders: what is said and written."""
 
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
 from tiny_checkpoint import save_tiny_checkpoint
 
-from unihema.errors import OutputError
+from unihema.errors import DatasetError, InputError, OutputError
+from unihema.loading import load_model
 from unihema.training.data.synthetic.folder import write_synthetic
 from unihema_cli import app
 
@@ -105,6 +107,73 @@ def test_repeated_it_measures_nothing_twice(lab, tmp_path, monkeypatch):
     (tmp_path / "run" / "metrics.json").write_text("{}")
     refused = CliRunner().invoke(app, [*arguments[:-1], str(tmp_path / "run")])
     assert "holds metrics.json of something else" in str(refused.exception)
+
+
+def test_figures_are_not_taken_for_those_of_other_data_or_settings(lab, tmp_path):
+    checkpoint, data, out = tmp_path / "unihema", tmp_path / "site" / "one", str(tmp_path / "out")
+    shutil.copytree(lab / "unihema", checkpoint)
+    shutil.copytree(lab / "two", data)
+    arguments = ["evaluate", str(checkpoint), str(data), "--bootstrap", "0", "-t", "single_cell", "-o", out]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    # Moved, the data are the same.
+    moved = data.rename(tmp_path / "one")
+    again = CliRunner().invoke(app, [str(moved) if part == str(data) else part for part in arguments])
+    assert again.exit_code == 0, again.output
+    other = CliRunner().invoke(app, [str(lab / "one") if part == str(data) else part for part in arguments])
+    assert isinstance(other.exception, OutputError) and "data_sha256 has changed" in str(other.exception)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["trained"]["calibration"] = {"single_cell": {"slope": 1.0, "shift": 0.0, "shifts": {}}}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    arguments[2] = str(moved)
+    told = CliRunner().invoke(app, arguments)
+    assert told.exit_code == 0, told.output
+    config["trained"]["segmentation_threshold"] = 0.01
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert "checkpoint_sha256 has changed" in str(CliRunner().invoke(app, arguments).exception)
+
+
+def test_two_folders_of_one_name_are_refused(lab, tmp_path):
+    other = shutil.copytree(lab / "two", tmp_path / "one")
+    for folders in ((lab / "one", other), (lab / "one", lab / "one")):
+        result = CliRunner().invoke(app, ["evaluate", str(lab / "unihema"), *map(str, folders), "-t", "single_cell"])
+        assert isinstance(result.exception, DatasetError) and "are both called one" in str(result.exception)
+
+
+def test_calibrate_keeps_the_other_head_and_takes_no_option_that_it_would_not_use(lab, tmp_path):
+    checkpoint = shutil.copytree(lab / "unihema", tmp_path / "unihema")
+    config = json.loads((checkpoint / "config.json").read_text())
+    of_fields = {"slope": 2.0, "shift": 0.0, "shifts": {}}
+    config["trained"]["calibration"] = {"detection": of_fields}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    data = tmp_path / "crops"
+    write_synthetic(data, 1, 12, seed=5, crops_per_field=4, width=224, height=168, crop_size=96, progress=False)
+    arguments = ["evaluate", str(checkpoint), str(data), "-t", "single_cell", "--calibrate"]
+    for option in (["--int8"], ["--bootstrap", "5"], ["-o", str(tmp_path / "out")], ["--name-classes"]):
+        wrong = CliRunner().invoke(app, [*arguments, *option])
+        assert wrong.exit_code == 2 and "--calibrate writes into the checkpoint" in " ".join(wrong.output.split())
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "detection: as it was" in done.output
+    found = json.loads((checkpoint / "config.json").read_text())["trained"]["calibration"]
+    assert found.keys() == {"detection", "single_cell"} and found["detection"] == of_fields
+
+
+def test_a_checkpoint_in_half_precision_is_measured(lab, tmp_path):
+    model, processor = load_model(lab / "unihema", "cpu", "bfloat16")
+    model.save_pretrained(tmp_path / "half")
+    processor.save_pretrained(tmp_path / "half")
+    for options in ([], ["--int8"]):
+        arguments = ["evaluate", str(tmp_path / "half"), str(lab / "one"), "--bootstrap", "0", *options]
+        arguments += ["-t", "segmentation", "-t", "single_cell"]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, (result.output, result.exception)
+        assert all(f"{task} (" in result.output for task in ("segmentation", "single_cell"))
+
+
+def test_density_is_of_fields(lab, tmp_path):
+    arguments = ["evaluate", str(lab / "unihema"), str(lab / "one"), "-t", "segmentation", "--corruption", "density"]
+    result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "out")])
+    assert isinstance(result.exception, InputError) and "density is of fields of cells" in str(result.exception)
 
 
 def test_corrupted_images(lab, tmp_path):

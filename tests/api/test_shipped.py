@@ -82,7 +82,7 @@ def test_a_set_of_weights_is_laid_down_by_name(tmp_path, monkeypatch):
             assert Path(folder, name).read_bytes() == (SHIPPED / WEIGHTS[weights] / name).read_bytes()
     # The other set is something else.
     again = run_command("init", "mine")
-    assert again.returncode == 2 and "mine is there already and holds something else" in again.stderr
+    assert again.returncode == 2 and "mine is there already and holds another checkpoint" in again.stderr
     with pytest.raises(RequestError, match="Weights 'best': there are research and open"):
         lay_down_checkpoint("other", weights="best")
     assert not Path("other").exists()
@@ -92,11 +92,18 @@ def test_nothing_is_deleted_unasked(tmp_path):
     folder = tmp_path / "unihema"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="is there already and holds something else.*--overwrite"):
+    for replace in (False, True):
+        with pytest.raises(FileExistsError, match="holds something else than a checkpoint, which is not deleted"):
+            lay_down_checkpoint(folder, replace=replace)
+        assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    (folder / "notes.txt").unlink()
+    lay_down_checkpoint(folder, weights="open")
+    opened = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="is there already and holds another checkpoint.*--overwrite"):
         lay_down_checkpoint(folder)
-    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert (folder / "model.safetensors").read_bytes() == opened
     lay_down_checkpoint(folder, replace=True)
-    assert (folder / "config.json").is_file() and not (folder / "notes.txt").exists()
+    assert (folder / "model.safetensors").read_bytes() != opened
 
 
 def test_it_sees_what_is_on_the_examples(examples):

@@ -44,7 +44,10 @@ def class_agnostic_precision(
     try:
         with torch.inference_mode():
             for batch in tqdm(loader, desc="boxes of any class", unit="batch", disable=not progress, leave=False):
-                images = {name: batch[name].to(model.device) for name in ("pixel_values", "pixel_mask")}
+                images = {
+                    "pixel_values": batch["pixel_values"].to(model.device, model.dtype),
+                    "pixel_mask": batch["pixel_mask"].to(model.device),
+                }
                 output = model(task="detection", **images)
                 output.logits = output.logits.amax(-1, keepdim=True)
                 sizes = batch["target_sizes"]

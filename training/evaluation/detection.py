@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from unihema.modeling_unihema.configuration_unihema import DEFAULT_THRESHOLD
 from unihema.modeling_unihema.labels import ancestors_of, boxes_known
+from unihema.modeling_unihema.outputs import UniHemaDetectionOutput
 from unihema.processing_unihema.masks import outline_mask, rle_in_image
-from unihema.processing_unihema.post_processing import distinct_cells, post_process_cell_masks
+from unihema.processing_unihema.post_processing import asked_classes, distinct_cells, post_process_cell_masks
 from unihema.training.data.rows import Row
 from unihema.training.evaluation.measured import FeatureListener, Measured, Resampler, class_names
 from unihema.training.evaluation.second_look import SecondLook
@@ -27,14 +29,21 @@ from unihema.training.metrics.resampled_precision import MatchedDetections
 from unihema.training.metrics.single_cell import one_hot_counts, scores_of_counts
 
 
+# Of thresholds fitted to the names that they give.
+ROUNDS = 4
+
+
 class _Field(NamedTuple):
-    """One image: the queries ranked under every class, as mAP counts them; each under its best class, as results are
-    shown, and as it was before a second look; the true cells; the attributes that were read, and that are right, of the cells
-    that have some; and, of images with masks of cells, those of the ranked queries."""
+    """One image: the queries ranked under every class, as mAP counts them; the logits of all queries, as they count and as they
+    were before a second look, and their boxes, from which follows under which name each is shown; the true cells; the
+    attributes that were read, and that are right, of the cells that have some; and, of images with masks of cells, those of the
+    ranked queries."""
 
     ranked: dict[str, np.ndarray]
-    cells: dict[str, np.ndarray]
-    detected: dict[str, np.ndarray]
+    logits: torch.Tensor
+    first_logits: torch.Tensor
+    boxes: torch.Tensor
+    size: tuple[int, int]
     truth: dict[str, Any]
     read: np.ndarray
     attributes: np.ndarray
@@ -46,10 +55,19 @@ class MeasuredDetections(Measured):
     """Cells of each image. A class that the image's data set does not annotate is not asked for: it takes no query from
     one that is. Where the checkpoint takes a second look, white cells have the types that it gives them. Where a data set
     annotates a class and a coarser one, a cell counts under both. A crop whose cell has no box (rows `from_attributes`)
-    counts for the attributes alone: those of the best-scoring cell found in it."""
+    counts for the attributes alone: those of the best-scoring cell found in it.
 
-    def __init__(self, model: Any, processor: Any, on_features: FeatureListener | None = None):
+    Args:
+        model, processor, on_features: See [`Measured`].
+        name_classes (`bool`): Classes are asked for by name, so that those are answered as well that the checkpoint is known not
+            to find.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, on_features: FeatureListener | None = None, name_classes: bool = False
+    ):
         super().__init__(model, processor, on_features)
+        self.name_classes = name_classes
         self.names = class_names(model)
         self.ancestors = ancestors_of(model.config)
         self.second_look = SecondLook.of(model, processor)
@@ -57,10 +75,7 @@ class MeasuredDetections(Measured):
     def add(self, batch: dict[str, Any], rows: Sequence[Row]) -> None:
         output = self.model(task="detection", **self.inputs(batch))
         process, sizes = self.processor.image_processor.post_process_object_detection, batch["target_sizes"]
-        # Finer names are taken at the thresholds that the model has now, as no cell is left out yet.
-        names = {"ancestors": self.ancestors, "finest": self.model.config.class_thresholds()}
-        output.logits = _asked_for(output.logits, batch["labels"])
-        detected = cells = process(output, threshold=0.0, target_sizes=sizes, **names)
+        first = output.logits = _asked_for(output.logits, batch["labels"])
         if self.second_look is not None:
             fields = zip(output.logits, output.pred_boxes, batch["row_indices"], strict=True)
             output.logits = torch.stack(
@@ -71,19 +86,44 @@ class MeasuredDetections(Measured):
                     for logits, boxes, index in fields
                 ]
             )
-            cells = process(output, threshold=0.0, target_sizes=sizes, **names)
+        # Under which name each stands is of no matter here.
+        cells = process(output, threshold=0.0, target_sizes=sizes)
         ranked = process(output, threshold=0.0, target_sizes=sizes, top_k=MAX_DETECTIONS, one_class_per_query=False)
         for image, index in enumerate(batch["row_indices"]):
             truth = _reference(rows[index], sizes[image].tolist(), self.names)
-            found = _arrays(cells[image])
-            attributes = self._attributes(output, image, found, truth, batch["labels"][image])
+            attributes = self._attributes(output, image, _arrays(cells[image]), truth, batch["labels"][image])
             masks = None
             if "masks" in truth and self.model.config.trained.cell_masks and "cell_mask_queries" in output:
                 sides = self.model.config.trained.cell_mask_sides
                 masks = _codes(output, image, ranked[image], truth["size"], sides)
+            logits, boxes = output.logits[image].float().cpu(), output.pred_boxes[image].float().cpu()
+            before = logits if self.second_look is None else first[image].float().cpu()
+            size = tuple(sizes[image].tolist())
             self.keep(
-                rows[index], _Field(_arrays(ranked[image]), found, _arrays(detected[image]), truth, *attributes, masks)
+                rows[index], _Field(_arrays(ranked[image]), logits, before, boxes, size, truth, *attributes, masks)
             )
+
+    def _named(
+        self, thresholds: np.ndarray, answered: torch.Tensor | None, second_look: bool
+    ) -> list[dict[str, np.ndarray]]:
+        """All queries of each image, each under the one name that results show it with.
+
+        Args:
+            thresholds (`np.ndarray`): Above which a finer name is taken.
+            answered (`torch.Tensor`, *optional*): Classes that are answered, see [`asked_classes`].
+            second_look (`bool`): After it, where the checkpoint takes one.
+        """
+        process = self.processor.image_processor.post_process_object_detection
+        options = {"ancestors": self.ancestors, "finest": thresholds.tolist(), "classes": answered}
+        found = []
+        for field in self.records:
+            logits = field.logits if second_look else field.first_logits
+            output = UniHemaDetectionOutput(logits=logits[None], pred_boxes=field.boxes[None])
+            found += process(output, threshold=0.0, target_sizes=[field.size], **options)
+        return [_arrays(cells) for cells in found]
+
+    def _answered(self) -> torch.Tensor | None:
+        return None if self.name_classes else asked_classes(self.model.config, None)
 
     def _attributes(self, output, image: int, found, truth, labels) -> tuple[np.ndarray, np.ndarray, int]:
         sizes = self.model.config.morphology_sizes
@@ -104,11 +144,33 @@ class MeasuredDetections(Measured):
 
     def best_thresholds(self) -> dict[str, float]:
         """The score of each class at which its F1 is best, see `best_threshold`; classes never found are left out. Results
-        leave out cells before the second look."""
-        predictions = self._shown(0.0, [field.detected for field in self.records])
+        leave out cells before the second look.
+
+        Under which of two names a cell is shown hangs on the thresholds that are looked for, and they on the names: they are
+        fitted again to the names that they give, and those are taken with which the classes' mean F1 is best.
+        """
+        truth = self._truth()
+        found: list[tuple[float, dict[str, float]]] = []
+        finest = np.zeros(len(self.names))
+        for _ in range(ROUNDS):
+            fitted = self._fitted_thresholds(self._names_in_truth(self._named(finest, None, False), 0.0), truth)
+            if fitted in [thresholds for _, thresholds in found]:
+                break
+            finest = np.array([fitted.get(name, DEFAULT_THRESHOLD) for name in self.names])
+            shown = self._names_in_truth(self._named(finest, None, False), finest)
+            matches = [score_matches(shown, truth, label, len(self.names)) for label in range(len(self.names))]
+            scores = [operating_point(*each, 0.0)["f1"] for each in matches if each[2]]
+            found.append((float(np.mean(scores)) if scores else 0.0, fitted))
+            if self.ancestors is None:
+                break
+        return max(found, key=lambda each: each[0])[1]
+
+    def _fitted_thresholds(
+        self, predictions: list[dict[str, np.ndarray]], truth: list[dict[str, Any]]
+    ) -> dict[str, float]:
         thresholds = {}
         for label, name in enumerate(self.names):
-            best = best_threshold(*score_matches(predictions, self._truth(), label, len(self.names)))
+            best = best_threshold(*score_matches(predictions, truth, label, len(self.names)))
             if best is not None:
                 thresholds[name] = round(min(max(best[0], 0.01), 0.99), 4)
         return thresholds
@@ -121,7 +183,9 @@ class MeasuredDetections(Measured):
     def answers(self) -> list[tuple[str, float, bool]]:
         thresholds = np.array(self.model.config.class_thresholds())
         # By the name that detection shows each cell with; a coarse one is right where the truth is a kind of it.
-        shown = [_shown(field.detected, thresholds, self.ancestors) for field in self.records]
+        shown = [
+            _shown(cells, thresholds, self.ancestors) for cells in self._named(thresholds, self._answered(), False)
+        ]
         found = []
         for label, name in enumerate(self.names):
             scores, right, _ = score_matches(shown, self._truth(), label, len(self.names))
@@ -150,7 +214,7 @@ class MeasuredDetections(Measured):
 
     def _at_threshold(self) -> dict[str, dict[str, Any]]:
         thresholds = np.array(self.model.config.class_thresholds())
-        shown = self._shown(thresholds, [field.cells for field in self.records])
+        shown = self._names_in_truth(self._named(thresholds, self._answered(), True), thresholds)
         truth, found = self._truth(), {}
         for label, name in enumerate(self.names):
             scores, right, count = score_matches(shown, truth, label, len(self.names))
@@ -193,9 +257,10 @@ class MeasuredDetections(Measured):
         coarser = None if self.ancestors is None else self.ancestors.numpy()
         return [with_coarser_truth(field.truth, coarser) for field in self.records]
 
-    def _shown(
-        self, thresholds: np.ndarray | float, cells: Sequence[dict[str, np.ndarray]]
+    def _names_in_truth(
+        self, cells: Sequence[dict[str, np.ndarray]], thresholds: np.ndarray | float
     ) -> list[dict[str, np.ndarray]]:
+        """The cells that are shown, also under the coarser names that their image's data set annotates."""
         coarser = None if self.ancestors is None else self.ancestors.numpy()
         return [
             with_coarser_names(_shown(found, thresholds, self.ancestors), field.truth, coarser)

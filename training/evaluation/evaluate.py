@@ -92,7 +92,8 @@ def evaluate_model(
             rows = draw_rows(rows, max_samples, seed)
             told = reference.tasks.get(task) if reference is not None and on_features is None else None
             distances = None if told is None else Distances(told, processor)
-            measured = _measured(model, processor, task, generate_kwargs or {}, distances or on_features)
+            listener = distances or on_features
+            measured = _measured(model, processor, task, generate_kwargs or {}, listener, name_classes)
             _ask(measured, task, rows, batch_size, progress, name_classes, text_only)
             if calibrate and task == "detection":
                 thresholds = measured.best_thresholds()
@@ -140,8 +141,10 @@ def calibrate_scores(
     model.eval()
     try:
         for task, kind in (("detection", MeasuredDetections), ("single_cell", MeasuredCells)):
+            if not (rows := rows_by_task.get(task)):
+                continue
             measured = kind(model, processor)
-            _ask(measured, task, draw_rows(rows_by_task.get(task, ()), max_samples, 0), batch_size, progress)
+            _ask(measured, task, draw_rows(rows, max_samples, 0), batch_size, progress)
             if (fitted := calibration_of(measured)) is not None:
                 found[task] = fitted
     finally:
@@ -175,11 +178,18 @@ def calibrate_thresholds(
 
 
 def _measured(
-    model, processor, task: str, generate_kwargs: Mapping[str, Any], on_features: FeatureListener | None
+    model,
+    processor,
+    task: str,
+    generate_kwargs: Mapping[str, Any],
+    on_features: FeatureListener | None,
+    name_classes: bool,
 ) -> Measured:
     if task in LANGUAGE_TASKS:
         return MeasuredTexts(model, processor, task, generate_kwargs)
-    kinds = {"detection": MeasuredDetections, "segmentation": MeasuredMasks, "single_cell": MeasuredCells}
+    if task == "detection":
+        return MeasuredDetections(model, processor, on_features, name_classes)
+    kinds = {"segmentation": MeasuredMasks, "single_cell": MeasuredCells}
     return kinds[task](model, processor, on_features)
 
 

@@ -72,6 +72,8 @@ class Measured(ABC):
         inputs = {
             name: value.to(self.model.device) if hasattr(value, "to") else value for name, value in inputs.items()
         }
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         if self.on_features is not None:
             pixels = inputs.pop("pixel_values")
             inputs["image_features"] = self.model.get_image_features(pixels, inputs.pop("pixel_mask"))

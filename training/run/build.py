@@ -93,15 +93,15 @@ def load_rows(
         most_crops (`int`, *optional*): See `crops_of_boxes`.
 
     Raises:
-        DatasetError: No folder, a folder without the split, none that has any of the tasks, or a data set in `boxes_as_crops`,
-            `questions_from_labels`, `exact_classes`, `absent_classes`, `mask_levels` or `dataset_weights` that is not among
-            them.
+        DatasetError: No folder, two of one name, a folder without the split, none that has any of the tasks, or a data set in
+            `boxes_as_crops`, `questions_from_labels`, `exact_classes`, `absent_classes`, `mask_levels` or `dataset_weights` that
+            is not among them.
     """
     if not config.folders:
         raise DatasetError("No data folder given.")
     tasks = config.tasks if tasks is None else tasks
     several = len(config.folders) > 1
-    names = {real_path(Path(folder)).name: folder for folder in config.folders}
+    names = folders_by_name(config.folders)
     cut = list(names) if config.boxes_as_crops is True else list(config.boxes_as_crops or ())
     asked = list(names) if config.questions_from_labels is True else list(config.questions_from_labels or ())
     of_sets = (name for setting in OF_DATA_SETS for name in getattr(config, setting))
@@ -144,6 +144,27 @@ def load_rows(
             f"No data for {', '.join(tasks or TASKS)} in split '{split}' of {', '.join(config.folders)}."
         )
     return {task: rows[task] for task in TASKS if len(rows.get(task, ()))}
+
+
+def folders_by_name(folders: Sequence[str]) -> dict[str, str]:
+    """Name of each data set -> its folder.
+
+    Args:
+        folders (`Sequence[str]`): Data folders.
+
+    Raises:
+        DatasetError: Two have one name: what is said of one data set would hold for both, or one would be passed over.
+    """
+    names: dict[str, str] = {}
+    for folder in folders:
+        name = real_path(Path(folder)).name
+        if name in names:
+            raise DatasetError(
+                f"{names[name]} and {folder} are both called {name}, and data sets are told apart by the names of their folders. "
+                "Rename one, or name it once."
+            )
+        names[name] = folder
+    return names
 
 
 def training_rows(config: RunConfig) -> dict[str, list[Row]]:

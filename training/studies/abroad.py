@@ -10,7 +10,7 @@ from unihema.errors import RunConfigError
 from unihema.files import write_json
 from unihema.loading import load_model
 from unihema.training.evaluation import HEADLINES, evaluate_model
-from unihema.training.run.build import load_rows
+from unihema.training.run.build import folders_by_name, load_rows
 from unihema.training.run.config import RunConfig
 from unihema.training.run.loop import train
 from unihema.training.studies.ablations import rows_of_known_classes
@@ -44,7 +44,7 @@ def run_abroad(
         TrainingError: See [`train`].
     """
     config.check()
-    folders = {Path(folder).resolve().name: folder for folder in config.data.folders}
+    folders = folders_by_name(config.data.folders)
     if not config.data.val_split:
         raise RunConfigError("data.val_split is empty: home and abroad are measured on a validation split.")
     for name in (*held_out, *never):

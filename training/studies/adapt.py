@@ -41,7 +41,11 @@ ADAPTED_TASKS = {
     "segmentation": ["segmentation"],
     "classification": ["single_cell"],
     "qa": ["question_answering", "cloze"],
+    "question_answering": ["question_answering"],
+    "cloze": ["cloze"],
 }
+# Tasks whose classes may be a lab's own.
+WITH_CLASSES = ("detection", "classification")
 BATCH = {"detection": 4, "segmentation": 4, "single_cell": 16, "question_answering": 8, "cloze": 8}
 STEPS, STEPS_BETWEEN_EVALUATIONS, PATIENCE = 800, 50, 6
 # Where nothing is set aside for validation, one of this many parts is.
@@ -75,7 +79,7 @@ def adapt(
         base (`str` or `Path`): Folder of the checkpoint, or a repository of the Hub.
         data (`str`, `Path` or `Sequence`): Data folders. Without a `val` split about a fifth of the images is
             held out, whole patients and slides where the data name them.
-        task (`str`): `detection`, `segmentation`, `classification` or `qa`.
+        task (`str`): `detection`, `segmentation`, `classification`, or `question_answering`, `cloze` or both, `qa`.
         output_dir (`str` or `Path`): Where.
         labels (`Sequence[str]`, *optional*): The lab's classes, in their order; those of the data when missing.
         method (`str`): `lora`, `dora` or `ia3`.
@@ -172,6 +176,9 @@ def adapt_config(
         raise RunConfigError(f"Unknown task '{task}'; choose among {', '.join(ADAPTED_TASKS)}.")
     if method not in ("lora", "dora", "ia3"):
         raise RunConfigError(f"Unknown method '{method}'; choose lora, dora or ia3.")
+    if task not in WITH_CLASSES and (labels is not None or start_from):
+        given = "labels" if labels is not None else "start_from"
+        raise RunConfigError(f"{given}: {task} has no classes; they are of {' and '.join(WITH_CLASSES)}.")
     tasks = ADAPTED_TASKS[task]
     config = RunConfig(
         output_dir=str(output_dir),
@@ -190,6 +197,8 @@ def adapt_config(
         ),
     )
     overrides = dict(overrides or {})
+    if isinstance(batches := overrides.get("data.batch_size"), Mapping):
+        overrides["data.batch_size"] = {**BATCH, **batches}
     # How the data are read decides what is found in them.
     config = config.with_overrides({name: value for name, value in overrides.items() if name.startswith("data.")})
     rows = _rows_of_any(config, tasks)

@@ -64,7 +64,8 @@ def run_stress(
         `warned`, the part of the images that `unihema predict` would warn of, where there is a reference.
 
     Raises:
-        ValueError: Unknown corruption, severity or task, or the folder has points that were measured with other settings.
+        ValueError: Unknown corruption, severity or task, a corruption that none of the tasks has, or the folder has points that
+            were measured with other settings.
     """
     points = _asked(rows_by_task, corruptions, severities)
     settings = {**(settings or {}), "max_samples": max_samples, "bootstrap": bootstrap, "seed": seed}
@@ -112,6 +113,8 @@ def _asked(
             raise InputError(f"{task} is not measured under corruptions; choose among {', '.join(STRESS_TASKS)}.")
     points = [(task, CLEAN, 0) for task in rows_by_task]
     points += [(task, name, level) for name in names for level in levels for task in rows_by_task]
+    if corruptions is not None and "density" in corruptions and "detection" not in rows_by_task:
+        raise InputError("The corruption density is of fields of cells: it is measured where detection is.")
     # Density is the number of cells in a field.
     return [point for point in points if point[1] != "density" or point[0] == "detection"]
 

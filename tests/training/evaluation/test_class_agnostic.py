@@ -14,7 +14,7 @@ class _Painter(torch.nn.Module):
 
     def __init__(self, boxes: torch.Tensor):
         super().__init__()
-        self.boxes, self.device = boxes, torch.device("cpu")
+        self.boxes, self.device, self.dtype = boxes, torch.device("cpu"), torch.float32
 
     def forward(self, task, pixel_values, pixel_mask):
         logits = torch.full((1, len(self.boxes), 2), -5.0)

@@ -5,9 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from data_folders import write_photograph
 from PIL import Image
+from tiny_checkpoint import save_lively
 from tiny_models import very_tiny_config
 
+from unihema import Analyzer
+from unihema.loading import load_model
 from unihema.modeling_unihema.modeling_unihema import UniHemaForMultiTask
 from unihema.modeling_unihema.outputs import (
     UniHemaClassificationOutput,
@@ -60,7 +64,7 @@ def detection_rows(images: list[str]) -> list[dict]:
 class Oracle(torch.nn.Module):
     """Answers as the test decides, through the model's own interface."""
 
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, answer):
         super().__init__()
@@ -161,6 +165,41 @@ def test_thresholds_are_calibrated_for_each_class(images, processor):
     model.config.trained.detection_thresholds = {"platelet": 0.9}
     report = evaluate_model(model, processor, {"detection": rows}, progress=False)
     assert report["detection"]["at_threshold"]["platelet"]["recall"] == 0.0
+
+
+def test_figures_at_thresholds_that_were_just_fitted_are_those_that_are_measured_again(tmp_path):
+    images = [str(write_photograph(tmp_path / f"{seed}.png", seed)) for seed in range(3)]
+    names = {0: "WBC", 1: "neutrophil", 2: "lymphocyte", 3: "RBC"}
+    tree = {"neutrophil": "WBC", "lymphocyte": "WBC"}
+    labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}, "label_parents": tree}
+    model, processor = load_model(save_lively(tmp_path / "tree", 7, **labels), "cpu")
+    model.config.trained.detection_thresholds = {}
+    with torch.no_grad():
+        # Scores about the usual threshold.
+        model.detection_head.class_head.bias.add_(1.5)
+    analyzer, rng = Analyzer(model, processor), np.random.default_rng(0)
+    rows = []
+    for image in images:
+        cells = [cell for cell in analyzer(image, "detection", threshold=0.0, tiles="off").cells if rng.random() < 0.7]
+        boxes = [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in (cell.box for cell in cells)]
+        objects = {"bbox": boxes, "category": ["neutrophil"] * len(boxes)}
+        rows.append(row(image, "detection", objects=objects, annotated_classes=None))
+
+    def measured(**options):
+        report = evaluate_model(model, processor, {"detection": rows}, progress=False, bootstrap=0, **options)
+        return report["detection"]["at_threshold"]
+
+    fitted = measured(calibrate=True)
+    thresholds = dict(model.config.trained.detection_thresholds)
+    assert fitted["neutrophil"]["recall"] > 0.3 and measured() == fitted
+    assert measured(calibrate=True) == fitted and model.config.trained.detection_thresholds == thresholds
+    # What `predict` shows: no class that is known not to be found.
+    for unfound in ([], ["neutrophil"]):
+        model.config.trained.unfound_classes = unfound
+        shown = [cell.label for image in images for cell in analyzer(image, "detection", tiles="off").cells]
+        assert {name: of["predicted"] for name, of in measured().items() if name in ("neutrophil", "RBC")} == {
+            name: shown.count(name) for name in measured() if name in ("neutrophil", "RBC")
+        }
 
 
 def test_dice_at_the_size_of_the_image(images, processor):
