@@ -558,9 +558,10 @@ class Analyzer:
             for number, (source, result) in enumerate(zip(sources, results, strict=True)):
                 state_pixel_size(result, source, request.um_per_pixel)
                 self._look_closer(request, source, result, stores[number] if stores else None, on_progress)
-                set_probabilities(result, self._calibration(request))
                 if request.second_look:
                     self.crops.type_cells(request, source, result, on_progress)
+                # By the head that gave each type.
+                set_probabilities(result, self._calibration(request))
                 if request.parasites:
                     self.crops.look_for_parasites(request, source, result, on_progress)
                 finds_all = "detection" in request.tasks and request.prompt is None and request.white_cells is None
@@ -836,7 +837,7 @@ class Analyzer:
             "device": str(self.model.device),
             "dtype": "int8" if is_int8(self.model) else str(self.model.dtype).removeprefix("torch."),
             "tasks": list(tasks),
-            "image_sizes": {task: dict(self.processor.image_processor.task_sizes[task]) for task in tasks},
+            "image_sizes": {task: dict(self.processor.image_processor.task_sizes[task]) for task in request.heads},
             "prompt": request.prompt if isinstance(request.prompt, str | None) else list(request.prompt),
             "detection_thresholds": thresholds if "detection" in tasks else None,
             "segmentation_threshold": config.trained.segmentation_threshold if "segmentation" in tasks else None,

@@ -66,6 +66,12 @@ class Request:
         return self.second_look or self.parasites
 
     @property
+    def heads(self) -> tuple[str, ...]:
+        """Tasks whose heads see the images or crops of their cells, for what is asked."""
+        of_crops = ("single_cell",) if self.looks_at_crops else ()
+        return tuple(dict.fromkeys((*self.tasks, *of_crops, *map(language_task, self.questions))))
+
+    @property
     def asked(self) -> tuple[Any, ...]:
         """The arguments of [`Analyzer.request`] that ask the same."""
         return tuple(getattr(self, each.name) for each in fields(self) if each.name not in _READ)

@@ -94,6 +94,7 @@ class BatchReport:
         images (`int`): Images in the tables.
         other_settings (`int`): Records in the folder made with another checkpoint or other settings; the tables leave
             them out.
+        gone (`list[str]`): Images of earlier runs that are in the tables, and no longer where they were.
     """
 
     analysed: list[Path] = field(default_factory=list)
@@ -102,6 +103,7 @@ class BatchReport:
     totals: dict[str, int] = field(default_factory=dict)
     images: int = 0
     other_settings: int = 0
+    gone: list[str] = field(default_factory=list)
 
 
 class StoredResult(NamedTuple):
@@ -237,11 +239,12 @@ def analyze_into(
         try:
             run.all(images, batch_size, on_image)
         finally:
-            if shard is not None:
-                # Repeated where the images are mounted elsewhere.
-                listed = {str(real_path(image)) for image in images}
-                there = folder.current().items()
-                folder.forget_moved({source: each.image_sha256 for source, each in there if source in listed})
+            # Repeated where the images have been moved to, or are mounted elsewhere.
+            listed = {str(real_path(image)) for image in images}
+            there = folder.current()
+            moved = {source: each.image_sha256 for source, each in there.items() if source in listed}
+            others = there.keys() - listed - folder.forget_moved(moved, gone=shard is None)
+            report.gone = sorted(source for source in others if not os.path.exists(source))
             folder.write_tables(attributes, report, groups)
             if shard is not None:
                 write_shard(output, shard, named, report.failed, tables, given)
@@ -315,7 +318,7 @@ def _settings(analyzer: "Analyzer", request: "Request", formats: Sequence[str]) 
         "framing": request.framing,
         "second_look": request.second_look,
         "parasites": request.parasites,
-        "image_sizes": {task: dict(processor.task_sizes[task]) for task in request.tasks},
+        "image_sizes": {task: dict(processor.task_sizes[task]) for task in request.heads},
         "formats": [form for form in FORMATS if form in formats],
     }
 
@@ -558,6 +561,10 @@ class ResultFolder:
                 result.warnings.append(f"Not written as {form}: {error}")
                 continue
             files[f"{name}{ending}"] = partial(_write_bytes, content)
+        former = self._read(self._record(name))
+        for file in former["files"].keys() - files.keys() if former is not None else ():
+            # Of other settings: it would show what is no longer said.
+            (self.folder / file).unlink(missing_ok=True)
         for file, write in files.items():
             write_atomically(self.folder / file, write)
         record = {
@@ -584,7 +591,7 @@ class ResultFolder:
                 report.other_settings += 1
             elif record["source"] not in failed:
                 current.append(path)
-                for label, count in record["result"]["counts"].items():
+                for label, count in _counts_of(record["result"]).items():
                     totals[label] = totals.get(label, 0) + count
         report.totals, report.images = totals, len(current)
         columns = cell_columns(attributes, *groups)
@@ -595,9 +602,13 @@ class ResultFolder:
         )
         if self.settings.get("questions"):
             write_text(self.folder / "answers.csv", csv_lines(ANSWER_COLUMNS, self._answers(current)))
+        else:
+            (self.folder / "answers.csv").unlink(missing_ok=True)
         write_text(self.folder / "results.json", self._json(current, report))
         if "label_studio" in self.settings["formats"]:
             write_text(self.folder / "label_studio.xml", label_studio_config(totals))
+        else:
+            (self.folder / "label_studio.xml").unlink(missing_ok=True)
 
     def results(self) -> Iterator[StoredResult]:
         """The results that are current, in the order of their names; none of an image that can no longer be analysed.
@@ -627,22 +638,25 @@ class ResultFolder:
             if record["settings_sha256"] == self.settings_sha256 and self._has_files(record)
         }
 
-    def forget_moved(self, images: Mapping[str, str]) -> int:
+    def forget_moved(self, images: Mapping[str, str], gone: bool = False) -> set[str]:
         """Removes results of images that were analysed where they lay before, and would count twice.
 
         Args:
             images (`Mapping[str, str]`): Source of each image, where it lies now -> its SHA-256. A result of the same bytes from
                 any other place is removed.
+            gone (`bool`): Only where nothing lies at that place any more: copies of an image may be meant.
 
         Returns:
-            `int`: How many.
+            `set[str]`: Where those lay.
         """
         digests, moved = set(images.values()), []
         for path, record in self._read_all():
-            ours = record["settings_sha256"] == self.settings_sha256
-            if ours and record["source"] not in images and record["image_sha256"] in digests:
-                moved.append((path, list(record["files"])))
-        for path, files in moved:
+            source, ours = record["source"], record["settings_sha256"] == self.settings_sha256
+            if gone and os.path.exists(source):
+                continue
+            if ours and source not in images and record["image_sha256"] in digests:
+                moved.append((path, source, list(record["files"])))
+        for path, _, files in moved:
             # The record first: one says that all its files are there.
             path.unlink()
             for file in files:
@@ -653,7 +667,7 @@ class ResultFolder:
                 self.folder,
                 len(moved),
             )
-        return len(moved)
+        return {source for _, source, _ in moved}
 
     def adopt(self, name: str, path: Path) -> None:
         """Takes an image over from another results folder of the same settings.
@@ -688,6 +702,8 @@ class ResultFolder:
     ) -> Iterator[list[Any]]:
         for values in self._results(paths):
             result = SmearResult.from_dict(values | {"mask": None, "cells": []})
+            if _shows_one_cell(values):
+                yield list(cell_row(result, result.whole_image_cell(1), attributes, *groups).values())
             # One at a time: a slide has hundreds of thousands.
             for cell in values["cells"]:
                 yield list(cell_row(result, Cell.from_dict(cell), attributes, *groups).values())
@@ -695,6 +711,8 @@ class ResultFolder:
     def _counts(self, paths: Sequence[Path]) -> Iterator[list[Any]]:
         for values in self._results(paths):
             result = SmearResult.from_dict(values | {"mask": None, "cells": []})
+            if _shows_one_cell(values):
+                result.cells.append(result.whole_image_cell(1))
             # One cell stands for all of its class.
             of_class: dict[str, Cell] = {}
             for cell in map(Cell.from_dict, values["cells"]):
@@ -748,6 +766,16 @@ class ResultFolder:
             record = self._read(path)
             if record is not None:
                 yield path, record
+
+
+def _shows_one_cell(result: Mapping[str, Any]) -> bool:
+    """Whether an image was classified as a whole, and no cells were looked for in it."""
+    return bool(result.get("single_cell")) and not result["cells"] and not result["counts"]
+
+
+def _counts_of(result: Mapping[str, Any]) -> dict[str, int]:
+    """Cells of each class in a record; the one cell of a crop is a cell."""
+    return {result["single_cell"]["label"]: 1} if _shows_one_cell(result) else result["counts"]
 
 
 def _is_record(record: dict[str, Any], name: str) -> bool:

@@ -23,7 +23,9 @@ from unihema.errors import InputError, InputTypeError, UnreadableImageError
 
 from .image_io import image_size, load_image
 from .post_processing import (
+    asked_classes,
     find_cells,
+    most_probable_labels,
     post_process_semantic_segmentation,
     single_cell_names_of,
     single_cell_probabilities,
@@ -126,12 +128,14 @@ def _run(pipeline: Pipeline, model_inputs: dict, call: Callable[[dict], dict]) -
     return {name: [result[name] for result in results] for name in results[0]}
 
 
-def _run_head(pipeline: Pipeline, model_inputs: dict, outputs: Sequence[str]) -> dict[str, list[torch.Tensor]]:
-    """The named outputs of a head, and the inputs that post-processing needs."""
+def _run_head(
+    pipeline: Pipeline, task: str, model_inputs: dict, outputs: Sequence[str]
+) -> dict[str, list[torch.Tensor]]:
+    """The named outputs of a task's head, and the inputs that post-processing needs."""
 
     def call(inputs: dict) -> dict:
         target_size = inputs.pop("target_size")
-        found = pipeline.model(**inputs)
+        found = pipeline.model(task=task, **inputs)
         return {name: found[name] for name in outputs} | {
             "target_size": target_size,
             "pixel_mask": inputs["pixel_mask"],
@@ -176,7 +180,7 @@ class UniHemaObjectDetectionPipeline(_ForUniHema, ObjectDetectionPipeline):
         return _image_inputs(self, image, "detection", prompt, timeout)
 
     def _forward(self, model_inputs):
-        return _run_head(self, model_inputs, ("logits", "pred_boxes", "pred_morphology"))
+        return _run_head(self, "detection", model_inputs, ("logits", "pred_boxes", "pred_morphology"))
 
     def postprocess(self, model_outputs, threshold=None, prompt=None):
         model_outputs = _one(model_outputs)
@@ -217,7 +221,7 @@ class UniHemaImageSegmentationPipeline(_ForUniHema, ImageSegmentationPipeline):
         return _image_inputs(self, image, "segmentation", prompt, timeout)
 
     def _forward(self, model_inputs):
-        return _run_head(self, model_inputs, ("mask_logits",))
+        return _run_head(self, "segmentation", model_inputs, ("mask_logits",))
 
     def postprocess(self, model_outputs, prompt=None, mask_threshold=None, **kwargs):
         config, model_outputs = self.model.config, _one(model_outputs)
@@ -256,7 +260,7 @@ class UniHemaImageClassificationPipeline(_ForUniHema, ImageClassificationPipelin
         return _image_inputs(self, image, "single_cell", None, timeout)
 
     def _forward(self, model_inputs):
-        return _run_head(self, model_inputs, ("logits",))
+        return _run_head(self, "single_cell", model_inputs, ("logits",))
 
     def postprocess(self, model_outputs, function_to_apply=None, top_k=5, labels=None):
         names = self.model.config.single_cell_labels
@@ -270,11 +274,12 @@ class UniHemaImageClassificationPipeline(_ForUniHema, ImageClassificationPipelin
             names = single_cell_names_of(self.model.config, labels)
             logits = single_cell_probabilities(logits[None], self.model.config, labels)[0].log()
         scores = {"softmax": logits.softmax(-1), "sigmoid": logits.sigmoid(), "none": logits}[function]
-        best = scores.sort(descending=True)
-        return [
-            {"label": names[label], "score": score}
-            for score, label in list(zip(best.values.tolist(), best.indices.tolist(), strict=True))[:top_k]
-        ]
+        order = scores.argsort(descending=True).tolist()
+        if function == "softmax":
+            # The answer is chosen from coarse to fine; a class that is as probable alone may be of another kind.
+            answer = int(most_probable_labels(scores[None], self.model.config, labels)[0])
+            order = [answer, *(label for label in order if label != answer)]
+        return [{"label": names[label], "score": float(scores[label])} for label in order[:top_k]]
 
 
 class VisualQuestionAnsweringPipeline(Pipeline):
@@ -441,12 +446,17 @@ class UniHemaVisualQuestionAnsweringPipeline(_ForUniHema, VisualQuestionAnswerin
             return answers
         support = support[0] if isinstance(support, list) else support
         config = self.model.config
+        asked = asked_classes(config, None)
+        # Of a class that is not looked for nothing is known, as of one that the checkpoint does not have.
+        classes = (
+            [name for name, of in zip(config.class_names, asked) if of] if asked is not None else config.class_names
+        )
         for each in answers:
             told = answer_from_cells(
                 support["question"],
                 each["answer"],
                 support["cells"],
-                config.class_names,
+                classes,
                 config.label_parents,
                 size=support["size"],
                 morphology=config.morphology,

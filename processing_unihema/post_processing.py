@@ -38,13 +38,38 @@ def asked_classes(config, prompt: str | Sequence[str] | None) -> torch.Tensor | 
         `torch.Tensor` or `None`: bool `[num_labels]`; `None`, which is all of them, without a prompt, or where some part of it is
         no class (a disease or a description), if none is among `config.trained.unfound_classes`.
     """
-    parts = [prompt] if isinstance(prompt, str) else list(prompt or ())
-    asked = [plain_name(name) for part in parts for name in part.split(",") if name.strip()]
-    known = [plain_name(name) for name in config.class_names]
-    if asked and set(asked) <= set(known):
-        return torch.tensor([name in asked for name in known])
+    asked = classes_named(config, prompt)
+    if asked is not None:
+        return torch.tensor([name in asked for name in config.class_names])
     unfound = set(config.trained.unfound_classes)
     return torch.tensor([name not in unfound for name in config.class_names]) if unfound else None
+
+
+def classes_named(config, prompt: str | Sequence[str] | None) -> list[str] | None:
+    """The detection classes that a prompt names, as the checkpoint spells them.
+
+    Args:
+        config (`UniHemaConfig`): With `class_names`.
+        prompt (`str` or `Sequence[str]`, *optional*): As for [`asked_classes`].
+
+    Returns:
+        `list[str]` or `None`: The classes; `None` without a prompt, or where some part of it is no class.
+    """
+    found: list[str] = []
+    for name in _parts_of(prompt):
+        # A synonym only where no class has the name itself.
+        same = [known for known in config.class_names if plain_name(known) == plain_name(name)] or [
+            known for known in config.class_names if usual_name(known) == usual_name(name)
+        ]
+        if not same:
+            return None
+        found += same
+    return list(dict.fromkeys(found)) or None
+
+
+def _parts_of(prompt: str | Sequence[str] | None) -> list[str]:
+    parts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+    return [name.strip() for part in parts for name in part.split(",") if name.strip()]
 
 
 def misspelled_classes(config, prompt: str | Sequence[str] | None) -> dict[str, str | None]:
@@ -57,11 +82,10 @@ def misspelled_classes(config, prompt: str | Sequence[str] | None) -> dict[str, 
     Returns:
         `dict[str, str | None]`: Each with the class that it is most like, if any.
     """
-    parts = [prompt] if isinstance(prompt, str) else list(prompt or ())
-    names = [name.strip() for part in parts for name in part.split(",") if name.strip()]
-    known = {plain_name(name): name for name in config.class_names}
-    unknown = [name for name in names if plain_name(name) not in known]
-    like = {name: difflib.get_close_matches(plain_name(name), known, n=1, cutoff=0.8) for name in unknown}
+    names = _parts_of(prompt)
+    known = {usual_name(name): name for name in config.class_names}
+    unknown = [name for name in names if usual_name(name) not in known]
+    like = {name: difflib.get_close_matches(usual_name(name), known, n=1, cutoff=0.8) for name in unknown}
     return {name: known[like[name][0]] if like[name] else None for name in unknown if like[name] or unknown != names}
 
 

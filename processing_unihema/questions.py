@@ -11,8 +11,11 @@ from unihema.modeling_unihema.configuration_unihema import ancestors
 
 from .class_names import (
     INFECTED,
+    MEGAKARYOCYTE,
+    NUCLEATED_RED_CELL,
     PLATELET,
     RED_CELL,
+    SMUDGE_CELL,
     WHITE_CELL,
     cell_kind,
     has_nucleus,
@@ -56,7 +59,9 @@ _PER_CENT = (
 )
 # What each of these asks.
 _QUESTIONS = {"many": _HOW_MANY, "any": _ANY, "share": _PER_CENT}
-_KINDS = {"wbc": WHITE_CELL, "rbc": RED_CELL, "platelet": PLATELET}
+_KINDS = {"wbc": WHITE_CELL, "rbc": RED_CELL, "platelet": PLATELET, "smudge cell": SMUDGE_CELL, "smudge": SMUDGE_CELL}
+_KINDS |= dict.fromkeys(("nrbc", "nucleated red cell", "nucleated red blood cell", "nucleated rbc"), NUCLEATED_RED_CELL)
+_KINDS["megakaryocyte"] = MEGAKARYOCYTE
 _SPELLINGS = {"color": "colour", "nuclear": "nucleus", "nuclei": "nucleus"}
 _OF_ANY_QUESTION = {"cell", "type"}
 _SAME_VALUE = {"nil": "no"}

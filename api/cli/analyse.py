@@ -196,6 +196,9 @@ def predict(
     click.echo(f"{len(report.analysed)} analysed, {len(report.skipped)} already done, {len(report.failed)} failed.")
     if report.other_settings:
         click.echo(f"{report.other_settings} results of other settings are in the folder and not in its tables.")
+    if report.gone:
+        named = printable(report.gone[0])
+        click.echo(f"{len(report.gone)} images in the tables are no longer where they were analysed, such as {named}.")
     if report.totals:
         click.echo("Cells: " + ", ".join(f"{label} {count}" for label, count in report.totals.items()))
     click.echo(f"Results in {output if part is None else output / part.folder}.")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from unihema.files import find_images
 from unihema.inference.int8 import to_int8
 from unihema.inference.prepare import prepare_for_inference
 from unihema.loading import load_model
+from unihema.result_folder import read_results
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::unihema.analyzer.QueryCapWarning")
@@ -253,6 +255,55 @@ def test_an_image_size_is_another_setting(checkpoint, analyzer, draw, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             Analyzer.from_pretrained(checkpoint, device="cpu", image_sizes=sizes)
+
+
+def test_an_image_size_of_the_head_that_answers_is_one_too(checkpoint, analyzer, draw, tmp_path):
+    given = {"tasks": ["detection"], "questions": ["What is it?"]}
+    analyzer.analyze_files([draw("a.png")], tmp_path / "results", **given)
+    settings = json.loads((tmp_path / "results" / "results.json").read_text())["settings"]
+    assert sorted(settings["image_sizes"]) == ["detection", "question_answering"]
+    other = Analyzer.from_pretrained(checkpoint, device="cpu", image_sizes={"question_answering": 96})
+    with pytest.raises(OutputError, match="image_sizes has changed"):
+        other.analyze_files([tmp_path / "images"], tmp_path / "results", **given)
+
+
+def test_images_that_were_moved_count_once_and_those_that_are_gone_are_told(analyzer, draw, tmp_path):
+    for number in range(3):
+        draw(f"{number}.png", seed=number)
+    # Of one content, and both meant.
+    shutil.copyfile(tmp_path / "images" / "0.png", tmp_path / "images" / "copy.png")
+    first = analyzer.analyze_files([tmp_path / "images"], tmp_path / "results")
+    assert first.images == 4 and first.gone == []
+    elsewhere = (tmp_path / "images").rename(tmp_path / "tuesday")
+    moved = analyzer.analyze_files([elsewhere], tmp_path / "results")
+    assert (moved.images, moved.totals) == (4, first.totals) and moved.gone == []
+    assert len(rows(tmp_path / "results" / "counts.csv")) and len(list(read_results(tmp_path / "results"))) == 4
+    (elsewhere / "1.png").unlink()
+    after = analyzer.analyze_files([elsewhere], tmp_path / "results")
+    assert after.images == 4 and after.gone == [str(elsewhere / "1.png")]
+    # A folder of copies that is there as well is analysed as well.
+    shutil.copytree(elsewhere, tmp_path / "copies")
+    assert analyzer.analyze_files([tmp_path / "copies"], tmp_path / "results").images == 7
+
+
+def test_what_other_settings_wrote_does_not_stay(analyzer, draw, tmp_path):
+    draw("a.png")
+    given = [tmp_path / "images"], tmp_path / "results"
+    analyzer.analyze_files(*given, questions=["What is it?"], formats=("geojson", "label_studio"))
+    before = {path.name for path in (tmp_path / "results").iterdir()}
+    assert {"a.geojson", "a_mask.png", "answers.csv", "label_studio.xml"} <= before
+    analyzer.analyze_files(*given, tasks=["detection"], overwrite=True)
+    left = {path.name for path in (tmp_path / "results").iterdir()}
+    assert not {"a.geojson", "a_mask.png", "answers.csv", "label_studio.xml"} & left and "a_overlay.png" in left
+
+
+def test_a_crop_is_a_cell_of_the_tables(analyzer, draw, tmp_path):
+    draw("a.png")
+    report = analyzer.analyze_files([tmp_path / "images"], tmp_path / "results", tasks=["single_cell"])
+    (stored,) = read_results(tmp_path / "results")
+    label = stored.result.single_cell["label"]
+    (cell,), (count,) = rows(tmp_path / "results" / "cells.csv"), rows(tmp_path / "results" / "counts.csv")
+    assert report.totals == {label: 1} and cell["label"] == label and (count["label"], count["count"]) == (label, "1")
 
 
 def test_weights_that_changed_are_another_setting(checkpoint, draw, tmp_path):

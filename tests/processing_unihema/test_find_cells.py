@@ -11,7 +11,7 @@ from transformers import pipeline
 
 from unihema import Analyzer
 from unihema.modeling_unihema.configuration_unihema import UniHemaConfig
-from unihema.processing_unihema.post_processing import find_cells
+from unihema.processing_unihema.post_processing import asked_classes, find_cells, misspelled_classes
 
 
 SHIPPED = Path(str(files("unihema"))) / "shipped_files"
@@ -42,6 +42,22 @@ def test_command_pipeline_and_network_agree_on_a_field(options):
         assert {name: found["value"] for name, found in cell["attributes"].items()} == entry["morphology"]
         assert bool(cell["attributes"]) == (cell["label"] not in ("RBC", "Platelets"))
     assert result.class_parents == model.config.label_parents
+
+
+def test_a_prompt_names_classes_in_any_spelling():
+    config = UniHemaConfig(id2label={0: "RBC", 1: "WBC", 2: "Platelets", 3: "segmented neutrophil"})
+    for prompt, asked in (
+        ("red blood cells", [True, False, False, False]),
+        ("leukocytes, thrombocyte", [False, True, True, False]),
+        (["Erythrocytes", "wbc"], [True, True, False, False]),
+        ("neutrophil segmented", [False, False, False, True]),
+    ):
+        assert asked_classes(config, prompt).tolist() == asked, prompt
+        assert misspelled_classes(config, prompt) == {}
+    assert asked_classes(config, "red blood cells, malaria") is None
+    # Each of two spellings that are classes of their own is itself.
+    both = UniHemaConfig(id2label={0: "leukocyte", 1: "WBC"})
+    assert asked_classes(both, "WBC").tolist() == [False, True]
 
 
 def test_attributes_by_the_class_tree_not_by_spelling():

@@ -10,7 +10,7 @@ import torch
 import transformers
 from PIL import Image
 from tiny_models import very_tiny_config
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor, pipeline
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, pipeline
 
 import unihema
 from unihema.errors import InputError, InputTypeError, UnreadableImageError
@@ -141,6 +141,16 @@ def test_object_detection():
     assert len(detect(["smear.png", "smear.png"], prompt="neutrophil")) == 2
 
 
+def test_a_model_of_all_tasks_is_asked_for_the_task_of_the_pipeline(folder):
+    model = unihema.UniHemaForMultiTask.from_pretrained("unihema")
+    processors = {"tokenizer": AutoTokenizer.from_pretrained("unihema")}
+    processors["image_processor"] = AutoImageProcessor.from_pretrained("unihema")
+    for task in ("object-detection", "image-segmentation", "image-classification"):
+        found = pipeline(task, model=model, **processors)("smear.png")
+        alone = pipeline(task, model="unihema")("smear.png")
+        assert [each["score"] for each in found] == pytest.approx([each["score"] for each in alone], abs=1e-6)
+
+
 def test_prompts_of_detection(folder):
     detect = pipeline("object-detection", model="unihema")
     asked = detect("smear.png", prompt="neutrophil")
@@ -184,6 +194,19 @@ def test_image_classification():
     plain = pipeline("image-classification", model="unihema")("smear.png", function_to_apply="none")
     expected = torch.tensor([entry["score"] for entry in plain]).softmax(0).tolist()
     assert [entry["score"] for entry in classes] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_first_class_is_chosen_from_coarse_to_fine(folder, tmp_path):
+    labels = ["neutrophil", "lymphocyte", "monocyte", "target cell"]
+    kinds = {"neutrophil": "WBC", "lymphocyte": "WBC", "monocyte": "WBC", "target cell": "RBC"}
+    logits = torch.tensor([[1.0, 1.0, 1.1, 1.3]])
+    config = very_tiny_config(single_cell_labels=labels, single_cell_parents=kinds)
+    classify = pipeline("image-classification", model="unihema")
+    classify.model.config.single_cell_labels = config.single_cell_labels
+    classify.model.config.single_cell_parents = config.single_cell_parents
+    found = classify.postprocess({"logits": logits})
+    assert [entry["label"] for entry in found[:2]] == ["monocyte", "target cell"]
+    assert found[0]["score"] < found[1]["score"]
 
 
 def test_only_labels_that_are_asked_for_are_answered():

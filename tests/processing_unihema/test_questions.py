@@ -103,6 +103,17 @@ def test_infected_cells_are_counted_where_they_were_looked_for(question, answer)
     assert counts_infected_cells(question)
 
 
+def test_kinds_that_are_counted_beside_white_cells_are_counted_by_their_names():
+    classes = ["erythroblast", "ig", "neutrophil", "RBC", "smudge", "megakaryocyte"]
+    cells = [cell(label) for label in ("erythroblast", "erythroblast", "ig", "neutrophil", "smudge")]
+    for what, count in (
+        ("nucleated red cells", "2"), ("NRBCs", "2"), ("erythroblasts", "2"), ("immature granulocytes", "1"), ("igs", "1"),
+        ("smudge cells", "1"), ("megakaryocytes", "0"), ("neutrophils", "1"),
+    ):  # fmt: skip
+        found = answer_from_cells(f"How many {what} are there?", None, cells, classes, {}, size=(100, 100))
+        assert found.answer == count, what
+
+
 def test_other_counts_need_no_look_for_parasites():
     for question in (
         "How many cells are there?",
@@ -235,6 +246,11 @@ def test_the_pipeline_gains_keys_where_the_model_finds_cells(checkpoint):
     )
     (many,) = ask(image=IMAGE, question="How many cells are there?")
     assert many["answer"] == str(len(many["cells"])) and many["source"] == "cells" and 0 < many["score"] <= 1
+    # A class that the checkpoint is known not to find is not looked for.
+    assert ask(image=IMAGE, question="How many platelets are there?")[0]["answer"].isdecimal()
+    model.config.trained.unfound_classes = ["platelet"]
+    assert ask(image=IMAGE, question="How many platelets are there?")[0]["answer"] == "cannot know"
+    model.config.trained.unfound_classes = []
     both = ask(image=[IMAGE, IMAGE], question=["How many cells are there?", "What is it?"], batch_size=2)
     assert both[0][0]["answer"] == many["answer"] and both[1][0]["source"] == "text"
     assert both[1][0]["answer"] == both[1][0]["text"]
