@@ -10,7 +10,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -29,8 +29,11 @@ from .processing_unihema.image_io import (
     MAX_PAGES,
     MAX_PIXELS,
     SLIDE_SUFFIXES,
+    RefusedImageError,
     described_pixel_size,
     image_size,
+    page_axes,
+    pages_of_picture,
     pixel_size,
     plausible_pixel_size,
     sharpest_plane,
@@ -253,13 +256,15 @@ class TiffRegions(RegionSource):
     """A TIFF of any size, tile by tile or strip by strip: generic pyramids, OME-TIFF, SVS, BigTIFF.
 
     Only what is asked for is decoded, and a part of the file that cannot be is named without loss of the others. Levels are the
-    reductions that the first page names (`SubIFDs`), or the further pages that show the same at smaller sizes.
+    reductions that the first page names (`SubIFDs`), or the further pages that show the same at smaller sizes. Red, green and
+    blue may lie in a page each.
 
     Args:
         path (`Path`): The file.
         name (`str`, *optional*): Path to be named instead of it.
 
     Raises:
+        RefusedImageError: It has channels that are no colours.
         UnreadableImageError: Its pixels are of a kind, or packed in a way, that cannot be read in parts.
     """
 
@@ -272,40 +277,51 @@ class TiffRegions(RegionSource):
                 file = stack.enter_context(tifffile.TiffFile(path))
                 self._file = file.filehandle
                 self._forget()
-                pages, notes = _pages(file, self._sharpness)
+                levels, notes = _levels(file, name, self._sharpness)
                 self._forget()
-                scale = _scale_of_tags(pages[0], file.pages[0].description or "")
-            _check_plausible(path, name, pages[0].imagewidth, pages[0].imagelength)
-            super().__init__(name, [(page.imagewidth, page.imagelength) for page in pages], notes, scale)
+                largest = levels[0][0]
+                scale = _scale_of_tags(largest, file.pages[0].description or "")
+            _check_plausible(path, name, largest.imagewidth, largest.imagelength)
+            super().__init__(name, [(pages[0].imagewidth, pages[0].imagelength) for pages in levels], notes, scale)
         except BaseException:
             stack.close()
             raise
-        self._pages = pages
+        self._pages = levels
         self.closing = stack
 
     def _forget(self) -> None:
-        self._kept: OrderedDict[tuple[int, int], np.ndarray | None] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int, int], np.ndarray | None] = OrderedDict()
         self._kept_bytes = 0
 
     def _sharpness(self, page: Any) -> float:
         """Of the middle of a page, negative where nothing of it can be read."""
         self._forget()
-        self._pages = [page]
+        self._pages = [[page]]
         width, height = min(FOCUS_WINDOW, page.imagewidth), min(FOCUS_WINDOW, page.imagelength)
         left, top = (page.imagewidth - width) // 2, (page.imagelength - height) // 2
         return sharpness(np.asarray(self._read(0, (left, top, left + width, top + height), strict=False)))
 
     def _read(self, level: int, box: Box, strict: bool) -> Image.Image:
-        page, (left, top, right, bottom) = self._pages[level], box
+        left, top, right, bottom = box
         out = np.full((bottom - top, right - left, 3), UNREADABLE_COLOUR, dtype=np.uint8)
+        if len(self._pages[level]) == 1:
+            self._copy(level, 0, box, out, strict)
+        else:
+            for band in range(3):
+                self._copy(level, band, box, out[..., band : band + 1], strict)
+        return Image.fromarray(out)
+
+    def _copy(self, level: int, number: int, box: Box, out: np.ndarray, strict: bool) -> None:
+        """Copies pixels of one page of a level to `out`, `[h, w, 3]`, or `[h, w, 1]` where the page is one colour of three."""
+        page, (left, top, right, bottom) = self._pages[level][number], box
         if _in_plain_rows(page):
             self._copy_rows(page, box, out, strict)
-            return Image.fromarray(out)
+            return
         width, height = _chunk_size(page)
         across = -(-page.imagewidth // width)
         for row in range(top // height, -(-bottom // height)):
             for column in range(left // width, -(-right // width)):
-                pixels = self._chunk(level, row * across + column, strict)
+                pixels = self._chunk(level, number, row * across + column, strict)
                 if pixels is None:
                     continue
                 x, y = column * width, row * height
@@ -314,7 +330,6 @@ class TiffRegions(RegionSource):
                 out[y_from - top : y_to - top, x_from - left : x_to - left] = pixels[
                     y_from - y : y_to - y, x_from - x : x_to - x
                 ]
-        return Image.fromarray(out)
 
     def _copy_rows(self, page: Any, box: Box, out: np.ndarray, strict: bool) -> None:
         """Copies pixels that nothing has packed, whatever the strips they lie in."""
@@ -330,17 +345,17 @@ class TiffRegions(RegionSource):
                 if strict:
                     raise UnreadableRegionError(f"{self.name}: row {y} cannot be read ({shortened(error)}).") from error
                 continue
-            out[y - top] = _rgb(page, pixels)
+            out[y - top] = _gray_or_rgb(page, pixels)
 
-    def _chunk(self, level: int, index: int, strict: bool) -> np.ndarray | None:
-        """A decoded strip or tile, uint8 `[h, w, 3]`."""
-        key = (level, index)
+    def _chunk(self, level: int, number: int, index: int, strict: bool) -> np.ndarray | None:
+        """A decoded strip or tile of a page, uint8 `[h, w, 3]`, or `[h, w, 1]` of a gray one."""
+        key, page = (level, number, index), self._pages[level][number]
         if key in self._kept:
             self._kept.move_to_end(key)
         else:
-            pixels = self._kept[key] = self._decoded(self._pages[level], index)
+            pixels = self._kept[key] = self._decoded(page, index)
             self._kept_bytes += 0 if pixels is None else pixels.nbytes
-            most = KEPT_OF_TILES if self._pages[level].is_tiled else KEPT_OF_STRIPS
+            most = KEPT_OF_TILES if page.is_tiled else KEPT_OF_STRIPS
             while self._kept_bytes > most and len(self._kept) > 1:
                 _, old = self._kept.popitem(last=False)
                 self._kept_bytes -= 0 if old is None else old.nbytes
@@ -354,7 +369,7 @@ class TiffRegions(RegionSource):
             count = page.databytecounts[index]
             if count == 0:
                 # What a scanner has not looked at.
-                return np.full((*_chunk_size(page)[::-1], 3), 255, dtype=np.uint8)
+                return np.full((*_chunk_size(page)[::-1], 1), 255, dtype=np.uint8)
             self._file.seek(page.dataoffsets[index])
             data = self._file.read(count)
             if len(data) < count:
@@ -362,7 +377,7 @@ class TiffRegions(RegionSource):
             packed = {"jpegtables": page.jpegtables} if page.compression in _JPEGS else {}
             decoded = page.decode(data, index, **packed)[0]
             pixels = decoded[0]
-            return _rgb(page, pixels)
+            return _gray_or_rgb(page, pixels)
         # A damaged part makes codecs raise anything.
         except Exception:
             return None
@@ -395,46 +410,117 @@ def _of_file(name: str) -> Iterator[None]:
         ) from error
 
 
-def _pages(file: Any, sharpness_of: Callable[[Any], float]) -> tuple[list[Any], list[str]]:
-    """The pages of a TIFF that are levels of one picture, largest first, and what has to be said of the others.
+def _levels(file: Any, name: str, sharpness_of: Callable[[Any], float]) -> tuple[list[list[Any]], list[str]]:
+    """The levels of the picture in a TIFF, largest first, and what has to be said of its other pages.
 
-    Of a z-stack it is the plane in focus.
+    Args:
+        file (`tifffile.TiffFile`): The file.
+        name (`str`): Its path.
+        sharpness_of (`Callable`): Page -> its sharpness, negative where it cannot be read.
+
+    Returns:
+        `tuple[list[list[Any]], list[str]]`: Of each level its page, or those of red, green and blue; and the sentences.
 
     Raises:
+        RefusedImageError: It has channels that are no colours.
         UnreadableImageError: The picture's pixels cannot be read in parts.
     """
     listed = _listed(file)
-    plain = [page for page in listed if not page.subfiletype & 1]
-    first = max(listed, key=lambda page: page.imagewidth * page.imagelength, default=None)
-    if first is None:
-        raise UnreadableImageError(
-            f"{file.filename}: no page in this TIFF can be read. Copy it again or export it anew."
-        )
-    reason = _not_in_parts(first)
+    same = _pages_of_one_size(listed, name)
+    numbers, notes = _chosen(same, listed[0].description or "", name, sharpness_of)
+    reason = next(filter(None, (_not_in_parts(same[number]) for number in numbers)), None)
     if reason:
-        raise UnreadableImageError(f"{file.filename}: {reason}.")
-    same = [page for page in plain if (page.imagewidth, page.imagelength) == (first.imagewidth, first.imagelength)]
-    notes = []
-    if len(same) > 1:
-        number = sharpest_plane(len(same), lambda plane: sharpness_of(same[plane]))
-        first = same[number]
-        notes.append(f"The file has {len(same)} pages of one size: only page {number + 1}, the sharpest, is read.")
-    reductions = [page for page in listed if page is not first and page not in same]
+        raise UnreadableImageError(f"{name}: {reason}.")
+    largest = [same[number] for number in numbers]
+    # Reductions lie in sub-files of each page, or behind the pages, in the same order as these.
+    below: dict[tuple[int, int], list[list[Any]]] = {}
+    others = [page for page in listed if page not in same]
+    for size in dict.fromkeys(map(_size, others)):
+        alike = [page for page in others if _size(page) == size]
+        if len(alike) == len(same):
+            below.setdefault(size, []).append([alike[number] for number in numbers])
+        elif len(numbers) == 1:
+            below.setdefault(size, []).append(alike[:1])
     try:
-        reductions += list(first.pages or ())
+        for pages in zip(*(page.pages or () for page in largest), strict=False):
+            if len(set(map(_size, pages))) == 1:
+                below.setdefault(_size(pages[0]), []).append(list(pages))
     # Reductions that lie beyond the end of the file.
     except Exception:
         notes.append("Reduced levels of the file cannot be read.")
-    levels = [first]
-    for page in sorted(reductions, key=lambda page: -page.imagewidth):
-        try:
-            # Labels and photographs of the glass have another shape.
-            shape = page.imagewidth / page.imagelength * first.imagelength / first.imagewidth
-            if page.imagewidth < levels[-1].imagewidth and abs(shape - 1) < 0.02 and not _not_in_parts(page):
-                levels.append(page)
-        except Exception:
-            continue
+    levels = [largest]
+    width, height = _size(largest[0])
+    for size in sorted(below, reverse=True):
+        for pages in below[size]:
+            try:
+                # Labels and photographs of the glass have another shape.
+                of_shape = abs(size[0] / size[1] * height / width - 1) < 0.02
+                if size[0] < levels[-1][0].imagewidth and of_shape and not any(map(_not_in_parts, pages)):
+                    levels.append(pages)
+            except Exception:
+                continue
     return levels, notes
+
+
+def _size(page: Any) -> tuple[int, int]:
+    return page.imagewidth, page.imagelength
+
+
+def _pages_of_one_size(listed: list[Any], name: str) -> list[Any]:
+    """The largest page of a TIFF, with those that are alike.
+
+    Raises:
+        UnreadableImageError: No page can be read.
+    """
+    first = max(listed, key=lambda page: page.imagewidth * page.imagelength, default=None)
+    if first is None:
+        raise UnreadableImageError(f"{name}: no page in this TIFF can be read. Copy it again or export it anew.")
+
+    def kind(page: Any) -> tuple[Any, ...]:
+        return *_size(page), page.samplesperpixel, page.bitspersample, page.photometric
+
+    same = [page for page in listed if kind(page) == kind(first) and not page.subfiletype & 1]
+    return same or [first]
+
+
+def _chosen(
+    same: list[Any], description: str, name: str, sharpness_of: Callable[[Any], float]
+) -> tuple[list[int], list[str]]:
+    """Which of the pages of one size is the picture, or which are its red, green and blue; and what has to be said of it.
+
+    As [`read_image`] chooses; but of pages that nothing explains it is the sharpest, as scanners write stacks so.
+
+    Raises:
+        RefusedImageError: Several channels that are no colours.
+    """
+    gray, palette = (int(same[0].photometric) in kinds for kinds in ((0, 1), (3,)))
+
+    def plane_in_focus(pages: Sequence[int]) -> int:
+        return sharpest_plane(len(pages), lambda plane: sharpness_of(same[pages[plane]]))
+
+    notes: list[str] = []
+    try:
+        _check_samples(same[0])
+        axes = page_axes(description, len(same), gray, one_sample=gray or palette)
+        if axes.sizes.get("?", 1) == 1:
+            return pages_of_picture(axes, plane_in_focus, notes), notes
+    except InputError as error:
+        raise RefusedImageError(f"{name}: {error}") from error
+    number = plane_in_focus(range(len(same)))
+    notes.append(f"The file has {len(same)} pages of one size: only page {number + 1}, the sharpest, is read.")
+    return [number], notes
+
+
+def _check_samples(page: Any) -> None:
+    """Refuses a page that is said to be gray, and has several numbers for each pixel that are not alpha."""
+    alpha = sum(int(kind) in (1, 2) for kind in page.extrasamples or ())
+    unknown = sum(int(kind) == 0 for kind in page.extrasamples or ())
+    samples = page.samplesperpixel - alpha
+    # Beside gray alone, one of which nothing is said is left out, as everywhere.
+    if int(page.photometric) in (0, 1) and samples > 1 and (samples, unknown) != (2, 1):
+        raise InputError(
+            f"it has {samples} channels in each pixel, which are said to be gray. Merge them to one RGB image, and export that."
+        )
 
 
 def _listed(file: Any) -> list[Any]:
@@ -482,11 +568,10 @@ def _chunk_size(page: Any) -> tuple[int, int]:
     return page.imagewidth, min(max(1, page.rowsperstrip), page.imagelength)
 
 
-def _rgb(page: Any, pixels: np.ndarray) -> np.ndarray:
-    """Samples `[..., 1|3|4]` as RGB: gray in all channels, what is transparent over white."""
+def _gray_or_rgb(page: Any, pixels: np.ndarray) -> np.ndarray:
+    """Samples `[..., 1|3|4]` as gray `[..., 1]` of which zero is black, or RGB; what is transparent over white."""
     if pixels.shape[-1] == 1:
-        gray = 255 - pixels if int(page.photometric) == 0 else pixels
-        return np.repeat(gray, 3, axis=-1)
+        return 255 - pixels if int(page.photometric) == 0 else pixels
     if pixels.shape[-1] == 4:
         if int((page.extrasamples or (0,))[0]) == 0:
             return pixels[..., :3]
@@ -538,7 +623,10 @@ class OpenSlideRegions(RegionSource):
         if _is_tiff(path):
             _check_tiles(path)
         with _of_file(str(path)):
-            self._slide = openslide.OpenSlide(str(path))
+            try:
+                self._slide = openslide.OpenSlide(str(path))
+            except openslide.OpenSlideUnsupportedFormatError as error:
+                raise UnreadableImageError(f"{path}: it is no slide of a format that OpenSlide reads.") from error
             properties = self._slide.properties
             sizes = [properties.get(key, "") for key in ("openslide.mpp-x", "openslide.mpp-y")]
             scale = plausible_pixel_size(tuple(_float(size) for size in sizes), "slide metadata")
@@ -591,8 +679,6 @@ def _decoded_once(path: Path, most_pixels: int | None = None) -> RegionSource:
     Raises:
         UnreadableImageError: It cannot be decoded so, or only by guessing at its brightness; or it has more than `most_pixels`.
     """
-    import pyvips
-
     global _vips_process
     if _vips_process not in (None, os.getpid()):
         raise UnreadableImageError(
@@ -602,12 +688,13 @@ def _decoded_once(path: Path, most_pixels: int | None = None) -> RegionSource:
     stack = ExitStack()
     try:
         folder = stack.enter_context(scratch_folder())
-        with _of_file(str(path)):
-            image = pyvips.Image.new_from_file(str(path), access="sequential", fail_on="error")
+        numbers, notes = _chosen_of_file(path) if _is_tiff(path) else ([0], [])
+        with _by_libvips(path):
+            image = _opened_by_libvips(path, numbers, "sequential")
             _check_most(str(path), image.width, image.height, most_pixels)
             if image.get_typeof("orientation") and image.get("orientation") != 1:
                 # A turn needs the end of the file first: the picture goes through another temporary file.
-                image = pyvips.Image.new_from_file(str(path), access="random", fail_on="error").autorot()
+                image = _opened_by_libvips(path, numbers, "random").autorot()
             if image.format != "uchar":
                 raise UnreadableImageError(f"{path}: pixels of more than 8 bits are not read in parts.")
             if image.interpretation != "srgb":
@@ -625,7 +712,71 @@ def _decoded_once(path: Path, most_pixels: int | None = None) -> RegionSource:
         raise
     found = pixel_size(path)
     source.um_per_pixel, source.um_source = found or (None, None)
+    source.notes = (*notes, *source.notes)
     return source
+
+
+@contextmanager
+def _by_libvips(path: Path) -> Iterator[None]:
+    """What libvips raises, as an error of the file: libvips reads fewer formats than Pillow, so the file need not be damaged."""
+    import pyvips
+
+    try:
+        yield
+    except pyvips.Error as error:
+        if pyvips.vips_lib.vips_foreign_find_load(os.fsencode(path)) == pyvips.ffi.NULL:
+            raise UnreadableImageError(
+                f"{path}: this format cannot be read in parts here. Convert the image to TIFF."
+            ) from error
+        raise UnreadableImageError(
+            f"{path}: libvips cannot decode it ({shortened(error, 200)}). Convert the image to a TIFF of 8-bit RGB."
+        ) from error
+
+
+def _opened_by_libvips(path: Path, pages: list[int], access: str) -> Any:
+    """An image of libvips: a page of a file, or three gray ones as red, green and blue."""
+    import pyvips
+
+    def opened(**page: int) -> Any:
+        return pyvips.Image.new_from_file(str(path), access=access, fail_on="error", **page)
+
+    if len(pages) == 1:
+        return opened(page=pages[0]) if pages[0] else opened()
+    return opened(page=pages[0]).bandjoin([opened(page=page) for page in pages[1:]]).copy(interpretation="srgb")
+
+
+def _chosen_of_file(path: Path) -> tuple[list[int], list[str]]:
+    """The page of a TIFF that is its picture, or those of red, green and blue, for libvips to decode; and what has to be said.
+
+    Raises:
+        RefusedImageError: It has channels that are no colours, or with a palette each.
+        UnreadableImageError: No page can be read.
+    """
+    with _of_file(str(path)), _tifffile().TiffFile(path) as file:
+        listed = _listed(file)
+        same = _pages_of_one_size(listed, str(path))
+        numbers, notes = _chosen(same, listed[0].description or "", str(path), partial(_sharpness_by_libvips, path))
+        chosen = [same[number] for number in numbers]
+        if len(chosen) > 1 and int(chosen[0].photometric) == 3:
+            raise RefusedImageError(
+                f"{path}: its {len(chosen)} channels have a palette each, and are not read in parts. Merge them to one RGB "
+                "image, and export that."
+            )
+        return [int(page.index) for page in chosen], notes
+
+
+def _sharpness_by_libvips(path: Path, page: Any) -> float:
+    """Of the middle of a page, negative where it cannot be decoded."""
+    import pyvips
+
+    width, height = min(FOCUS_WINDOW, page.imagewidth), min(FOCUS_WINDOW, page.imagelength)
+    left, top = (page.imagewidth - width) // 2, (page.imagelength - height) // 2
+    try:
+        return sharpness(
+            _opened_by_libvips(path, [int(page.index)], "sequential").crop(left, top, width, height).numpy()
+        )
+    except pyvips.Error:
+        return -1.0
 
 
 def _check_most(name: str, width: int, height: int, most_pixels: int | None) -> None:
@@ -647,6 +798,7 @@ def open_regions(image: Any, max_pixels: int = MAX_PIXELS, most_pixels: int | No
 
     Raises:
         TooLargeError: It has more than `most_pixels`.
+        RefusedImageError: The image can be decoded, and shows no colours: four channels of fluorescence, for example.
         UnreadableImageError: The image cannot be read.
     """
     if isinstance(image, OpenedImage):
@@ -660,7 +812,7 @@ def open_regions(image: Any, max_pixels: int = MAX_PIXELS, most_pixels: int | No
         height, width = image_size(path)
         if height * width <= max_pixels and path.suffix.lower() not in _OWN_LIBRARY:
             return ImageRegions(open_image(image), pixel_size(path))
-    except TooLargeError:
+    except (TooLargeError, RefusedImageError):
         raise
     except UnreadableImageError as error:
         problem = error
@@ -675,7 +827,7 @@ def open_regions(image: Any, max_pixels: int = MAX_PIXELS, most_pixels: int | No
             continue
         try:
             source = reader(path)
-        except TooLargeError:
+        except (TooLargeError, RefusedImageError):
             raise
         except UnreadableImageError as error:
             reasons.append(str(error).removeprefix(f"{path}: ").rstrip("."))

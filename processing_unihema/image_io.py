@@ -73,6 +73,10 @@ _UNITS = {
 _opening = threading.Lock()
 
 
+class RefusedImageError(UnreadableImageError):
+    """An image file that can be decoded, and what it holds are no colours: no other reader may guess at it either."""
+
+
 class ImageReadWarning(UserWarning):
     """Something about the pixels of an image was guessed, or left out, because its file does not say."""
 
@@ -336,7 +340,7 @@ def _naming(name: "str | Path") -> Iterator[None]:
     except UnreadableImageError:
         raise
     except InputError as error:
-        raise UnreadableImageError(f"{name}: {error}") from error
+        raise RefusedImageError(f"{name}: {error}") from error
     except UnidentifiedImageError as error:
         raise UnreadableImageError(
             f"{name}: not an image. Formats that work include PNG, JPEG, TIFF and BMP."
@@ -417,11 +421,12 @@ def _read(file: "str | Path | bytes", name: "str | Path", max_pixels: int | None
     notes: list[str] = []
     with _reading(file, name) as opened:
         pages = _pages(file, name, opened, notes)
-        first = _plane(file, name, opened, pages[0], max_pixels, notes)
-        if len(pages) == 1 and isinstance(first.pixels, Image.Image):
+        channel = len(pages) > 1
+        first = _plane(file, name, opened, pages[0], max_pixels, notes, channel)
+        if not channel and isinstance(first.pixels, Image.Image):
             return to_rgb(first.pixels, notes), notes
         pixels = [np.array(first.pixels)]
-        pixels += [np.array(_plane(file, name, opened, page, max_pixels, notes).pixels) for page in pages[1:]]
+        pixels += [np.array(_plane(file, name, opened, page, max_pixels, notes, channel).pixels) for page in pages[1:]]
         merged = _to_8_bit(np.dstack(pixels) if len(pixels) > 1 else pixels[0], notes, first.bits, first.stated)
         if first.transparent is not None:
             merged = np.dstack([merged] * (3 if merged.ndim == 2 else 1) + [np.where(first.transparent, 0, 255)])
@@ -460,8 +465,9 @@ def _plane(
     page: int,
     max_pixels: int | None,
     notes: list[str],
+    channel: bool = False,
 ) -> _Plane:
-    """Decodes one page with all the bits it has."""
+    """Decodes one page with all the bits it has; of one that is a channel its numbers, whatever its palette."""
     _go_to(opened, page)
     if max_pixels and opened.width * opened.height > max_pixels:
         shrink = (opened.width * opened.height / max_pixels) ** 0.5
@@ -476,7 +482,7 @@ def _plane(
     if modes is None:
         bits = _bits_lost(file, opened)
         depth = 16 if opened.mode.startswith("I;16") else None
-        image = _reduced(opened, max_pixels)
+        image = _reduced(opened, max_pixels, channel)
         if image.mode[0] in "IF":
             pixels = np.asarray(_upright(image))
             return _Plane(pixels, depth, stated, inverted, transparent=_transparent(pixels, image))
@@ -660,7 +666,6 @@ def _pages(file: "str | Path | bytes", name: "str | Path", opened: Image.Image, 
             notes.append("The file is an animation: only its first picture is read.")
         return [0]
     first = _Page(0, opened.size, opened.mode)
-    description = _description(opened)
     further = list(_further_pages(opened))
     same = [0, *(page.number for page in further if page[1:] == first[1:])]
     _go_to(opened, 0)
@@ -670,40 +675,97 @@ def _pages(file: "str | Path | bytes", name: "str | Path", opened: Image.Image, 
             f"The file has a larger page ({largest[0]} x {largest[1]} pixels): only the first ({first.size[0]} x "
             f"{first.size[1]}) is read."
         )
-    count = len(same)
-    if count == 1:
-        return [0]
     gray = first.mode[0] in "IF" or first.mode == "L"
-    sizes, order, names = _axes(description, gray)
-    if sizes is None or np.prod(list(sizes.values())) != count:
-        # Nothing says what the pages are.
-        sizes, order, names = ({"C": 3} if gray and count == 3 else {"?": count}), "C?", []
-    strides, step = {}, 1
-    for axis in order:
-        strides[axis], step = step, step * sizes.get(axis, 1)
-    start = 0
-    if sizes.get("Z", 1) > 1:
-        sharpest = _plane_in_focus(file, name, opened, [same[plane * strides["Z"]] for plane in range(sizes["Z"])])
-        start += sharpest * strides["Z"]
-        notes.append(f"The file is a stack of {sizes['Z']} planes: only plane {sharpest + 1}, the sharpest, is read.")
-    if sizes.get("T", 1) > 1:
-        notes.append(f"The file is a series of {sizes['T']} times: only the first is read.")
-    if sizes.get("?", 1) > 1:
-        notes.append(f"The file has {count} pages, and nothing says what they are: only the first is read.")
+    # The palette of a page with several beside it is the colour in which a microscope's program shows that channel.
+    axes = page_axes(_description(opened), len(same), gray, one_sample=gray or first.mode == "P")
+    if axes.sizes.get("?", 1) > 1:
+        notes.append(f"The file has {len(same)} pages, and nothing says what they are: only the first is read.")
+
+    def plane_in_focus(planes: Sequence[int]) -> int:
+        return _plane_in_focus(file, name, opened, [same[plane] for plane in planes])
+
+    return [same[page] for page in pages_of_picture(axes, plane_in_focus, notes)]
+
+
+class PageAxes(NamedTuple):
+    """What pages of one size and kind are to one another.
+
+    Args:
+        sizes (`dict[str, int]`): How many there are along C (channels), Z (planes) and T (times), or `?` where nothing says it.
+        order (`str`): These axes, from the fastest.
+        names (`list[str]`): Of the channels; none where they have none.
+    """
+
+    sizes: dict[str, int]
+    order: str
+    names: list[str]
+
+
+def page_axes(description: str, count: int, gray: bool, one_sample: bool) -> PageAxes:
+    """What the pages of a TIFF are, by its description (OME or ImageJ), and of three gray ones without any by their number.
+
+    Args:
+        description (`str`): Of the file's first page.
+        count (`int`): Pages of one size and kind.
+        gray (`bool`): They are gray.
+        one_sample (`bool`): A pixel of them is one number: gray, or an index of a palette.
+
+    Returns:
+        [`PageAxes`]: To be given to [`pages_of_picture`].
+
+    Raises:
+        InputError: The description tells of several channels, and not all of them can be there.
+    """
+    sizes, order, names = _axes(description, one_sample)
+    if sizes is not None and np.prod(list(sizes.values())) == count:
+        return PageAxes(sizes, order, names)
+    if sizes is not None and sizes["C"] > 1:
+        raise InputError(
+            f"it says that it has {sizes['C']} channels, and its pages ({count}) are not all of them. Merge them to one RGB "
+            "image, and export that."
+        )
+    return PageAxes({"C": 3} if gray and count == 3 else {"?": count}, "C?", [])
+
+
+def pages_of_picture(axes: PageAxes, plane_in_focus: Callable[[Sequence[int]], int], notes: list[str]) -> list[int]:
+    """The pages that are one picture: one, or those of red, green and blue; of a z-stack in focus, of a time series the first.
+
+    Args:
+        axes ([`PageAxes`]): What the pages are.
+        plane_in_focus (`Callable`): Pages of the planes of a z-stack -> which of these planes is the sharpest.
+        notes (`list[str]`): Takes a sentence for each guess, and for what is left out.
+
+    Returns:
+        `list[int]`: Their numbers, counted from 0.
+
+    Raises:
+        InputError: Several channels, and which are red, green and blue is not said.
+    """
+    sizes, order, names = axes
     channels = sizes.get("C", 1)
-    if channels == 1:
-        return [same[start]]
-    chosen = _colour_channels(channels, names)
-    if chosen is None:
+    chosen = _colour_channels(channels, names) if channels > 1 else None
+    if channels > 1 and chosen is None:
         listed = f" ({', '.join(names)})" if names else ""
         raise InputError(
             f"it has {channels} channels{listed}, and which are red, green and blue is not said. Merge them to one RGB image, "
             "and export that."
         )
+    strides, step = {}, 1
+    for axis in order:
+        strides[axis], step = step, step * sizes.get(axis, 1)
+    start = 0
+    if sizes.get("Z", 1) > 1:
+        sharpest = plane_in_focus([plane * strides["Z"] for plane in range(sizes["Z"])])
+        start += sharpest * strides["Z"]
+        notes.append(f"The file is a stack of {sizes['Z']} planes: only plane {sharpest + 1}, the sharpest, is read.")
+    if sizes.get("T", 1) > 1:
+        notes.append(f"The file is a series of {sizes['T']} times: only the first is read.")
+    if chosen is None:
+        return [start]
     if not names or set(_colour_names(names)) < {"r", "g", "b"}:
         listed = f" (they are named {', '.join(names)})" if names else ""
         notes.append(f"Three gray pages are read as red, green and blue{listed}.")
-    return [same[start + channel * strides["C"]] for channel in chosen]
+    return [start + channel * strides["C"] for channel in chosen]
 
 
 def _plane_in_focus(file: "str | Path | bytes", name: "str | Path", opened: Image.Image, pages: Sequence[int]) -> int:
@@ -771,7 +833,7 @@ def _further_pages(opened: Image.Image) -> Iterator[_Page]:
             yield _Page(number, opened.size, opened.mode)
 
 
-def _axes(description: str, gray: bool) -> tuple[dict[str, int] | None, str, list[str]]:
+def _axes(description: str, one_sample: bool) -> tuple[dict[str, int] | None, str, list[str]]:
     """Sizes along C, Z and T of a file's pages, their order from the fastest, and names of the channels: OME or ImageJ."""
     if "<Pixels" in description:
         pixels = description[description.index("<Pixels") :]
@@ -779,7 +841,7 @@ def _axes(description: str, gray: bool) -> tuple[dict[str, int] | None, str, lis
         order = re.search(r'DimensionOrder\s*=\s*"XY([CZT]{3})"', pixels)
         if all(sizes.values()) and order and len(set(order[1])) == 3:
             found = {axis: int(size[1]) for axis, size in sizes.items() if size}
-            if not gray:
+            if not one_sample:
                 found["C"] = 1
             channels = re.findall(r"<Channel\b[^>]*>", pixels)
             names = [
@@ -792,7 +854,7 @@ def _axes(description: str, gray: bool) -> tuple[dict[str, int] | None, str, lis
             for axis, key in (("C", "channels"), ("Z", "slices"), ("T", "frames"))
             for size in [re.search(rf"^{key}=(\d{{1,6}})\s*$", description, re.MULTILINE)]
         }
-        if not gray:
+        if not one_sample:
             found["C"] = 1
         return found, "CZT", []
     return None, "", []
@@ -815,10 +877,12 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
 
 
-def _reduced(opened: Image.Image, max_pixels: int | None) -> Image.Image:
-    """An opened file with at most about `max_pixels` pixels, averaged over blocks."""
+def _reduced(opened: Image.Image, max_pixels: int | None, channel: bool = False) -> Image.Image:
+    """An opened file with at most about `max_pixels` pixels, averaged over blocks; of a channel without its palette."""
     with _pil():
         opened.load()
+    if channel and opened.mode == "P":
+        opened = Image.fromarray(np.asarray(opened))
     shrink = (opened.width * opened.height / max_pixels) ** 0.5 if max_pixels else 1
     if shrink <= 1:
         return opened

@@ -290,6 +290,10 @@ def _count_white_cells_alone(result: SmearResult, asked: int, seen: int, with_nu
     found = sum(is_white_cell(cell.label, parents) for cell in result.cells)
     result.tiling = {**(result.tiling or {}), "white_cells": asked, "seen": seen, "with_nuclei": with_nuclei}
     enough = "" if found >= asked else f" That is less than the {asked} that were asked for."
+    if not with_nuclei:
+        enough += (
+            " No nucleus was found by its colour: if the image shows white cells, see all of it (without white_cells)."
+        )
     result.warnings.append(
         f"White cells alone: {found} found in {seen} of {with_nuclei} tiles with nuclei (of {tiles} with anything), in an order "
         f"of chance. Other cells are not counted.{enough}"

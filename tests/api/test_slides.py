@@ -13,7 +13,7 @@ from scipy.spatial import cKDTree
 
 from unihema import slides
 from unihema.errors import InputError, UnreadableImageError
-from unihema.processing_unihema.image_io import pixel_size
+from unihema.processing_unihema.image_io import RefusedImageError, pixel_size
 from unihema.results.cell_size import KnownSize
 from unihema.results.smear_result import Cell, SmearResult
 from unihema.results.tiles import TileDetector, see_in_tiles
@@ -498,6 +498,125 @@ def test_of_pages_alike_the_middle_is_read(tmp_path):
             file.write(np.full((480, 640, 3), level, np.uint8), photometric="rgb", tile=(240, 240), metadata=None)
     with open_regions(path, max_pixels=1000) as source:
         assert (np.asarray(source.read_region((0, 0, 10, 10))) == 100).all()
+
+
+# Files of several pages: channels, planes, times
+
+
+def pages_of(kind: str, path: Path) -> Path:
+    """A file whose pages its description tells apart, of 400 x 300 pixels of the smear."""
+    pixels = PIXELS[:300, :400]
+    gray = np.moveaxis(pixels, -1, 0)
+    options: dict = {"photometric": "minisblack", "tile": (128, 128), "compression": "deflate"}
+    if kind in ("in one piece", "four in one piece"):
+        options = {"photometric": "minisblack", "rowsperstrip": 300, "compression": "deflate"}
+    values, metadata = {
+        "named": (gray[::-1], {"axes": "CYX", "Channel": {"Name": ["Blue", "Green", "Red"]}}),
+        "imagej": (gray, {"axes": "CYX"}),
+        "unnamed": (gray, None),
+        "in one piece": (gray, {"axes": "CYX", "Channel": {"Name": ["Red", "Green", "Blue"]}}),
+        "four": (gray[[0, 1, 2, 0]], {"axes": "CYX", "Channel": {"Name": ["DAPI", "FITC", "Cy3", "Cy5"]}}),
+        "four in one piece": (gray[[0, 1, 2, 0]], {"axes": "CYX", "Channel": {"Name": ["DAPI", "FITC", "Cy3", "Cy5"]}}),
+        "two of imagej": (gray[:2], {"axes": "CYX"}),
+        "times": (np.stack([np.full_like(gray[0], 128), gray[0], gray[0]]), {"axes": "TYX"}),
+        "planes": (np.stack([np.full_like(gray[0], 128), gray[0], gray[0] // 2 + 60]), {"axes": "ZYX"}),
+    }[kind]
+    if "imagej" in kind:
+        tifffile.imwrite(path, values, imagej=True, metadata=metadata, photometric="minisblack")
+    else:
+        tifffile.imwrite(path, values, ome=metadata is not None, metadata=metadata, **options)
+    return path
+
+
+def read_both_ways(path: Path, monkeypatch) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """What is read of a small file as a whole, and in parts as of a large one; and what is said of it."""
+    with open_regions(path) as source:
+        assert not source.streams
+        whole, said = np.asarray(source.read_region((0, 0, *source.size))), source.notes
+    # Packed strips of these files are too wide for reading them in parts.
+    monkeypatch.setattr(slides, "KEPT_OF_STRIPS", 1000)
+    with open_regions(path, max_pixels=1000) as source:
+        assert source.streams
+        return whole, np.asarray(source.read_region((0, 0, *source.size))), said, source.notes
+
+
+@pytest.mark.parametrize("kind", ["named", "imagej", "unnamed", "in one piece"])
+def test_three_gray_pages_are_one_picture_in_colour_however_it_is_read(tmp_path, kind, monkeypatch):
+    if kind == "in one piece":
+        pytest.importorskip("pyvips")
+    whole, parts, said, said_of_parts = read_both_ways(pages_of(kind, tmp_path / "a.tif"), monkeypatch)
+    assert (whole == PIXELS[:300, :400]).all() and (parts == whole).all()
+    assert said_of_parts == said and len(said) == (kind in ("imagej", "unnamed"))
+
+
+@pytest.mark.parametrize("kind", ["times", "planes"])
+def test_the_same_page_of_a_series_or_stack_is_read_in_parts_as_in_one(tmp_path, kind, monkeypatch):
+    whole, parts, said, said_of_parts = read_both_ways(pages_of(kind, tmp_path / "a.tif"), monkeypatch)
+    right = np.full((300, 400), 128) if kind == "times" else PIXELS[:300, :400, 0]
+    assert (whole[..., 0] == right).all() and (parts == whole).all()
+    assert said_of_parts == said and len(said) == 1
+
+
+@pytest.mark.parametrize("max_pixels", [1000, 1_000_000])
+@pytest.mark.parametrize("kind", ["four", "four in one piece", "two of imagej"])
+def test_channels_that_are_no_colours_are_refused_whatever_the_size(tmp_path, kind, max_pixels, monkeypatch):
+    monkeypatch.setattr(slides, "KEPT_OF_STRIPS", 1000)
+    path = pages_of(kind, tmp_path / "a.tif")
+    with pytest.raises(RefusedImageError, match=r"a\.tif: it has (2|4) channels.*Merge them to one RGB image"):
+        open_regions(path, max_pixels=max_pixels)
+
+
+@pytest.mark.parametrize("max_pixels", [1000, 1_000_000])
+@pytest.mark.parametrize("planes", ["separate", "contig"])
+def test_four_gray_samples_of_a_pixel_are_refused(tmp_path, planes, max_pixels):
+    path = tmp_path / "a.tif"
+    four = np.dstack([PIXELS[:300, :400], PIXELS[:300, :400, :1]])
+    values = np.moveaxis(four, -1, 0) if planes == "separate" else four
+    tifffile.imwrite(path, values, photometric="minisblack", planarconfig=planes, metadata=None, extrasamples=(0, 0, 0))
+    with pytest.raises(RefusedImageError, match=r"a\.tif: it has 4 channels in each pixel.*Merge them"):
+        open_regions(path, max_pixels=max_pixels)
+
+
+@pytest.mark.parametrize("max_pixels", [1000, 1_000_000])
+def test_channels_of_which_pages_are_missing_are_refused(tmp_path, max_pixels):
+    path = tmp_path / "a.tif"
+    description = "ImageJ=1.54f\nimages=4\nchannels=4\nmode=composite\n"
+    tifffile.imwrite(path, PIXELS[:300, :400, 0], description=description, metadata=None, photometric="minisblack")
+    with pytest.raises(RefusedImageError, match=r"a\.tif: it says that it has 4 channels, and its pages \(1\)"):
+        open_regions(path, max_pixels=max_pixels)
+
+
+@pytest.mark.parametrize("below", [True, False], ids=["sub-files", "pages"])
+def test_levels_of_a_picture_whose_colours_are_pages(tmp_path, below):
+    path = tmp_path / "a.ome.tif"
+    options = {"tile": (128, 128), "photometric": "minisblack"}
+    metadata = {"axes": "CYX", "Channel": {"Name": ["Red", "Green", "Blue"]}}
+    with tifffile.TiffWriter(path, ome=True) as file:
+        gray, small = np.moveaxis(PIXELS, -1, 0), np.moveaxis(halved(PIXELS), -1, 0)
+        file.write(gray, subifds=int(below), metadata=metadata, **options)
+        if below:
+            file.write(small, subfiletype=1, **options)
+        else:
+            file.write(small, metadata=metadata, **options)
+    with open_regions(path, max_pixels=1000) as source:
+        assert source.levels == [(WIDTH, HEIGHT), (WIDTH // 2, HEIGHT // 2)]
+        overview = source.read_region((0, 0, WIDTH, HEIGHT), (WIDTH // 2, HEIGHT // 2))
+        assert (np.asarray(overview) == halved(PIXELS)).all()
+        assert (np.asarray(source.read_region((300, 200, 700, 500))) == PIXELS[200:500, 300:700]).all()
+
+
+@pytest.mark.parametrize("name", ["a.bmp", "a.ppm", "a.jp2"])
+def test_a_large_file_of_a_format_that_is_not_read_in_parts_is_not_called_damaged(tmp_path, name):
+    pyvips = pytest.importorskip("pyvips")
+    path = tmp_path / name
+    Image.fromarray(PIXELS[:300, :400]).save(path)
+    with open_regions(path, max_pixels=1000) as source:
+        said = " ".join(source.notes)
+    assert "damaged" not in said and "Copy it again" not in said
+    # Builds of libvips differ in what they read.
+    if pyvips.vips_lib.vips_foreign_find_load(bytes(path)) == pyvips.ffi.NULL:
+        assert not source.streams
+        assert "this format cannot be read in parts here. Convert the image to TIFF." in said
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork")

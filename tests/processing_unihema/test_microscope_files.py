@@ -11,7 +11,7 @@ from PIL import Image, features
 
 from unihema.errors import InputError, UnreadableImageError
 from unihema.files import open_image
-from unihema.processing_unihema.image_io import ImageReadWarning, image_size, load_image, read_image
+from unihema.processing_unihema.image_io import ImageReadWarning, RefusedImageError, image_size, load_image, read_image
 from unihema.processing_unihema.image_processing_unihema import UniHemaImageProcessor
 
 
@@ -248,6 +248,31 @@ def test_previews_are_no_pages_of_a_stack(tmp_path):
     # Marked as reduced, though of one size.
     path = write_tiff(tmp_path / "b.tif", [pixels[..., 0]] * 3, 1, tags={254: [1]})
     assert difference(read_image(path)[0], pixels[..., 0]) == 0
+
+
+def test_the_palettes_of_channels_are_not_taken_for_their_colours(tmp_path):
+    """ImageJ writes each channel of a composite with the palette in which it shows it."""
+    pixels = field()
+    reds = np.zeros((3, 256), np.uint16)
+    reds[0] = np.arange(256) * 257
+    for count in (3, 4):
+        pages = [planes(pixels)[index % 3] for index in range(count)]
+        description = f"ImageJ=1.54f\nimages={count}\nchannels={count}\nmode=composite\n"
+        path = write_tiff(tmp_path / "a.tif", pages, 3, description=description, tags={320: reds.ravel().tolist()})
+        if count == 3:
+            assert difference(read_image(path)[0], pixels) == 0
+            assert read_image(path, 600)[0].size == (24, 20)
+        else:
+            with pytest.raises(RefusedImageError, match=r"a\.tif: it has 4 channels"):
+                read_image(path)
+
+
+def test_channels_of_which_pages_are_missing_are_refused(tmp_path):
+    gray = field()[..., 0]
+    for description in ("ImageJ=1.54f\nimages=4\nchannels=4\n", ome(c=4)):
+        path = write_tiff(tmp_path / "a.tif", [gray, gray], 1, description=description)
+        with pytest.raises(RefusedImageError, match=r"a\.tif: it says that it has 4 channels, and its pages \(2\)"):
+            read_image(path)
 
 
 def test_channels_that_are_no_colours_are_refused(tmp_path):
