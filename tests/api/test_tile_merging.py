@@ -221,7 +221,7 @@ def test_red_cells_one_over_the_other_beside_a_seam_that_cuts_neither_are_two():
     tiles = lay_tiles(360, 156, *TILE, round(MARGIN * DIAMETER))
     seam, start = tiles[0].core[2], tiles[1].box[0]
     # In one field they would be two, though of what both tiles see of them more than NMS_IOU is the same.
-    left, right = seam - 0.8 * DIAMETER, seam - 0.5 * DIAMETER
+    left, right = seam - 0.9 * DIAMETER, seam - 0.6 * DIAMETER
     found = [
         [Cell(1, (left, 60, left + DIAMETER, 100), "RBC", 0.9)],
         [Cell(1, (right - start, 60, right + DIAMETER - start, 100), "RBC", 0.8)],
