@@ -174,6 +174,14 @@ def test_a_checkpoint_that_was_downloaded_is_pushed(hub, checkpoint, tmp_path):
     assert hub.files(REPO)["model.safetensors"] == (tmp_path / "blobs" / "model.safetensors").read_bytes()
 
 
+def test_an_adapter_is_not_put_beside_its_base(hub, made, tmp_path):
+    assert push(hub, tmp_path, made / "checkpoint", REPO).returncode == 0
+    before = set(hub.files(REPO))
+    own = push(hub, tmp_path, made / "adapter", REPO, "--base", REPO)
+    assert own.returncode == 2 and f"{REPO}: the adapter's base is there, and would be replaced" in own.stderr
+    assert set(hub.files(REPO)) == before and "model.safetensors" in before
+
+
 def test_a_dry_run_lists_the_files_and_sends_nothing(hub, made, tmp_path):
     result = push(hub, tmp_path, made / "checkpoint", REPO, "--dry-run", "--revision", "try")
     assert result.returncode == 0, result.stderr

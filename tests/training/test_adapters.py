@@ -7,12 +7,13 @@ import pytest
 import torch
 from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file
-from tiny_checkpoint import save_tiny_checkpoint
+from tiny_checkpoint import save_lively, save_tiny_checkpoint
 from tiny_models import batch, lively, very_tiny_config
 from tiny_runs import run_config
 from transformers import AutoModelForObjectDetection
 
 import unihema
+from unihema import Analyzer
 from unihema.checkpoint_files import adapter_base
 from unihema.errors import CheckpointError, RunConfigError
 from unihema.loading import load_model
@@ -437,3 +438,78 @@ def test_an_adapter_has_the_hierarchy_that_is_stated():
             {"detection": [row]},
             {"blood": "ring"},
         )
+
+
+def detections(analyzer) -> list[tuple[str, float]]:
+    return [
+        (cell.label, round(cell.score, 3)) for cell in analyzer(SMEAR, "detection", threshold=0.0, tiles="off").cells
+    ]
+
+
+SMEAR = torch.linspace(0, 255, 48 * 64 * 3).reshape(48, 64, 3).byte().numpy()
+
+
+@pytest.fixture(scope="module")
+def labs(tmp_path_factory):
+    """A base and two adapters of it with classes of their own, each with its processor."""
+    root = tmp_path_factory.mktemp("labs")
+    save_lively(root / "base", 1)
+    for name, labels in (("first", ["neutrophil", "eosinophil"]), ("second", ["blast", "band", "platelet"])):
+        model, processor = load_model(root / "base", "cpu")
+        attach_adapter(model, processor, AdapterConfig(method="lora"), rows_of("detection", labels))
+        torch.manual_seed(len(labels))
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "lora_B" in key:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        save_adapter(model, root / name)
+        processor.save_pretrained(root / name)
+    return root
+
+
+def test_what_is_asked_for_is_what_the_adapter_in_use_was_taught(labs, tmp_path):
+    both = Analyzer.from_pretrained(
+        labs / "base", device="cpu", adapters=[labs / "first", labs / "second"], prepare=False
+    )
+    alone = {
+        name: detections(Analyzer.from_pretrained(labs / name, device="cpu")) for name in ("base", "first", "second")
+    }
+    for name in ("second", "first", "second"):
+        both.model.set_adapter(name)
+        assert detections(both) == alone[name]
+    both.model.disable_adapters()
+    assert detections(both) == alone["base"]
+    both.model.enable_adapters()
+    save_merged(both.model, both.processor, tmp_path / "merged")
+    assert (
+        unihema.UniHemaProcessor.from_pretrained(tmp_path / "merged").default_prompts["detection"]
+        == "blast, band, platelet"
+    )
+
+
+def test_thresholds_that_were_set_are_saved_with_the_adapter(labs, tmp_path):
+    analyzer = Analyzer.from_pretrained(labs / "second", device="cpu", prepare=False)
+    analyzer.model.config.trained.detection_thresholds = {"blast": 0.2, "band": 0.3, "platelet": 0.4}
+    analyzer.model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["auto_mapping"][FIELDS_KEY]
+    assert saved["trained"]["detection_thresholds"] == {"blast": 0.2, "band": 0.3, "platelet": 0.4}
+
+
+def test_an_adapter_is_refused_by_a_base_that_was_trained_anew(labs, tmp_path):
+    for name in ("base", "first"):
+        shutil.copytree(labs / name, tmp_path / name)
+    config = json.loads((tmp_path / "first" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "base")
+    (tmp_path / "first" / "adapter_config.json").write_text(json.dumps(config))
+    load_model(tmp_path / "first", "cpu", "float16")
+    shutil.rmtree(tmp_path / "base")
+    save_lively(tmp_path / "base", 2)
+    with pytest.raises(CheckpointError, match="first: was trained on other weights than those in .*base"):
+        load_model(tmp_path / "first", "cpu")
+
+
+def test_int8_leaves_the_layers_of_an_adapter_as_they_are(labs):
+    quantised = Analyzer.from_pretrained(labs / "second", device="cpu", int8=True)
+    exact = Analyzer.from_pretrained(labs / "second", device="cpu", prepare=False)
+    assert len(detections(quantised)) == len(detections(exact)) > 3
+    assert detections(quantised)[0][1] == pytest.approx(detections(exact)[0][1], abs=0.01)
