@@ -190,15 +190,16 @@ class WithAdapters:
         if names is None and _fits(self, self.config.num_labels):
             # The adapter was merged, so its classes stay.
             return
-        fields = dict(self._base_fields)
+        fields, tasks = dict(self._base_fields), set()
         # The first adapter is applied last, so it wins.
         for name in reversed(names or ()):
             own = adapter_fields(adapters[name]) if name in adapters else {}
-            trained = {**fields["trained"], **own.get("trained", {})}
-            if fields["trained"]["tasks"] and trained["tasks"]:
-                # What any of them does.
-                trained["tasks"] = [task for task in TASKS if task in {*fields["trained"]["tasks"], *trained["tasks"]}]
-            fields |= {**own, "trained": trained}
+            trained = own.get("trained", {})
+            tasks |= set(trained.get("tasks") or ())
+            fields |= {**own, "trained": {**fields["trained"], **trained}}
+        if tasks:
+            # What any of them does.
+            fields["trained"]["tasks"] = [task for task in TASKS if task in tasks]
         set_fields(self, fields)
 
     def save_pretrained(self, save_directory, *args, **kwargs):

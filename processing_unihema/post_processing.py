@@ -83,9 +83,10 @@ def misspelled_classes(config, prompt: str | Sequence[str] | None) -> dict[str, 
         `dict[str, str | None]`: Each with the class that it is most like, if any.
     """
     names = _parts_of(prompt)
-    known = {usual_name(name): name for name in config.class_names}
-    unknown = [name for name in names if usual_name(name) not in known]
-    like = {name: difflib.get_close_matches(usual_name(name), known, n=1, cutoff=0.8) for name in unknown}
+    usual = {usual_name(name) for name in config.class_names}
+    unknown = [name for name in names if usual_name(name) not in usual]
+    known = {plain_name(name): name for name in config.class_names}
+    like = {name: difflib.get_close_matches(plain_name(name), known, n=1, cutoff=0.8) for name in unknown}
     return {name: known[like[name][0]] if like[name] else None for name in unknown if like[name] or unknown != names}
 
 

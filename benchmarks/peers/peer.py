@@ -54,6 +54,11 @@ class Peer(nn.Module):
         return next(self.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
     def backbone_network(self) -> nn.Module | None:
         """The backbone."""
         return self.backbone
