@@ -14,7 +14,7 @@ import os
 import unicodedata
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -241,9 +241,7 @@ def analyze_into(
         finally:
             # Repeated where the images have been moved to, or are mounted elsewhere.
             listed = {str(real_path(image)) for image in images}
-            there = folder.current()
-            moved = {source: each.image_sha256 for source, each in there.items() if source in listed}
-            others = there.keys() - listed - folder.forget_moved(moved, gone=shard is None)
+            others = folder.forget_moved(listed, gone=shard is None)
             report.gone = sorted(source for source in others if not os.path.exists(source))
             folder.write_tables(attributes, report, groups)
             if shard is not None:
@@ -638,25 +636,27 @@ class ResultFolder:
             if record["settings_sha256"] == self.settings_sha256 and self._has_files(record)
         }
 
-    def forget_moved(self, images: Mapping[str, str], gone: bool = False) -> set[str]:
+    def forget_moved(self, sources: Collection[str], digests: Collection[str] = (), gone: bool = False) -> list[str]:
         """Removes results of images that were analysed where they lay before, and would count twice.
 
         Args:
-            images (`Mapping[str, str]`): Source of each image, where it lies now -> its SHA-256. A result of the same bytes from
-                any other place is removed.
-            gone (`bool`): Only where nothing lies at that place any more: copies of an image may be meant.
+            sources (`Collection[str]`): Where the images lie now. A result of the same bytes from any other place is removed.
+            digests (`Collection[str]`): SHA-256 of images among them whose results are not here yet.
+            gone (`bool`): Only where nothing lies at that other place any more: copies of an image may be meant.
 
         Returns:
-            `set[str]`: Where those lay.
+            `list[str]`: Where the other images lay whose results stay.
         """
-        digests, moved = set(images.values()), []
+        known, others = set(digests), []
         for path, record in self._read_all():
-            source, ours = record["source"], record["settings_sha256"] == self.settings_sha256
-            if gone and os.path.exists(source):
+            if record["settings_sha256"] != self.settings_sha256:
                 continue
-            if ours and source not in images and record["image_sha256"] in digests:
-                moved.append((path, source, list(record["files"])))
-        for path, _, files in moved:
+            if record["source"] in sources:
+                known.add(record["image_sha256"])
+            else:
+                others.append((path, record["source"], record["image_sha256"], list(record["files"])))
+        moved = [each for each in others if each[2] in known and not (gone and os.path.exists(each[1]))]
+        for path, _, _, files in moved:
             # The record first: one says that all its files are there.
             path.unlink()
             for file in files:
@@ -667,7 +667,7 @@ class ResultFolder:
                 self.folder,
                 len(moved),
             )
-        return {source for _, source, _ in moved}
+        return [source for path, source, _, _ in others if path.exists()]
 
     def adopt(self, name: str, path: Path) -> None:
         """Takes an image over from another results folder of the same settings.

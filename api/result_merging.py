@@ -91,7 +91,8 @@ def merge_results(output: str | Path, on_image: Callable[[int, int], None] | Non
     with exclusive(output, ["records"]):
         claim_folder(output, settings)
         whole = ResultFolder(output, settings)
-        whole.forget_moved({one.source: one.image_sha256 for one in found.values()})
+        images = found.values()
+        whole.forget_moved({one.source for one in images}, {one.image_sha256 for one in images})
         # In the order in which one run would have met them.
         order = sorted(found, key=_place)
         names = whole.names([Path(found[name].source) for name in order], resolve=False)

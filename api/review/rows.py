@@ -1,5 +1,6 @@
 """Classes and differential of a sample, as the page shows them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from unihema.report.sample import sample_figures
@@ -20,13 +21,14 @@ from .state import ReviewedSample
 _KINDS = (WHITE_CELL, NUCLEATED_RED_CELL, SMUDGE_CELL, MEGAKARYOCYTE, None, PLATELET, RED_CELL)
 
 
-def class_rows(sample: ReviewedSample) -> list[dict[str, Any]]:
+def class_rows(sample: ReviewedSample, counts: Mapping[str, int]) -> list[dict[str, Any]]:
     """The classes of a sample, white cells first: `name`, `count`, `kind` and `key`, the key that moves a cell to it.
 
     Args:
         sample ([`ReviewedSample`]): The sample.
+        counts (`Mapping[str, int]`): Its cells of each class.
     """
-    counts, parents = sample.counts, sample.class_parents
+    parents = sample.class_parents
     kinds = {name: cell_kind(name, parents) for name in counts}
     keys = class_keys(list(counts))
     # The sort is stable: within a kind classes keep the order of the checkpoint.
@@ -47,15 +49,16 @@ def class_keys(names: list[str]) -> dict[str, str]:
     return keys
 
 
-def differential_rows(sample: ReviewedSample) -> dict[str, Any]:
+def differential_rows(sample: ReviewedSample, counts: Mapping[str, int]) -> dict[str, Any]:
     """The differential of a sample as its report has it, see [`sample_figures`]: `total` white cells, `rows` that the report
     shows, `beside` what is counted beside them, and `notes`.
 
     Args:
         sample ([`ReviewedSample`]): The sample.
+        counts (`Mapping[str, int]`): Its cells of each class.
     """
-    counts, opened = sample.reported_counts()
-    figures = sample_figures(counts, sample.class_parents)
+    reported, opened = sample.reported(counts)
+    figures = sample_figures(reported, sample.class_parents)
     white = figures["white_cells"]
     rows = [row for row in white["rows"] if not row["hidden"]]
     beside = [row for row in figures["beside"] if row["count"]]

@@ -246,13 +246,14 @@ def review_app(review: Review, token: str, port: int | None) -> FastAPI:
     def told(
         sample: ReviewedSample, who: str, cells: Sequence[ReviewedCell], of: Sequence[ReviewedImage]
     ) -> dict[str, Any]:
+        counts = sample.counts
         undo, redo = review.can_undo(who, sample.name)
         return {
             "revision": sample.revision,
             "status": sample.status,
             "signatures": sample.signatures,
-            "classes": class_rows(sample),
-            "differential": differential_rows(sample),
+            "classes": class_rows(sample, counts),
+            "differential": differential_rows(sample, counts),
             "cells": [cell_row(cell) for cell in cells],
             "images": [[place[image.name], image.looked_through, image.revision] for image in of],
             "undo": undo,

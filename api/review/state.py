@@ -4,7 +4,7 @@ import logging
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,9 +150,13 @@ class ReviewedSample:
                 counts[cell.label] += 1
         return counts
 
-    def reported_counts(self) -> tuple[dict[str, int], list[str]]:
-        """Cells of each class as its report counts them, and a sentence where types of white cells are left open there."""
-        counts, opened, typed, levels = self.counts, 0, 0, []
+    def reported(self, counts: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:
+        """Cells of each class as its report counts them, and a sentence where types of white cells are left open there.
+
+        Args:
+            counts (`Mapping[str, int]`): All of its cells, see `counts`.
+        """
+        reported, opened, typed, levels = dict(counts), 0, 0, []
         for image in self.images:
             if (level := image.type_level) is None:
                 continue
@@ -165,9 +169,9 @@ class ReviewedSample:
                 typed += 1
                 if not image.is_certain(cell) and level.leaves_open(certainty(cell.original)):
                     opened += 1
-                    counts[cell.label] -= 1
-                    counts[level.untyped] = counts.get(level.untyped, 0) + 1
-        return counts, left_open(opened, typed, levels)
+                    reported[cell.label] -= 1
+                    reported[level.untyped] = reported.get(level.untyped, 0) + 1
+        return reported, left_open(opened, typed, levels)
 
     def add(self, image: ReviewedImage) -> None:
         """Takes an image in."""

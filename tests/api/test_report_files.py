@@ -79,7 +79,7 @@ def test_classes_of_crops_count_as_the_checkpoint_has_them(tmp_path):
     assert shares(SmearReport.of(sample.results, made=WHEN)) == {"villous cell": (1, 1)}
     with Review(tmp_path / "results") as review:
         of = review.sample(sample.name)
-        assert [row["kind"] for row in class_rows(of)] == [WHITE_CELL]
+        assert [row["kind"] for row in class_rows(of, of.counts)] == [WHITE_CELL]
     # The tree of crops says nothing of fields alone.
     assert analyzer(crop, "detection", tiles="off").class_parents == {}
 

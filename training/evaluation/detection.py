@@ -86,8 +86,9 @@ class MeasuredDetections(Measured):
                     for logits, boxes, index in fields
                 ]
             )
-        # Under which name each stands is of no matter here.
-        cells = process(output, threshold=0.0, target_sizes=sizes)
+        # Of a crop the attributes are those of the cell that results show first.
+        names = {"ancestors": self.ancestors, "finest": self.model.config.class_thresholds()}
+        cells = process(output, threshold=0.0, target_sizes=sizes, **names)
         ranked = process(output, threshold=0.0, target_sizes=sizes, top_k=MAX_DETECTIONS, one_class_per_query=False)
         for image, index in enumerate(batch["row_indices"]):
             truth = _reference(rows[index], sizes[image].tolist(), self.names)
