@@ -442,9 +442,9 @@ def _levels(file: Any, name: str, sharpness_of: Callable[[Any], float]) -> tuple
         elif len(numbers) == 1:
             below.setdefault(size, []).append(alike[:1])
     try:
-        for pages in zip(*(page.pages or () for page in largest), strict=False):
-            if len(set(map(_size, pages))) == 1:
-                below.setdefault(_size(pages[0]), []).append(list(pages))
+        for reduced in zip(*(page.pages or () for page in largest), strict=False):
+            if len(set(map(_size, reduced))) == 1:
+                below.setdefault(_size(reduced[0]), []).append(list(reduced))
     # Reductions that lie beyond the end of the file.
     except Exception:
         notes.append("Reduced levels of the file cannot be read.")
